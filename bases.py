@@ -1,0 +1,236 @@
+"""The one table of base models, and load_base(name): network, autoencoder, text tower and noise schedule of one of them.
+
+`python bases.py` prints the table and which method runs on which base; `python bases.py --download NAME` fetches a base's files.
+A base's public files may be given as the folder that holds them (--weights), in the original or in the diffusers layout.
+"""
+import argparse
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from common import UserError, load_checkpoint, load_strict, load_weights, looks_like, rename, replace_part
+from data import TINY_FPS, TINY_FRAMES, TINY_SIZE, TINY_WORDS
+from diffusion import make_schedule
+from models import UNet3D, UNetConfig, unet_diffusers_name
+from text_encoders import CLIPConfig, OpenCLIPText, TinyText, clip_text_only, text_from_hf, tokenize
+from vae import AutoencoderKL, VAEConfig, vae_diffusers_name
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One base. `sample`: default sampling (size, steps, guidance, ...). `files`: {layout: {part: "hub:repo:file"}}."""
+    about: str
+    net: UNetConfig
+    vae: VAEConfig
+    text: CLIPConfig | None  # None: TinyText
+    schedule: dict
+    sample: dict
+    files: dict = field(default_factory=dict)
+    methods: tuple = ("t2v", "vader")
+
+
+MODELSCOPE = "hf:ali-vilab/modelscope-damo-text-to-video-synthesis"
+MODELSCOPE_DIFFUSERS = "hf:ali-vilab/text-to-video-ms-1.7b"
+
+BASES = {
+    # the tiny world: 8 frames of 32 x 32, 4x smaller latents. Few steps hide a signal of so many redundant pixels, hence the
+    # shift; v-prediction and zero terminal SNR make the first step of sampling start from what training ended in.
+    "tiny": Row("text to video in the tiny world, 8 frames of 32x32; in assets/, nothing to download",
+                UNetConfig(dim=32, dim_mult=(1, 2), num_res_blocks=1, attn_scales=(0.5,), head_dim=32, num_heads=1, context_dim=64,
+                           dropout=0.0, frame_pos=TINY_FRAMES, pooled_text=True),
+                VAEConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, patch=2, scale=0.64), None,
+                dict(name="cosine", prediction="v", zero_snr=True, shift=0.25),
+                dict(frames=TINY_FRAMES, height=TINY_SIZE, width=TINY_SIZE, fps=None, save_fps=TINY_FPS, sample_steps=25, cfg=3.0, eta=0.0,
+                     spacing="trailing", negative="")),
+    "modelscope": Row("ModelScope text-to-video (arXiv 2308.06571), 16 frames of 256x256, eps prediction",
+                      UNetConfig(), VAEConfig(), CLIPConfig(),
+                      dict(name="linear_sd", prediction="eps"),
+                      dict(frames=16, height=256, width=256, fps=None, save_fps=8, sample_steps=50, cfg=9.0, eta=0.0,
+                           spacing="leading", negative=""),
+                      {"original": {"net": f"{MODELSCOPE}:text2video_pytorch_model.pth", "vae": f"{MODELSCOPE}:VQGAN_autoencoder.pth",
+                                    "text": f"{MODELSCOPE}:open_clip_pytorch_model.bin"},
+                       "diffusers": {"net": f"{MODELSCOPE_DIFFUSERS}:unet/diffusion_pytorch_model.safetensors",
+                                     "vae": f"{MODELSCOPE_DIFFUSERS}:vae/diffusion_pytorch_model.safetensors",
+                                     "text": f"{MODELSCOPE_DIFFUSERS}:text_encoder/model.safetensors"}}),
+}
+
+
+def base_row(name) -> Row:
+    if name not in BASES:
+        raise UserError(f"--base {name}: unknown; choose from {', '.join(BASES)} (python bases.py shows the table)")
+    return BASES[name]
+
+
+@dataclass
+class Base:
+    """A loaded base: row (its line of the table), net, vae, text_encoder (modules), schedule."""
+    name: str
+    row: Row
+    net: nn.Module
+    vae: nn.Module
+    text_encoder: nn.Module
+    schedule: object
+
+    def encode_text(self, prompts) -> Tensor:
+        """List of str -> (b, n, d) tokens on the text tower's device."""
+        device = next(self.text_encoder.parameters()).device
+        if self.row.text is None:
+            return self.text_encoder(self.text_encoder.tokenize(prompts).to(device))
+        return self.text_encoder(tokenize(prompts).to(device), layer="last")  # the tower was built without its last block
+
+    def latent_shape(self, frames, height, width):
+        """(c, f, h, w) of a clip's latents; a size that does not fit is a UserError with the nearest that do."""
+        step = self.row.vae.factor * 2 ** (len(self.row.net.dim_mult) - 1)
+        for flag, size in (("--height", height), ("--width", width)):
+            if size < step or size % step:
+                low = max(step, size // step * step)
+                raise UserError(f"{flag} {size}: {self.name} needs a multiple of {step}; nearest: {low} or {low + step}")
+        if frames < 1 or (self.row.net.frame_pos and frames > self.row.net.frame_pos):
+            most = f" to {self.row.net.frame_pos}" if self.row.net.frame_pos else " or more"
+            raise UserError(f"--frames {frames}: {self.name} makes clips of 1{most} frames")
+        return self.row.vae.z_channels, frames, height // self.row.vae.factor, width // self.row.vae.factor
+
+
+def load_base(name, weights=None, device="cpu", dtype=torch.float32, scratch=False) -> Base:
+    """Build a base and load its public weights, all parts frozen, in eval mode and in `dtype`.
+
+    weights: folder of the public files (original or diffusers layout); None: assets/ (tiny) or the hub's local copy, fetched
+    if need be. scratch: leave network and tiny text encoder at their random start, load the autoencoder only.
+    """
+    row = base_row(name)
+    parts = public_parts(name, row, weights)  # {part: state dict of our keys}, read before anything big is built
+    tiny = row.text is None
+    with torch.device("meta" if not scratch else "cpu"):
+        net, vae = UNet3D(row.net), AutoencoderKL(row.vae)
+        # the video networks read the features before the last block: it is not built, and its weights not loaded
+        text = TinyText(TINY_WORDS, row.net.context_dim) if tiny else OpenCLIPText(CLIPConfig(embed_dim=0, text_layers=row.text.text_layers - 1))
+    for part, module in (("net", net), ("vae", vae), ("text", text)):
+        if not scratch or part == "vae" or (part == "text" and not tiny):
+            load_strict(module, parts[part](module), f"{name} {part}")
+    for module in (net, vae, text):
+        module.to(device, dtype).eval().requires_grad_(False)
+    return Base(name, row, net, vae, text, make_schedule(**row.schedule))
+
+
+# ---- public files
+
+def public_parts(name, row, weights):
+    """-> {"net" | "vae" | "text": function(module) -> state dict in our keys}. A missing file is an error here, before long work."""
+    if not row.files and weights is None:
+        return {part: lambda module, part=part: tiny_state(name, part) for part in ("net", "vae", "text")}
+    if weights is not None:
+        root = Path(weights)
+        if not root.exists():
+            raise UserError(f"--weights {weights}: no such folder")
+        if root.is_file():
+            raise UserError(f"--weights {weights}: give the folder that holds {', '.join(names_of(row))}")
+        found = {layout: {p: local_file(root, url) for p, url in files.items()} for layout, files in row.files.items()}
+        layout = max(found, key=lambda k: sum(v is not None for v in found[k].values()))
+        missing = [row.files[layout][p].split(":", 2)[2] for p, path in found[layout].items() if path is None]
+        if missing:
+            raise UserError(f"--weights {weights}: {missing[0]} is missing for {name}; expected {', '.join(names_of(row, layout))}")
+        files = found[layout]
+    else:
+        layout = next(iter(row.files))
+        files = {p: fetch(url, name) for p, url in row.files[layout].items()}
+    convert = {"net": unet_state, "vae": vae_state, "text": text_state}
+    return {p: lambda module, p=p: convert[p](load_weights(files[p]), module, str(files[p])) for p in files}
+
+
+def names_of(row, layout=None):
+    """Names of a base's public files, of one layout or of the first."""
+    return [url.split(":", 2)[2] for url in row.files[layout or next(iter(row.files))].values()] if row.files else ["its files"]
+
+
+def local_file(root, url):
+    """The file of "hub:repo:file" below `root`: by its path there or its bare name; .bin stands in for .safetensors."""
+    file = Path(url.split(":", 2)[2])
+    for candidate in (file, file.with_suffix(".bin"), file.parent / "pytorch_model.bin"):
+        if (root / candidate).is_file():
+            return root / candidate
+    return None
+
+
+def fetch(url, name):
+    """"hf:repo:file" -> path of the local copy, downloaded by huggingface_hub (resumes, checks sizes) when it is not there."""
+    hub, repo, file = url.split(":", 2)
+    from huggingface_hub import hf_hub_download
+    try:
+        return hf_hub_download(repo, file)
+    except Exception as e:  # offline, no such file, gated repository: all mean the same to the user
+        raise UserError(f"--base {name}: cannot get {file} of huggingface.co repository {repo} ({type(e).__name__}); "
+                        f"download it elsewhere and give its folder with --weights") from None
+
+
+def tiny_state(name, part):
+    """A part of a tiny base's file in assets/ (fp16, keys "net.*", "vae.*", "text.*")."""
+    path = ASSETS / f"{name}.safetensors"
+    if not path.exists():
+        raise UserError(f"{path} is missing: check out the repository whole, or train it (README, 'The tiny world')")
+    state = load_weights(path)
+    return {k.removeprefix(part + "."): v for k, v in state.items() if k.startswith(part + ".")}
+
+
+def unet_state(state, net, source):
+    """Public UNet weights, VGen or diffusers naming -> UNet3D's."""
+    if any(k.startswith("down_blocks.") for k in state):
+        return rename(state, net, lambda k: unet_diffusers_name(k, net.cfg.num_res_blocks), source)
+    return state
+
+
+def vae_state(state, vae, source):
+    """Public autoencoder weights: bare, inside a whole Stable Diffusion file, or diffusers naming -> AutoencoderKL's."""
+    if any(k.startswith("first_stage_model.") for k in state):
+        state = {k.removeprefix("first_stage_model."): v for k, v in state.items() if k.startswith("first_stage_model.")}
+    if any(k.startswith("encoder.down_blocks.") for k in state):
+        for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):  # old diffusers files
+            state = {k.replace(f"attentions.0.{old}.", f"attentions.0.{new}."): v for k, v in state.items()}
+        return rename(state, vae, lambda k: vae_diffusers_name(k, len(vae.cfg.ch_mult)), source)
+    return {k: v for k, v in state.items() if not k.startswith(("loss.", "model_ema."))}
+
+
+def text_state(state, tower, source):
+    """Public text tower weights, open_clip (both towers) or transformers naming -> those that our shortened tower holds."""
+    if any("encoder.layers." in k for k in state):
+        state = text_from_hf(state)
+    elif not any("resblocks" in k for k in state):
+        raise UserError(f"{source}: not an OpenCLIP text tower: {looks_like(state)}")
+    ours = tower.state_dict()
+    return {k: v for k, v in clip_text_only(state).items() if k in ours}
+
+
+# ---- the table
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--download", metavar="NAME", help="fetch the public files of this base")
+    p.add_argument("--pack", metavar="NAME", help="put the network and text encoder of a t2v.py --scratch run into assets/NAME.safetensors")
+    p.add_argument("--ckpt", help="with --pack: folder of that run")
+    args = p.parse_args(argv)
+    if args.pack:
+        tensors, _ = load_checkpoint(args.ckpt)
+        text = {k.removeprefix("text_encoder."): v for k, v in tensors.items() if k.startswith("text_encoder.")}
+        replace_part(ASSETS / f"{args.pack}.safetensors", "text", text)
+        replace_part(ASSETS / f"{args.pack}.safetensors", "net", {k: v for k, v in tensors.items() if not k.startswith("text_encoder.")})
+        return
+    if args.download:
+        row = base_row(args.download)
+        for url in next(iter(row.files.values()), {}).values():
+            path = fetch(url, args.download)
+            print(f"{os.path.getsize(path) / 1e9:6.2f} GB  {path}")
+        return
+    methods = sorted({m for row in BASES.values() for m in row.methods})
+    print(f"{'base':14}{'parameters':>12}  {'methods':24}about")
+    for name, row in BASES.items():
+        with torch.device("meta"):
+            n = sum(q.numel() for q in UNet3D(row.net).parameters())
+        print(f"{name:14}{n / 1e6:>10.1f} M  {' '.join(m for m in methods if m in row.methods):24}{row.about}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,440 @@
+"""The plumbing, all of it: processes, seeds, log, checkpoints, exact resume, weight files. Methods and maths live elsewhere."""
+import contextlib
+import hashlib
+import json
+import math
+import os
+import platform
+import resource
+import signal
+import struct
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+class UserError(SystemExit):
+    """A mistake of the user's: one line that names the thing and the remedy. Python prints it and exits with code 1."""
+
+    def __init__(self, message):
+        super().__init__(f"error: {message}")
+
+
+# ---- processes and seeds
+
+@dataclass
+class Env:
+    """Where this process runs. `stop` turns true on SIGTERM or Ctrl-C: save and leave at the next step."""
+    rank: int
+    world: int
+    device: torch.device
+    dtype: torch.dtype   # of frozen weights and of autocast
+    stop: bool = False
+
+    @property
+    def main(self):
+        return self.rank == 0
+
+    def autocast(self):
+        """Autocast for network calls; off in fp32."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def setup(args) -> Env:
+    """Start this process: plain `python x.py` or under torchrun (gloo on CPU, nccl on GPUs). Seeds everything with args.seed."""
+    wanted = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if wanted.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {wanted}: this machine shows no GPU to PyTorch {torch.__version__}; try --device cpu")
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device(f"cuda:{local}" if wanted == "cuda" else wanted)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    env = Env(rank, world, device, DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")])
+
+    def on_signal(signum, frame):
+        if env.stop:  # asked twice: leave at once
+            raise SystemExit(1)
+        env.stop = True
+        print("stopping after this step: saving first (again to leave at once)", flush=True)
+    for s in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(s, on_signal)
+    torch.manual_seed(args.seed)  # the same on every process, so that all build the same network
+    return env
+
+
+def agree_to_stop(env):
+    """True on every process as soon as one of them was asked to stop."""
+    if env.world == 1:
+        return env.stop
+    flag = torch.tensor(float(env.stop), device=env.device)
+    dist.all_reduce(flag)
+    return flag.item() > 0
+
+
+def seed_of(*numbers) -> int:
+    """A 63-bit seed from integers or strings, e.g. (seed, rank, step): neighbours give unrelated streams."""
+    text = ",".join(map(str, numbers))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+def generator(*numbers) -> torch.Generator:
+    """CPU generator keyed by numbers: the same noise on any device, after any resume, in any batch."""
+    return torch.Generator().manual_seed(seed_of(*numbers))
+
+
+def mean_over_ranks(values: dict, env) -> dict:
+    """{name: float} -> the same, averaged over the processes (each must call it, with the same names)."""
+    if env.world == 1:
+        return values
+    t = torch.tensor(list(values.values()), dtype=torch.float64, device=env.device)
+    dist.all_reduce(t)
+    return dict(zip(values, (t / env.world).tolist()))
+
+
+# ---- options
+
+def apply_defaults(parser, argv, presets, option="base"):
+    """Parse argv with the defaults that presets[value of --base] replaces; flags that are given win. -> args"""
+    chosen = getattr(parser.parse_known_args(argv)[0], option)
+    parser.set_defaults(**presets.get(chosen, {}))
+    return parser.parse_args(argv)
+
+
+def lr_at(step, args):
+    """Learning rate of update `step` (0-based): linear warm-up from lr / warmup, then constant, cosine to 0, or 4 cosine restarts."""
+    if step < args.warmup:
+        return args.lr * (step + 1) / args.warmup
+    if args.lr_schedule == "constant":
+        return args.lr
+    done = (step - args.warmup) / max(1, args.steps - args.warmup)
+    if args.lr_schedule == "cosine-restarts":
+        done = 4 * done % 1
+    return args.lr * (1 + math.cos(math.pi * done)) / 2
+
+
+# ---- log
+
+class Log:
+    """One line a step on the screen and in out/log.jsonl (rank 0); TensorBoard and W&B if asked for."""
+
+    def __init__(self, args, env, parts, start=0):
+        """parts: {name: module}, for the parameter counts of the header. start: first step, after a resume."""
+        self.args, self.env, self.start, self.clock = args, env, start, time.time()
+        self.path = Path(args.out, "log.jsonl")
+        self.writers = []
+        if not env.main:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # a resumed run repeats the steps after its checkpoint: their old lines go
+        kept = [x for x in self.path.read_text().splitlines() if json.loads(x)["step"] < start] if start else []
+        write_atomic(self.path, lambda p: p.write_text("".join(x + "\n" for x in kept)))
+        write_atomic(Path(args.out, "args.json"), lambda p: p.write_text(json.dumps(vars(args), indent=1, default=str)))
+        print("arguments:", " ".join(f"{k}={v}" for k, v in vars(args).items() if v is not None))
+        print(f"device: {device_name(env.device)} x {env.world}, {str(env.dtype)[6:]};",
+              ", ".join(f"{k} {v}" for k, v in versions().items()))
+        for name, module in parts.items():
+            n = [(p.numel(), p.requires_grad) for p in module.parameters()]
+            print(f"{name}: {sum(k for k, g in n if g):,} trained of {sum(k for k, _ in n):,} parameters")
+        print(f"effective batch: {args.batch} a process x {args.accum} accumulated x {env.world} processes = "
+              f"{args.batch * args.accum * env.world}", flush=True)
+        if args.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            board = SummaryWriter(args.out)
+            self.writers.append(lambda step, v: [board.add_scalar(k, x, step) for k, x in v.items()])
+        if args.wandb:
+            import wandb
+            run = wandb.init(project="nanovideo", name=Path(args.out).name, config=vars(args))
+            self.writers.append(lambda step, v: run.log(v, step=step))
+
+    def step(self, step, **values):
+        """Log the floats of one finished step (0-based); averaged over the processes, each of which must call this."""
+        values = mean_over_ranks({k: float(v) for k, v in values.items()}, self.env)
+        now, seconds = time.time(), time.time() - self.clock
+        self.clock = now
+        if not self.env.main:
+            return
+        with open(self.path, "a") as f:
+            f.write(json.dumps({"step": step, **values, "seconds": round(seconds, 3)}) + "\n")
+        for write in self.writers:
+            write(step, values)
+        if step % self.args.log_every == 0 or step == self.args.steps - 1:
+            shown = " | ".join(f"{k} {v:.3g}" if k == "lr" else f"{k} {v:.4f}" for k, v in values.items())
+            print(f"step {step + 1}/{self.args.steps} | {shown} | {seconds:.2f} s", flush=True)
+        if step == self.start + 1:  # the first step compiles and allocates: time the second
+            left = seconds * (self.args.steps - step - 1)
+            print(f"{seconds:.2f} s a step, about {left / 60:.0f} min to go, peak memory {peak_memory(self.env.device):.2f} GB", flush=True)
+
+
+def peak_memory(device) -> float:
+    """Peak memory of this process so far in GB (10^9 bytes): allocated on the GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def versions() -> dict:
+    found = {"python": platform.python_version()}
+    for name in ("torch", "open_clip_torch", "transformers"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def draw_curve(log_path, png, keys, title=""):
+    """log.jsonl -> a picture: one panel a key, each step as a dot and a running mean."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    rows = [json.loads(x) for x in Path(log_path).read_text().splitlines()]
+    fig, axes = plt.subplots(1, len(keys), figsize=(5 * len(keys), 3.4), squeeze=False)
+    for ax, key in zip(axes[0], keys):
+        points = [(r["step"] + 1, r[key]) for r in rows if key in r]
+        if not points:
+            continue
+        steps, values = zip(*points)
+        mean, window = [], max(1, len(values) // 20)
+        for i in range(len(values)):
+            mean.append(sum(values[max(0, i - window + 1):i + 1]) / min(i + 1, window))
+        ax.plot(steps, values, ".", ms=3, alpha=0.35)
+        ax.plot(steps, mean, lw=2)
+        ax.set_xlabel("step")
+        ax.set_title(key)
+        ax.grid(alpha=0.3)
+    fig.suptitle(title)
+    fig.tight_layout()
+    write_atomic(Path(png), lambda p: fig.savefig(p, dpi=110))
+    plt.close(fig)
+
+
+class FiniteGuard:
+    """Skip steps whose loss is not finite; after 10 in a row stop, the last good checkpoint kept."""
+
+    def __init__(self):
+        self.bad = 0
+
+    def ok(self, env, **terms) -> bool:
+        """terms: the named loss terms of this step (0-d tensors). The same answer on every process."""
+        wrong = [k for k, v in terms.items() if not torch.isfinite(v).all()]
+        some = torch.tensor(float(bool(wrong)), device=env.device)
+        if env.world > 1:
+            dist.all_reduce(some)
+        if not some.item():
+            self.bad = 0
+            return True
+        self.bad += 1
+        if wrong:
+            print(f"warning: {wrong[0]} is not finite: step skipped ({self.bad} in a row)", flush=True)
+        if self.bad >= 10:
+            raise UserError(f"{(wrong or ['a loss term'])[0]} was not finite 10 steps in a row; the last checkpoint is kept: "
+                            "try a lower --lr, a --clip, or --dtype fp32")
+        return False
+
+
+@contextlib.contextmanager
+def memory_advice(*dials):
+    """Turn a CUDA out-of-memory error into one line that lists the dials to turn, in that order."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as e:
+        raise UserError(f"the GPU is out of memory; try, in this order: {', '.join(dials)}") from e
+
+
+# ---- checkpoints (DESIGN section 6): ckpt.safetensors is what one samples from, state.pt is what one resumes from
+
+def write_atomic(path, write):
+    """write(temporary path), fsync, rename: a kill at any moment leaves the old file or the new one, whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f".{path.stem}.tmp{path.suffix}")  # the same suffix: some writers go by it
+    write(tmp)
+    with open(tmp, "rb") as f:
+        os.fsync(f.fileno())
+    os.replace(tmp, path)
+
+
+def full(t: Tensor) -> Tensor:
+    """A tensor, or the whole of an FSDP2-sharded one (then every process must call), detached on the CPU."""
+    t = t.detach()
+    return (t.full_tensor() if hasattr(t, "full_tensor") else t).cpu()
+
+
+def trained(parts: dict) -> dict:
+    """{prefix: module} -> {key: parameter} of all that is trained: public names, no wrapper's `module.` in them."""
+    found = {}
+    for prefix, module in parts.items():
+        for name, p in module.named_parameters():
+            if p.requires_grad:
+                found[prefix + name.removeprefix("module.").replace("_orig_mod.", "")] = p
+    return found
+
+
+def save_checkpoint(args, env, step, params, meta, opt, ema=None, scaler=None):
+    """Write out/ckpt.safetensors (averaged weights if `ema`) and out/state.pt after `step` updates; every process must call.
+
+    params: {key: parameter} from trained(); ema: {key: tensor} or None; meta: what sample.py needs to know, plain types.
+    """
+    weights = {k: full(p).contiguous() for k, p in params.items()}
+    moments = {k: {n: full(v) for n, v in opt.state[p].items()} for k, p in params.items()}
+    averaged = {k: full(v).contiguous() for k, v in ema.items()} if ema else None
+    if not env.main:
+        return
+    out = Path(args.out)
+    meta = dict(meta, step=step, args={k: v for k, v in vars(args).items() if v is not None}, versions=versions())
+    product = averaged or weights
+    text = {"nanovideo": json.dumps(meta, default=str)}
+    write_atomic(out / f"ckpt-{step}.safetensors", lambda p: save_file(product, p, text))
+    write_atomic(out / "ckpt.safetensors", lambda p: save_file(product, p, text))
+    # everything that resume needs is in this one file, so that the two files need not be of the same moment
+    state = dict(step=step, weights=weights, moments=moments, ema=averaged, meta=json.loads(text["nanovideo"]), world=env.world,
+                 scaler=scaler.state_dict() if scaler else None)
+    write_atomic(out / "state.pt", lambda p: torch.save(state, p))
+    steps = sorted(int(p.stem.split("-")[1]) for p in out.glob("ckpt-*.safetensors"))
+    for old in steps[:max(0, len(steps) - args.keep)]:
+        (out / f"ckpt-{old}.safetensors").unlink()
+
+
+def check_out(args, same=("method", "base", "rank", "alpha", "lora_targets", "seed"), method=""):
+    """Refuse to overwrite a run, or to resume one with other options. -> the state to resume from, or None."""
+    path = Path(args.out, "state.pt")
+    if not path.exists():
+        return None
+    if not args.resume:
+        raise UserError(f"{args.out} already holds a run: --resume continues it, --out another/folder starts a new one")
+    state = load_pickle(path)
+    then = dict(state["meta"]["args"], method=state["meta"]["method"])
+    for k in same:
+        now = method if k == "method" else getattr(args, k, None)
+        if then.get(k) != now and not (now is None and k not in then):
+            raise UserError(f"--resume: the run in {args.out} was made with {k} {then.get(k)}, not {now}; give the same or another --out")
+    return state
+
+
+def load_state(state, params, opt, ema=None, scaler=None) -> int:
+    """Put a state of check_out() back into parameters, optimizer, ema and scaler; plain, DDP or FSDP2. -> updates done."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    def like(value, p):
+        if isinstance(p, DTensor):
+            return distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
+        return value.to(p.device)
+    if set(params) != set(state["weights"]):
+        first = sorted(set(params) ^ set(state["weights"]))[0]
+        raise UserError(f"--resume: the run's trained tensors are not the ones asked for (first difference: {first})")
+    with torch.no_grad():
+        for k, p in params.items():
+            p.copy_(like(state["weights"][k], p))
+            opt.state[p] = {n: like(v, p) if v.ndim else v for n, v in state["moments"][k].items()}
+            if ema is not None:
+                ema[k].copy_(like(state["ema"][k], p))
+    if scaler and state["scaler"]:
+        scaler.load_state_dict(state["scaler"])
+    return state["step"]
+
+
+def load_checkpoint(path):
+    """One of our own runs (folder, or a ckpt*.safetensors in it) -> ({key: tensor}, meta)."""
+    path = Path(path)
+    file = path / "ckpt.safetensors" if path.is_dir() else path
+    if not file.exists():
+        raise UserError(f"--ckpt {path}: no ckpt.safetensors there; give the --out folder of a finished run")
+    tensors, text = load_safetensors(file)
+    if "nanovideo" not in text:
+        raise UserError(f"--ckpt {path}: not a nanovideo checkpoint ({looks_like(tensors)}); "
+                        "public weights go to --weights, public LoRA files to --lora")
+    return tensors, json.loads(text["nanovideo"])
+
+
+# ---- weight files
+
+def load_safetensors(path):
+    """-> ({key: tensor on the CPU}, metadata)."""
+    try:
+        with safe_open(path, "pt") as f:
+            return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
+    except (SafetensorError, OSError, struct.error) as e:
+        raise UserError(f"{path}: not a whole safetensors file ({e}); the download or copy was cut off: fetch it again") from e
+
+
+def load_pickle(path):
+    """torch.load on the CPU that runs no code from the file."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # zip, pickle and EOF errors alike mean one thing to the user
+        raise UserError(f"{path}: not a whole PyTorch file, or not one of plain tensors ({str(e).splitlines()[0][:120]}); fetch it again") from e
+
+
+def load_weights(path) -> dict:
+    """A public weight file (.safetensors, .pt, .pth, .bin, .ckpt) -> {key: tensor}; state_dict / module wrappers taken off."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
+    state = load_safetensors(path)[0] if path.suffix == ".safetensors" else load_pickle(path)
+    while isinstance(state, dict) and not any(isinstance(v, Tensor) for v in state.values()):
+        inner = [state[k] for k in ("state_dict", "module", "model") if isinstance(state.get(k), dict)]
+        if not inner:
+            raise UserError(f"{path}: holds no tensors (top-level keys: {', '.join(map(str, list(state)[:5]))})")
+        state = inner[0]
+    return {k.removeprefix("module."): v for k, v in state.items() if isinstance(v, Tensor)}
+
+
+def replace_part(path, part, state):
+    """Write {key: tensor} as the fp16 tensors "part.key" of a safetensors file that keeps its other parts (the tiny bases in assets/)."""
+    old = load_safetensors(path)[0] if Path(path).exists() else {}
+    kept = {k: v for k, v in old.items() if not k.startswith(part + ".")}
+    new = {f"{part}.{k}": v.detach().half().contiguous().cpu() for k, v in state.items()}
+    write_atomic(path, lambda p: save_file(kept | new, p))
+
+
+KINDS = {  # a key that only this kind of file has
+    "image_latents": "I2VGen-XL in diffusers layout", "local_image_embedding": "I2VGen-XL", "init_attn": "VideoCrafter2",
+    "down_blocks": "a diffusers UNet or VAE", "input_blocks": "a VGen or ModelScope UNet", "lora_A": "a LoRA file",
+    "lora_down": "a LoRA file", "first_stage_model": "a Stable Diffusion checkpoint", "decoder.up.": "an SD autoencoder",
+    "resblocks": "an OpenCLIP model", "text_model.": "a transformers CLIP text model", "transformer_blocks.0.norm1.linear": "CogVideoX"}
+
+
+def looks_like(state) -> str:
+    """What kind of public file these keys are from, in words."""
+    for part, kind in KINDS.items():
+        if any(part in k for k in state):
+            return f"it looks like {kind}"
+    return f"unknown keys such as {next(iter(state), 'none')}"
+
+
+def load_strict(net, state, name):
+    """Load a state dict whose keys and shapes must be the network's; else one line: what it looks like, first faults."""
+    want = {k: v.shape for k, v in net.state_dict().items()}
+    missing, extra = [k for k in want if k not in state], [k for k in state if k not in want]
+    wrong = [k for k in want if k in state and want[k] != state[k].shape]
+    if missing or extra or wrong:
+        faults = [f"{len(ks)} {word}, first {ks[0]}" for word, ks in (("missing", missing), ("unexpected", extra), ("of another shape", wrong)) if ks]
+        raise UserError(f"{name}: these are not its weights ({looks_like(state)}): {'; '.join(faults)}")
+    net.load_state_dict(state, assign=next(net.parameters()).is_meta)
+
+
+def rename(state, net, name_of, source):
+    """{their key: tensor} -> {our key: tensor} in our shapes (1x1 convolutions against Linears); name_of(our key) -> their key."""
+    shapes = {k: v.shape for k, v in net.state_dict().items()}
+    theirs = {name_of(k): k for k in shapes}
+    missing, extra = [k for k in theirs if k not in state], [k for k in state if k not in theirs]
+    if missing or extra:
+        first = f"missing {missing[0]}" if missing else f"unexpected {extra[0]}"
+        raise UserError(f"{source}: these are not its weights ({looks_like(state)}): {len(missing)} missing, {len(extra)} unexpected, first: {first}")
+    return {ours: state[their].reshape(shapes[ours]) for their, ours in theirs.items()}

@@ -1,0 +1,643 @@
+"""Data: the tiny world (procedural captioned clips), reading and writing videos, prompt files, data sets.
+
+`python data.py --tiny-preview sheet.png` draws some of the tiny world; `python data.py --check LIST --frames 16 ...` reads
+every clip of a data set once and names the bad ones.
+"""
+import argparse
+import atexit
+import csv
+import gc
+import io
+import json
+import re
+import struct
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
+
+from common import UserError, generator, write_atomic
+
+# ---- the tiny world: one coloured shape on a plain background that moves, grows, shrinks or stands still
+
+SHAPES = ("circle", "square", "triangle")
+COLOURS = {"red": (230, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 230), "yellow": (240, 220, 50),
+           "purple": (150, 60, 190), "orange": (245, 140, 30), "cyan": (60, 210, 220), "white": (250, 250, 250)}
+BACKGROUNDS = {"black": (15, 15, 20), "gray": (110, 110, 115), "brown": (85, 55, 40)}
+MOTIONS = ("moving left", "moving right", "moving up", "moving down", "growing", "shrinking", "standing still")
+TINY_WORDS = sorted({w for part in (SHAPES, COLOURS, BACKGROUNDS, MOTIONS, ("a on background",)) for p in part for w in p.split()})
+TINY_SIZE, TINY_FRAMES, TINY_FPS = 32, 8, 8
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Ground truth of one tiny clip. Lengths in pixels of a 32 x 32 frame, all per clip but for the two per-frame paths."""
+    shape: str
+    colour: str
+    background: str
+    motion: str
+    x: np.ndarray       # (f,) centre
+    y: np.ndarray       # (f,)
+    radius: np.ndarray  # (f,) of the circle of the same area
+
+    def caption(self, with_background=True):
+        tail = f" on a {self.background} background" if with_background else ""
+        return f"a {self.colour} {self.shape} {self.motion}{tail}"
+
+
+def tiny_captions():
+    """All 504 captions with a background, in a fixed order."""
+    return [f"a {c} {s} {m} on a {b} background" for s in SHAPES for c in COLOURS for m in MOTIONS for b in BACKGROUNDS]
+
+
+def tiny_prompts(held_out=False):
+    """The 440 captions that alignment methods train on, or the 64 that they never see (the base has seen all 504)."""
+    captions = tiny_captions()
+    order = np.random.default_rng(0).permutation(len(captions))
+    return [captions[i] for i in (order[-64:] if held_out else order[:-64])]
+
+
+def tiny_scene(rng, shape=None, colour=None, background=None, motion=None, frames=TINY_FRAMES):
+    """A random Scene from a numpy Generator; what is given is kept. The shape stays inside the frame."""
+    def pick(given, choices):
+        drawn = choices[rng.integers(len(choices))]  # drawn in any case: the rest of the scene does not depend on what is given
+        return given or drawn
+    shape, colour = pick(shape, SHAPES), pick(colour, tuple(COLOURS))
+    background, motion = pick(background, tuple(BACKGROUNDS)), pick(motion, MOTIONS)
+    time = np.linspace(-0.5, 0.5, frames) if frames > 1 else np.zeros(1)
+    radius, travel, ratio, u, v = (rng.uniform(*r) for r in ((4.5, 6.5), (9, 14), (1.9, 2.5), (-1, 1), (-1, 1)))
+    dx, dy = {"moving left": (-1, 0), "moving right": (1, 0), "moving up": (0, -1), "moving down": (0, 1)}.get(motion, (0, 0))
+    growth = {"growing": 1, "shrinking": -1}.get(motion, 0) * np.log(ratio)
+    r = radius * np.exp(growth * time)
+    reach = 1.35 * r.max()  # a triangle's corner is 1.56 radii away, but it never points sideways and down at once
+    room_x, room_y = (TINY_SIZE / 2 - reach - travel / 2 * abs(d) for d in (dx, dy))
+    x = TINY_SIZE / 2 + u * max(room_x, 0) + dx * travel * time
+    y = TINY_SIZE / 2 + v * max(room_y, 0) + dy * travel * time
+    return Scene(shape, colour, background, motion, x, y, np.broadcast_to(r, x.shape))
+
+
+def signed_distance(shape, x, y, r):
+    """Distance in pixels from points (x, y), relative to the centre, to the edge of a shape with the area of a disc of radius r."""
+    if shape == "circle":
+        return np.hypot(x, y) - r
+    if shape == "square":
+        half = r * np.sqrt(np.pi) / 2
+        return np.maximum(np.abs(x), np.abs(y)) - half
+    inner = r * np.sqrt(np.pi / (3 * np.sqrt(3)))  # inradius of the equilateral triangle, point up, of that area
+    return np.maximum(y - inner, (np.abs(x) * np.sqrt(3) - y) / 2 - inner)
+
+
+def render(scene):
+    """Scene -> video (3,f,32,32) float32 in [-1,1], edges anti-aliased over one pixel."""
+    centre = np.arange(TINY_SIZE) + 0.5
+    gx = centre[None, None, :] - scene.x[:, None, None]  # f 1 w
+    gy = centre[None, :, None] - scene.y[:, None, None]  # f h 1
+    gx, gy = np.broadcast_arrays(gx, gy)
+    alpha = np.clip(0.5 - signed_distance(scene.shape, gx, gy, scene.radius[:, None, None]), 0, 1)
+    front, back = (np.array(c, dtype=np.float32)[:, None, None, None] / 127.5 - 1
+                   for c in (COLOURS[scene.colour], BACKGROUNDS[scene.background]))
+    return torch.from_numpy((back + (front - back) * alpha).astype(np.float32))
+
+
+def tiny_batch(seed, n, frames=TINY_FRAMES, drop_background=0.2):
+    """-> (videos (n,3,f,32,32) in [-1,1], captions, scenes); a function of the seed (an int or a tuple of ints) alone."""
+    rng = np.random.default_rng(seed)
+    scenes = [tiny_scene(rng, frames=frames) for _ in range(n)]
+    captions = [s.caption(with_background=rng.random() >= drop_background) for s in scenes]
+    return torch.stack([render(s) for s in scenes]), captions, scenes
+
+
+# ---- which clips make which batch
+
+def batch_indices(n, step, batch, rank=0, world=1, seed=0):
+    """Indices (list of `batch`) of what process `rank` reads at `step`: shuffled epochs over n items, disjoint between processes.
+
+    A function of its arguments alone: a resumed run reads on where it stopped.
+    """
+    first = (step * world + rank) * batch
+    picked = []
+    for i in range(first, first + batch):
+        epoch, position = divmod(i, n)
+        picked.append(int(np.random.default_rng((seed, epoch)).permutation(n)[position]))
+    return picked
+
+
+class TinyWorld(torch.utils.data.Dataset):
+    """`n` fixed clips of the tiny world: item i -> {"video" (3,f,32,32), "text"}; f = 1 gives images."""
+
+    def __init__(self, n, frames=TINY_FRAMES, seed=0):
+        self.n, self.frames, self.seed = n, frames, seed
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        video, captions, _ = tiny_batch((self.seed, 10 ** 6, i), 1, self.frames)
+        return {"video": video[0], "text": captions[0]}
+
+
+# ---- pixels
+
+VIDEOS = (".mp4", ".avi", ".mov", ".webm", ".gif")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+FOLDER_FPS = 8.0  # a folder of pictures has no rate of its own
+MP4_CRF = "12"    # x264's default, 23, costs 8 dB
+
+
+def resize_crop(video, size):
+    """(3, h, w) or (3, f, h, w) float -> the same at size (h, w): scaled to cover it, then centre-cropped."""
+    (h, w), (H, W) = video.shape[-2:], size
+    if (h, w) == (H, W):
+        return video
+    # Integer ceiling: VGen's float floor can end one pixel short, which gives a black column.
+    cover = (H, -(-w * H // h)) if H * w >= W * h else (-(-h * W // w), W)
+    x = video if video.dim() == 4 else video[None]
+    x = F.interpolate(x, cover, mode="bilinear", antialias=True, align_corners=False)
+    top, left = (cover[0] - H) // 2, (cover[1] - W) // 2
+    x = x[..., top:top + H, left:left + W].contiguous()
+    return x if video.dim() == 4 else x[0]
+
+
+def to_uint8(video):
+    """(3, f, h, w) in [-1, 1] -> numpy (f, h, w, 3), rounded and clamped. NaN raises: it would look black."""
+    video = video.detach().float().cpu()
+    if video.dim() != 4 or video.shape[0] != 3 or not video.numel():
+        raise UserError(f"a video is (3, frames, height, width), this one is {tuple(video.shape)}")
+    if not torch.isfinite(video).all():
+        raise UserError("the video holds NaN or infinity: nothing to save")
+    return (video.clamp(-1, 1) * 127.5 + 127.5).round().byte().permute(1, 2, 3, 0).numpy()
+
+
+def _to_float(pixels):
+    """uint8, or float in 0..255 -> [-1, 1]."""
+    return pixels.float().div(127.5).sub(1)
+
+
+def _rgb(image):
+    """Pillow image -> uint8 (h, w, 3), turned as its EXIF says; transparent parts are laid on white."""
+    if image.mode.startswith(("I", "F")):
+        raise UserError(f"{image.filename}: a 16-bit or float picture; save it with 8 bits a channel")
+    image = ImageOps.exif_transpose(image).convert("RGBA")
+    return np.array(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"))
+
+
+def _reason(e):
+    """One line of an exception."""
+    text = str(e).removeprefix("error: ") if isinstance(e, UserError) else f"{type(e).__name__}: {e}"
+    return text.splitlines()[0][:300]
+
+
+def read_image(path, size=None):
+    """-> (3, h, w) in [-1, 1]; size = (h, w) scales and centre-crops. Transparency is laid on white."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such picture")
+    try:
+        with Image.open(path) as image:
+            pixels = torch.from_numpy(_rgb(image)).permute(2, 0, 1).float()
+    except Exception as e:  # Pillow raises everything there is
+        raise UserError(f"{path}: not a readable picture ({_reason(e)})") from None
+    return _to_float(resize_crop(pixels, size) if size else pixels)
+
+
+# ---- reading videos
+
+def _natural(path):
+    """Sorting key by which frame_2 comes before frame_10."""
+    return [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", path.name)]
+
+
+def _gif_timeline(image):
+    """-> (stored frame of each shown frame, fps). Writers merge equal neighbours into one longer frame, so a
+    stored frame stands for as many as its duration holds."""
+    durations = []
+    for i in range(image.n_frames):
+        image.seek(i)
+        durations.append(image.info.get("duration") or 100)
+    timeline = [i for i, d in enumerate(durations) for _ in range(round(d / min(durations)))]
+    return timeline, 1000 * len(timeline) / sum(durations)
+
+
+def _turns(matrix):
+    """Display matrix of a frame (phones film lying down) -> counter-clockwise quarter turns for np.rot90."""
+    a, b = struct.unpack("=2i", matrix[:8])
+    return (0 if a > 0 else 2) if abs(a) > abs(b) else (-1 if b > 0 else 1)
+
+
+def _count(file):
+    """Frames of a container whose header does not tell (webm): decoded once, without converting colours."""
+    n = 0
+    try:
+        while True:
+            file.metadata(index=n, constant_framerate=False)
+            n += 1
+    except StopIteration:
+        return n
+
+
+@contextmanager
+def _opened(path):
+    """Yields (frames, fps, (h, w), get) of a video file, a gif or a folder of pictures; get(i) -> uint8
+    (h, w, 3), cheap for ascending i. Whatever goes wrong with the file, here or in get, is a UserError."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such video")
+    if not path.is_dir() and path.suffix.lower() not in VIDEOS:
+        raise UserError(f"{path}: not a video; known are {', '.join(VIDEOS)} and a folder of pictures")
+    try:
+        if path.is_dir():
+            files = sorted((p for p in path.iterdir() if p.suffix.lower() in IMAGES), key=_natural)
+            if not files:
+                raise UserError(f"{path}: no pictures in this folder ({', '.join(IMAGES)})")
+
+            def get(i):
+                with Image.open(files[i]) as image:
+                    return _rgb(image)
+            yield len(files), FOLDER_FPS, get(0).shape[:2], get
+        elif path.suffix.lower() == ".gif":
+            with Image.open(path) as image:
+                timeline, fps = _gif_timeline(image)
+
+                def get(i):
+                    image.seek(timeline[i])
+                    return _rgb(image)
+                yield len(timeline), fps, (image.height, image.width), get
+        else:
+            with iio.imopen(path, "r", plugin="pyav") as file:
+                count, h, w = file.properties().shape[:3]
+                fps = file.metadata()["fps"]
+                count = count or _count(file)
+                # The matrix hangs on the frame. constant_framerate=False: count frames, don't seek by time.
+                first = file.metadata(index=0, constant_framerate=False) if count else {}
+                turns = _turns(first["DISPLAYMATRIX"]) if "DISPLAYMATRIX" in first else 0
+
+                def get(i):
+                    return np.rot90(file.read(index=i, constant_framerate=False), turns)
+                yield count, fps, (w, h) if turns % 2 else (h, w), get
+    except ImportError:
+        raise UserError(f"{path}: reading it needs PyAV: pip install av (gif and pictures do not)") from None
+    except Exception as e:  # decoders raise everything there is
+        raise UserError(f"{path}: cannot be decoded ({_reason(e)})") from None
+
+
+def video_info(path):
+    """-> (frames, fps, (h, w)) from the header; a container that does not count its frames is decoded."""
+    with _opened(path) as (count, fps, size, _):
+        return count, fps, size
+
+
+def read_video(path, frames=None, fps=None, start=0, size=None):
+    """-> ((3, f, h, w) in [-1, 1], its fps). frames: exactly so many (None: all), with a stride of
+    round(file fps / fps) from `start`, an index or a torch.Generator that draws one. A clip that is too
+    short raises (VGen pads it with grey)."""
+    with _opened(path) as (count, rate, shape, get):
+        stride = max(1, round(rate / fps)) if fps else 1
+        last = count - 1 - ((frames or 1) - 1) * stride  # last possible start
+        if isinstance(start, torch.Generator):
+            start = int(torch.randint(max(last, 0) + 1, (), generator=start))
+        if start > last:
+            raise UserError(f"{path}: {count} frames at {rate:.4g} fps are too few for {frames or 1} "
+                            f"with stride {stride} from frame {start}")
+        clip = []
+        for i in range(start, start + frames * stride if frames else count, stride):
+            frame = get(i)
+            if frame.shape[:2] != tuple(shape):
+                raise UserError(f"{path}: frame {i} has size {frame.shape[:2]}, the first one {tuple(shape)}")
+            frame = torch.from_numpy(frame.copy()).permute(2, 0, 1)
+            clip.append(resize_crop(frame.float(), size) if size else frame)  # at once: long clips stay small
+    return _to_float(torch.stack(clip, 1)), rate / stride
+
+
+# ---- writing
+
+def write_video(path, video, fps=8):
+    """video (3, f, h, w) in [-1, 1] -> .mp4 (H.264 yuv420p; odd sides gain one repeated pixel) or .gif."""
+    frames, kind = to_uint8(video), Path(path).suffix.lower()
+    if kind not in (".mp4", ".gif"):
+        raise UserError(f"{path}: videos are written as .mp4 or .gif")
+
+    def gif(tmp):
+        # A gif counts in 1/100 s: rounding the end of each frame, not its length, keeps the mean rate.
+        ends = [round(100 * i / fps) * 10 for i in range(len(frames) + 1)]
+        first, *rest = [Image.fromarray(x) for x in frames]
+        first.save(tmp, save_all=True, append_images=rest, loop=0, duration=np.diff(ends).tolist())
+
+    def mp4(tmp):
+        h, w = frames.shape[1:3]
+        with iio.imopen(tmp, "w", plugin="pyav") as file:
+            file.init_video_stream("libx264", fps=fps, pixel_format="yuv420p")
+            file._video_stream.options = {"crf": MP4_CRF}  # the plugin has no argument for it
+            file.write(np.pad(frames, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), mode="edge"))  # 4:2:0 is even
+    try:
+        write_atomic(path, gif if kind == ".gif" else mp4)
+    except ImportError:
+        raise UserError(f"{path}: writing .mp4 needs PyAV: pip install av, or write a .gif") from None
+
+
+def _strip(video, frames, scale):
+    """`frames` evenly spaced frames side by side -> uint8 (h, w, 3). scale None: about 96 to 256 pixels."""
+    picks = torch.linspace(0, video.shape[1] - 1, min(frames, video.shape[1])).round().long()
+    video = video.detach().float().cpu()[:, picks]
+    h, w = video.shape[2:]
+    if scale is None and max(h, w) > 256:
+        video = resize_crop(video, (round(h * 256 / max(h, w)), round(w * 256 / max(h, w))))
+    scale = scale or max(1, -(-96 // max(h, w)))
+    tiles = to_uint8(video).repeat(scale, 1).repeat(scale, 2)  # nearest: pixels stay pixels
+    tiles = np.pad(tiles, ((0, 0), (0, 0), (0, 2), (0, 0)), constant_values=255)
+    return np.concatenate(list(tiles), 1)[:, :-2]
+
+
+def _wrap(text, font, width):
+    """Words -> list of lines at most `width` pixels long (a longer word stands alone)."""
+    lines = [""]
+    for word in str(text).split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
+
+
+def contact_sheet(videos, path, captions=None, frames=8, scale=None, headers=None):
+    """PNG with a row a video, or videos side by side (before, after) under `headers`; captions above.
+    videos: list of (3, f, h, w) in [-1, 1], or list of such lists; small ones are enlarged by an integer."""
+    rows = [row if isinstance(row, (list, tuple)) else [row] for row in videos]
+    rows = [[_strip(video, frames, scale) for video in row] for row in rows]
+    if not rows or (captions and len(captions) != len(rows)):
+        raise UserError(f"{path}: {len(rows)} rows of videos and {len(captions or [])} captions")
+    font, line, margin, gap = ImageFont.load_default(14), 18, 12, 20
+    columns = [max(row[j].shape[1] for row in rows if j < len(row)) for j in range(max(map(len, rows)))]
+    lefts = [margin + sum(columns[:j]) + gap * j for j in range(len(columns))]
+    width = max(lefts[-1] + columns[-1] + margin, 240)
+    texts = [_wrap(c, font, width - 2 * margin) for c in captions] if captions else [[]] * len(rows)
+    heights = [line * len(text) + max(s.shape[0] for s in row) + gap // 2 for text, row in zip(texts, rows)]
+    top = margin + (line if headers else 0)
+    sheet = Image.new("RGB", (width, top + sum(heights) - gap // 2 + margin), "white")
+    draw = ImageDraw.Draw(sheet)
+    for left, header in zip(lefts, headers or []):
+        draw.text((left, margin - 2), header, "black", font)
+    for text, row, height in zip(texts, rows, heights):
+        for i, words in enumerate(text):
+            draw.text((margin, top + i * line - 2), words, (60, 60, 60), font)
+        for left, strip in zip(lefts, row):
+            sheet.paste(Image.fromarray(strip), (left, top + line * len(text)))
+        top += height
+    write_atomic(path, lambda tmp: sheet.save(tmp, "PNG"))
+
+
+# ---- prompt files and lists
+
+# Spellings in use for the same field; the first is ours, an earlier one wins where a row has several.
+PROMPT_KEYS = ("prompt", "caption", "en_caption", "prompt_en", "text")
+VIDEO_KEYS = ("video", "path", "file", "file_name")
+CAPTION_KEYS = ("caption", "text", "prompt", "en_caption")
+
+
+def _read_text(path):
+    """The whole file; a missing, not UTF-8 or empty one is refused."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: not UTF-8 text (byte {e.start}); save it as UTF-8") from None
+    if not text.strip():
+        raise UserError(f"{path}: the file is empty")
+    return text
+
+
+def _lines(path, comments="#"):
+    """-> [(row, stripped line)] without blank lines and comments; rows count from 1 as in an editor."""
+    # split, not splitlines: that one also cuts at U+2028 and others, which may stand inside a caption or JSON
+    rows = [(n, s.strip()) for n, s in enumerate(_read_text(path).split("\n"), 1)]
+    rows = [(n, s) for n, s in rows if s and not (comments and s.startswith(comments))]
+    if not rows:
+        raise UserError(f"{path}: only comments and blank lines")
+    return rows
+
+
+def _json(text, where):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as e:
+        raise UserError(f"{where}: not valid JSON ({e})") from None
+
+
+def _table(path):
+    """.csv with a header, or .jsonl -> [(row, dict)]. A csv row with surplus or missing fields is refused: an
+    unquoted comma would cut the caption silently, as in 17 of the 51 rows of DEMO's own prompt file."""
+    if Path(path).suffix.lower() == ".jsonl":
+        rows = [(n, _json(s, f"{path} row {n}")) for n, s in _lines(path, comments=None)]
+        for n, row in rows:
+            if not isinstance(row, dict):
+                raise UserError(f'{path} row {n}: not an object such as {{"prompt": "..."}}')
+        return rows
+    reader, rows = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True), []
+    try:
+        header = [name.strip() for name in next(reader)]
+        if len(set(header)) != len(header):
+            raise UserError(f"{path} row 1: a column name stands twice ({', '.join(header)})")
+        for row in reader:
+            if row and len(row) != len(header):
+                raise UserError(f"{path} row {reader.line_num}: {len(row)} fields, the header {len(header)}; "
+                                'a text with a comma needs "double quotes"')
+            if row:
+                rows.append((reader.line_num, dict(zip(header, row))))
+    except csv.Error as e:
+        raise UserError(f"{path} row {reader.line_num}: not valid csv ({e})") from None
+    if not rows:
+        raise UserError(f"{path}: a header without rows")
+    return rows
+
+
+def _field(row, keys, where):
+    """The first of `keys` in the row: a text which is not empty."""
+    key = next((k for k in keys if k in row), None)
+    if key is None:
+        found = ", ".join(map(str, row)) or "nothing"
+        raise UserError(f"{where}: no `{keys[0]}` (nor {', '.join(keys[1:])}), only {found}")
+    if not isinstance(row[key], str) or not row[key].strip():
+        raise UserError(f"{where}: `{key}` is empty or not a text")
+    return row[key].strip()
+
+
+def _pairs(path, what):
+    """.txt of `path|||caption` lines -> [(row, path, caption)]."""
+    rows = [(n, [s.strip() for s in line.split("|||")]) for n, line in _lines(path)]
+    for n, parts in rows:
+        if len(parts) != 2 or not all(parts):
+            raise UserError(f"{path} row {n}: wanted {what}|||caption, found {'|||'.join(parts)[:60]!r}")
+    return [(n, *parts) for n, parts in rows]
+
+
+def _json_prompts(data, path):
+    """The JSON forms in use: {file: prompt}, a list of prompts, of {"prompt": ...} or of {file: prompt}, and
+    any of these under "prompts" (VideoDPO)."""
+    if isinstance(data, dict) and isinstance(data.get("prompts"), (dict, list)):
+        data = data["prompts"]
+    if isinstance(data, dict):
+        data = list(data.values())
+    if not isinstance(data, list) or not data:
+        raise UserError(f'{path}: wanted {{file: prompt}}, a list of prompts or a list of {{"prompt": ...}}')
+    prompts = []
+    for n, row in enumerate(data, 1):
+        if isinstance(row, dict) and len(row) == 1 and not set(row) & set(PROMPT_KEYS):
+            row = next(iter(row.values()))  # {"000001.mp4": prompt}
+        row = row if isinstance(row, dict) else {"prompt": row}
+        prompts.append(_field(row, PROMPT_KEYS, f"{path} entry {n}"))
+    return prompts
+
+
+def read_prompts(path):
+    """-> list of prompts. .txt: a line each, # comments; .csv or .jsonl: `prompt` (or caption, en_caption,
+    prompt_en, text) of each row; .json: see _json_prompts."""
+    kind = Path(path).suffix.lower()
+    if kind == ".json":
+        return _json_prompts(_json(_read_text(path), path), path)
+    if kind in (".csv", ".jsonl"):
+        return [_field(row, PROMPT_KEYS, f"{path} row {n}") for n, row in _table(path)]
+    if kind != ".txt":
+        raise UserError(f"{path}: prompt files are .txt, .csv, .jsonl or .json")
+    for n, line in _lines(path):
+        if "|||" in line:
+            raise UserError(f"{path} row {n}: image|||caption is for image-to-video; keep the caption alone")
+    return [line for _, line in _lines(path)]
+
+
+def read_image_prompts(path):
+    """.txt of `image|||caption` lines -> [(image path, caption)]; paths relative to the file, and checked."""
+    rows = [(n, Path(path).parent / image, caption) for n, image, caption in _pairs(path, "image")]
+    for n, image, _ in rows:
+        if not image.is_file():
+            raise UserError(f"{path} row {n}: {image}: no such picture")
+    return [(image, caption) for _, image, caption in rows]
+
+
+# ---- data sets of clips with captions
+
+def _folder_rows(folder):
+    """Clips with a same-named .txt beside them -> [(row, path, caption)]; also sub-folders of pictures."""
+    clips = [p for p in folder.iterdir() if not p.name.startswith(".") and
+             (p.suffix.lower() in VIDEOS + IMAGES or (p.is_dir() and p.with_name(p.name + ".txt").is_file()))]
+    rows = []
+    for n, clip in enumerate(sorted(clips, key=_natural), 1):
+        text = clip.with_name((clip.name if clip.is_dir() else clip.stem) + ".txt")
+        if not text.is_file():
+            raise UserError(f"{clip}: no caption beside it; write {text.name}, or metadata.csv for all")
+        rows.append((n, clip, " ".join(_read_text(text).split())))
+    if not rows:
+        raise UserError(f"{folder}: no clips in this folder ({', '.join(VIDEOS)})")
+    return rows
+
+
+def _clip_rows(source):
+    """Any source of VideoDataset -> (file that lists the clips, [(row, path, caption)])."""
+    source = Path(source)
+    if not source.exists():
+        raise UserError(f"{source}: no such folder or list of clips")
+    if source.is_dir():
+        listed = [p for p in (source / "metadata.csv", source / "metadata.jsonl") if p.is_file()]
+        if not listed:
+            return source, _folder_rows(source)
+        source = listed[0]
+    kind = source.suffix.lower()
+    if kind in (".csv", ".jsonl"):
+        table = [(n, row, f"{source} row {n}") for n, row in _table(source)]
+        rows = [(n, _field(row, VIDEO_KEYS, w), _field(row, CAPTION_KEYS, w)) for n, row, w in table]
+    elif kind == ".txt":
+        rows = _pairs(source, "video")
+    else:
+        raise UserError(f"{source}: wanted a folder, .csv, .jsonl, or .txt with video|||caption lines")
+    return source, [(n, source.parent / clip, caption) for n, clip, caption in rows]
+
+
+class VideoDataset(torch.utils.data.Dataset):
+    """Items {"video": (3, frames, height, width) in [-1, 1], "text": str, "path": str}.
+    source: a folder (clips with same-named .txt, or a metadata.csv / .jsonl), a .csv with the columns
+    `video,caption` (or path, file, file_name; text, prompt, en_caption), .jsonl with these keys, or .txt with
+    VGen's lines `video|||caption`; paths are relative to the list. The list is checked here, a clip when it is
+    read: a bad one (corrupt, empty, too short, changing size) is named, counted, and replaced by the next row;
+    past 1 % of the rows, and more than one, the run stops.
+    Pictures count as clips when frames == 1. The start of a clip is drawn from (seed, epoch, index) alone."""
+
+    def __init__(self, source, frames, height, width, fps=None, seed=0):
+        self.source, self.rows = _clip_rows(source)
+        self.frames, self.size, self.fps, self.seed = frames, (height, width), fps, seed
+        for n, path, _ in self.rows:
+            if not path.exists():
+                raise UserError(f"{self.source} row {n}: {path}: no such clip")
+            if path.suffix.lower() in IMAGES and frames != 1:
+                raise UserError(f"{self.source} row {n}: {path}: a picture is one frame; use --frames 1")
+        # In shared memory: the workers of a loader see a new epoch, and count their bad clips together.
+        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()
+        self.bad = torch.zeros(len(self.rows), dtype=torch.bool).share_memory_()
+        gc.freeze()  # imageio collects garbage at every close: 0.3 s a clip when transformers is loaded
+        atexit.register(gc.unfreeze)
+
+    def set_epoch(self, epoch):
+        """Call it between two passes over the loader."""
+        self.epoch.fill_(epoch)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def load(self, row, index):
+        """The clip of rows[row], its start drawn for `index`. A bad clip raises UserError."""
+        _, path, text = self.rows[row]
+        if path.suffix.lower() in IMAGES:
+            video = read_image(path, self.size)[:, None]
+        else:
+            start = generator(self.seed, "clip", int(self.epoch), index)
+            video, _ = read_video(path, self.frames, self.fps, start, self.size)
+        return {"video": video, "text": text, "path": str(path)}
+
+    def __getitem__(self, index):
+        if not 0 <= index < len(self):  # ends a plain `for item in dataset`
+            raise IndexError(index)
+        for row in [*range(index, len(self)), *range(index)]:  # the next row stands in for a bad one
+            if self.bad[row]:
+                continue
+            try:
+                return self.load(row, index)
+            except UserError as e:
+                self.bad[row] = True
+                print(f"bad clip: {self.source} row {self.rows[row][0]}: {_reason(e)}", file=sys.stderr)
+            if int(self.bad.sum()) > max(1, len(self) // 100):
+                break
+        # A loader's worker hands Exceptions on to the main process; a SystemExit would just end the worker.
+        kind = UserError if torch.utils.data.get_worker_info() is None else RuntimeError
+        h, w = self.size
+        raise kind(f"{self.source}: {int(self.bad.sum())} of {len(self)} clips are bad, over 1 %; see "
+                   f"python data.py --check {self.source} --frames {self.frames} --height {h} --width {w}"
+                   + (f" --fps {self.fps:g}" if self.fps else ""))
+
+
+def check_dataset(source, frames, height, width, fps=None):
+    """Read every clip once, print the bad rows and a summary -> number of bad rows."""
+    dataset, bad = VideoDataset(source, frames, height, width, fps), 0
+    for i, (n, _, _) in enumerate(dataset.rows):
+        try:
+            dataset.load(i, i)
+        except UserError as e:
+            bad += 1
+            print(f"{dataset.source} row {n}: {_reason(e)}")
+    print(f"{dataset.source}: {len(dataset)} clips, {bad} bad, read as {frames} frames of {height}x{width}")
+    return bad
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="read every clip of a data set once and name the bad ones")
+    parser.add_argument("--check", metavar="LIST", required=True, help="folder, .csv, .jsonl or .txt list")
+    parser.add_argument("--frames", type=int, default=16)
+    parser.add_argument("--height", type=int, default=256)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--fps", type=float, help="wanted sampling rate (default: every frame)")
+    args = parser.parse_args()
+    sys.exit(1 if check_dataset(args.check, args.frames, args.height, args.width, args.fps) else 0)

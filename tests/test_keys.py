@@ -1,0 +1,149 @@
+"""Names and shapes of the public checkpoints, the maps to other namings, and live parity with the peers."""
+import dataclasses
+import gzip
+import json
+from pathlib import Path
+
+import oracles
+import pytest
+import torch
+
+from bases import text_state, unet_state, vae_state
+from models import UNet3D, UNetConfig, unet_diffusers_name
+from text_encoders import CLIPConfig, OpenCLIP, OpenCLIPText, clip_text_only, text_from_hf, tokenize
+from vae import AutoencoderKL, VAEConfig, vae_diffusers_name
+
+DATA = Path(__file__).parent / "oracle_data"
+
+# public file -> our network at its full size
+FULL_SIZE = {
+    "modelscope_unet/modelscope_t2v": lambda: UNet3D(UNetConfig()),
+    "sd_vae/sd21_vae": lambda: AutoencoderKL(VAEConfig()),
+    "clip_embedders/vit_h_14": lambda: OpenCLIP(CLIPConfig()),
+}
+MAPS = {"modelscope_unet": ("modelscope_unet/modelscope_t2v", unet_diffusers_name),
+        "sd_vae": ("sd_vae/sd21_vae", vae_diffusers_name)}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def read(name):
+    return json.loads(gzip.decompress((DATA / f"{name}.json.gz").read_bytes()))
+
+
+def on_meta(build):
+    with torch.device("meta"):
+        return build()
+
+
+def shapes(net):
+    return {key: list(value.shape) for key, value in net.state_dict().items()}
+
+
+def filled(net):
+    """The network with deterministic weights, none of them zero."""
+    return oracles.fill(net, shapes(net))
+
+
+def close(ours, theirs):
+    assert oracles.error(ours, theirs) < 1e-5
+
+
+@pytest.mark.parametrize("name", FULL_SIZE)
+def test_manifest(name):
+    assert shapes(on_meta(FULL_SIZE[name])) == read(f"{name}.manifest")["keys"]
+
+
+def test_text_tower_of_clip():
+    keys = clip_text_only(read("clip_embedders/vit_h_14.manifest")["keys"])
+    assert shapes(on_meta(OpenCLIPText)) == keys and not any(key.startswith("visual") for key in keys)
+
+
+@pytest.mark.parametrize("system", MAPS)
+def test_diffusers_names(system):
+    name, rename = MAPS[system]
+    table = read(f"{system}/original_to_diffusers")["map"]
+    ours = {key: rename(key) for key in read(f"{name}.manifest")["keys"]}
+    assert ours == {key: theirs for key, (theirs, _) in table.items()}
+    assert len(set(ours.values())) == len(ours)  # so that the map can be turned round
+
+
+def give_weights(peer, net, rename, back):
+    """Load our weights into the peer, strictly, and turn the peer's back into ours."""
+    theirs, ours = peer.state_dict(), net.state_dict()
+    # Conv1d and 1x1 Conv2d weights are matrices there
+    renamed = {rename(key): value for key, value in ours.items()}
+    peer.load_state_dict({key: value.reshape(theirs[key].shape) for key, value in renamed.items()})
+    again = back(peer.state_dict(), net, "peer")
+    assert again.keys() == ours.keys() and all(torch.equal(again[key], ours[key]) for key in ours)
+
+
+@pytest.mark.parametrize("mult, attention, blocks, frames", [((1, 2), 1, 2, 3), ((1, 2, 2), 2, 1, 1)])
+def test_unet_equals_diffusers(mult, attention, blocks, frames):
+    diffusers = pytest.importorskip("diffusers")
+    cfg = UNetConfig(dim=32, dim_mult=mult, num_res_blocks=blocks, head_dim=16, context_dim=24,
+                     attn_scales=tuple(0.5 ** i for i in range(attention)))
+    net = filled(UNet3D(cfg))
+    attended = [level < attention for level in range(len(mult))]
+    peer = diffusers.UNet3DConditionModel(
+        block_out_channels=tuple(32 * m for m in mult), layers_per_block=blocks,
+        attention_head_dim=16, cross_attention_dim=24,
+        down_block_types=tuple("CrossAttnDownBlock3D" if a else "DownBlock3D" for a in attended),
+        up_block_types=tuple("CrossAttnUpBlock3D" if a else "UpBlock3D" for a in reversed(attended))).eval()
+    give_weights(peer, net, lambda key: unet_diffusers_name(key, blocks), unet_state)
+    x, t, text = torch.randn(2, 4, frames, 8, 12), torch.tensor([7, 900]), torch.randn(2, 5, 24)
+    with torch.no_grad():
+        close(net(x, t, text), peer(x, t, text).sample)
+
+
+def test_vae_equals_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    net = filled(AutoencoderKL(VAEConfig(ch=32, ch_mult=(1, 2, 2), num_res_blocks=1)))
+    peer = diffusers.AutoencoderKL(
+        block_out_channels=(32, 64, 64), layers_per_block=1, latent_channels=4, norm_num_groups=32,
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3).eval()
+    give_weights(peer, net, lambda key: vae_diffusers_name(key, levels=3), vae_state)
+    images = torch.rand(2, 3, 16, 24) * 2 - 1
+    with torch.no_grad():
+        posterior, (mean, logvar) = peer.encode(images).latent_dist, net.moments(images)
+        close(mean, posterior.mean)
+        close(logvar, posterior.logvar)
+        close(net.decode_images(mean), peer.decode(mean).sample)
+
+
+@pytest.mark.parametrize("prefix", ["", "text_model."])
+def test_text_equals_transformers(prefix):
+    transformers = pytest.importorskip("transformers")
+    peer = transformers.CLIPTextModel(transformers.CLIPTextConfig(
+        vocab_size=99, hidden_size=32, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+        hidden_act="gelu", bos_token_id=97, eos_token_id=98, pad_token_id=0)).eval()
+    cfg = CLIPConfig(embed_dim=0, vocab_size=99, text_width=32, text_heads=4, text_layers=3)
+    net = OpenCLIPText(cfg).eval()
+    state = {prefix + key.removeprefix("text_model."): v for key, v in filled(peer).state_dict().items()}
+    state[f"{prefix}embeddings.position_ids"] = torch.arange(77)[None]  # as old files have it
+    net.load_state_dict(text_from_hf(state))  # strict: no key missing, none left over
+    assert text_state(state, net, "peer").keys() == net.state_dict().keys()
+    ids = torch.zeros(2, 77, dtype=torch.long)
+    ids[0, :4], ids[1, :77] = torch.tensor([97, 5, 6, 98]), torch.arange(77) % 90 + 1
+    with torch.no_grad():
+        close(net(ids, "last"), peer(ids).last_hidden_state)
+        # a tower with one layer more reads the same features when it skips that layer
+        deeper = OpenCLIPText(dataclasses.replace(cfg, text_layers=4)).eval()
+        deeper.load_state_dict(net.state_dict(), strict=False)
+        close(deeper(ids, "penultimate"), peer(ids).last_hidden_state)
+
+
+def test_towers_equal_open_clip():
+    open_clip = pytest.importorskip("open_clip")
+    vision = {"image_size": 28, "layers": 2, "width": 64, "head_width": 16, "patch_size": 7}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 4, "layers": 2}
+    net = filled(OpenCLIP(oracles.clip_config({"embed_dim": 24, "vision_cfg": vision, "text_cfg": text})))
+    peer = open_clip.CLIP(embed_dim=24, vision_cfg=vision, text_cfg=text).eval()
+    peer.load_state_dict(net.state_dict())
+    ids, images = tokenize(["a red ball", "", "two words " * 60]), torch.randn(2, 3, 28, 28)
+    with torch.no_grad():
+        close(net.pooled(ids), peer.encode_text(ids))
+        close(net.visual(images), peer.encode_image(images))
