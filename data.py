@@ -21,7 +21,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch import Tensor
 
 from common import UserError, generator, write_atomic
 
@@ -55,6 +54,20 @@ class Scene:
 def tiny_captions():
     """All 504 captions with a background, in a fixed order."""
     return [f"a {c} {s} {m} on a {b} background" for s in SHAPES for c in COLOURS for m in MOTIONS for b in BACKGROUNDS]
+
+
+def parse(caption) -> dict:
+    """A tiny-world caption -> {attribute: word} for the attributes that it mentions."""
+    front, _, back = caption.partition(" on a ")
+    words = front.split()
+    choices = {"shape": SHAPES, "colour": COLOURS, "background": BACKGROUNDS, "motion": MOTIONS}
+    found = {"colour": words[1], "shape": words[2], "motion": " ".join(words[3:])}
+    if back:
+        found["background"] = back.split()[0]
+    bad = [f"{a} '{v}'" for a, v in found.items() if v not in choices[a]]
+    if bad:
+        raise ValueError(f"not a tiny-world caption: {caption!r} ({bad[0]})")
+    return found
 
 
 def tiny_prompts(held_out=False):
@@ -148,7 +161,7 @@ class TinyWorld(torch.utils.data.Dataset):
 VIDEOS = (".mp4", ".avi", ".mov", ".webm", ".gif")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FOLDER_FPS = 8.0  # a folder of pictures has no rate of its own
-MP4_CRF = "12"    # x264's default, 23, costs 8 dB
+MP4_CRF = "12"    # x264's default, 23, cost 8 dB on a real 256x256 clip
 
 
 def resize_crop(video, size):
@@ -562,9 +575,9 @@ class VideoDataset(torch.utils.data.Dataset):
     """Items {"video": (3, frames, height, width) in [-1, 1], "text": str, "path": str}.
     source: a folder (clips with same-named .txt, or a metadata.csv / .jsonl), a .csv with the columns
     `video,caption` (or path, file, file_name; text, prompt, en_caption), .jsonl with these keys, or .txt with
-    VGen's lines `video|||caption`; paths are relative to the list. The list is checked here, a clip when it is
-    read: a bad one (corrupt, empty, too short, changing size) is named, counted, and replaced by the next row;
-    past 1 % of the rows, and more than one, the run stops.
+    VGen's lines `video|||caption`; paths are relative to the list. The list is checked here, a clip when it
+    is read: a bad one (corrupt, empty, too short, changing size) is named, counted, and replaced by the next
+    row; past 1 % of the rows, and more than one, the run stops.
     Pictures count as clips when frames == 1. The start of a clip is drawn from (seed, epoch, index) alone."""
 
     def __init__(self, source, frames, height, width, fps=None, seed=0):

@@ -3,10 +3,13 @@
 x_t = sqrt(ab_t) x0 + sqrt(1 - ab_t) eps, with ab ("alpha bar") the cumulative product of 1 - beta, kept in float64 and cast to
 x's dtype when it is looked up. The network predicts eps, v = sqrt(ab) eps - sqrt(1 - ab) x0 (Salimans & Ho, arXiv 2202.00512) or x0.
 """
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from common import UserError
 
 
 # ---- noise schedules: float64 betas
@@ -22,6 +25,15 @@ def cosine(num=1000, s=0.008):
         return torch.cos((u + s) / (1 + s) * torch.pi / 2) ** 2
     u = torch.arange(num, dtype=torch.float64)
     return (1 - g((u + 1) / num) / g(u / num)).clamp(max=0.999)
+
+
+def logsnr_cosine_interp(num=1000, scale_min=2.0, scale_max=4.0):
+    """SR600's sampling schedule: a cosine's log SNR in +-15, shifted by 2 ln(1 / scale), scale_min at the clean end."""
+    u = torch.linspace(1, 0, num, dtype=torch.float64)  # 1: clean
+    first, last = math.atan(math.exp(7.5)), math.atan(math.exp(-7.5))
+    logsnr = -2 * torch.log(torch.tan(first + u * (last - first)))
+    ab = torch.sigmoid(logsnr - 2 * (u * math.log(scale_min) + (1 - u) * math.log(scale_max)))
+    return 1 - ab / torch.cat([torch.ones(1, dtype=torch.float64), ab[:-1]])
 
 
 def zero_terminal_snr(betas):
@@ -40,7 +52,7 @@ def shift_snr(ab, factor):
     return factor ** 2 * ab / (1 - ab + factor ** 2 * ab)
 
 
-SCHEDULES = {"linear_sd": linear_sd, "cosine": cosine}
+SCHEDULES = {"linear_sd": linear_sd, "cosine": cosine, "logsnr_cosine_interp": logsnr_cosine_interp}
 
 
 @dataclass(frozen=True)
@@ -81,6 +93,8 @@ class Schedule:
 
 def make_schedule(name="linear_sd", prediction="eps", zero_snr=False, shift=1.0, **kw) -> Schedule:
     """A Schedule from the name of its betas ("linear_sd", "cosine"), e.g. make_schedule("cosine", "v", zero_snr=True)."""
+    if name not in SCHEDULES:
+        raise UserError(f"noise schedule {name}: unknown; choose from {', '.join(SCHEDULES)}")
     betas = SCHEDULES[name](**kw)
     betas = zero_terminal_snr(betas) if zero_snr else betas
     return Schedule(shift_snr(torch.cumprod(1 - betas, 0), shift), prediction)

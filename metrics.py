@@ -5,7 +5,7 @@ The judge learns nothing and shares no code with the rewards: it is never a rewa
 import numpy as np
 from torch import Tensor
 
-from data import BACKGROUNDS, COLOURS, MOTIONS, SHAPES
+from data import BACKGROUNDS, COLOURS, SHAPES, parse
 
 ATTRIBUTES = ("shape", "colour", "background", "motion")
 
@@ -79,23 +79,9 @@ def judge_captions(videos, captions) -> dict:
     """
     hits = {a: [] for a in (*ATTRIBUTES, "joint")}
     for video, caption in zip(videos, captions):
-        seen, asked = judge(video), parse_caption(caption)
+        seen, asked = judge(video), parse(caption)
         right = {a: seen[a] == asked[a] for a in asked}
         for a, ok in right.items():
             hits[a].append(ok)
         hits["joint"].append(all(right.values()))
     return {a: float(np.mean(v)) if v else float("nan") for a, v in hits.items()}
-
-
-def parse_caption(caption) -> dict:
-    """A tiny-world caption -> {attribute: word} for the attributes that it mentions."""
-    front, _, back = caption.partition(" on a ")
-    words = front.split()
-    choices = {"shape": SHAPES, "colour": COLOURS, "background": BACKGROUNDS, "motion": MOTIONS}
-    found = {"colour": words[1], "shape": words[2], "motion": " ".join(words[3:])}
-    if back:
-        found["background"] = back.split()[0]
-    bad = [f"{a} '{v}'" for a, v in found.items() if v not in choices[a]]
-    if bad:
-        raise ValueError(f"not a tiny-world caption: {caption!r} ({bad[0]})")
-    return found

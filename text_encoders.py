@@ -2,7 +2,7 @@
 
 OpenCLIPText is the text tower of OpenCLIP ViT-H-14 (encoder of ModelScope, VideoCrafter2, I2VGen-XL, DEMO),
 OpenCLIPVision its image tower (image prompts, CLIP rewards). The layers are written here; open_clip only
-brings the tokenizer. Keys are open_clip's: open_clip_pytorch_model.bin of the hub's CLIP-ViT-H-14-laion2B-s32B-b79K
+brings the tokenizer. Keys are open_clip's: open_clip_pytorch_model.bin of laion/CLIP-ViT-H-14-laion2B-s32B-b79K
 (686 tensors) loads as it is; the `text_encoder` folder of diffusers repositories goes through text_from_hf.
 
     text = OpenCLIPText(CLIPConfig())(tokenize(["a red ball"]))  # (1, 77, 1024)

@@ -209,7 +209,7 @@ TINY_VAE = VAEConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, patch=2, scale=1.0
 def train_tiny(out, steps, decoder_steps, batch=64, lr=2e-3, seed=0):
     """Train TINY_VAE on rendered frames, then its decoder alone, and put it into the tiny base's file `out`.
 
-    Loss: L1 + MSE + 1e-4 KL. The second stage leaves the latents as they are (a base may already be trained on them);
+    Loss: L1 + MSE + 1e-4 KL, errors relative to a frame's contrast. The second stage leaves the latents as they are (a base may already be trained on them);
     with steps 0 it starts from the file's autoencoder.
     """
     from common import load_weights, replace_part
@@ -231,7 +231,10 @@ def train_tiny(out, steps, decoder_steps, batch=64, lr=2e-3, seed=0):
                 mean, logvar = vae.moments(images)
             error = vae.decode_images(mean + (0.5 * logvar).exp() * torch.randn_like(mean)) - images
             kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
-            loss = error.abs().mean() + error.square().mean() + 1e-4 * kl
+            # in units of each frame's own contrast: else blue on gray stays blurred, for it costs little
+            contrast = (images - images.mean((2, 3), keepdim=True)).square().mean((1, 2, 3), keepdim=True).sqrt()
+            scaled = error * (0.3 / contrast).clamp(max=5)
+            loss = scaled.abs().mean() + scaled.square().mean() + 1e-4 * kl
             opt.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)

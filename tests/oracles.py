@@ -45,7 +45,7 @@ class Case:
         if self.kind == "table":
             # every expected value of every row becomes one output, so that tables are graded like the rest
             for i, row in enumerate(self.rows):
-                graded = {"check": row.get("check", self.check), "tol": self.tol}
+                graded = {name: row.get(name, vars(self).get(name)) for name in ("check", "tol")}
                 for name, value in row["expected"].items():
                     self.outputs[f"{i}.{name}"] = {"value": value, **graded}
 

@@ -11,8 +11,18 @@ from PIL import Image
 
 import data
 from common import UserError
-from data import (VideoDataset, check_dataset, contact_sheet, read_image, read_image_prompts, read_prompts,
-                  read_video, resize_crop, video_info, write_video)
+from data import (
+    VideoDataset,
+    check_dataset,
+    contact_sheet,
+    read_image,
+    read_image_prompts,
+    read_prompts,
+    read_video,
+    resize_crop,
+    video_info,
+    write_video,
+)
 
 
 def ramp(frames=20, h=32, w=48):
@@ -130,7 +140,7 @@ def test_gif_keeps_merged_frames(tmp_path):
 @pytest.mark.parametrize("suffix,codec", [(".mp4", "libx264"), (".mov", "libx264"), (".avi", "mpeg4"),
                                           (".webm", "libvpx-vp9")])
 def test_exact_frames(tmp_path, suffix, codec):
-    """The frames VGen's loader loses: exactly F of them, first one included, also where headers do not count."""
+    """The frames VGen's loader loses: exactly F, the first one included, also where headers do not count."""
     path = tmp_path / f"a{suffix}"
     with data.iio.imopen(path, "w", plugin="pyav") as file:
         file.write(data.to_uint8(ramp(20)), codec=codec, fps=16, out_pixel_format="yuv420p")
@@ -138,7 +148,7 @@ def test_exact_frames(tmp_path, suffix, codec):
     assert indices(read_video(path)[0]) == list(range(20))
     video, fps = read_video(path, frames=5, fps=8)
     assert indices(video) == [0, 2, 4, 6, 8] and fps == pytest.approx(8)
-    assert indices(read_video(path, frames=5, fps=4, start=3)[0]) == [3, 7, 11, 15, 19]    # the very last one fits
+    assert indices(read_video(path, frames=5, fps=4, start=3)[0]) == [3, 7, 11, 15, 19]  # up to the last one
     assert indices(read_video(path, frames=3, fps=32, start=17)[0]) == [17, 18, 19]        # stride is never 0
     assert indices(read_video(path, fps=4, start=1)[0]) == [1, 5, 9, 13, 17]
     assert read_video(path, frames=2, size=(40, 24))[0].shape == (3, 2, 40, 24)
@@ -213,7 +223,8 @@ def test_contact_sheet(tmp_path):
     assert levels == pytest.approx(wanted, abs=0.01)
     contact_sheet([[ramp(8), ramp(8)], [ramp(8), ramp(8)]], tmp_path / "p.png", ["a", "b"], frames=4,
                   headers=["before", "after"], scale=1)
-    assert Image.open(tmp_path / "p.png").size == (2 * 12 + 2 * (4 * 48 + 3 * 2) + 20, 2 * 12 + 18 + 2 * 50 + 10)
+    size = Image.open(tmp_path / "p.png").size
+    assert size == (2 * 12 + 2 * (4 * 48 + 3 * 2) + 20, 2 * 12 + 18 + 2 * 50 + 10)
     contact_sheet([torch.zeros(3, 1, 600, 300)], tmp_path / "i.png")     # a large picture is made smaller
     assert Image.open(tmp_path / "i.png").size == (240, 256 + 24)
     fails(["2 rows", "1 captions"], contact_sheet, [ramp(3), ramp(3)], tmp_path / "s.png", ["one"])
@@ -298,7 +309,7 @@ def test_sources_agree(clips):
     assert folder[0]["video"].shape == (3, 4, 16, 24) and folder[1]["path"] == str(clips / "c1.mp4")
     lists = {"a.csv": "video,caption\n" + "".join(f'c{i}.mp4,"clip {i}"\n' for i in range(3)),
              "b.csv": "text,path\n" + "".join(f"clip {i},c{i}.mp4\n" for i in range(3)),
-             "c.jsonl": "".join(json.dumps({"video": f"c{i}.mp4", "caption": f"clip {i}"}) + "\n" for i in range(3)),
+             "c.jsonl": "".join(f'{{"video": "c{i}.mp4", "caption": "clip {i}"}}\n' for i in range(3)),
              "d.txt": "".join(f"c{i}.mp4|||clip {i}\n" for i in range(3))}
     for name, text in lists.items():
         other = VideoDataset(put(clips / name, text), 4, 16, 24)
@@ -400,7 +411,7 @@ def test_check(clips, capsys):
 
 def test_check_command(clips):
     def run(*args):
-        command = [sys.executable, data.__file__, "--check", str(clips), "--height", "16", "--width", "24", *args]
+        command = [sys.executable, data.__file__, "--check", str(clips), "--height=16", "--width=24", *args]
         return subprocess.run(command, capture_output=True, text=True, timeout=120)
     good = run("--frames", "4")
     assert good.returncode == 0 and "3 clips, 0 bad" in good.stdout, good.stderr

@@ -25,11 +25,6 @@ MAPS = {"modelscope_unet": ("modelscope_unet/modelscope_t2v", unet_diffusers_nam
         "sd_vae": ("sd_vae/sd21_vae", vae_diffusers_name)}
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def read(name):
     return json.loads(gzip.decompress((DATA / f"{name}.json.gz").read_bytes()))
 

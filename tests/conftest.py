@@ -1,0 +1,26 @@
+"""Fixtures shared by the tests. Every test runs on a CPU, with no network and no public weights."""
+import os
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a missing file must be an error at once, not a time-out
+
+
+@pytest.fixture(autouse=True)
+def same_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def message():
+    """call -> the one-line message of the UserError that it must raise."""
+    from common import UserError
+
+    def run(call, *args, **kw):
+        with pytest.raises(UserError) as e:
+            call(*args, **kw)
+        text = str(e.value)
+        assert text.startswith("error: ") and "\n" not in text
+        return text
+    return run
