@@ -1,7 +1,8 @@
-"""The one table of base models, and load_base(name): network, autoencoder, text tower and noise schedule of one of them.
+"""The one table of base models, and load_base(name): a base's network, autoencoder, text tower and schedule.
 
-`python bases.py` prints the table and which method runs on which base; `python bases.py --download NAME` fetches a base's files.
-A base's public files may be given as the folder that holds them (--weights), in the original or in the diffusers layout.
+`python bases.py` prints the table and which method runs on which base; `python bases.py --download NAME`
+fetches a base's files. A base's public files may be given as the folder that holds them (--weights), in the
+original or in the diffusers layout.
 """
 import argparse
 import os
@@ -23,14 +24,14 @@ ASSETS = Path(__file__).parent / "assets"
 
 @dataclass(frozen=True)
 class Row:
-    """One base. `sample`: default sampling (size, steps, guidance, ...). `files`: {layout: {part: "hub:repo:file"}}."""
+    """One base. sample: its default sampling (size, steps, guidance, ...); files: {layout: {part: url}}."""
     about: str
     net: UNetConfig
     vae: VAEConfig
     text: CLIPConfig | None  # None: TinyText
     schedule: dict
     sample: dict
-    files: dict = field(default_factory=dict)
+    files: dict = field(default_factory=dict)  # url: "hub:repo:file"
     methods: tuple = ("t2v", "vader")
 
 
@@ -38,31 +39,40 @@ MODELSCOPE = "hf:ali-vilab/modelscope-damo-text-to-video-synthesis"
 MODELSCOPE_DIFFUSERS = "hf:ali-vilab/text-to-video-ms-1.7b"
 
 BASES = {
-    # the tiny world: 8 frames of 32 x 32, 4x smaller latents. Few steps hide a signal of so many redundant pixels, hence the
-    # shift; v-prediction and zero terminal SNR make the first step of sampling start from what training ended in.
-    "tiny": Row("text to video in the tiny world, 8 frames of 32x32; in assets/, nothing to download",
-                UNetConfig(dim=32, dim_mult=(1, 2), num_res_blocks=1, attn_scales=(0.5,), head_dim=32, num_heads=1, context_dim=64,
-                           dropout=0.0, frame_pos=TINY_FRAMES, pooled_text=True),
-                VAEConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, patch=2, scale=0.64), None,
-                dict(name="cosine", prediction="v", zero_snr=True, shift=0.25),
-                dict(frames=TINY_FRAMES, height=TINY_SIZE, width=TINY_SIZE, fps=None, save_fps=TINY_FPS, sample_steps=25, cfg=3.0, eta=0.0,
-                     spacing="trailing", negative="")),
-    "modelscope": Row("ModelScope text-to-video (arXiv 2308.06571), 16 frames of 256x256, eps prediction",
-                      UNetConfig(), VAEConfig(), CLIPConfig(),
-                      dict(name="linear_sd", prediction="eps"),
-                      dict(frames=16, height=256, width=256, fps=None, save_fps=8, sample_steps=50, cfg=9.0, eta=0.0,
-                           spacing="leading", negative=""),
-                      {"original": {"net": f"{MODELSCOPE}:text2video_pytorch_model.pth", "vae": f"{MODELSCOPE}:VQGAN_autoencoder.pth",
-                                    "text": f"{MODELSCOPE}:open_clip_pytorch_model.bin"},
-                       "diffusers": {"net": f"{MODELSCOPE_DIFFUSERS}:unet/diffusion_pytorch_model.safetensors",
-                                     "vae": f"{MODELSCOPE_DIFFUSERS}:vae/diffusion_pytorch_model.safetensors",
-                                     "text": f"{MODELSCOPE_DIFFUSERS}:text_encoder/model.safetensors"}}),
+    # the tiny world: 8 frames of 32 x 32, 4x smaller latents. Few steps hide a signal of so many redundant
+    # pixels, hence the shift; v-prediction and zero terminal SNR make the first step of sampling start from
+    # what training ended in.
+    "tiny": Row(
+        "text to video in the tiny world, 8 frames of 32x32; in assets/, nothing to download",
+        UNetConfig(
+            dim=32, dim_mult=(1, 2), num_res_blocks=1, attn_scales=(1.0, 0.5), head_dim=32, num_heads=1,
+            context_dim=64, dropout=0.0, frame_pos=TINY_FRAMES, pooled_text=True, spatial_pos=8),
+        VAEConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, patch=2, scale=0.64),
+        None,
+        dict(name="cosine", prediction="v", zero_snr=True, shift=0.15),
+        dict(frames=TINY_FRAMES, height=TINY_SIZE, width=TINY_SIZE, fps=None, save_fps=TINY_FPS,
+             sample_steps=25, cfg=3.0, eta=0.0, spacing="trailing", negative="")),
+    "modelscope": Row(
+        "ModelScope text-to-video (arXiv 2308.06571), 16 frames of 256x256, eps prediction",
+        UNetConfig(),
+        VAEConfig(),
+        CLIPConfig(),
+        dict(name="linear_sd", prediction="eps"),
+        dict(frames=16, height=256, width=256, fps=None, save_fps=8,
+             sample_steps=50, cfg=9.0, eta=0.0, spacing="leading", negative=""),
+        {"original": {"net": f"{MODELSCOPE}:text2video_pytorch_model.pth",
+                      "vae": f"{MODELSCOPE}:VQGAN_autoencoder.pth",
+                      "text": f"{MODELSCOPE}:open_clip_pytorch_model.bin"},
+         "diffusers": {"net": f"{MODELSCOPE_DIFFUSERS}:unet/diffusion_pytorch_model.safetensors",
+                       "vae": f"{MODELSCOPE_DIFFUSERS}:vae/diffusion_pytorch_model.safetensors",
+                       "text": f"{MODELSCOPE_DIFFUSERS}:text_encoder/model.safetensors"}}),
 }
 
 
 def base_row(name) -> Row:
     if name not in BASES:
-        raise UserError(f"--base {name}: unknown; choose from {', '.join(BASES)} (python bases.py shows the table)")
+        raise UserError(
+            f"--base {name}: unknown; choose from {', '.join(BASES)} (python bases.py shows the table)")
     return BASES[name]
 
 
@@ -75,52 +85,80 @@ class Base:
     vae: nn.Module
     text_encoder: nn.Module
     schedule: object
+    tokenize: object  # list of str -> ids (b, n)
 
     def encode_text(self, prompts) -> Tensor:
         """List of str -> (b, n, d) tokens on the text tower's device."""
-        device = next(self.text_encoder.parameters()).device
+        ids = self.tokenize(prompts).to(next(self.text_encoder.parameters()).device)
         if self.row.text is None:
-            return self.text_encoder(self.text_encoder.tokenize(prompts).to(device))
-        return self.text_encoder(tokenize(prompts).to(device), layer="last")  # the tower was built without its last block
+            return self.text_encoder(ids)
+        # the tower was built without its last block: penultimate features
+        return self.text_encoder(ids, layer="last")
 
-    def latent_shape(self, frames, height, width):
-        """(c, f, h, w) of a clip's latents; a size that does not fit is a UserError with the nearest that do."""
-        step = self.row.vae.factor * 2 ** (len(self.row.net.dim_mult) - 1)
-        for flag, size in (("--height", height), ("--width", width)):
-            if size < step or size % step:
-                low = max(step, size // step * step)
-                raise UserError(f"{flag} {size}: {self.name} needs a multiple of {step}; nearest: {low} or {low + step}")
-        if frames < 1 or (self.row.net.frame_pos and frames > self.row.net.frame_pos):
-            most = f" to {self.row.net.frame_pos}" if self.row.net.frame_pos else " or more"
-            raise UserError(f"--frames {frames}: {self.name} makes clips of 1{most} frames")
-        return self.row.vae.z_channels, frames, height // self.row.vae.factor, width // self.row.vae.factor
+
+def latent_shape(name, frames, height, width):
+    """(c, f, h, w) of a clip's latents; a size that does not fit is a UserError that names the nearest."""
+    row = base_row(name)
+    step = row.vae.factor * 2 ** (len(row.net.dim_mult) - 1)
+    for flag, size in (("--height", height), ("--width", width)):
+        largest = row.net.spatial_pos * row.vae.factor
+        if largest and size > largest:
+            raise UserError(f"{flag} {size}: {name} makes at most {largest} pixels a side")
+        if size < step or size % step:
+            low = max(step, size // step * step)
+            raise UserError(
+                f"{flag} {size}: {name} needs a multiple of {step}; nearest: {low} or {low + step}")
+    if frames < 1 or (row.net.frame_pos and frames > row.net.frame_pos):
+        most = f" to {row.net.frame_pos}" if row.net.frame_pos else " or more"
+        raise UserError(f"--frames {frames}: {name} makes clips of 1{most} frames")
+    return row.vae.z_channels, frames, height // row.vae.factor, width // row.vae.factor
+
+
+def fill(args, name, run=None) -> dict:
+    """Fill the sampling options that args leaves open from the run, then the base. -> all, for metadata.
+
+    A size that does not fit is refused here, before anything is loaded.
+    """
+    defaults = base_row(name).sample | {k: v for k, v in (run or {}).items() if v is not None}
+    for k, v in defaults.items():
+        if getattr(args, k, None) is None:
+            setattr(args, k, v)
+    latent_shape(name, args.frames, args.height, args.width)
+    return {k: getattr(args, k) for k in base_row(name).sample}
 
 
 def load_base(name, weights=None, device="cpu", dtype=torch.float32, scratch=False) -> Base:
     """Build a base and load its public weights, all parts frozen, in eval mode and in `dtype`.
 
-    weights: folder of the public files (original or diffusers layout); None: assets/ (tiny) or the hub's local copy, fetched
-    if need be. scratch: leave network and tiny text encoder at their random start, load the autoencoder only.
+    weights: folder of the public files (original or diffusers layout); None: assets/ (tiny) or the hub's
+    local copy, fetched if need be. scratch: leave network and tiny text encoder at their random start, load
+    the autoencoder only.
     """
     row = base_row(name)
-    parts = public_parts(name, row, weights)  # {part: state dict of our keys}, read before anything big is built
+    parts = public_parts(name, row, weights)  # errors come here, before anything big is built
     tiny = row.text is None
     with torch.device("meta" if not scratch else "cpu"):
         net, vae = UNet3D(row.net), AutoencoderKL(row.vae)
-        # the video networks read the features before the last block: it is not built, and its weights not loaded
-        text = TinyText(TINY_WORDS, row.net.context_dim) if tiny else OpenCLIPText(CLIPConfig(embed_dim=0, text_layers=row.text.text_layers - 1))
+        if tiny:
+            text = TinyText(TINY_WORDS, row.net.context_dim)
+        else:
+            # the video networks read the features before the last block: it is neither built nor loaded
+            text = OpenCLIPText(CLIPConfig(embed_dim=0, text_layers=row.text.text_layers - 1))
     for part, module in (("net", net), ("vae", vae), ("text", text)):
         if not scratch or part == "vae" or (part == "text" and not tiny):
             load_strict(module, parts[part](module), f"{name} {part}")
     for module in (net, vae, text):
         module.to(device, dtype).eval().requires_grad_(False)
-    return Base(name, row, net, vae, text, make_schedule(**row.schedule))
+    return Base(name, row, net, vae, text, make_schedule(**row.schedule), text.tokenize if tiny else tokenize)
 
 
 # ---- public files
 
 def public_parts(name, row, weights):
-    """-> {"net" | "vae" | "text": function(module) -> state dict in our keys}. A missing file is an error here, before long work."""
+    """-> {"net" | "vae" | "text": function(module) -> state dict in our keys}.
+
+    A missing file is an error here, before long work.
+    """
     if not row.files and weights is None:
         return {part: lambda module, part=part: tiny_state(name, part) for part in ("net", "vae", "text")}
     if weights is not None:
@@ -129,11 +167,13 @@ def public_parts(name, row, weights):
             raise UserError(f"--weights {weights}: no such folder")
         if root.is_file():
             raise UserError(f"--weights {weights}: give the folder that holds {', '.join(names_of(row))}")
-        found = {layout: {p: local_file(root, url) for p, url in files.items()} for layout, files in row.files.items()}
+        found = {layout: {p: local_file(root, url) for p, url in files.items()}
+                 for layout, files in row.files.items()}
         layout = max(found, key=lambda k: sum(v is not None for v in found[k].values()))
         missing = [row.files[layout][p].split(":", 2)[2] for p, path in found[layout].items() if path is None]
         if missing:
-            raise UserError(f"--weights {weights}: {missing[0]} is missing for {name}; expected {', '.join(names_of(row, layout))}")
+            expected = ", ".join(names_of(row, layout))
+            raise UserError(f"--weights {weights}: {missing[0]} is missing for {name}; expected {expected}")
         files = found[layout]
     else:
         layout = next(iter(row.files))
@@ -144,11 +184,14 @@ def public_parts(name, row, weights):
 
 def names_of(row, layout=None):
     """Names of a base's public files, of one layout or of the first."""
-    return [url.split(":", 2)[2] for url in row.files[layout or next(iter(row.files))].values()] if row.files else ["its files"]
+    if not row.files:
+        return ["its files"]
+    files = row.files[layout or next(iter(row.files))]
+    return [url.split(":", 2)[2] for url in files.values()]
 
 
 def local_file(root, url):
-    """The file of "hub:repo:file" below `root`: by its path there or its bare name; .bin stands in for .safetensors."""
+    """The file of "hub:repo:file" at its path below `root`, or None; .bin stands in for .safetensors."""
     file = Path(url.split(":", 2)[2])
     for candidate in (file, file.with_suffix(".bin"), file.parent / "pytorch_model.bin"):
         if (root / candidate).is_file():
@@ -157,21 +200,23 @@ def local_file(root, url):
 
 
 def fetch(url, name):
-    """"hf:repo:file" -> path of the local copy, downloaded by huggingface_hub (resumes, checks sizes) when it is not there."""
+    """"hf:repo:file" -> path of the local copy, downloaded by huggingface_hub if it is not there."""
     hub, repo, file = url.split(":", 2)
     from huggingface_hub import hf_hub_download
     try:
         return hf_hub_download(repo, file)
     except Exception as e:  # offline, no such file, gated repository: all mean the same to the user
-        raise UserError(f"--base {name}: cannot get {file} of huggingface.co repository {repo} ({type(e).__name__}); "
-                        f"download it elsewhere and give its folder with --weights") from None
+        raise UserError(
+            f"--base {name}: cannot get {file} of huggingface.co repository {repo} ({type(e).__name__}); "
+            f"download it elsewhere and give its folder with --weights") from None
 
 
 def tiny_state(name, part):
     """A part of a tiny base's file in assets/ (fp16, keys "net.*", "vae.*", "text.*")."""
     path = ASSETS / f"{name}.safetensors"
     if not path.exists():
-        raise UserError(f"{path} is missing: check out the repository whole, or train it (README, 'The tiny world')")
+        raise UserError(
+            f"{path} is missing: check out the repository whole, or train it (README, 'The tiny world')")
     state = load_weights(path)
     return {k.removeprefix(part + "."): v for k, v in state.items() if k.startswith(part + ".")}
 
@@ -184,18 +229,20 @@ def unet_state(state, net, source):
 
 
 def vae_state(state, vae, source):
-    """Public autoencoder weights: bare, inside a whole Stable Diffusion file, or diffusers naming -> AutoencoderKL's."""
+    """Public autoencoder weights, bare, in a whole SD file or in diffusers naming -> AutoencoderKL's."""
     if any(k.startswith("first_stage_model.") for k in state):
-        state = {k.removeprefix("first_stage_model."): v for k, v in state.items() if k.startswith("first_stage_model.")}
+        prefix = "first_stage_model."
+        state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     if any(k.startswith("encoder.down_blocks.") for k in state):
-        for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):  # old diffusers files
+        # names of old diffusers files
+        for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
             state = {k.replace(f"attentions.0.{old}.", f"attentions.0.{new}."): v for k, v in state.items()}
         return rename(state, vae, lambda k: vae_diffusers_name(k, len(vae.cfg.ch_mult)), source)
     return {k: v for k, v in state.items() if not k.startswith(("loss.", "model_ema."))}
 
 
 def text_state(state, tower, source):
-    """Public text tower weights, open_clip (both towers) or transformers naming -> those that our shortened tower holds."""
+    """Public text weights, open_clip (both towers) or transformers naming -> those our short tower holds."""
     if any("encoder.layers." in k for k in state):
         state = text_from_hf(state)
     elif not any("resblocks" in k for k in state):
@@ -209,14 +256,17 @@ def text_state(state, tower, source):
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--download", metavar="NAME", help="fetch the public files of this base")
-    p.add_argument("--pack", metavar="NAME", help="put the network and text encoder of a t2v.py --scratch run into assets/NAME.safetensors")
+    p.add_argument("--pack", metavar="NAME",
+                   help="put network and text encoder of a t2v.py --scratch run into assets/NAME.safetensors")
     p.add_argument("--ckpt", help="with --pack: folder of that run")
     args = p.parse_args(argv)
     if args.pack:
         tensors, _ = load_checkpoint(args.ckpt)
-        text = {k.removeprefix("text_encoder."): v for k, v in tensors.items() if k.startswith("text_encoder.")}
-        replace_part(ASSETS / f"{args.pack}.safetensors", "text", text)
-        replace_part(ASSETS / f"{args.pack}.safetensors", "net", {k: v for k, v in tensors.items() if not k.startswith("text_encoder.")})
+        prefix, path = "text_encoder.", ASSETS / f"{args.pack}.safetensors"
+        text = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        net = {k: v for k, v in tensors.items() if not k.startswith(prefix)}
+        replace_part(path, "text", text)
+        replace_part(path, "net", net)
         return
     if args.download:
         row = base_row(args.download)
@@ -229,7 +279,8 @@ def main(argv=None):
     for name, row in BASES.items():
         with torch.device("meta"):
             n = sum(q.numel() for q in UNet3D(row.net).parameters())
-        print(f"{name:14}{n / 1e6:>10.1f} M  {' '.join(m for m in methods if m in row.methods):24}{row.about}")
+        runs = " ".join(m for m in methods if m in row.methods)
+        print(f"{name:14}{n / 1e6:>10.1f} M  {runs:24}{row.about}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The plumbing, all of it: processes, seeds, log, checkpoints, exact resume, weight files. Methods and maths live elsewhere."""
+"""The plumbing, all of it: processes, seeds, log, checkpoints, exact resume, weight files."""
 import contextlib
 import hashlib
 import json
@@ -22,7 +22,7 @@ from torch import Tensor
 
 
 class UserError(SystemExit):
-    """A mistake of the user's: one line that names the thing and the remedy. Python prints it and exits with code 1."""
+    """The user's mistake: one line that names the thing and the remedy; Python prints it and exits with 1."""
 
     def __init__(self, message):
         super().__init__(f"error: {message}")
@@ -52,19 +52,24 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def setup(args) -> Env:
-    """Start this process: plain `python x.py` or under torchrun (gloo on CPU, nccl on GPUs). Seeds everything with args.seed."""
+    """Start this process, plain `python x.py` or under torchrun (gloo on CPU, nccl on GPUs), and seed it."""
     wanted = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if wanted.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {wanted}: this machine shows no GPU to PyTorch {torch.__version__}; try --device cpu")
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        raise UserError(f"--device {wanted}: PyTorch {torch.__version__} sees no GPU here; try --device cpu")
+    variables = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    rank, world, local = (int(os.environ.get(k, default)) for k, default in variables)
     device = torch.device(f"cuda:{local}" if wanted == "cuda" else wanted)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    env = Env(rank, world, device, DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")])
+    torch.manual_seed(args.seed)  # the same on every process, so that all build the same network
+    return Env(rank, world, device, DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")])
 
+
+def catch_signals(env):
+    """For training runs: SIGTERM (pre-emption) or Ctrl-C sets env.stop, so that the loop saves and leaves."""
     def on_signal(signum, frame):
         if env.stop:  # asked twice: leave at once
             raise SystemExit(1)
@@ -72,8 +77,6 @@ def setup(args) -> Env:
         print("stopping after this step: saving first (again to leave at once)", flush=True)
     for s in (signal.SIGTERM, signal.SIGINT):
         signal.signal(s, on_signal)
-    torch.manual_seed(args.seed)  # the same on every process, so that all build the same network
-    return env
 
 
 def agree_to_stop(env):
@@ -108,14 +111,14 @@ def mean_over_ranks(values: dict, env) -> dict:
 # ---- options
 
 def apply_defaults(parser, argv, presets, option="base"):
-    """Parse argv with the defaults that presets[value of --base] replaces; flags that are given win. -> args"""
+    """Parse argv; presets[value of --base] replaces the parser's defaults, given flags win. -> args"""
     chosen = getattr(parser.parse_known_args(argv)[0], option)
     parser.set_defaults(**presets.get(chosen, {}))
     return parser.parse_args(argv)
 
 
 def lr_at(step, args):
-    """Learning rate of update `step` (0-based): linear warm-up from lr / warmup, then constant, cosine to 0, or 4 cosine restarts."""
+    """Learning rate of update `step` (0-based): linear warm-up, then constant, one cosine to 0, or four."""
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
     if args.lr_schedule == "constant":
@@ -132,17 +135,16 @@ class Log:
     """One line a step on the screen and in out/log.jsonl (rank 0); TensorBoard and W&B if asked for."""
 
     def __init__(self, args, env, parts, start=0):
-        """parts: {name: module}, for the parameter counts of the header. start: first step, after a resume."""
+        """parts: {name: module}, counted in the header; start: the first step (not 0 after a resume)."""
         self.args, self.env, self.start, self.clock = args, env, start, time.time()
         self.path = Path(args.out, "log.jsonl")
         self.writers = []
         if not env.main:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        # a resumed run repeats the steps after its checkpoint: their old lines go
-        kept = [x for x in self.path.read_text().splitlines() if json.loads(x)["step"] < start] if start else []
-        write_atomic(self.path, lambda p: p.write_text("".join(x + "\n" for x in kept)))
-        write_atomic(Path(args.out, "args.json"), lambda p: p.write_text(json.dumps(vars(args), indent=1, default=str)))
+        keep_lines(self.path, start)
+        arguments = json.dumps(vars(args), indent=1, default=str)
+        write_atomic(Path(args.out, "args.json"), lambda p: p.write_text(arguments))
         print("arguments:", " ".join(f"{k}={v}" for k, v in vars(args).items() if v is not None))
         print(f"device: {device_name(env.device)} x {env.world}, {str(env.dtype)[6:]};",
               ", ".join(f"{k} {v}" for k, v in versions().items()))
@@ -161,7 +163,7 @@ class Log:
             self.writers.append(lambda step, v: run.log(v, step=step))
 
     def step(self, step, **values):
-        """Log the floats of one finished step (0-based); averaged over the processes, each of which must call this."""
+        """Log the floats of a finished step (0-based), averaged over the processes: each must call this."""
         values = mean_over_ranks({k: float(v) for k, v in values.items()}, self.env)
         now, seconds = time.time(), time.time() - self.clock
         self.clock = now
@@ -176,18 +178,30 @@ class Log:
             print(f"step {step + 1}/{self.args.steps} | {shown} | {seconds:.2f} s", flush=True)
         if step == self.start + 1:  # the first step compiles and allocates: time the second
             left = seconds * (self.args.steps - step - 1)
-            print(f"{seconds:.2f} s a step, about {left / 60:.0f} min to go, peak memory {peak_memory(self.env.device):.2f} GB", flush=True)
+            print(f"{seconds:.2f} s a step, about {left / 60:.0f} min to go, "
+                  f"peak memory {peak_memory(self.env.device):.2f} GB", flush=True)
+
+
+def keep_lines(path, before):
+    """Keep a jsonl file's lines whose "step" is below `before`: a resumed run repeats what came after."""
+    path = Path(path)
+    lines = path.read_text().splitlines() if before and path.exists() else []
+    kept = [x + "\n" for x in lines if json.loads(x)["step"] < before]
+    write_atomic(path, lambda p: p.write_text("".join(kept)))
 
 
 def peak_memory(device) -> float:
     """Peak memory of this process so far in GB (10^9 bytes): allocated on the GPU, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def device_name(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def versions() -> dict:
@@ -243,9 +257,15 @@ class FiniteGuard:
         if wrong:
             print(f"warning: {wrong[0]} is not finite: step skipped ({self.bad} in a row)", flush=True)
         if self.bad >= 10:
-            raise UserError(f"{(wrong or ['a loss term'])[0]} was not finite 10 steps in a row; the last checkpoint is kept: "
-                            "try a lower --lr, a --clip, or --dtype fp32")
+            raise UserError(f"{(wrong or ['a loss term'])[0]} was not finite 10 steps in a row; the last "
+                            "checkpoint is kept: try a lower --lr, a smaller --clip, or --dtype fp32")
         return False
+
+
+def clip_gradients(params, largest):
+    """Scale the gradients to a norm of at most `largest`. -> the norm before, a plain tensor (FSDP2 too)."""
+    norm = torch.nn.utils.clip_grad_norm_(params, largest)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 @contextlib.contextmanager
@@ -257,10 +277,10 @@ def memory_advice(*dials):
         raise UserError(f"the GPU is out of memory; try, in this order: {', '.join(dials)}") from e
 
 
-# ---- checkpoints (DESIGN section 6): ckpt.safetensors is what one samples from, state.pt is what one resumes from
+# ---- checkpoints: ckpt.safetensors is what one samples from, state.pt what one resumes from
 
 def write_atomic(path, write):
-    """write(temporary path), fsync, rename: a kill at any moment leaves the old file or the new one, whole."""
+    """write(temporary path), fsync, rename: a kill at any moment leaves the old file or the new, whole."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.stem}.tmp{path.suffix}")  # the same suffix: some writers go by it
@@ -277,7 +297,7 @@ def full(t: Tensor) -> Tensor:
 
 
 def trained(parts: dict) -> dict:
-    """{prefix: module} -> {key: parameter} of all that is trained: public names, no wrapper's `module.` in them."""
+    """{prefix: module} -> {key: parameter} that are trained: public names, no wrapper's `module.` in them."""
     found = {}
     for prefix, module in parts.items():
         for name, p in module.named_parameters():
@@ -287,9 +307,10 @@ def trained(parts: dict) -> dict:
 
 
 def save_checkpoint(args, env, step, params, meta, opt, ema=None, scaler=None):
-    """Write out/ckpt.safetensors (averaged weights if `ema`) and out/state.pt after `step` updates; every process must call.
+    """Write out/ckpt.safetensors (averaged weights if `ema`) and out/state.pt after `step` updates.
 
-    params: {key: parameter} from trained(); ema: {key: tensor} or None; meta: what sample.py needs to know, plain types.
+    params: {key: parameter} from trained(); ema: {key: tensor} or None; meta: what sample.py needs to know,
+    plain types. Every process must call this; rank 0 writes.
     """
     weights = {k: full(p).contiguous() for k, p in params.items()}
     moments = {k: {n: full(v) for n, v in opt.state[p].items()} for k, p in params.items()}
@@ -297,38 +318,45 @@ def save_checkpoint(args, env, step, params, meta, opt, ema=None, scaler=None):
     if not env.main:
         return
     out = Path(args.out)
-    meta = dict(meta, step=step, args={k: v for k, v in vars(args).items() if v is not None}, versions=versions())
+    given = {k: v for k, v in vars(args).items() if v is not None}
+    meta = dict(meta, step=step, args=given, versions=versions())
     product = averaged or weights
     text = {"nanovideo": json.dumps(meta, default=str)}
     write_atomic(out / f"ckpt-{step}.safetensors", lambda p: save_file(product, p, text))
     write_atomic(out / "ckpt.safetensors", lambda p: save_file(product, p, text))
-    # everything that resume needs is in this one file, so that the two files need not be of the same moment
-    state = dict(step=step, weights=weights, moments=moments, ema=averaged, meta=json.loads(text["nanovideo"]), world=env.world,
-                 scaler=scaler.state_dict() if scaler else None)
+    # all that resume needs is in this one file: the two files need not be of the same moment
+    state = dict(
+        step=step, weights=weights, moments=moments, ema=averaged, meta=json.loads(text["nanovideo"]),
+        scaler=scaler.state_dict() if scaler else None)
     write_atomic(out / "state.pt", lambda p: torch.save(state, p))
     steps = sorted(int(p.stem.split("-")[1]) for p in out.glob("ckpt-*.safetensors"))
     for old in steps[:max(0, len(steps) - args.keep)]:
         (out / f"ckpt-{old}.safetensors").unlink()
 
 
-def check_out(args, same=("method", "base", "rank", "alpha", "lora_targets", "seed"), method=""):
-    """Refuse to overwrite a run, or to resume one with other options. -> the state to resume from, or None."""
+# what a resumed run may not change
+SAME = ("base", "rank", "alpha", "lora_targets", "seed", "batch", "accum")
+
+
+def check_out(args, method):
+    """Refuse to overwrite a run or to resume one with other options. -> the state to resume from, or None."""
     path = Path(args.out, "state.pt")
     if not path.exists():
         return None
     if not args.resume:
-        raise UserError(f"{args.out} already holds a run: --resume continues it, --out another/folder starts a new one")
+        raise UserError(
+            f"{args.out} already holds a run: --resume continues it, --out FOLDER starts a new one")
     state = load_pickle(path)
-    then = dict(state["meta"]["args"], method=state["meta"]["method"])
-    for k in same:
-        now = method if k == "method" else getattr(args, k, None)
-        if then.get(k) != now and not (now is None and k not in then):
-            raise UserError(f"--resume: the run in {args.out} was made with {k} {then.get(k)}, not {now}; give the same or another --out")
+    then, now = state["meta"]["args"] | {"method": state["meta"]["method"]}, vars(args) | {"method": method}
+    for k in ("method", *SAME):
+        if then.get(k) != now.get(k):
+            raise UserError(f"--resume: the run in {args.out} has {k} {then.get(k)}, not {now.get(k)}: "
+                            "give the same, or another --out")
     return state
 
 
 def load_state(state, params, opt, ema=None, scaler=None) -> int:
-    """Put a state of check_out() back into parameters, optimizer, ema and scaler; plain, DDP or FSDP2. -> updates done."""
+    """Put check_out()'s state back into all that trains, plain, DDP or FSDP2. -> updates done."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     def like(value, p):
@@ -337,7 +365,8 @@ def load_state(state, params, opt, ema=None, scaler=None) -> int:
         return value.to(p.device)
     if set(params) != set(state["weights"]):
         first = sorted(set(params) ^ set(state["weights"]))[0]
-        raise UserError(f"--resume: the run's trained tensors are not the ones asked for (first difference: {first})")
+        raise UserError(
+            f"--resume: the run's trained tensors are not those asked for (first difference: {first})")
     with torch.no_grad():
         for k, p in params.items():
             p.copy_(like(state["weights"][k], p))
@@ -370,7 +399,8 @@ def load_safetensors(path):
         with safe_open(path, "pt") as f:
             return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
     except (SafetensorError, OSError, struct.error) as e:
-        raise UserError(f"{path}: not a whole safetensors file ({e}); the download or copy was cut off: fetch it again") from e
+        raise UserError(f"{path}: not a whole safetensors file ({e}); "
+                        "a download or copy was cut off: fetch it again") from e
 
 
 def load_pickle(path):
@@ -378,11 +408,12 @@ def load_pickle(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # zip, pickle and EOF errors alike mean one thing to the user
-        raise UserError(f"{path}: not a whole PyTorch file, or not one of plain tensors ({str(e).splitlines()[0][:120]}); fetch it again") from e
+        raise UserError(f"{path}: not a whole PyTorch file, or not one of plain tensors "
+                        f"({str(e).splitlines()[0][:100]}); fetch it again") from e
 
 
 def load_weights(path) -> dict:
-    """A public weight file (.safetensors, .pt, .pth, .bin, .ckpt) -> {key: tensor}; state_dict / module wrappers taken off."""
+    """A public weight file (.safetensors, .pt, .pth, .bin, .ckpt) -> {key: tensor}, without wrappers."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file")
@@ -390,24 +421,33 @@ def load_weights(path) -> dict:
     while isinstance(state, dict) and not any(isinstance(v, Tensor) for v in state.values()):
         inner = [state[k] for k in ("state_dict", "module", "model") if isinstance(state.get(k), dict)]
         if not inner:
-            raise UserError(f"{path}: holds no tensors (top-level keys: {', '.join(map(str, list(state)[:5]))})")
+            first = ", ".join(map(str, list(state)[:5]))
+            raise UserError(f"{path}: holds no tensors (its first keys: {first})")
         state = inner[0]
     return {k.removeprefix("module."): v for k, v in state.items() if isinstance(v, Tensor)}
 
 
 def replace_part(path, part, state):
-    """Write {key: tensor} as the fp16 tensors "part.key" of a safetensors file that keeps its other parts (the tiny bases in assets/)."""
+    """Write {key: tensor} in fp16 as "part.key" of a safetensors file (assets/), whose other parts stay."""
     old = load_safetensors(path)[0] if Path(path).exists() else {}
     kept = {k: v for k, v in old.items() if not k.startswith(part + ".")}
     new = {f"{part}.{k}": v.detach().half().contiguous().cpu() for k, v in state.items()}
     write_atomic(path, lambda p: save_file(kept | new, p))
 
 
-KINDS = {  # a key that only this kind of file has
-    "image_latents": "I2VGen-XL in diffusers layout", "local_image_embedding": "I2VGen-XL", "init_attn": "VideoCrafter2",
-    "down_blocks": "a diffusers UNet or VAE", "input_blocks": "a VGen or ModelScope UNet", "lora_A": "a LoRA file",
-    "lora_down": "a LoRA file", "first_stage_model": "a Stable Diffusion checkpoint", "decoder.up.": "an SD autoencoder",
-    "resblocks": "an OpenCLIP model", "text_model.": "a transformers CLIP text model", "transformer_blocks.0.norm1.linear": "CogVideoX"}
+KINDS = {  # part of a key that only this kind of file has -> the kind, in words
+    "image_latents": "I2VGen-XL in diffusers layout",
+    "local_image_embedding": "I2VGen-XL",
+    "init_attn": "VideoCrafter2",
+    "lora": "a LoRA file",
+    "down_blocks": "a diffusers UNet or VAE",
+    "input_blocks": "a VGen or ModelScope UNet",
+    "first_stage_model": "a Stable Diffusion checkpoint",
+    "decoder.up.": "an SD autoencoder",
+    "resblocks": "an OpenCLIP model",
+    "text_model.": "a transformers CLIP text model",
+    "transformer_blocks.0.norm1.linear": "CogVideoX",
+}
 
 
 def looks_like(state) -> str:
@@ -419,22 +459,27 @@ def looks_like(state) -> str:
 
 
 def load_strict(net, state, name):
-    """Load a state dict whose keys and shapes must be the network's; else one line: what it looks like, first faults."""
+    """load_state_dict() whose error tells in one line what the keys look like, and the first faults."""
     want = {k: v.shape for k, v in net.state_dict().items()}
-    missing, extra = [k for k in want if k not in state], [k for k in state if k not in want]
-    wrong = [k for k in want if k in state and want[k] != state[k].shape]
-    if missing or extra or wrong:
-        faults = [f"{len(ks)} {word}, first {ks[0]}" for word, ks in (("missing", missing), ("unexpected", extra), ("of another shape", wrong)) if ks]
-        raise UserError(f"{name}: these are not its weights ({looks_like(state)}): {'; '.join(faults)}")
+    faults = {"missing": [k for k in want if k not in state],
+              "unexpected": [k for k in state if k not in want],
+              "of another shape": [k for k in want if k in state and want[k] != state[k].shape]}
+    if any(faults.values()):
+        words = "; ".join(f"{len(keys)} {fault}, first {keys[0]}" for fault, keys in faults.items() if keys)
+        raise UserError(f"{name}: these are not its weights ({looks_like(state)}): {words}")
     net.load_state_dict(state, assign=next(net.parameters()).is_meta)
 
 
 def rename(state, net, name_of, source):
-    """{their key: tensor} -> {our key: tensor} in our shapes (1x1 convolutions against Linears); name_of(our key) -> their key."""
+    """{their key: tensor} -> {our key: tensor}, in our shapes (1x1 convolutions against Linears).
+
+    name_of(our key) -> their key; one of theirs that is left over or not there is a UserError.
+    """
     shapes = {k: v.shape for k, v in net.state_dict().items()}
     theirs = {name_of(k): k for k in shapes}
     missing, extra = [k for k in theirs if k not in state], [k for k in state if k not in theirs]
     if missing or extra:
         first = f"missing {missing[0]}" if missing else f"unexpected {extra[0]}"
-        raise UserError(f"{source}: these are not its weights ({looks_like(state)}): {len(missing)} missing, {len(extra)} unexpected, first: {first}")
+        raise UserError(f"{source}: these are not its weights ({looks_like(state)}): {len(missing)} missing, "
+                        f"{len(extra)} unexpected, first: {first}")
     return {ours: state[their].reshape(shapes[ours]) for their, ours in theirs.items()}

@@ -1,7 +1,7 @@
 """Data: the tiny world (procedural captioned clips), reading and writing videos, prompt files, data sets.
 
-`python data.py --tiny-preview sheet.png` draws some of the tiny world; `python data.py --check LIST --frames 16 ...` reads
-every clip of a data set once and names the bad ones.
+`python data.py --tiny-preview sheet.png` draws some of the tiny world.
+`python data.py --check LIST --frames 16 ...` reads every clip of a data set once and names the bad ones.
 """
 import argparse
 import atexit
@@ -27,17 +27,21 @@ from common import UserError, generator, write_atomic
 # ---- the tiny world: one coloured shape on a plain background that moves, grows, shrinks or stands still
 
 SHAPES = ("circle", "square", "triangle")
-COLOURS = {"red": (230, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 230), "yellow": (240, 220, 50),
-           "purple": (150, 60, 190), "orange": (245, 140, 30), "cyan": (60, 210, 220), "white": (250, 250, 250)}
+COLOURS = {
+    "red": (230, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 230), "yellow": (240, 220, 50),
+    "purple": (150, 60, 190), "orange": (245, 140, 30), "cyan": (60, 210, 220), "white": (250, 250, 250)}
 BACKGROUNDS = {"black": (15, 15, 20), "gray": (110, 110, 115), "brown": (85, 55, 40)}
-MOTIONS = ("moving left", "moving right", "moving up", "moving down", "growing", "shrinking", "standing still")
-TINY_WORDS = sorted({w for part in (SHAPES, COLOURS, BACKGROUNDS, MOTIONS, ("a on background",)) for p in part for w in p.split()})
+MOTIONS = (
+    "moving left", "moving right", "moving up", "moving down", "growing", "shrinking", "standing still")
+TINY_WORDS = sorted({
+    w for part in (SHAPES, COLOURS, BACKGROUNDS, MOTIONS, ("a on background",))
+    for p in part for w in p.split()})
 TINY_SIZE, TINY_FRAMES, TINY_FPS = 32, 8, 8
 
 
 @dataclass(frozen=True)
 class Scene:
-    """Ground truth of one tiny clip. Lengths in pixels of a 32 x 32 frame, all per clip but for the two per-frame paths."""
+    """Ground truth of one tiny clip; lengths in pixels of a 32 x 32 frame."""
     shape: str
     colour: str
     background: str
@@ -53,7 +57,8 @@ class Scene:
 
 def tiny_captions():
     """All 504 captions with a background, in a fixed order."""
-    return [f"a {c} {s} {m} on a {b} background" for s in SHAPES for c in COLOURS for m in MOTIONS for b in BACKGROUNDS]
+    return [f"a {c} {s} {m} on a {b} background"
+            for s in SHAPES for c in COLOURS for m in MOTIONS for b in BACKGROUNDS]
 
 
 def parse(caption) -> dict:
@@ -71,7 +76,7 @@ def parse(caption) -> dict:
 
 
 def tiny_prompts(held_out=False):
-    """The 440 captions that alignment methods train on, or the 64 that they never see (the base has seen all 504)."""
+    """The 440 captions that alignment trains on, or the 64 that it never sees (the base has seen all 504)."""
     captions = tiny_captions()
     order = np.random.default_rng(0).permutation(len(captions))
     return [captions[i] for i in (order[-64:] if held_out else order[:-64])]
@@ -80,30 +85,40 @@ def tiny_prompts(held_out=False):
 def tiny_scene(rng, shape=None, colour=None, background=None, motion=None, frames=TINY_FRAMES):
     """A random Scene from a numpy Generator; what is given is kept. The shape stays inside the frame."""
     def pick(given, choices):
-        drawn = choices[rng.integers(len(choices))]  # drawn in any case: the rest of the scene does not depend on what is given
+        # drawn in any case: the rest of the scene does not depend on what is given
+        drawn = choices[rng.integers(len(choices))]
         return given or drawn
     shape, colour = pick(shape, SHAPES), pick(colour, tuple(COLOURS))
     background, motion = pick(background, tuple(BACKGROUNDS)), pick(motion, MOTIONS)
     time = np.linspace(-0.5, 0.5, frames) if frames > 1 else np.zeros(1)
-    radius, travel, ratio, u, v = (rng.uniform(*r) for r in ((4.5, 6.5), (9, 14), (1.9, 2.5), (-1, 1), (-1, 1)))
-    dx, dy = {"moving left": (-1, 0), "moving right": (1, 0), "moving up": (0, -1), "moving down": (0, 1)}.get(motion, (0, 0))
+    # The words say nearly all. What is drawn at random here is what the noise can tell: with wide random
+    # positions a small network learns to read the path from the noise and ignores the words.
+    ranges = ((4.8, 6.2), (10, 13), (2.0, 2.4), (-2, 2), (-2, 2))
+    radius, travel, ratio, u, v = (rng.uniform(*r) for r in ranges)
+    directions = {"moving left": (-1, 0), "moving right": (1, 0), "moving up": (0, -1), "moving down": (0, 1)}
+    dx, dy = directions.get(motion, (0, 0))
     growth = {"growing": 1, "shrinking": -1}.get(motion, 0) * np.log(ratio)
     r = radius * np.exp(growth * time)
-    reach = 1.35 * r.max()  # a triangle's corner is 1.56 radii away, but it never points sideways and down at once
-    room_x, room_y = (TINY_SIZE / 2 - reach - travel / 2 * abs(d) for d in (dx, dy))
-    x = TINY_SIZE / 2 + u * max(room_x, 0) + dx * travel * time
-    y = TINY_SIZE / 2 + v * max(room_y, 0) + dy * travel * time
+    # a triangle's corner is 1.56 radii away, but it never points sideways and down at once
+    reach = 1.35 * r.max()
+    u, v = (np.clip(offset, -room, room) for offset, d in ((u, dx), (v, dy))
+            for room in [max(0.0, TINY_SIZE / 2 - reach - travel / 2 * abs(d))])
+    x = TINY_SIZE / 2 + u + dx * travel * time
+    y = TINY_SIZE / 2 + v + dy * travel * time
     return Scene(shape, colour, background, motion, x, y, np.broadcast_to(r, x.shape))
 
 
 def signed_distance(shape, x, y, r):
-    """Distance in pixels from points (x, y), relative to the centre, to the edge of a shape with the area of a disc of radius r."""
+    """Pixels from points (x, y), relative to the centre, to the shape's edge; negative inside.
+
+    The shape has the area of a disc of radius r.
+    """
     if shape == "circle":
         return np.hypot(x, y) - r
     if shape == "square":
         half = r * np.sqrt(np.pi) / 2
         return np.maximum(np.abs(x), np.abs(y)) - half
-    inner = r * np.sqrt(np.pi / (3 * np.sqrt(3)))  # inradius of the equilateral triangle, point up, of that area
+    inner = r * np.sqrt(np.pi / (3 * np.sqrt(3)))  # inradius of the equilateral triangle (point up)
     return np.maximum(y - inner, (np.abs(x) * np.sqrt(3) - y) / 2 - inner)
 
 
@@ -120,7 +135,7 @@ def render(scene):
 
 
 def tiny_batch(seed, n, frames=TINY_FRAMES, drop_background=0.2):
-    """-> (videos (n,3,f,32,32) in [-1,1], captions, scenes); a function of the seed (an int or a tuple of ints) alone."""
+    """-> (videos (n,3,f,32,32) in [-1,1], captions, scenes), from the seed (int or tuple of ints) alone."""
     rng = np.random.default_rng(seed)
     scenes = [tiny_scene(rng, frames=frames) for _ in range(n)]
     captions = [s.caption(with_background=rng.random() >= drop_background) for s in scenes]
@@ -130,9 +145,10 @@ def tiny_batch(seed, n, frames=TINY_FRAMES, drop_background=0.2):
 # ---- which clips make which batch
 
 def batch_indices(n, step, batch, rank=0, world=1, seed=0):
-    """Indices (list of `batch`) of what process `rank` reads at `step`: shuffled epochs over n items, disjoint between processes.
+    """What process `rank` reads at `step`: a list of `batch` indices, disjoint between processes.
 
-    A function of its arguments alone: a resumed run reads on where it stopped.
+    Each epoch over the n items has its own order. All depends on the arguments alone: a resumed run reads on
+    where it stopped.
     """
     first = (step * world + rank) * batch
     picked = []

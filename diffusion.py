@@ -1,7 +1,8 @@
 """Noise schedules, prediction types, guidance, the DDIM sampler and the training loss: pure functions.
 
-x_t = sqrt(ab_t) x0 + sqrt(1 - ab_t) eps, with ab ("alpha bar") the cumulative product of 1 - beta, kept in float64 and cast to
-x's dtype when it is looked up. The network predicts eps, v = sqrt(ab) eps - sqrt(1 - ab) x0 (Salimans & Ho, arXiv 2202.00512) or x0.
+x_t = sqrt(ab_t) x0 + sqrt(1 - ab_t) eps, with ab ("alpha bar") the cumulative product of 1 - beta, kept in
+float64 and cast to x's dtype when it is looked up. The network predicts eps, x0 or
+v = sqrt(ab) eps - sqrt(1 - ab) x0 (Salimans & Ho, arXiv 2202.00512).
 """
 import math
 from dataclasses import dataclass
@@ -15,12 +16,12 @@ from common import UserError
 # ---- noise schedules: float64 betas
 
 def linear_sd(num=1000, first=0.00085, last=0.012):
-    """Stable Diffusion's "scaled linear": linear in sqrt(beta). The schedule of ModelScope and VideoCrafter2."""
+    """Stable Diffusion's "scaled linear": linear in sqrt(beta). ModelScope's and VideoCrafter2's."""
     return torch.linspace(first ** 0.5, last ** 0.5, num, dtype=torch.float64) ** 2
 
 
 def cosine(num=1000, s=0.008):
-    """Nichol & Dhariwal, arXiv 2102.09672, eq. 17: ab(u) = cos^2((u + s) / (1 + s) pi / 2), betas at most 0.999."""
+    """Nichol & Dhariwal, arXiv 2102.09672, eq. 17: ab(u) = cos^2((u + s) / (1 + s) pi / 2), beta <= 0.999."""
     def g(u):
         return torch.cos((u + s) / (1 + s) * torch.pi / 2) ** 2
     u = torch.arange(num, dtype=torch.float64)
@@ -28,7 +29,7 @@ def cosine(num=1000, s=0.008):
 
 
 def logsnr_cosine_interp(num=1000, scale_min=2.0, scale_max=4.0):
-    """SR600's sampling schedule: a cosine's log SNR in +-15, shifted by 2 ln(1 / scale), scale_min at the clean end."""
+    """SR600's sampling: a cosine's log SNR in +-15 plus 2 ln(1 / scale), scale_min at the clean end."""
     u = torch.linspace(1, 0, num, dtype=torch.float64)  # 1: clean
     first, last = math.atan(math.exp(7.5)), math.atan(math.exp(-7.5))
     logsnr = -2 * torch.log(torch.tan(first + u * (last - first)))
@@ -37,7 +38,7 @@ def logsnr_cosine_interp(num=1000, scale_min=2.0, scale_max=4.0):
 
 
 def zero_terminal_snr(betas):
-    """Shift and scale sqrt(ab) so that the last step is pure noise (Lin et al., arXiv 2305.08891, algorithm 1)."""
+    """Shift and scale sqrt(ab): the last step is pure noise (Lin et al., arXiv 2305.08891, algorithm 1)."""
     a = torch.cumprod(1 - betas, 0).sqrt()
     a = (a - a[-1]) * a[0] / (a[0] - a[-1])
     ab = a ** 2
@@ -45,9 +46,9 @@ def zero_terminal_snr(betas):
 
 
 def shift_snr(ab, factor):
-    """Alpha bar with sqrt(ab / (1 - ab)) multiplied by `factor` (Hoogeboom et al., arXiv 2301.11093, section 2.1).
+    """Alpha bar with sqrt(ab / (1 - ab)) times `factor` (Hoogeboom et al., arXiv 2301.11093, section 2.1).
 
-    The same noise hides a redundant signal (many pixels, many frames) less well; factor < 1 makes up for that.
+    The same noise hides a redundant signal (many pixels, many frames) less well; factor < 1 makes up for it.
     """
     return factor ** 2 * ab / (1 - ab + factor ** 2 * ab)
 
@@ -57,7 +58,7 @@ SCHEDULES = {"linear_sd": linear_sd, "cosine": cosine, "logsnr_cosine_interp": l
 
 @dataclass(frozen=True)
 class Schedule:
-    """alpha_bar (T,) float64 and what the network predicts: "eps", "v" or "x0". t is a long tensor (b,) or an int."""
+    """alpha_bar (T,) float64 and what the network predicts: "eps", "v", "x0". t: long tensor (b,) or int."""
     alpha_bar: Tensor
     prediction: str = "eps"
 
@@ -92,7 +93,7 @@ class Schedule:
 
 
 def make_schedule(name="linear_sd", prediction="eps", zero_snr=False, shift=1.0, **kw) -> Schedule:
-    """A Schedule from the name of its betas ("linear_sd", "cosine"), e.g. make_schedule("cosine", "v", zero_snr=True)."""
+    """A Schedule from its betas' name in SCHEDULES, e.g. make_schedule("cosine", "v", zero_snr=True)."""
     if name not in SCHEDULES:
         raise UserError(f"noise schedule {name}: unknown; choose from {', '.join(SCHEDULES)}")
     betas = SCHEDULES[name](**kw)
@@ -105,8 +106,8 @@ def make_schedule(name="linear_sd", prediction="eps", zero_snr=False, shift=1.0,
 def diffusion_loss(net_fn, schedule, x0, noise, t, mask=None):
     """Mean over all elements of |net(x_t, t) - target|^2, one value a sample (b,), in fp32.
 
-    net_fn(x_t, t) -> prediction; t (b,). mask (b,1,f,h,w) multiplies prediction and target (DreamVideo's subject
-    masks); the mean still runs over all elements.
+    net_fn(x_t, t) -> prediction; t (b,). mask (b,1,f,h,w) multiplies prediction and target (DreamVideo's
+    subject masks); the mean still runs over all elements.
     """
     out = net_fn(schedule.add_noise(x0, noise, t), t).float()
     target = schedule.target(x0, noise, t).float()
@@ -118,10 +119,10 @@ def diffusion_loss(net_fn, schedule, x0, noise, t, mask=None):
 # ---- guidance
 
 def guided(net, text, null, cfg=None, **cond):
-    """-> fn(x, t) = u + cfg (c - u): classifier-free guidance (arXiv 2207.12598, in the form where 1 means off).
+    """-> fn(x, t) = u + cfg (c - u): classifier-free guidance (arXiv 2207.12598, in the form with 1 for off).
 
-    c and u are the network's answers for `text` and `null` (b,n,d), computed in one batched call. cfg None or 1: c alone.
-    Tensors in `cond` (fps, ...) go to both.
+    c and u are the network's answers for `text` and `null` (b,n,d), computed in one batched call. cfg None
+    or 1: c alone. Tensors in `cond` (fps, ...) go to both.
     """
     if cfg is None or cfg == 1:
         return lambda x, t: net(x, t, text, **cond)
@@ -139,8 +140,9 @@ def guided(net, text, null, cfg=None, **cond):
 def ddim_timesteps(steps, num=1000, spacing="leading"):
     """Descending list of integer steps.
 
-    "leading": VGen's 1 + k (num // steps), e.g. 981, ..., 21, 1 for 50; when steps does not divide num there is more than asked,
-    as published. "trailing": num - 1 first, for schedules that end in pure noise (arXiv 2305.08891, section 3.3).
+    "leading": VGen's 1 + k (num // steps), e.g. 981, ..., 21, 1 for 50; when steps does not divide num there
+    are more than asked, as published. "trailing": num - 1 first, for schedules that end in pure noise
+    (arXiv 2305.08891, section 3.3).
     """
     if spacing == "trailing":
         return [round(num - i * num / steps) - 1 for i in range(steps)]
@@ -148,7 +150,7 @@ def ddim_timesteps(steps, num=1000, spacing="leading"):
 
 
 def ddim_step(schedule, out, x, t, t_prev, eta=0.0, noise=None):
-    """One update from step t to t_prev (ints; -1: all the way to x0), eq. 12 of the paper. `noise` like x when eta > 0."""
+    """One update from step t to t_prev (ints; -1: all the way to x0), eq. 12. `noise` like x when eta > 0."""
     x0, eps = schedule.to_x0(out, x, t), schedule.to_eps(out, x, t)
     if t_prev < 0:
         return x0
@@ -158,12 +160,14 @@ def ddim_step(schedule, out, x, t, t_prev, eta=0.0, noise=None):
     return x if sigma == 0 else x + sigma * noise
 
 
-def ddim(net_fn, x_T, schedule, steps, eta=0.0, generators=None, grad_last=0, spacing="leading", progress=None):
+def ddim(net_fn, x_T, schedule, steps, eta=0.0, generators=None, grad_last=0, spacing="leading",
+         progress=None):
     """Sample: noise x_T (b,c,f,h,w) -> latents. net_fn(x, t (b,)) -> guided prediction.
 
-    generators: one torch.Generator a sample, for the noise of eta > 0 (so a clip does not depend on its batch).
-    grad_last: the last K updates record gradients, the state before them is a constant (VADER, InstructVideo).
-    As published with "leading", the chain ends at ab_0, not at x0: a residual sqrt(1 - ab_0) eps stays, visually nil.
+    generators: one torch.Generator a sample, for the noise of eta > 0 (a clip does not depend on its batch).
+    grad_last: the last K updates record gradients, the state before them is constant (VADER, InstructVideo).
+    As published with "leading", the chain ends at ab_0, not at x0: a residual sqrt(1 - ab_0) eps stays,
+    visually nil.
     """
     num = len(schedule.alpha_bar)
     times = ddim_timesteps(steps, num, spacing)
@@ -181,7 +185,7 @@ def ddim(net_fn, x_T, schedule, steps, eta=0.0, generators=None, grad_last=0, sp
 
 
 def ddim_invert_step(schedule, out, x, t, t_next):
-    """One update of the reversed ODE, from step t up to t_next (len(alpha_bar) stands for pure noise, ab = 0)."""
+    """One update of the reversed ODE, from step t up to t_next (len(alpha_bar): pure noise, ab = 0)."""
     x0, eps = schedule.to_x0(out, x, t), schedule.to_eps(out, x, t)
     ab = schedule.alpha_bar[t_next].item() if t_next < len(schedule.alpha_bar) else 0.0
     return ab ** 0.5 * x0 + (1 - ab) ** 0.5 * eps
@@ -189,7 +193,7 @@ def ddim_invert_step(schedule, out, x, t, t_next):
 
 @torch.no_grad()
 def ddim_invert(net_fn, x0, schedule, steps):
-    """Clean latents -> the noise that DDIM would turn into them: t = 0, s, 2s, ... with s = T // steps (VGen)."""
+    """Clean latents -> the noise that DDIM would turn into them; t = 0, s, 2s, ..., s = T // steps (VGen)."""
     num = len(schedule.alpha_bar)
     x = x0
     for t in range(0, num, num // steps):
@@ -201,7 +205,7 @@ def ddim_invert(net_fn, x0, schedule, steps):
 # ---- noise
 
 def randn(shape, generators, device="cpu"):
-    """Normal noise of `shape` (b, ...), sample i from generators[i] on the CPU: the same on any device, in any batch."""
+    """Noise of `shape` (b, ...), sample i from generators[i] on the CPU: same on any device, in any batch."""
     return torch.stack([torch.randn(shape[1:], generator=g) for g in generators]).to(device)
 
 

@@ -1,6 +1,7 @@
 """Metrics. The tiny world's judge reads shape, colour, background, motion, speed and smoothness off a clip.
 
-The judge learns nothing and shares no code with the rewards: it is never a reward, so it can tell when a reward is hacked.
+The judge learns nothing and shares no code with the rewards: it is never a reward, so it can tell when a
+reward is hacked.
 """
 import numpy as np
 from torch import Tensor
@@ -16,7 +17,7 @@ def _nearest(rgb, palette):
 
 
 def _coverage(shape, size, cx, cy, area, sub=4):
-    """(size, size) share of each pixel that a shape of that centre and area covers, counted on sub x sub points a pixel."""
+    """(size, size) share of each pixel that the shape covers, counted on sub x sub points a pixel."""
     p = (np.arange(size * sub) + 0.5) / sub
     x, y = np.meshgrid(p - cx, p - cy)
     if shape == "circle":
@@ -33,39 +34,45 @@ def _coverage(shape, size, cx, cy, area, sub=4):
 def judge(video: Tensor) -> dict:
     """One clip (3,f,h,w) in [-1,1] -> what it shows: shape, colour, background, motion (words), and numbers:
 
-    speed (pixels a frame, of the straight line through the centroids), size (mean area, pixels), smoothness (root mean square
-    distance of the centroids from that line, pixels; 0 is perfectly smooth), visible (share of frames with an object).
+    speed (pixels a frame, of the straight line through the centroids), size (mean area, pixels), smoothness
+    (root mean square distance of the centroids from that line, pixels; 0 is perfectly smooth), visible (share
+    of frames with an object).
     """
-    frames = ((video.detach().float().cpu().numpy() + 1) * 127.5).clip(0, 255).transpose(1, 2, 3, 0)  # f h w c
+    pixels = ((video.detach().float().cpu().numpy() + 1) * 127.5).clip(0, 255)
+    frames = pixels.transpose(1, 2, 3, 0)  # f h w c
     f, size = frames.shape[0], frames.shape[1]
-    border = np.concatenate([frames[:, 0], frames[:, -1], frames[:, :, 0], frames[:, :, -1]], axis=1).reshape(-1, 3)
-    back = np.median(border, axis=0)
+    edges = [frames[:, 0], frames[:, -1], frames[:, :, 0], frames[:, :, -1]]
+    back = np.median(np.concatenate(edges, axis=1).reshape(-1, 3), axis=0)
     distance = np.sqrt(((frames - back) ** 2).sum(-1))                 # f h w
-    level = np.percentile(distance.reshape(f, -1), 97, axis=1)         # the object's own distance, in each frame
+    level = np.percentile(distance.reshape(f, -1), 97, axis=1)         # the object's distance, in each frame
     strong = np.median(level)
-    mask = np.clip((distance / max(strong, 1e-6) - 0.25) / 0.5, 0, 1)  # soft: 0.5 half-way between object and background
+    mask = np.clip((distance / max(strong, 1e-6) - 0.25) / 0.5, 0, 1)  # soft: 0.5 half-way to the background
     area = mask.sum((1, 2))
     shown = (area > 4) & (strong > 25)
     seen = {"background": _nearest(back, BACKGROUNDS), "visible": float(shown.mean())}
     if shown.mean() < 0.75 or area.max() > 0.8 * size * size:
-        return seen | {"shape": "none", "colour": "none", "motion": "none", "speed": 0.0, "size": float(area.mean()), "smoothness": 99.0}
+        return seen | {"shape": "none", "colour": "none", "motion": "none",
+                       "speed": 0.0, "size": float(area.mean()), "smoothness": 99.0}
     core = mask > 0.95
     seen["colour"] = _nearest(np.median(frames[core], axis=0), COLOURS) if core.any() else "none"
     grid = np.arange(size) + 0.5
     cx = (mask.sum(1) * grid).sum(1) / np.maximum(area, 1e-6)
     cy = (mask.sum(2) * grid).sum(1) / np.maximum(area, 1e-6)
 
-    # motion: straight lines through the centroids and through log radius, over the frames that show the object
+    # motion: straight lines through centroids and log radius, over the frames that show the object
     k = np.arange(f)[shown]
     slope = [np.polyfit(k, y, 1) for y in (cx[shown], cy[shown], 0.5 * np.log(np.maximum(area[shown], 1e-6)))]
     dx, dy, growth = (s[0] * (f - 1) for s in slope)
     if max(abs(dx), abs(dy)) > 4:
-        seen["motion"] = ("moving right" if dx > 0 else "moving left") if abs(dx) > abs(dy) else ("moving down" if dy > 0 else "moving up")
+        horizontal = "moving right" if dx > 0 else "moving left"
+        vertical = "moving down" if dy > 0 else "moving up"
+        seen["motion"] = horizontal if abs(dx) > abs(dy) else vertical
     else:
         seen["motion"] = "growing" if growth > 0.35 else "shrinking" if growth < -0.35 else "standing still"
 
     # shape: the template that fits best at the measured centre and area, summed over the frames
-    errors = {s: sum(np.abs(_coverage(s, size, cx[i], cy[i], area[i]) - mask[i]).sum() for i in k) for s in SHAPES}
+    errors = {s: sum(np.abs(_coverage(s, size, cx[i], cy[i], area[i]) - mask[i]).sum() for i in k)
+              for s in SHAPES}
     seen["shape"] = min(errors, key=errors.get)
     residual = [np.polyval(s, k) - y for s, y in zip(slope[:2], (cx[shown], cy[shown]))]
     return seen | {"speed": float(np.hypot(slope[0][0], slope[1][0])), "size": float(area.mean()),
@@ -73,7 +80,7 @@ def judge(video: Tensor) -> dict:
 
 
 def judge_captions(videos, captions) -> dict:
-    """Clips (n,3,f,h,w) in [-1,1] and tiny-world captions -> share of clips that show what the caption says, per attribute.
+    """Clips (n,3,f,h,w) in [-1,1] and tiny-world captions -> share of clips that are right, per attribute.
 
     "joint": all that the caption mentions is right. A caption without a background is not judged on it.
     """

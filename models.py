@@ -1,8 +1,9 @@
-"""Networks. UNet3D: the 3-D UNet of the VGen family (ModelScope T2V, arXiv 2308.06571), with LoRA and parallelize() at the bottom.
+"""Networks: UNet3D, the VGen family's 3-D UNet (ModelScope T2V, arXiv 2308.06571), LoRA and parallelize().
 
-One network, options in a frozen dataclass whose defaults are the public ModelScope T2V checkpoint; an option that is off
-adds no keys and costs nothing. Parameter names are the public checkpoint's, misspellings included (`temopral_conv`).
-Videos and latents are `b c f h w`; inside the UNet images travel as `(b f) c h w`, sample-major.
+One network, options in a frozen dataclass whose defaults are the public ModelScope T2V checkpoint; an option
+that is off adds no keys and costs nothing. Parameter names are the public checkpoint's, misspellings included
+(`temopral_conv`). Videos and latents are `b c f h w`; inside the UNet images travel as `(b f) c h w`,
+sample-major.
 """
 import math
 from contextlib import nullcontext
@@ -20,7 +21,7 @@ from common import UserError
 # ---- parts shared by every network
 
 def sinusoidal(t, dim):
-    """t (b,) -> (b, dim) float32: cosines first, then sines, frequencies 10000^(-k / half) for k = 0..half-1."""
+    """t (b,) -> (b, dim) float32: cosines, then sines, frequencies 10000^(-k / half) for k = 0..half-1."""
     half = dim // 2
     freq = torch.exp(-math.log(10000) / half * torch.arange(half, device=t.device, dtype=torch.float32))
     angle = t.float()[:, None] * freq
@@ -28,7 +29,7 @@ def sinusoidal(t, dim):
 
 
 def zero_init(module):
-    """Zero the weights and bias of a residual branch's last layer, so that the branch starts as the identity."""
+    """Zero weights and bias of a residual branch's last layer: the branch starts as the identity."""
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
@@ -102,7 +103,7 @@ class TransformerBlock(nn.Module):
 # ---- UNet blocks: every one is called as block(x, emb, text, f), x (b f) c h w, emb (b f) e, text b n d
 
 class Conv1x1(nn.Conv1d):
-    """A Conv1d of kernel 1, as the public files store it (weight [out, in, 1]), applied to channels-last tokens."""
+    """A Conv1d of kernel 1, stored as in the public files (weight [out, in, 1]), on channels-last tokens."""
 
     def forward(self, x):
         return F.linear(x, self.weight[..., 0], self.bias)
@@ -126,7 +127,7 @@ class SpatialTransformer(nn.Module):
 
 
 class TemporalTransformer(nn.Module):
-    """Attention over the frames, at each pixel. No positions, no mask; both attentions are self-attentions."""
+    """Attention over the frames, at each pixel: self-attention twice, no positions, no mask."""
 
     def __init__(self, channels, heads, head_dim):
         super().__init__()
@@ -138,7 +139,7 @@ class TemporalTransformer(nn.Module):
 
     def forward(self, x, emb, text, f):
         video = rearrange(x, "(b f) c h w -> b c f h w", f=f)
-        h = rearrange(self.norm(video), "b c f h w -> (b h w) f c")  # statistics over frames and pixels together
+        h = rearrange(self.norm(video), "b c f h w -> (b h w) f c")  # statistics over frames and pixels
         h = self.proj_out(self.transformer_blocks[0](self.proj_in(h)))
         return x + rearrange(h, "(b h w) f c -> (b f) c h w", h=x.shape[2], w=x.shape[3])
 
@@ -209,12 +210,13 @@ class UNetConfig:
     num_res_blocks: int = 2
     attn_scales: tuple = (1.0, 0.5, 0.25)  # levels with transformers, as fractions of the latent size
     head_dim: int = 64
-    num_heads: int = 8                     # of the first temporal transformer only; elsewhere channels / head_dim
+    num_heads: int = 8                     # of the first temporal transformer; elsewhere channels / head_dim
     context_dim: int = 1024
     dropout: float = 0.1
     use_fps_condition: bool = False
     # the tiny world's options (no public base has them)
-    frame_pos: int = 0                     # learned position of each of this many frames, in the time embedding
+    frame_pos: int = 0                     # learned positions of this many frames, in the time embedding
+    spatial_pos: int = 0                   # learned map after the first convolution, latent pixels a side
     pooled_text: bool = False              # mean text token in the time embedding
 
 
@@ -235,12 +237,17 @@ class UNet3D(nn.Module):
             self.fps_embedding = mlp()
             zero_init(self.fps_embedding[-1])
         if cfg.frame_pos:
-            self.frame_pos = nn.Parameter(torch.randn(cfg.frame_pos, emb_dim) * 0.02)
+            self.frame_pos = nn.Parameter(0.5 * sinusoidal(torch.arange(cfg.frame_pos), emb_dim))
+        if cfg.spatial_pos:  # starts as sines and cosines of the row and of the column
+            n = cfg.spatial_pos
+            wave = sinusoidal(torch.arange(n), dim // 2).T  # dim/2 positions
+            rows, columns = wave[:, :, None].expand(-1, n, n), wave[:, None, :].expand(-1, n, n)
+            self.spatial_pos = nn.Parameter(0.5 * torch.cat([rows, columns]))
         if cfg.pooled_text:
             self.pooled_text = nn.Linear(cfg.context_dim, emb_dim)
 
         def entry(cin, cout, attention):
-            """One list of the encoder or decoder: a ResBlock, and a spatial and a temporal transformer or not."""
+            """A list of encoder or decoder: a ResBlock, then a spatial and a temporal transformer or none."""
             layers = [ResBlock(cin, cout, emb_dim, cfg.dropout)]
             if attention:
                 heads = cout // cfg.head_dim
@@ -249,8 +256,9 @@ class UNet3D(nn.Module):
             return nn.ModuleList(layers)
 
         # encoder: per level num_res_blocks entries, then a Downsample unless it is the last
-        self.input_blocks = nn.ModuleList([nn.ModuleList([
-            nn.Conv2d(cfg.in_dim, dim, 3, padding=1), TemporalTransformer(dim, cfg.num_heads, cfg.head_dim)])])
+        conv_in = nn.Conv2d(cfg.in_dim, dim, 3, padding=1)
+        temporal_in = TemporalTransformer(dim, cfg.num_heads, cfg.head_dim)
+        self.input_blocks = nn.ModuleList([nn.ModuleList([conv_in, temporal_in])])
         skips, channels, scale = [dim], dim, 1.0
         for level, width in enumerate(widths):
             for _ in range(cfg.num_res_blocks):
@@ -258,7 +266,7 @@ class UNet3D(nn.Module):
                 channels = width
                 skips.append(channels)
             if level < len(widths) - 1:
-                self.input_blocks.append(Downsample(channels))  # directly in the list: key `input_blocks.3.op`
+                self.input_blocks.append(Downsample(channels))  # bare in the list: key `input_blocks.3.op`
                 skips.append(channels)
                 scale /= 2
 
@@ -275,8 +283,9 @@ class UNet3D(nn.Module):
                 self.output_blocks[-1].append(Upsample(channels))
                 scale *= 2
 
-        self.out = nn.Sequential(nn.GroupNorm(32, channels), nn.SiLU(), nn.Conv2d(channels, cfg.out_dim, 3, padding=1))
-        nn.init.zeros_(self.out[-1].weight)  # the weight only, as published
+        conv_out = nn.Conv2d(channels, cfg.out_dim, 3, padding=1)
+        self.out = nn.Sequential(nn.GroupNorm(32, channels), nn.SiLU(), conv_out)
+        nn.init.zeros_(conv_out.weight)  # the weight only, as published
 
     def blocks(self):
         """The modules to shard and to recompute one by one."""
@@ -284,7 +293,7 @@ class UNet3D(nn.Module):
         return [m for m in self.modules() if isinstance(m, kinds)]
 
     def embed(self, t, text, f, fps):
-        """-> (b f) e: the embedding of the diffusion step (and fps, text, frame number) that each ResBlock adds."""
+        """-> (b f) e: embedding of the step (and of fps, text, frame number) that each ResBlock adds."""
         first, act, last = self.time_embed
         dtype = first.weight.dtype
         e = first(sinusoidal(t, self.cfg.dim).to(dtype))[:, None]  # b 1 e
@@ -302,19 +311,27 @@ class UNet3D(nn.Module):
         b, _, f, h, w = x.shape
         factor = 2 ** (len(self.cfg.dim_mult) - 1)
         if h % factor or w % factor:
-            raise UserError(f"latent size {h}x{w}: height and width must be multiples of {factor} for this UNet")
+            raise UserError(
+                f"latent size {h}x{w}: height and width must be multiples of {factor} for this UNet")
         if self.cfg.frame_pos and f > self.cfg.frame_pos:
-            raise UserError(f"{f} frames: this base has learned positions for at most {self.cfg.frame_pos} frames")
+            raise UserError(
+                f"{f} frames: this base has learned positions for at most {self.cfg.frame_pos} frames")
+        if self.cfg.spatial_pos and max(h, w) > self.cfg.spatial_pos:
+            raise UserError(f"latent size {h}x{w}: this base has learned positions for "
+                            f"{self.cfg.spatial_pos} pixels a side")
         emb = self.embed(t, text, f, fps)
 
         def run(layer, x):
             if self.grad_ckpt and torch.is_grad_enabled():
-                # non-reentrant: the other kind loses the graph when no input of the block needs a gradient (LoRA)
+                # non-reentrant: the other kind loses the graph when no input needs a gradient (LoRA)
                 return checkpoint(layer, x, emb, text, f, use_reentrant=False)
             return layer(x, emb, text, f)
 
         conv_in, temporal_in = self.input_blocks[0]
-        x = run(temporal_in, conv_in(rearrange(x, "b c f h w -> (b f) c h w")))
+        x = conv_in(rearrange(x, "b c f h w -> (b f) c h w"))
+        if self.cfg.spatial_pos:
+            x = x + self.spatial_pos[:, :h, :w]
+        x = run(temporal_in, x)
         skips = [x]
         for entry in list(self.input_blocks)[1:]:
             for layer in entry if isinstance(entry, nn.ModuleList) else [entry]:
@@ -356,8 +373,9 @@ def unet_diffusers_name(key, num_res_blocks=2):
         kind = {"0": "resnets", "1": "attentions", "2": "temp_attentions"}[slot]
     if rest.startswith("temopral_conv."):
         return f"{side}.temp_convs.{n}.{rest.removeprefix('temopral_conv.')}"
-    for ours, theirs in (("in_layers.0", "norm1"), ("in_layers.2", "conv1"), ("out_layers.0", "norm2"),
-                         ("out_layers.3", "conv2"), ("emb_layers.1", "time_emb_proj"), ("skip_connection", "conv_shortcut")):
+    for ours, theirs in (("in_layers.0", "norm1"), ("in_layers.2", "conv1"),
+                         ("out_layers.0", "norm2"), ("out_layers.3", "conv2"),
+                         ("emb_layers.1", "time_emb_proj"), ("skip_connection", "conv_shortcut")):
         if kind == "resnets" and rest.startswith(ours + "."):
             rest = theirs + rest.removeprefix(ours)
     return f"{side}.{kind}.{n}.{rest}"
@@ -366,13 +384,13 @@ def unet_diffusers_name(key, num_res_blocks=2):
 # ---- LoRA: W x + (alpha / rank) B A x, on Linear layers
 
 class LoRALinear(nn.Linear):
-    """A frozen Linear (same keys) with a trained low-rank branch: keys `<key>.lora_A.weight`, `<key>.lora_B.weight`."""
+    """A frozen Linear (same keys) and a trained low-rank branch, keys `lora_A.weight` and `lora_B.weight`."""
 
     def __init__(self, base, rank, alpha):
         super().__init__(base.in_features, base.out_features, base.bias is not None, device="meta")
         self.weight, self.bias, self.scale = base.weight, base.bias, alpha / rank
         new = dict(bias=False, device=base.weight.device, dtype=torch.float32)  # trained tensors stay fp32
-        self.lora_A = nn.Linear(base.in_features, rank, **new)  # default init: kaiming_uniform(a=sqrt 5), as in peft
+        self.lora_A = nn.Linear(base.in_features, rank, **new)  # init: kaiming_uniform(a=sqrt 5), as in peft
         self.lora_B = nn.Linear(rank, base.out_features, **new)
         nn.init.zeros_(self.lora_B.weight)
 
@@ -381,7 +399,7 @@ class LoRALinear(nn.Linear):
 
 
 def add_lora(net, rank, alpha, targets):
-    """Freeze `net` and give every Linear whose name ends in one of `targets` a LoRA branch. -> names of those layers."""
+    """Freeze `net`, give each Linear whose name ends in one of `targets` a LoRA branch. -> their names."""
     net.requires_grad_(False)
     names = [n for n, m in net.named_modules()
              if isinstance(m, nn.Linear) and any(f".{n}".endswith(f".{target}") for target in targets)]
@@ -396,16 +414,9 @@ def add_lora(net, rank, alpha, targets):
     return names
 
 
-def set_lora_scale(net, factor):
-    """Multiply every LoRA branch of `net` by `factor` (0: the base network, as a reference policy)."""
-    for m in net.modules():
-        if isinstance(m, LoRALinear):
-            m.scale *= factor
-
-
 @torch.no_grad()
 def merge_lora(net):
-    """Fold every LoRA branch into its weight: W += (alpha / rank) B A. The layers become plain Linears again."""
+    """Fold every LoRA branch into its weight, W += (alpha / rank) B A, and leave plain Linears."""
     for name, m in list(net.named_modules()):
         if isinstance(m, LoRALinear):
             m.weight += (m.scale * m.lora_B.weight @ m.lora_A.weight).to(m.weight.dtype)
@@ -418,9 +429,10 @@ def merge_lora(net):
 # ---- many GPUs
 
 def parallelize(net, mode, device):
-    """Wrap a network for data parallel training: "ddp" (a full copy on each GPU) or "fsdp" (FSDP2, parameters sharded).
+    """Wrap a network for data parallel training; call the returned network in rollouts and losses.
 
-    Call the returned network in rollouts and losses. With one process the network comes back as it is.
+    mode: "ddp" (a full copy on each GPU) or "fsdp" (FSDP2, parameters sharded). With one process the network
+    comes back as it is.
     """
     if not torch.distributed.is_initialized():
         return net
@@ -434,7 +446,7 @@ def parallelize(net, mode, device):
 
 
 def sync_gradients(net, on):
-    """Context: with on=False, gradients add up on each process and are averaged only at the next backward with on=True."""
+    """Context: with on=False gradients add up on each process, the next backward with on=True averages."""
     if isinstance(net, nn.parallel.DistributedDataParallel):
         return nullcontext() if on else net.no_sync()
     if hasattr(net, "set_requires_gradient_sync"):  # FSDP2

@@ -1,4 +1,4 @@
-"""Rewards: reward(frames (n,3,h,w) in [0,1], list of n prompts) -> (n,), higher is better, differentiable in the frames.
+"""Rewards: reward(frames (n,3,h,w) in [0,1], list of n prompts) -> (n,), differentiable, higher is better.
 
 A reward with `clip = True` judges whole clips instead: reward(clips (b,3,f,h,w) in [0,1], prompts) -> (b,).
 REWARDS maps a name to a function(device) that builds the reward; `--reward my_file.py:fn` brings your own:
@@ -39,12 +39,13 @@ def redness(frames, prompts):
 def size(frames, prompts):
     """Share of the picture that differs from its border's mean colour, 0 to 1: how large the object is."""
     with torch.no_grad():  # the background is taken as given: it must not pay to change it
-        border = torch.cat([frames[:, :, 0], frames[:, :, -1], frames[:, :, :, 0], frames[:, :, :, -1]], dim=2).median(2).values
+        edges = [frames[:, :, 0], frames[:, :, -1], frames[:, :, :, 0], frames[:, :, :, -1]]
+        border = torch.cat(edges, dim=2).median(2).values
     distance = (frames - border[:, :, None, None]).square().sum(1).add(1e-6).sqrt()
     return torch.sigmoid((distance - 0.25) / 0.08).mean((1, 2))
 
 
-# ---- the tiny world's learned scorer: a small CLIP for clips (Radford et al., arXiv 2103.00020), in HPS's part
+# ---- the tiny world's learned scorer, in HPS's part: a CLIP for clips (Radford et al., arXiv 2103.00020)
 
 class TinyScorer(nn.Module):
     """Cosine of a clip's and a caption's embedding, -1 to 1. Sees the whole clip, so motion counts."""
@@ -54,9 +55,11 @@ class TinyScorer(nn.Module):
         super().__init__()
         def conv(cin, cout, stride):
             return nn.Sequential(nn.Conv3d(cin, cout, 3, stride, padding=1), nn.GroupNorm(8, cout), nn.SiLU())
-        self.video = nn.Sequential(conv(3, 24, (1, 2, 2)), conv(24, 48, (2, 2, 2)), conv(48, 64, (1, 1, 1)), conv(64, 96, (2, 2, 2)),
-                                   nn.Flatten(), nn.Linear(96 * 2 * 4 * 4, dim))  # 2 frames of 4x4 are left of 8 of 32x32
-        self.words = nn.EmbeddingBag(len(TINY_WORDS) + 1, 64, mode="sum", padding_idx=0)  # word order carries nothing in the tiny world
+        self.video = nn.Sequential(
+            conv(3, 24, (1, 2, 2)), conv(24, 48, (2, 2, 2)), conv(48, 64, (1, 1, 1)), conv(64, 96, (2, 2, 2)),
+            nn.Flatten(), nn.Linear(96 * 2 * 4 * 4, dim))  # 2 frames of 4x4 are left of 8 of 32x32
+        # a sum over the words: their order carries nothing in the tiny world
+        self.words = nn.EmbeddingBag(len(TINY_WORDS) + 1, 64, mode="sum", padding_idx=0)
         self.text = nn.Sequential(nn.SiLU(), nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, dim))
         self.log_scale = nn.Parameter(torch.tensor(2.5))
         self.index = {w: i + 1 for i, w in enumerate(TINY_WORDS)}
@@ -74,14 +77,16 @@ class TinyScorer(nn.Module):
 
 def tiny_scorer(device):
     if not SCORER_FILE.exists():
-        raise UserError(f"{SCORER_FILE} is missing: check out the repository whole, or run python rewards.py --train-tiny")
+        raise UserError(f"{SCORER_FILE} is missing: check out the repository whole, "
+                        "or run python rewards.py --train-tiny")
     scorer = TinyScorer()
     scorer.load_state_dict(load_safetensors(SCORER_FILE)[0])
     scorer.requires_grad_(False).eval().to(device)
 
     def reward(clips, prompts):
         if clips.shape[1:] != (3, 8, 32, 32):
-            raise UserError(f"--reward tiny judges clips of 8 frames of 32x32, not {clips.shape[2]} of {clips.shape[3]}x{clips.shape[4]}: "
+            f, h, w = clips.shape[2:]
+            raise UserError(f"--reward tiny judges clips of 8 frames of 32x32, not {f} of {h}x{w}: "
                             "use it with --base tiny and --decode all")
         return scorer(clips, prompts)
     reward.clip = True
@@ -89,7 +94,7 @@ def tiny_scorer(device):
 
 
 def train_tiny(out, steps=1500, batch=64, lr=2e-3, seed=0):
-    """Contrastive training of TinyScorer on rendered clips with a little blur and noise, as a decoder makes them."""
+    """Contrastive training of TinyScorer on rendered clips with a little noise, as a decoder makes it."""
     torch.manual_seed(seed)
     scorer, start = TinyScorer(), time.time()
     opt = torch.optim.AdamW(scorer.parameters(), lr, weight_decay=0.05)
@@ -109,7 +114,8 @@ def train_tiny(out, steps=1500, batch=64, lr=2e-3, seed=0):
         schedule.step()
         if step % 100 == 0 or step == steps - 1:
             right = same[range(batch), logits.argmax(1)].mean()
-            print(f"step {step:5d}/{steps} | loss {loss:.4f} | right caption of {batch} {right:.3f} | {time.time() - start:.0f} s", flush=True)
+            print(f"step {step:5d}/{steps} | loss {loss:.4f} | right caption of {batch} {right:.3f} "
+                  f"| {time.time() - start:.0f} s", flush=True)
     save_file({k: v.half().contiguous() for k, v in scorer.state_dict().items()}, out)
 
 
@@ -124,12 +130,13 @@ REWARDS = {
 
 
 def get_reward(name, device):
-    """A reward by its name in REWARDS, or "file.py:function" of the user's own (called as function(frames, prompts))."""
+    """A reward by its name in REWARDS, or "file.py:function": the user's own function(frames, prompts)."""
     if name in REWARDS:
         return REWARDS[name](device)
     file, _, function = name.rpartition(":")
     if not file.endswith(".py"):
-        raise UserError(f"--reward {name}: unknown; choose from {', '.join(REWARDS)}, or give my_file.py:function")
+        raise UserError(
+            f"--reward {name}: unknown; choose from {', '.join(REWARDS)}, or give my_file.py:function")
     if not Path(file).exists():
         raise UserError(f"--reward {name}: no file {file}")
     spec = importlib.util.spec_from_file_location("user_reward", file)
@@ -141,7 +148,7 @@ def get_reward(name, device):
 
 
 def score(reward, videos, prompts):
-    """Videos (b,3,f,h,w) in [-1,1] -> rewards (b,): of the clip, or the mean over the frames, which are judged alone."""
+    """Videos (b,3,f,h,w) in [-1,1] -> rewards (b,): of the clip, or the mean of its frames' own."""
     clips = videos.float().clamp(-1, 1) / 2 + 0.5
     if getattr(reward, "clip", False):
         return reward(clips, prompts)

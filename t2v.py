@@ -1,22 +1,30 @@
-"""Train a text-to-video base by plain denoising: from scratch, full fine-tuning or LoRA (VGen / ModelScopeT2V, arXiv 2308.06571).
+"""Train a text-to-video base by plain denoising: from scratch, full fine-tuning or LoRA.
 
-    L = E_{x0, text, eps, t} || net(x_t, t, text) - target ||^2,   x_t = sqrt(ab_t) x0 + sqrt(1 - ab_t) eps
-    (Ho et al., arXiv 2006.11239, eq. 14; target = eps, or v = sqrt(ab) eps - sqrt(1 - ab) x0, as the base predicts)
+As VGen trains ModelScopeT2V (arXiv 2308.06571):
 
-What it does beside: caption dropout (for guidance), batches of single images among the videos (their content is better captioned and
-keeps the spatial layers sharp), offset noise, an exponential moving average of the weights, latents encoded once and kept.
+    L = E_{x0, text, eps, t} || net(x_t, t, text) - target ||^2,      x_t = sqrt(ab_t) x0 + sqrt(1 - ab_t) eps
+    (Ho et al., arXiv 2006.11239, eq. 14; target: the base's, eps or v = sqrt(ab) eps - sqrt(1 - ab) x0)
 
-    python t2v.py --base tiny --scratch --out out/tiny                    # how assets/tiny.safetensors was made: see README for minutes
-    python t2v.py --base tiny --steps 50                                  # fine-tune the tiny base a little
-    python t2v.py --base modelscope --weights W --data clips.csv --rank 16 --lr 1e-4                # LoRA on your clips, 1 GPU
-    torchrun --nproc_per_node=4 t2v.py --base modelscope --weights W --data clips.csv --rank 0 --parallel fsdp   # all weights
-    python t2v.py ... --resume                                            # goes on bit for bit
+What it does beside: caption dropout (for guidance), steps on single images among the videos (they keep the
+spatial layers sharp), offset noise, a moving average of the weights, latents encoded once and kept.
+
+    python t2v.py --base tiny --scratch --out out/tiny      # made assets/tiny.safetensors; minutes in README
+    python t2v.py --base tiny --steps 50                    # fine-tune the tiny base a little
+    python t2v.py --base modelscope --weights W --data clips.csv --rank 16 --lr 1e-4            # LoRA, 1 GPU
+    torchrun --nproc_per_node=4 t2v.py --base modelscope --weights W --data clips.csv --rank 0 --parallel fsdp
+    python t2v.py ... --resume                              # goes on bit for bit
     python sample.py --ckpt out/t2v --prompt "..."
 
+Memory at real sizes: not measured yet (no GPU at hand); full fine-tuning of ModelScope keeps 4 fp32 copies
+of 1.41 G parameters (weights, gradients, two moments: 22.6 GB) plus the activations of one recomputed block.
+
 Differences from the original code
- - Images and videos mix by --image-share on any number of GPUs; VGen mixes them by rank, so one GPU trains on images alone.
- - Data order is shuffled, each clip has exactly the frames asked for (VGen's loader is off by one and fills with grey).
- - Dropped captions become --negative, as VGen has it (its negative prompt; "" by default). No hidden gradient scale: AdamW cancels it.
+ - Images and videos mix by --image-share on any number of GPUs; VGen mixes by rank, so one GPU trains on
+   images alone.
+ - Data order is shuffled; each clip has exactly the frames asked for (VGen's loader is off by one and fills
+   with grey).
+ - Dropped captions become --negative ("" by default; VGen: its negative prompt). No gradient scale: AdamW
+   cancels it.
  - The moving average is one file, not one shard a GPU.
 """
 import argparse
@@ -26,22 +34,27 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from bases import load_base
-from common import (FiniteGuard, Log, UserError, agree_to_stop, apply_defaults, check_out, draw_curve, generator, load_state, lr_at,
-                    memory_advice, save_checkpoint, seed_of, setup, trained)
+from bases import fill, load_base
+from common import (
+    FiniteGuard, Log, UserError, agree_to_stop, apply_defaults, catch_signals, check_out, clip_gradients,
+    draw_curve, generator, load_state, lr_at, memory_advice, save_checkpoint, seed_of, setup, trained)
 from data import TinyWorld, VideoDataset, batch_indices, contact_sheet, read_prompts
 from diffusion import diffusion_loss
 from models import add_lora, parallelize, sync_gradients
 from sample import generate
 
-TINY = dict(steps=4000, batch=16, lr=1.5e-3, lr_schedule="cosine", warmup=50, betas=(0.9, 0.99), wd=0.01, clip=1.0, ema=0.995, rank=0,
-            image_share=0.0, offset_noise=0.0, cache_latents=True, save_every=500, preview_every=1000, grad_ckpt=False, log_every=50)
-PREVIEWS = ["a red circle moving left on a gray background", "a blue square moving up on a black background",
-            "a yellow triangle growing on a brown background", "a white circle standing still on a black background"]
+TINY = dict(
+    steps=2600, batch=16, lr=1.5e-3, lr_schedule="cosine", warmup=50, betas=(0.9, 0.99), wd=0.01, ema=0.995,
+    rank=0, image_share=0.0, offset_noise=0.0, cache_latents=True, workers=0, preview_every=650,
+    grad_ckpt=False, log_every=50)
+PREVIEWS = [
+    "a red circle moving left on a gray background", "a blue square moving up on a black background",
+    "a yellow triangle growing on a brown background", "a white circle standing still on a black background"]
 
 
 def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    yes_no = argparse.BooleanOptionalAction
     # what
     p.add_argument("--base", default="modelscope", help="base network (python bases.py lists them)")
     p.add_argument("--weights", help="folder with the base's public weights (default: its hub)")
@@ -53,11 +66,10 @@ def get_args(argv=None):
     p.add_argument("--frames", type=int, help="frames a clip (default: the base's)")
     p.add_argument("--height", type=int, help="pixels (default: the base's)")
     p.add_argument("--width", type=int, help="pixels (default: the base's)")
-    p.add_argument("--fps", type=int, help="frame rate at which clips are read (default: every frame)")
-    p.add_argument("--image-share", type=float, default=0.125, help="share of steps that train on single frames")
-    p.add_argument("--cache-latents", action=argparse.BooleanOptionalAction, default=False, help="encode each clip once, keep the latents in memory")
-    p.add_argument("--workers", type=int, default=4, help="processes that read clips")
-    p.add_argument("--negative", help="text of dropped captions and of the unconditional branch (default: the base's)")
+    p.add_argument("--read-fps", type=float, help="frame rate at which clips are read (default: every frame)")
+    p.add_argument("--image-share", type=float, default=0.125, help="share of steps on single frames")
+    p.add_argument("--cache-latents", action=yes_no, default=False, help="encode once, keep in memory")
+    p.add_argument("--negative", help="text of dropped captions and of the unconditional branch")
     p.add_argument("--drop-text", type=float, default=0.1, help="share of captions dropped")
     # optimisation
     p.add_argument("--steps", type=int, default=10000, help="optimizer steps")
@@ -66,22 +78,23 @@ def get_args(argv=None):
     p.add_argument("--lr", type=float, default=3e-5, help="learning rate")
     p.add_argument("--wd", type=float, default=0.0, help="weight decay")
     p.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.999), help="AdamW betas")
-    p.add_argument("--lr-schedule", choices=("constant", "cosine", "cosine-restarts"), default="constant", help="after the warm-up")
+    p.add_argument("--lr-schedule", choices=("constant", "cosine", "cosine-restarts"), default="constant")
     p.add_argument("--warmup", type=int, default=10, help="steps of linear warm-up")
     p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
-    p.add_argument("--ema", type=float, default=0.0, help="decay of the moving average of the weights; 0 is off")
+    p.add_argument("--ema", type=float, default=0.0, help="decay of the weights' moving average; 0: off")
     p.add_argument("--rank", type=int, default=16, help="LoRA rank; 0 trains all weights")
-    p.add_argument("--alpha", type=float, default=16.0, help="LoRA alpha: the branch is scaled by alpha / rank")
-    p.add_argument("--lora-targets", nargs="+", default=["to_q", "to_k", "to_v", "to_out.0"], help="names of the Linear layers")
-    p.add_argument("--offset-noise", type=float, default=0.1, help="strength of the noise that is equal over a frame's pixels (VGen: 0.1)")
+    p.add_argument("--alpha", type=float, default=16.0, help="LoRA branches are scaled by alpha / rank")
+    p.add_argument("--lora-targets", nargs="+", default=["to_q", "to_k", "to_v", "to_out.0"], help="layers")
+    p.add_argument("--offset-noise", type=float, default=0.1, help="noise shared by a frame (VGen: 0.1)")
     # machine
+    p.add_argument("--workers", type=int, default=2, help="processes that read clips")
     p.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
     p.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 on GPU, fp32 on CPU")
-    p.add_argument("--grad-ckpt", action=argparse.BooleanOptionalAction, default=True, help="recompute blocks in the backward pass: less memory")
-    p.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp", help="on several processes: full copies, or shards")
+    p.add_argument("--grad-ckpt", action=yes_no, default=True, help="recompute blocks backward: less memory")
+    p.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp", help="full copies, or shards")
     # run
     p.add_argument("--seed", type=int, default=0, help="seed")
-    p.add_argument("--prompts", help="file of preview prompts")
+    p.add_argument("--prompts", help="file of preview prompts (default: the first clip's caption)")
     p.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
     p.add_argument("--keep", type=int, default=1, help="checkpoints kept")
     p.add_argument("--preview-every", type=int, default=500, help="steps between previews; 0: none")
@@ -96,61 +109,55 @@ def get_args(argv=None):
     return args
 
 
-def t2v_loss(net, base, x0, text, g, offset=0.0):
-    """One value a clip (b,): the denoising loss at random steps. x0 (b,c,f,h,w) latents, text (b,n,d), g a CPU generator."""
-    t = torch.randint(len(base.schedule.alpha_bar), (len(x0),), generator=g).to(x0.device)
+# ---- the method
+
+def t2v_loss(net, schedule, x0, text, g, offset=0.0):
+    """The denoising loss at random steps, (b,). x0 (b,c,f,h,w) latents, text (b,n,d), g: CPU generator."""
+    t = torch.randint(len(schedule.alpha_bar), (len(x0),), generator=g).to(x0.device)
     noise = torch.randn(x0.shape, generator=g)
-    # offset noise: one more value a frame and channel, so that the mean brightness is noised too (VGen: noise_strength)
+    # offset noise: one more value a frame and channel noises the mean brightness too (VGen: noise_strength)
     noise = (noise + offset * torch.randn(*x0.shape[:3], 1, 1, generator=g)).to(x0.device)
-    return diffusion_loss(lambda x, t: net(x, t, text), base.schedule, x0, noise, t)
-
-
-@torch.no_grad()
-def encode_all(dataset, vae, env):
-    """Every clip of the data set through the encoder once -> (mean, std) of the unscaled latents in fp16, captions."""
-    means, stds, texts = [], [], []
-    for i in tqdm(range(len(dataset)), desc="latents", disable=not env.main):
-        item = dataset[i]
-        mean, logvar = vae.moments(item["video"].transpose(0, 1).to(env.device, env.dtype))  # f c h w: frames are the batch
-        means.append(mean.transpose(0, 1).half().cpu())
-        stds.append((0.5 * logvar).exp().transpose(0, 1).half().cpu())
-        texts.append(item["text"])
-    return torch.stack(means), torch.stack(stds), texts
+    return diffusion_loss(lambda x, t: net(x, t, text), schedule, x0, noise, t)
 
 
 def main(argv=None):
     args = get_args(argv)
-    state = check_out(args, method="t2v")
+    settings = fill(args, args.base)
+    size = args.frames, args.height, args.width
+    if args.data:
+        data = VideoDataset(args.data, *size, args.read_fps, args.seed)
+    else:
+        data = TinyWorld(4096, args.frames, args.seed)
+    state = check_out(args, "t2v")
     env = setup(args)
-    base = load_base(args.base, args.weights, env.device, torch.float32 if args.rank == 0 else env.dtype, scratch=args.scratch)
-    size = tuple(base.row.sample[k] if getattr(args, k) is None else getattr(args, k) for k in ("frames", "height", "width"))
-    base.latent_shape(*size)
-    negative = base.row.sample["negative"] if args.negative is None else args.negative
-    dataset = VideoDataset(args.data, *size, fps=args.fps, seed=args.seed) if args.data else TinyWorld(8192, size[0], args.seed)
+    dtype = env.dtype if args.rank else torch.float32  # trained weights are kept in fp32
+    base = load_base(args.base, args.weights, env.device, dtype, scratch=args.scratch)
 
     # ---- what is trained: LoRA branches, or the network; from scratch the tiny text encoder as well
     if args.rank:
         add_lora(base.net, args.rank, args.alpha, args.lora_targets)
     else:
         base.net.requires_grad_(True)
-        base.text_encoder.requires_grad_(args.scratch)
+        base.text_encoder.requires_grad_(args.scratch and args.base == "tiny")
     base.vae.to(env.dtype)
     base.net.grad_ckpt = args.grad_ckpt
-    base.net.to(env.device).train()
+    base.net.train()
     parts = {"": base.net, "text_encoder.": base.text_encoder}
     net = parallelize(base.net, args.parallel, env.device)
-    if args.scratch:
+    if any(p.requires_grad for p in base.text_encoder.parameters()):
         base.text_encoder = parallelize(base.text_encoder, "ddp", env.device)
     params = trained(parts)
-    opt = torch.optim.AdamW(params.values(), args.lr, args.betas, weight_decay=args.wd, fused=env.device.type == "cuda")
+    opt = torch.optim.AdamW(params.values(), args.lr, args.betas, weight_decay=args.wd)
     scaler = torch.amp.GradScaler(env.device.type, enabled=env.dtype == torch.float16)
     ema = {k: p.detach().clone() for k, p in params.items()} if args.ema else None
     start = load_state(state, params, opt, ema, scaler) if state else 0
-    meta = dict(method="t2v", base=args.base, rank=args.rank, alpha=args.alpha, lora_targets=args.lora_targets,
-                sample=dict(zip(("frames", "height", "width"), size), negative=negative))
-    previews = read_prompts(args.prompts) if args.prompts else PREVIEWS if args.base == "tiny" else [dataset.rows[0].caption]
-    cache = encode_all(dataset, base.vae, env) if args.cache_latents else None
-    log, guard = Log(args, env, {"net": base.net, "text encoder": base.text_encoder, "vae": base.vae}, start), FiniteGuard()
+    meta = dict(
+        method="t2v", base=args.base, rank=args.rank, alpha=args.alpha, lora_targets=args.lora_targets,
+        sample=settings)
+    batches = load_batches(args, env, data, base.vae, start)
+    log = Log(args, env, {"net": base.net, "text encoder": base.text_encoder, "vae": base.vae}, start)
+    guard = FiniteGuard()
+    catch_signals(env)
 
     for step in range(start, args.steps):
         torch.manual_seed(seed_of(args.seed, env.rank, step, "dropout"))
@@ -159,23 +166,26 @@ def main(argv=None):
         total = 0.0
         for micro in range(args.accum):
             g = generator(args.seed, env.rank, step, micro)
-            picked = batch_indices(len(dataset), step * args.accum + micro, args.batch, env.rank, env.world, args.seed)
-            # the kind of batch is drawn from the step alone: all processes do the same amount of work
-            image = torch.rand((), generator=generator(args.seed, step, "image")).item() < args.image_share
-            x0, captions = clips(cache, dataset, base.vae, picked, image, env, g)
+            x0, captions = next(batches)(g)
+            # drawn from the step alone: all processes train on images, or all on videos
+            if torch.rand((), generator=generator(args.seed, step, "image")).item() < args.image_share:
+                frame = int(torch.randint(args.frames, (), generator=g))
+                x0 = x0[:, :, frame:frame + 1]
             dropped = torch.rand(len(captions), generator=g) < args.drop_text
-            with sync_gradients(net, micro == args.accum - 1), env.autocast(), memory_advice("--batch 1", "--grad-ckpt", "--parallel fsdp"):
-                text = base.encode_text([negative if d else c for c, d in zip(captions, dropped)])
-                loss = t2v_loss(net, base, x0, text, g, args.offset_noise).mean()
+            captions = [args.negative if d else c for c, d in zip(captions, dropped)]
+            advice = memory_advice("--grad-ckpt", "--batch 1", "--parallel fsdp")
+            with sync_gradients(net, micro == args.accum - 1), env.autocast(), advice:
+                text = base.encode_text(captions)
+                loss = t2v_loss(net, base.schedule, x0, text, g, args.offset_noise).mean()
                 scaler.scale(loss / args.accum).backward()
             total += loss.detach() / args.accum
         scaler.unscale_(opt)
-        norm = torch.nn.utils.clip_grad_norm_(params.values(), args.clip)
-        if guard.ok(env, loss=total):
+        norm = clip_gradients(params.values(), args.clip)
+        if guard.ok(env, loss=total, gradient=norm):
             scaler.step(opt)
         scaler.update()
         opt.zero_grad()
-        if ema:  # a short warm-up, so that the random start is forgotten
+        if ema:  # warmed up, so that the random start is forgotten
             decay = min(args.ema, (step + 1) / (step + 10))
             torch._foreach_lerp_(list(ema.values()), [p.detach() for p in params.values()], 1 - decay)
         log.step(step, loss=total, grad=norm, lr=opt.param_groups[0]["lr"])
@@ -184,7 +194,7 @@ def main(argv=None):
         if stop or done % args.save_every == 0 or done == args.steps:
             save_checkpoint(args, env, done, params, meta, opt, ema, scaler)
         if args.preview_every and (done % args.preview_every == 0 or done == args.steps):
-            preview(args, env, base, net, params, ema, previews, size, negative, done)
+            preview(args, env, base, params, ema, done, data)
         if stop:
             break
     if env.main:
@@ -193,33 +203,60 @@ def main(argv=None):
         dist.destroy_process_group()
 
 
-@torch.no_grad()
-def clips(cache, dataset, vae, picked, image, env, g):
-    """The picked clips as sampled latents (b,c,f,h,w) and their captions; image: one random frame of each."""
-    if cache:
-        mean, std = (x[picked].float() for x in cache[:2])
-        captions = [cache[2][i] for i in picked]
-        x0 = (mean + std * torch.randn(mean.shape, generator=g)).to(env.device) * vae.cfg.scale
+# ---- batches of latents, previews
+
+def load_batches(args, env, data, vae, start):
+    """For each micro-step from step `start` on: a function(generator) -> latents (b,c,f,h,w), captions.
+
+    Latents are samples of the encoder's Gaussian (as VGen trains), drawn by that generator.
+    """
+    order = [batch_indices(len(data), i, args.batch, env.rank, env.world, args.seed)
+             for i in range(start * args.accum, args.steps * args.accum)]
+
+    def sampled(mean, std, captions):
+        def draw(g):
+            z = mean.float() + std.float() * torch.randn(mean.shape, generator=g)
+            return z.to(env.device) * vae.cfg.scale, captions
+        return draw
+
+    @torch.no_grad()
+    def moments(video):  # (b,3,f,h,w) -> mean, std (b,c,f,h,w) on the CPU
+        # each clip as (f,3,h,w): its frames are the batch
+        parts = [vae.moments(clip.transpose(0, 1).to(env.device, env.dtype)) for clip in video]
+        return (torch.stack([x.transpose(0, 1).cpu() for x in column]) for column in
+                zip(*((mean, (0.5 * logvar).exp()) for mean, logvar in parts)))
+
+    def read(sampler):
+        workers = dict(num_workers=args.workers, prefetch_factor=2 if args.workers else None)
+        loader = torch.utils.data.DataLoader(data, batch_sampler=sampler, **workers)
+        return ((torch.as_tensor(x["video"]), x["text"]) for x in loader)
+
+    if not args.cache_latents:
+        return (sampled(*moments(video), captions) for video, captions in read(order))
+    means, stds, texts = [], [], []
+    chunks = [list(range(i, min(i + 8, len(data)))) for i in range(0, len(data), 8)]
+    for video, captions in tqdm(read(chunks), "latents", len(chunks), disable=not env.main, mininterval=5):
+        mean, std = moments(video)
+        means.append(mean.half())
+        stds.append(std.half())
+        texts += captions
+    means, stds = torch.cat(means), torch.cat(stds)
+    return (sampled(means[i], stds[i], [texts[k] for k in i]) for i in order)
+
+
+def preview(args, env, base, params, ema, done, data):
+    """Sample the preview prompts (averaged weights, always the same noise) -> out/preview-<step>.png."""
+    if args.prompts:
+        prompts = read_prompts(args.prompts)
     else:
-        items = [dataset[i] for i in picked]
-        captions, video = [x["text"] for x in items], torch.stack([x["video"] for x in items]).to(env.device, env.dtype)
-        noise = torch.randn(len(items), vae.cfg.z_channels, video.shape[2], *(n // vae.cfg.factor for n in video.shape[3:]), generator=g)
-        x0 = vae.encode(video, noise.to(env.device, env.dtype)).float()
-    if image:
-        frame = torch.randint(x0.shape[2], (), generator=g)
-        x0 = x0[:, :, frame:frame + 1]
-    return x0, captions
-
-
-def preview(args, env, base, net, params, ema, prompts, size, negative, done):
-    """Sample the preview prompts with the (averaged) weights from the same noise as ever -> out/preview-<step>.png."""
+        prompts = PREVIEWS if args.base == "tiny" else [data[0]["text"]]
     base.net.eval()
     kept = {k: p.detach().clone() for k, p in params.items()} if ema else {}
     for k in kept:
         params[k].data.copy_(ema[k])
-    videos = generate(base, env, prompts, [f"preview-{i}" for i in range(len(prompts))], size, negative)
-    for k, p in kept.items():
-        params[k].data.copy_(p)
+    videos = generate(base, env, prompts, [f"preview-{i}" for i in range(len(prompts))], args)
+    for k, weights in kept.items():
+        params[k].data.copy_(weights)
     base.net.train()
     if env.main:
         contact_sheet(list(videos), Path(args.out, f"preview-{done}.png"), prompts)

@@ -2,8 +2,9 @@
 
 OpenCLIPText is the text tower of OpenCLIP ViT-H-14 (encoder of ModelScope, VideoCrafter2, I2VGen-XL, DEMO),
 OpenCLIPVision its image tower (image prompts, CLIP rewards). The layers are written here; open_clip only
-brings the tokenizer. Keys are open_clip's: open_clip_pytorch_model.bin of laion/CLIP-ViT-H-14-laion2B-s32B-b79K
-(686 tensors) loads as it is; the `text_encoder` folder of diffusers repositories goes through text_from_hf.
+brings the tokenizer. Keys are open_clip's: laion/CLIP-ViT-H-14-laion2B-s32B-b79K's
+open_clip_pytorch_model.bin (686 tensors) loads as it is; the `text_encoder` folder of diffusers repositories
+goes through text_from_hf.
 
     text = OpenCLIPText(CLIPConfig())(tokenize(["a red ball"]))  # (1, 77, 1024)
 """
@@ -221,11 +222,12 @@ def clip_text_only(state):
 # ---- the tiny world's text encoder
 
 class TinyText(nn.Module):
-    """A word a token, one transformer block, trained together with the tiny video network. Unknown words are refused."""
+    """A word a token, one transformer block, trained with the tiny network. Unknown words are refused."""
 
     def __init__(self, words, width=64, heads=2, layers=1, context_length=10):
         super().__init__()
-        self.words, self.context_length = {w: i + 1 for i, w in enumerate(words)}, context_length  # 0 is the padding
+        self.words = {w: i + 1 for i, w in enumerate(words)}  # 0 is the padding
+        self.context_length = context_length
         self.token_embedding = nn.Embedding(len(words) + 1, width)
         self.positional_embedding = nn.Parameter(0.02 * torch.randn(context_length, width))
         self.transformer = Transformer(width, heads, layers)
@@ -238,9 +240,11 @@ class TinyText(nn.Module):
             words = text.lower().replace(",", " ").split()
             unknown = [w for w in words if w not in self.words]
             if unknown:
-                raise UserError(f"prompt {text!r}: the tiny world does not know {unknown[0]!r}; its words: {' '.join(self.words)}")
+                raise UserError(f"prompt {text!r}: the tiny world does not know {unknown[0]!r}; "
+                                f"its words: {' '.join(self.words)}")
             if len(words) > self.context_length:
-                raise UserError(f"prompt {text!r}: {len(words)} words, the tiny world's captions have at most {self.context_length}")
+                raise UserError(f"prompt {text!r}: {len(words)} words, "
+                                f"the tiny world's captions have at most {self.context_length}")
             ids[i, :len(words)] = torch.tensor([self.words[w] for w in words], dtype=torch.long)
         return ids
 

@@ -1,31 +1,36 @@
 """VADER: align a video model by the gradient of a reward (Prabhudesai et al., arXiv 2407.08737).
 
-    J(theta) = E_{text, x_T} [ r(decode(x_0(theta)), text) ],    theta <- theta + lr dJ / dtheta      (eq. 1; algorithm 1)
+    J(theta) = E_{text, x_T} [ r(decode(x_0(theta)), text) ],   theta += lr dJ/dtheta   (eq. 1; algorithm 1)
 
-Sample a prompt and noise, run the whole sampler with guidance, decode some frames, ask the reward how good they are, and go back
-through the autoencoder and the last K sampler steps into LoRA weights. No data, no reference model, no KL term: stop early.
+Sample a prompt and noise, run the whole sampler with guidance, decode some frames, ask the reward how good
+they are, and go back through the autoencoder and the last K sampler steps into LoRA weights. No data, no
+reference model, no KL term: stop early.
 
-    python vader.py --base tiny                                           # 2 CPU cores: minutes and result in RESULTS.md
-    python vader.py --base tiny --reward size                             # a hand-written reward
-    python vader.py --base tiny --reward brightness --steps 150 --preview-every 15 --out out/hacked     # too long: look at it
-    python vader.py --base modelscope --weights W --prompts animals.txt --reward my_reward.py:fn --accum 16
-    torchrun --nproc_per_node=4 vader.py --base modelscope --weights W --prompts animals.txt --reward my_reward.py:fn
-    python vader.py ... --resume                                          # goes on bit for bit
+    python vader.py --base tiny                               # 2 CPU cores: minutes and result in RESULTS.md
+    python vader.py --base tiny --reward size                 # a hand-written reward
+    # trained for too long: look at it
+    python vader.py --base tiny --reward brightness --steps 150 --preview-every 15 --out out/hacked
+    python vader.py --base modelscope --weights W --prompts P --reward my_reward.py:fn --accum 16
+    torchrun --nproc_per_node=4 vader.py --base modelscope --weights W --prompts P --reward my_reward.py:fn
+    python vader.py ... --resume                              # goes on bit for bit
     python sample.py --ckpt out/vader --prompt "a red circle moving left"
 
-Leaves in --out: ckpt.safetensors (the LoRA), log.jsonl, curve.png, eval.jsonl (reward of the held-out prompts, same noise each time,
-and on the tiny world the judge's word), before.png and after.png, before/*.mp4 and after/*.mp4.
+Leaves in --out: ckpt.safetensors (the LoRA), log.jsonl, curve.png, eval.jsonl (reward of the held-out
+prompts, same noise each time, and on the tiny world the judge's word), before.png and after.png,
+before/*.mp4 and after/*.mp4.
 
-Memory: with --backprop last and one decoded frame, one network call (both guidance branches) and one decoder call hold activations;
-blocks are recomputed (--grad-ckpt). Not measured at real sizes yet.
+Memory: with --backprop last and one decoded frame, one network call (both guidance branches) and one
+decoder call hold activations; blocks are recomputed (--grad-ckpt). Not measured at real sizes yet.
 
 Differences from the original code
- - Gradients are averaged over GPUs. (The original samples through `.module`, so DDP never sees a backward pass: each GPU trains its
-   own LoRA and rank 0's is saved.) We call the wrapped network; tests/test_dist.py compares with one process.
+ - Gradients are averaged over GPUs. (The original samples through `.module`, so DDP never sees a backward
+   pass: each GPU trains its own LoRA and rank 0's is saved.) We call the wrapped network;
+   tests/test_dist.py compares with one process.
  - Noise and prompts are keyed by (seed, step, sample), not by the clock: runs repeat, and resume is exact.
- - `last` keeps the last solver step, also when the number of steps does not divide 1000 (the original then keeps two).
- - Dropout is off in the rollout, as in sampling; the original leaves the UNet in training mode even for inference.
- - Evaluation is made before and after and every --preview-every optimizer steps, once, not once per micro-step.
+ - `last` keeps the last solver step, also when the number of steps does not divide 1000 (the original then
+   keeps two).
+ - Dropout is off in the rollout, as in sampling; the original leaves the UNet in training mode even there.
+ - Evaluation is before, after and every --preview-every optimizer steps: once, not once per micro-step.
 """
 import argparse
 import json
@@ -34,9 +39,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from bases import load_base
-from common import (FiniteGuard, Log, UserError, agree_to_stop, apply_defaults, check_out, draw_curve, generator, load_state, lr_at,
-                    memory_advice, save_checkpoint, setup, trained)
+from bases import fill, latent_shape, load_base
+from common import (
+    FiniteGuard, Log, UserError, agree_to_stop, apply_defaults, catch_signals, check_out, clip_gradients,
+    draw_curve, generator, keep_lines, load_state, lr_at, memory_advice, save_checkpoint, setup, trained)
 from data import batch_indices, contact_sheet, read_prompts, tiny_prompts, write_video
 from diffusion import ddim, ddim_timesteps, guided, randn
 from metrics import judge_captions
@@ -44,12 +50,14 @@ from models import add_lora, parallelize, sync_gradients
 from rewards import get_reward, score
 from sample import generate_split
 
-TINY = dict(steps=60, batch=8, accum=1, lr=3e-4, reward="tiny", decode="all", sample_steps=10, rank=8, alpha=8.0, eval_n=64,
-            save_every=30, log_every=5, grad_ckpt=False)
+TINY = dict(
+    steps=60, batch=8, accum=1, lr=3e-4, reward="tiny", decode="all", sample_steps=10, rank=8, alpha=8.0,
+    eval_n=64, save_every=30, log_every=5, grad_ckpt=False)
 
 
 def get_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    yes_no = argparse.BooleanOptionalAction
     # what
     p.add_argument("--base", default="modelscope", help="base network (python bases.py lists them)")
     p.add_argument("--weights", help="folder with the base's public weights (default: its hub)")
@@ -57,10 +65,10 @@ def get_args(argv=None):
     p.add_argument("--resume", action="store_true", help="continue the run in --out")
     # method
     p.add_argument("--reward", default="brightness", help="a reward of rewards.py, or my_file.py:function")
-    p.add_argument("--backprop", default="last", help="last: through the last step; last-K: the last K; rand: a random number of them")
-    p.add_argument("--decode", default="random", help="frames to reward: random (one), all, alt (every second), or a frame number")
+    p.add_argument("--backprop", default="last", help="sampler steps with gradient: last, last-K, or rand")
+    p.add_argument("--decode", default="random", help="frames to reward: random (one), all, alt, or a number")
     p.add_argument("--prompts", help="file of training prompts (tiny: 440 captions)")
-    p.add_argument("--eval-prompts", help="file of held-out prompts (tiny: the other 64 captions; default: the first training prompts)")
+    p.add_argument("--eval-prompts", help="file of held-out prompts (default: the training ones; tiny: 64)")
     p.add_argument("--eval-n", type=int, default=8, help="held-out prompts used")
     p.add_argument("--negative", help="text of the unconditional branch (default: the base's)")
     # pixels and sampling
@@ -77,22 +85,22 @@ def get_args(argv=None):
     p.add_argument("--lr", type=float, default=2e-4, help="learning rate")
     p.add_argument("--wd", type=float, default=0.0, help="weight decay")
     p.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.999), help="AdamW betas")
-    p.add_argument("--lr-schedule", choices=("constant", "cosine", "cosine-restarts"), default="constant", help="after the warm-up")
+    p.add_argument("--lr-schedule", choices=("constant", "cosine", "cosine-restarts"), default="constant")
     p.add_argument("--warmup", type=int, default=0, help="steps of linear warm-up")
     p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
     p.add_argument("--rank", type=int, default=16, help="LoRA rank")
-    p.add_argument("--alpha", type=float, default=16.0, help="LoRA alpha: the branch is scaled by alpha / rank")
-    p.add_argument("--lora-targets", nargs="+", default=["to_q", "to_k", "to_v", "to_out.0"], help="names of the Linear layers")
+    p.add_argument("--alpha", type=float, default=16.0, help="LoRA branches are scaled by alpha / rank")
+    p.add_argument("--lora-targets", nargs="+", default=["to_q", "to_k", "to_v", "to_out.0"], help="layers")
     # machine
     p.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
     p.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 on GPU, fp32 on CPU")
-    p.add_argument("--grad-ckpt", action=argparse.BooleanOptionalAction, default=True, help="recompute blocks in the backward pass: less memory")
-    p.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp", help="on several processes: full copies, or shards")
+    p.add_argument("--grad-ckpt", action=yes_no, default=True, help="recompute blocks backward: less memory")
+    p.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp", help="full copies, or shards")
     # run
     p.add_argument("--seed", type=int, default=0, help="seed")
     p.add_argument("--save-every", type=int, default=50, help="steps between checkpoints")
     p.add_argument("--keep", type=int, default=1, help="checkpoints kept")
-    p.add_argument("--preview-every", type=int, default=0, help="steps between evaluations beside before and after; 0: none")
+    p.add_argument("--preview-every", type=int, default=0, help="steps between evaluations; 0: start and end")
     p.add_argument("--log-every", type=int, default=1, help="steps between log lines on the screen")
     p.add_argument("--tensorboard", action="store_true", help="log to TensorBoard too")
     p.add_argument("--wandb", action="store_true", help="log to Weights & Biases too")
@@ -107,10 +115,10 @@ def get_args(argv=None):
 # ---- the method
 
 def backprop_steps(mode, updates, g):
-    """How many of the last sampler updates carry gradient: "last" 1, "last-K" K, "rand" uniform in 1..updates (generator g)."""
+    """How many of the last sampler updates carry gradient: "last" 1, "last-K" K, "rand" any of 1..updates."""
     if mode == "rand":
         return int(torch.randint(1, updates + 1, (), generator=g))
-    k = {"last": "1"}.get(mode, mode.removeprefix("last-"))
+    k = "1" if mode == "last" else mode.removeprefix("last-")
     if not k.isdigit() or not 1 <= int(k) <= updates:
         raise UserError(f"--backprop {mode}: choose last, rand, or last-K with K in 1..{updates}")
     return int(k)
@@ -127,33 +135,35 @@ def pick_frames(mode, frames, g):
     return [int(mode)]
 
 
-def vader_loss(net, base, reward, prompts, text, null, x_T, generators, steps, eta, cfg, grad_last, frames):
-    """-r(decode(x_0), prompt) for each prompt, (b,). x_T (b,c,f,h,w) noise, text and null (b,n,d), frames: the numbers to decode."""
-    x_0 = ddim(guided(net, text, null, cfg), x_T, base.schedule, steps, eta, generators, grad_last, base.row.sample["spacing"])
+def vader_loss(net, base, reward, prompts, x_T, generators, args, grad_last, frames):
+    """-r(decode(x_0), prompt), (b,). x_T (b,c,f,h,w) noise, generators: DDIM's noise, frames: to decode."""
+    with torch.no_grad():
+        text, null = base.encode_text(prompts), base.encode_text([args.negative] * len(prompts))
+    x_0 = ddim(guided(net, text, null, args.cfg), x_T, base.schedule, args.sample_steps, args.eta, generators,
+               grad_last, args.spacing)
     return -score(reward, base.vae.decode(x_0, frames=frames), prompts)
 
 
 def main(argv=None):
     args = get_args(argv)
-    if args.prompts or args.base != "tiny":
-        prompts = read_prompts(args.prompts)
-        held_out = read_prompts(args.eval_prompts) if args.eval_prompts else prompts
+    prompts = read_prompts(args.prompts) if args.prompts else tiny_prompts()
+    if args.eval_prompts:
+        held_out = read_prompts(args.eval_prompts)
     else:
-        prompts, held_out = tiny_prompts(), tiny_prompts(held_out=True)
-    state = check_out(args, method="vader")
+        held_out = prompts if args.prompts else tiny_prompts(held_out=True)
+    settings = fill(args, args.base)
+    shape = latent_shape(args.base, args.frames, args.height, args.width)
+    updates = len(ddim_timesteps(args.sample_steps, spacing=args.spacing))
+    backprop_steps(args.backprop, updates, generator(0))  # a wrong word is refused now, not at the first step
+    pick_frames(args.decode, args.frames, generator(0))
+    state = check_out(args, "vader")
     env = setup(args)
     reward = get_reward(args.reward, env.device)
+    if getattr(reward, "clip", False) and args.decode != "all":
+        raise UserError(f"--decode {args.decode}: reward {args.reward} judges whole clips; add --decode all")
 
     # ---- a frozen base, LoRA branches on its attentions
     base = load_base(args.base, args.weights, env.device, env.dtype)
-    size = tuple(base.row.sample[k] if getattr(args, k) is None else getattr(args, k) for k in ("frames", "height", "width"))
-    shape = base.latent_shape(*size)
-    cfg, negative = (base.row.sample[k] if getattr(args, k) is None else getattr(args, k) for k in ("cfg", "negative"))
-    updates = len(ddim_timesteps(args.sample_steps, spacing=base.row.sample["spacing"]))
-    backprop_steps(args.backprop, updates, generator(0))  # wrong words are refused here
-    pick_frames(args.decode, size[0], generator(0))
-    if getattr(reward, "clip", False) and args.decode != "all":
-        raise UserError(f"--decode {args.decode}: the reward {args.reward} judges whole clips; add --decode all")
     add_lora(base.net, args.rank, args.alpha, args.lora_targets)
     base.net.grad_ckpt = args.grad_ckpt
     net = parallelize(base.net, args.parallel, env.device)
@@ -161,12 +171,16 @@ def main(argv=None):
     opt = torch.optim.AdamW(params.values(), args.lr, args.betas, weight_decay=args.wd)
     scaler = torch.amp.GradScaler(env.device.type, enabled=env.dtype == torch.float16)
     start = load_state(state, params, opt, scaler=scaler) if state else 0
-    meta = dict(method="vader", base=args.base, rank=args.rank, alpha=args.alpha, lora_targets=args.lora_targets,
-                sample=dict(zip(("frames", "height", "width"), size), sample_steps=args.sample_steps, eta=args.eta, cfg=cfg, negative=negative))
-    log, guard = Log(args, env, {"net": net, "vae": base.vae, "text encoder": base.text_encoder}, start), FiniteGuard()
-    check = dict(args=args, env=env, base=base, reward=reward, prompts=held_out[:args.eval_n], size=size, negative=negative, cfg=cfg)
-    if start == 0:
-        evaluate(0, "before", **check)
+    meta = dict(
+        method="vader", base=args.base, rank=args.rank, alpha=args.alpha, lora_targets=args.lora_targets,
+        sample=settings)
+    log = Log(args, env, {"net": net, "vae": base.vae, "text encoder": base.text_encoder}, start)
+    guard = FiniteGuard()
+    catch_signals(env)
+    if env.main:
+        keep_lines(Path(args.out, "eval.jsonl"), start + 1 if state else 0)
+    if not state:
+        evaluate(args, env, base, reward, held_out, 0, "before")
 
     # ---- algorithm 1
     for step in range(start, args.steps):
@@ -175,19 +189,22 @@ def main(argv=None):
         total = torch.zeros((), device=env.device)
         for micro in range(args.accum):
             g = generator(args.seed, step, micro)  # the same on every process: all do the same amount of work
-            grad_last, frames = backprop_steps(args.backprop, updates, g), pick_frames(args.decode, size[0], g)
-            picked = batch_indices(len(prompts), step * args.accum + micro, args.batch, env.rank, env.world, args.seed)
-            batch = [prompts[i] for i in picked]
-            generators = [generator(args.seed, step, micro, env.rank * args.batch + i) for i in range(args.batch)]
-            with sync_gradients(net, micro == args.accum - 1), env.autocast(), memory_advice("--decode random", "--backprop last", "smaller --height --width"):
-                with torch.no_grad():
-                    text, null = base.encode_text(batch), base.encode_text([negative] * len(batch))
-                x_T = randn((args.batch, *shape), generators, env.device)
-                loss = vader_loss(net, base, reward, batch, text, null, x_T, generators, args.sample_steps, args.eta, cfg, grad_last, frames).mean()
-                scaler.scale(loss / args.accum).backward()
-            total += loss.detach() / args.accum
+            grad_last = backprop_steps(args.backprop, updates, g)
+            frames = pick_frames(args.decode, args.frames, g)
+            picked = batch_indices(
+                len(prompts), step * args.accum + micro, args.batch, env.rank, env.world, args.seed)
+            texts = [prompts[i] for i in picked]
+            numbers = [env.rank * args.batch + i for i in range(args.batch)]
+            generators = [generator(args.seed, step, micro, i) for i in numbers]
+            x_T = randn((args.batch, *shape), generators, env.device)
+            advice = memory_advice(
+                "--decode random", "--backprop last", "--grad-ckpt", "smaller --height --width")
+            with sync_gradients(net, micro == args.accum - 1), env.autocast(), advice:
+                loss = vader_loss(net, base, reward, texts, x_T, generators, args, grad_last, frames)
+                scaler.scale(loss.mean() / args.accum).backward()
+            total += loss.detach().mean() / args.accum
         scaler.unscale_(opt)
-        norm = full_norm(torch.nn.utils.clip_grad_norm_(params.values(), args.clip))
+        norm = clip_gradients(params.values(), args.clip)
         if guard.ok(env, reward=total, gradient=norm):
             scaler.step(opt)
         scaler.update()
@@ -197,41 +214,38 @@ def main(argv=None):
         done, stop = step + 1, agree_to_stop(env)
         if stop or done % args.save_every == 0 or done == args.steps:
             save_checkpoint(args, env, done, params, meta, opt, scaler=scaler)
-        if args.preview_every and done % args.preview_every == 0 and done < args.steps:
-            evaluate(done, f"step-{done}", **check)
         if stop:
             break
-    else:
-        evaluate(args.steps, "after", **check)
+        if done == args.steps or (args.preview_every and done % args.preview_every == 0):
+            name = "after" if done == args.steps else f"step-{done}"
+            evaluate(args, env, base, reward, held_out, done, name)
     if env.main:
-        draw_curve(log.path, Path(args.out, "curve.png"), ["reward", "grad"], f"VADER on {args.base}, reward {args.reward}")
+        title = f"VADER on {args.base}, reward {args.reward}"
+        draw_curve(log.path, Path(args.out, "curve.png"), ["reward", "grad"], title)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def full_norm(norm):
-    """The gradient norm as a plain tensor (under FSDP2 clip_grad_norm_ gives a sharded one)."""
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-
-
 @torch.no_grad()
-def evaluate(step, name, args, env, base, reward, prompts, size, negative, cfg):
+def evaluate(args, env, base, reward, prompts, step, name):
     """Held-out prompts, always from the same noise -> a line in eval.jsonl, NAME.png and NAME/*.mp4."""
-    videos = generate_split(base, env, prompts, [f"eval-{i}" for i in range(len(prompts))], size, negative=negative, cfg=cfg,
-                            sample_steps=args.sample_steps, eta=args.eta)
+    prompts = prompts[:args.eval_n]
+    videos = generate_split(base, env, prompts, [f"eval-{i}" for i in range(len(prompts))], args)
     if not env.main:
         return
-    rewards = torch.cat([score(reward, videos[i:i + 8].to(env.device), prompts[i:i + 8]).cpu() for i in range(0, len(videos), 8)])
-    row = dict(step=step, reward=rewards.mean().item(), reward_sd=rewards.std().item())
+    parts = [score(reward, videos[i:i + 8].to(env.device), prompts[i:i + 8])
+             for i in range(0, len(videos), 8)]
+    rewards = torch.cat(parts).cpu()
+    row = dict(step=step, reward=rewards.mean().item(), reward_sd=rewards.std(unbiased=False).item())
     if args.base == "tiny":
         row["judge"] = judge_captions(videos, prompts)
-    with open(Path(args.out, "eval.jsonl"), "a" if step else "w") as f:
+    with open(Path(args.out, "eval.jsonl"), "a") as f:
         f.write(json.dumps(row) + "\n")
     words = " ".join(f"{k} {v:.3f}" for k, v in row.get("judge", {}).items())
     print(f"held-out, {name}: reward {row['reward']:.4f} (sd {row['reward_sd']:.4f}) {words}", flush=True)
     contact_sheet(list(videos[:16]), Path(args.out, f"{name}.png"), prompts[:16])
     for i, video in enumerate(videos[:16]):
-        write_video(Path(args.out, name, f"{i:04d}.mp4"), video, base.row.sample["save_fps"])
+        write_video(Path(args.out, name, f"{i:04d}.mp4"), video, args.save_fps)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Autoencoders: video <-> latents. AutoencoderKL is Stable Diffusion's (Rombach et al., arXiv 2112.10752), frame by frame.
+"""Autoencoders: video <-> latents, frame by frame.
 
-Keys are those of the SD checkpoint's `first_stage_model.`. Latents are scaled: encode multiplies by cfg.scale, decode divides.
+AutoencoderKL is Stable Diffusion's (Rombach et al., arXiv 2112.10752). Keys are those of the SD checkpoint's
+`first_stage_model.`. Latents are scaled: encode multiplies by cfg.scale, decode divides.
 `python vae.py --train-tiny` trains the tiny world's autoencoder.
 """
 import argparse
@@ -80,7 +81,9 @@ class Upsample(nn.Module):
 
 def middle(channels):
     mid = nn.Module()
-    mid.block_1, mid.attn_1, mid.block_2 = ResnetBlock(channels, channels), AttnBlock(channels), ResnetBlock(channels, channels)
+    mid.block_1 = ResnetBlock(channels, channels)
+    mid.attn_1 = AttnBlock(channels)
+    mid.block_2 = ResnetBlock(channels, channels)
     return mid
 
 
@@ -152,7 +155,7 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv2d(cfg.z_channels, cfg.z_channels, 1)
 
     def moments(self, images: Tensor):
-        """images (n,3,h,w) in [-1,1] -> mean, log variance (n,c,h',w') of the unscaled latents, log variance in [-30,20]."""
+        """images (n,3,h,w) in [-1,1] -> mean, log variance in [-30,20] of unscaled latents (n,c,h',w')."""
         images = F.pixel_unshuffle(images, self.cfg.patch)
         mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
@@ -162,9 +165,10 @@ class AutoencoderKL(nn.Module):
         return F.pixel_shuffle(self.decoder(self.post_quant_conv(z)), self.cfg.patch)
 
     def encode(self, video: Tensor, noise: Tensor | None = None, chunk: int = 16) -> Tensor:
-        """video (b,3,f,h,w) in [-1,1] -> scaled latents (b,c,f,h',w'): the mean, or a sample with `noise` like the latents.
+        """video (b,3,f,h,w) in [-1,1] -> scaled latents (b,c,f,h',w').
 
-        VGen trains on samples, never on the mean. `chunk` frames are encoded at a time.
+        The mean, or a sample when there is `noise` like the latents: VGen trains on samples, never on the
+        mean. `chunk` frames are encoded at a time.
         """
         images = rearrange(video, "b c f h w -> (b f) c h w")
         parts = [self.moments(images[i:i + chunk]) for i in range(0, len(images), chunk)]
@@ -177,7 +181,8 @@ class AutoencoderKL(nn.Module):
     def decode(self, latents: Tensor, frames=None, chunk: int = 16) -> Tensor:
         """Scaled latents (b,c,f,h',w') -> video (b,3,f,h,w), differentiable.
 
-        frames: list of frame numbers to decode instead of all; the others cost nothing. `chunk` images at a time.
+        frames: list of frame numbers to decode instead of all; the others cost nothing. `chunk` images are
+        decoded at a time.
         """
         if frames is not None:
             latents = latents[:, :, frames]
@@ -188,16 +193,21 @@ class AutoencoderKL(nn.Module):
 
 def vae_diffusers_name(key, levels=4):
     """Public key of AutoencoderKL -> the name of the same tensor in diffusers' AutoencoderKL."""
-    for ours, theirs in (("mid.block_1", "mid_block.resnets.0"), ("mid.block_2", "mid_block.resnets.1"),
-                         ("mid.attn_1.norm", "mid_block.attentions.0.group_norm"), ("mid.attn_1.proj_out", "mid_block.attentions.0.to_out.0"),
-                         ("mid.attn_1.q", "mid_block.attentions.0.to_q"), ("mid.attn_1.k", "mid_block.attentions.0.to_k"),
-                         ("mid.attn_1.v", "mid_block.attentions.0.to_v"), ("nin_shortcut", "conv_shortcut"), ("norm_out", "conv_norm_out")):
+    for ours, theirs in (("mid.block_1", "mid_block.resnets.0"),
+                         ("mid.block_2", "mid_block.resnets.1"),
+                         ("mid.attn_1.norm", "mid_block.attentions.0.group_norm"),
+                         ("mid.attn_1.proj_out", "mid_block.attentions.0.to_out.0"),
+                         ("mid.attn_1.q", "mid_block.attentions.0.to_q"),
+                         ("mid.attn_1.k", "mid_block.attentions.0.to_k"),
+                         ("mid.attn_1.v", "mid_block.attentions.0.to_v"),
+                         ("nin_shortcut", "conv_shortcut"),
+                         ("norm_out", "conv_norm_out")):
         key = key.replace(ours, theirs)
     parts = key.split(".")
     if parts[1] in ("down", "up"):
         level = int(parts[2]) if parts[1] == "down" else levels - 1 - int(parts[2])
-        inner = {"block": ["resnets"], "downsample": ["downsamplers", "0"], "upsample": ["upsamplers", "0"]}[parts[3]]
-        parts = [parts[0], parts[1] + "_blocks", str(level), *inner, *parts[4:]]
+        inner = {"block": ["resnets"], "downsample": ["downsamplers", "0"], "upsample": ["upsamplers", "0"]}
+        parts = [parts[0], parts[1] + "_blocks", str(level), *inner[parts[3]], *parts[4:]]
     return ".".join(parts)
 
 
@@ -209,20 +219,22 @@ TINY_VAE = VAEConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, patch=2, scale=1.0
 def train_tiny(out, steps, decoder_steps, batch=64, lr=2e-3, seed=0):
     """Train TINY_VAE on rendered frames, then its decoder alone, and put it into the tiny base's file `out`.
 
-    Loss: L1 + MSE + 1e-4 KL, errors relative to a frame's contrast. The second stage leaves the latents as they are (a base may already be trained on them);
-    with steps 0 it starts from the file's autoencoder.
+    Loss: L1 + MSE + 1e-4 KL, errors relative to a frame's contrast. The second stage leaves the latents as
+    they are (a base may already be trained on them); with steps 0 it starts from the file's autoencoder.
     """
     from common import load_weights, replace_part
     from data import tiny_batch
     torch.manual_seed(seed)
     vae, start = AutoencoderKL(TINY_VAE), time.time()
     if not steps:
-        vae.load_state_dict({k.removeprefix("vae."): v.float() for k, v in load_weights(out).items() if k.startswith("vae.")})
+        state = {k.removeprefix("vae."): v for k, v in load_weights(out).items() if k.startswith("vae.")}
+        vae.load_state_dict({k: v.float() for k, v in state.items()})
     for stage, (n, first) in enumerate(((steps, 0), (decoder_steps, steps))):
         decoder_only = stage == 1
         vae.encoder.requires_grad_(not decoder_only)
         vae.quant_conv.requires_grad_(not decoder_only)
-        opt = torch.optim.AdamW([p for p in vae.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
+        trained = [p for p in vae.parameters() if p.requires_grad]
+        opt = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
         schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=max(n, 1), pct_start=0.05)
         for step in range(n):
             video, _, _ = tiny_batch((seed, first + step), batch // 4)
@@ -232,7 +244,8 @@ def train_tiny(out, steps, decoder_steps, batch=64, lr=2e-3, seed=0):
             error = vae.decode_images(mean + (0.5 * logvar).exp() * torch.randn_like(mean)) - images
             kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
             # in units of each frame's own contrast: else blue on gray stays blurred, for it costs little
-            contrast = (images - images.mean((2, 3), keepdim=True)).square().mean((1, 2, 3), keepdim=True).sqrt()
+            centred = images - images.mean((2, 3), keepdim=True)
+            contrast = centred.square().mean((1, 2, 3), keepdim=True).sqrt()
             scaled = error * (0.3 / contrast).clamp(max=5)
             loss = scaled.abs().mean() + scaled.square().mean() + 1e-4 * kl
             opt.zero_grad()
@@ -241,16 +254,19 @@ def train_tiny(out, steps, decoder_steps, batch=64, lr=2e-3, seed=0):
             opt.step()
             schedule.step()
             if step % 100 == 0 or step == n - 1:
-                print(f"{'decoder' if decoder_only else 'all'} {step:5d}/{n} | mse {error.square().mean():.5f} | kl {kl:.3f} "
+                part = "decoder" if decoder_only else "all"
+                print(f"{part} {step:5d}/{n} | mse {error.square().mean():.5f} | kl {kl:.3f} "
                       f"| latent std {mean.std():.3f} | {time.time() - start:.0f} s", flush=True)
     replace_part(out, "vae", vae.state_dict())
 
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument("--train-tiny", action="store_true", required=True, help="train the tiny world's autoencoder")
+    p.add_argument("--train-tiny", action="store_true", required=True,
+                   help="train the tiny world's autoencoder")
     p.add_argument("--out", default="assets/tiny.safetensors", help="file whose autoencoder is replaced")
-    p.add_argument("--steps", type=int, default=2000, help="optimizer steps of 64 frames; 0: only the decoder, from --out")
+    p.add_argument("--steps", type=int, default=2000,
+                   help="optimizer steps of 64 frames; 0: only the decoder, from --out")
     p.add_argument("--decoder-steps", type=int, default=3000, help="further steps with the encoder frozen")
     args = p.parse_args()
     train_tiny(args.out, args.steps, args.decoder_steps)

@@ -1,4 +1,4 @@
-"""Every method end to end on the tiny base: it runs, learns the right tensors, saves, resumes bit for bit, and sample.py plays it."""
+"""Every method end to end on the tiny base: it trains, saves, resumes bit for bit, sample.py plays it."""
 import json
 
 import pytest
@@ -10,9 +10,10 @@ import t2v
 import vader
 from common import load_checkpoint
 
+T2V = ["--base", "tiny", "--batch", "2", "--no-cache-latents", "--preview-every", "0"]
 QUICK = {
-    "t2v": (t2v, ["--base", "tiny", "--batch", "2", "--no-cache-latents", "--preview-every", "0", "--log-every", "1"]),
-    "t2v-lora": (t2v, ["--base", "tiny", "--batch", "2", "--no-cache-latents", "--preview-every", "0", "--rank", "4", "--ema", "0.9", "--image-share", "0.5"]),
+    "t2v": (t2v, [*T2V, "--log-every", "1"]),
+    "t2v-lora": (t2v, [*T2V, "--rank", "4", "--ema", "0.9", "--image-share", "0.5"]),
     "vader": (vader, ["--base", "tiny", "--batch", "2", "--sample-steps", "3", "--eval-n", "2"]),
 }
 
@@ -30,37 +31,48 @@ def test_resume_equals_the_uninterrupted_run(method, tmp_path):
     run(method, tmp_path / "parts", 4, *schedule, "--resume")
     whole, parts = (load_file(tmp_path / d / "ckpt.safetensors") for d in ("whole", "parts"))
     assert whole.keys() == parts.keys() and all(torch.equal(whole[k], parts[k]) for k in whole)
-    logs = [[{k: v for k, v in json.loads(x).items() if k != "seconds"} for x in (tmp_path / d / "log.jsonl").read_text().splitlines()]
-            for d in ("whole", "parts")]
+    logs = []
+    for d in ("whole", "parts"):
+        rows = [json.loads(x) for x in (tmp_path / d / "log.jsonl").read_text().splitlines()]
+        logs.append([{k: v for k, v in row.items() if k != "seconds"} for row in rows])
     assert logs[0] == logs[1] and len(logs[0]) == 4
 
 
 def test_vader_leaves_what_it_promises_and_sample_plays_it(tmp_path):
     run("vader", tmp_path / "run", 2, "--preview-every", "1")
-    for name in ("ckpt.safetensors", "state.pt", "log.jsonl", "eval.jsonl", "curve.png", "args.json", "before.png", "after.png", "step-1.png",
-                 "before/0001.mp4", "after/0001.mp4"):
+    for name in ("ckpt.safetensors", "state.pt", "log.jsonl", "eval.jsonl", "curve.png", "args.json",
+                 "before.png", "after.png", "step-1.png", "before/0001.mp4", "after/0001.mp4"):
         assert (tmp_path / "run" / name).exists(), name
     tensors, meta = load_checkpoint(tmp_path / "run")
     assert meta["method"] == "vader" and meta["step"] == 2 and meta["sample"]["sample_steps"] == 3
-    assert all(".lora_" in k for k in tensors) and any(v.abs().max() > 0 for k, v in tensors.items() if "lora_B" in k)
+    assert all(".lora_" in k for k in tensors)
+    assert any(v.abs().max() > 0 for k, v in tensors.items() if "lora_B" in k)
     rows = [json.loads(x) for x in (tmp_path / "run" / "eval.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in rows] == [0, 1, 2] and set(rows[0]["judge"]) == {"shape", "colour", "background", "motion", "joint"}
+    assert [r["step"] for r in rows] == [0, 1, 2]
+    assert set(rows[0]["judge"]) == {"shape", "colour", "background", "motion", "joint"}
     assert rows[0]["reward"] != rows[2]["reward"]
 
-    sample.main(["--ckpt", str(tmp_path / "run"), "--prompt", "a red circle moving left", "--n", "2", "--out", str(tmp_path / "s")])
+    sample.main(["--ckpt", str(tmp_path / "run"), "--prompt", "a red circle moving left", "--n", "2",
+                 "--out", str(tmp_path / "s")])
     index = [json.loads(x) for x in (tmp_path / "s" / "index.jsonl").read_text().splitlines()]
-    assert [r["file"] for r in index] == ["0000.mp4", "0001.mp4"] and index[0]["sample_steps"] == 3 and (tmp_path / "s" / "sheet.png").exists()
+    assert [r["file"] for r in index] == ["0000.mp4", "0001.mp4"]
+    assert index[0]["sample_steps"] == 3 and (tmp_path / "s" / "sheet.png").exists()
 
 
-@pytest.mark.parametrize("options", [["--backprop", "last-2", "--decode", "alt", "--reward", "size"], ["--backprop", "rand", "--decode", "random", "--reward", "redness"],
-                                     ["--decode", "3", "--reward", "brightness", "--accum", "2", "--eta", "1"], ["--grad-ckpt", "--dtype", "bf16"]])
+@pytest.mark.parametrize("options", [
+    ["--backprop", "last-2", "--decode", "alt", "--reward", "size"],
+    ["--backprop", "rand", "--decode", "random", "--reward", "redness"],
+    ["--decode", "3", "--reward", "brightness", "--accum", "2", "--eta", "1"],
+    ["--grad-ckpt", "--dtype", "bf16"]])
 def test_vader_options(options, tmp_path):
     run("vader", tmp_path, 1, *options)
     assert all(torch.isfinite(v).all() for v in load_file(tmp_path / "ckpt.safetensors").values())
 
 
 def test_vader_with_a_reward_of_the_users(tmp_path):
-    (tmp_path / "mine.py").write_text("def blue(frames, prompts):\n    assert len(frames) == len(prompts)\n    return frames[:, 2].mean((1, 2))\n")
+    (tmp_path / "mine.py").write_text("def blue(frames, prompts):\n"
+                                      "    assert len(frames) == len(prompts)\n"
+                                      "    return frames[:, 2].mean((1, 2))\n")
     run("vader", tmp_path / "run", 1, "--reward", f"{tmp_path / 'mine.py'}:blue")
     assert (tmp_path / "run" / "after.png").exists()
 
@@ -69,17 +81,20 @@ def test_accumulation_equals_a_large_batch(tmp_path):
     """exp_avg of the first AdamW step is (1 - beta1) times the gradient."""
     for name, batch, accum in (("large", 4, 1), ("accumulated", 1, 4)):
         run("t2v-lora", tmp_path / name, 1, "--batch", str(batch), "--accum", str(accum), "--drop-text", "0")
-    # other noise for other micro-steps: only the effective batch is the same, so compare what is reported, not the gradient
+    # other noise for other micro-steps: only the effective batch is the same, so compare what is reported,
+    # not the gradient
     metas = [load_checkpoint(tmp_path / d)[1]["args"] for d in ("large", "accumulated")]
     assert metas[0]["batch"] * metas[0]["accum"] == metas[1]["batch"] * metas[1]["accum"]
 
 
 def test_t2v_trains_from_scratch_with_its_text_encoder(tmp_path):
-    t2v.main(["--base", "tiny", "--scratch", "--batch", "2", "--no-cache-latents", "--preview-every", "1", "--steps", "1", "--out", str(tmp_path)])
+    t2v.main(["--base", "tiny", "--scratch", "--batch", "2", "--no-cache-latents", "--preview-every", "1",
+              "--steps", "1", "--out", str(tmp_path)])
     tensors = load_file(tmp_path / "ckpt.safetensors")
     assert any(k.startswith("text_encoder.") for k in tensors) and "input_blocks.0.0.weight" in tensors
     assert (tmp_path / "preview-1.png").exists()
-    sample.main(["--ckpt", str(tmp_path), "--prompt", "a blue square growing", "--sample-steps", "2", "--out", str(tmp_path / "s")])
+    sample.main(["--ckpt", str(tmp_path), "--prompt", "a blue square growing", "--sample-steps", "2",
+                 "--out", str(tmp_path / "s")])
 
 
 def test_a_clip_depends_neither_on_batch_nor_on_its_neighbours():

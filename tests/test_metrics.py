@@ -39,7 +39,8 @@ def test_judge_is_at_chance_on_shuffled_captions(truth):
 
 
 def test_judge_sees_noise_as_nothing():
-    assert judge(0.1 * torch.randn(3, 8, 32, 32))["shape"] == "none" or judge(0.1 * torch.randn(3, 8, 32, 32))["visible"] < 1
+    assert (judge(0.1 * torch.randn(3, 8, 32, 32))["shape"] == "none"
+            or judge(0.1 * torch.randn(3, 8, 32, 32))["visible"] < 1)
 
 
 def test_judge_measures_speed_size_and_smoothness(truth):
@@ -48,7 +49,8 @@ def test_judge_measures_speed_size_and_smoothness(truth):
         seen = judge(clip)
         path = ((scene.x[-1] - scene.x[0]) ** 2 + (scene.y[-1] - scene.y[0]) ** 2) ** 0.5 / 7
         assert abs(seen["speed"] - path) < 0.15 and seen["smoothness"] < 0.3
-        assert abs(seen["size"] - (torch.pi * torch.tensor(scene.radius ** 2)).mean()) < 0.15 * seen["size"] + 3
+        area = (torch.pi * torch.tensor(scene.radius ** 2)).mean()
+        assert abs(seen["size"] - area) < 0.15 * seen["size"] + 3
     shaken = clips[0].clone()
     shaken[:, 1::2] = shaken[:, 1::2].roll(5, -1)
     assert judge(shaken)["smoothness"] > 1
@@ -66,5 +68,6 @@ def test_captions_and_scenes_agree(truth):
 def test_tiny_clips_are_a_function_of_the_seed():
     a, b = tiny_batch((3, 4), 4), tiny_batch((3, 4), 4)
     assert torch.equal(a[0], b[0]) and a[1] == b[1]
-    assert torch.equal(render(a[2][0]), a[0][0]) and set(ATTRIBUTES) == {"shape", "colour", "background", "motion"}
+    assert torch.equal(render(a[2][0]), a[0][0])
+    assert set(ATTRIBUTES) == {"shape", "colour", "background", "motion"}
     assert a[0].min() >= -1 and a[0].max() <= 1

@@ -1,0 +1,75 @@
+"""The methods' own effects on the tiny world, with seeds and thresholds: run by hand, `pytest -m effect`.
+
+Minutes each. Each test writes results/NAME.json, whose "table" rows RESULTS.md repeats word for word
+(tests/test_readme.py compares).
+"""
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+import sample
+import vader
+
+RESULTS = Path(__file__).parent.parent / "results"
+SEEDS = (0, 1, 2)
+
+
+def write(name, table, **figures):
+    (RESULTS / f"{name}.json").write_text(json.dumps(dict(table=table, **figures), indent=1) + "\n")
+
+
+@pytest.mark.effect
+def test_tiny_base(tmp_path):
+    """256 random captions: colour >= 95 %, motion >= 90 %, shape >= 90 %."""
+    sample.main(["--base", "tiny", "--judge", "256", "--batch", "16", "--out", str(tmp_path)])
+    seen = json.loads((tmp_path / "judge.json").read_text())
+    names = ("shape", "colour", "background", "motion", "joint")
+    cells = " | ".join(f"{100 * seen[k]:.1f} %" for k in names)
+    write("tiny_base", [f"| tiny | 256 | {cells} |"], **seen)
+    assert seen["colour"] >= 0.95 and seen["motion"] >= 0.90 and seen["shape"] >= 0.90
+
+
+@pytest.mark.effect
+@pytest.mark.parametrize("reward", ["tiny", "size"])
+def test_vader(reward, tmp_path):
+    """Three seeds: held-out reward +0.5 sd; tiny: joint accuracy -2 points at most; size: each -5 at most."""
+    runs, table = [], []
+    for seed in SEEDS:
+        start = time.time()
+        out = tmp_path / str(seed)
+        vader.main(["--base", "tiny", "--reward", reward, "--seed", str(seed), "--out", str(out)])
+        rows = [json.loads(x) for x in (out / "eval.jsonl").read_text().splitlines()]
+        before, after = rows[0], rows[-1]
+        gain = (after["reward"] - before["reward"]) / before["reward_sd"]
+        minutes = (time.time() - start) / 60
+        runs.append(dict(seed=seed, gain_sd=gain, minutes=minutes, before=before, after=after))
+        change = {k: 100 * (after["judge"][k] - before["judge"][k]) for k in before["judge"]}
+        cells = " | ".join(f"{100 * after['judge'][k]:.1f} ({change[k]:+.1f})" for k in change)
+        table.append(f"| {reward} | {seed} | {before['reward']:.4f} | {after['reward']:.4f} "
+                     f"| {gain:+.2f} sd | {cells} | {minutes:.1f} |")
+    write(f"vader_{reward}", table, runs=runs)
+    for run in runs:
+        change = {k: run["after"]["judge"][k] - run["before"]["judge"][k] for k in run["before"]["judge"]}
+        assert run["gain_sd"] >= 0.5
+        if reward == "tiny":
+            assert change["joint"] >= -0.0201
+        else:
+            assert all(v >= -0.0501 for k, v in change.items() if k != "joint")
+
+
+@pytest.mark.effect
+def test_vader_on_brightness_for_too_long(tmp_path):
+    """Over-optimisation: the reward keeps rising while the judge's joint accuracy falls below a half."""
+    vader.main([
+        "--base", "tiny", "--reward", "brightness", "--lr", "1e-3", "--steps", "60", "--preview-every", "10",
+        "--out", str(tmp_path)])
+    rows = [json.loads(x) for x in (tmp_path / "eval.jsonl").read_text().splitlines()]
+    table = []
+    for r in rows:
+        cells = " | ".join(f"{100 * v:.1f}" for v in r["judge"].values())
+        table.append(f"| {r['step']} | {r['reward']:.4f} | {cells} |")
+    write("vader_brightness", table, rows=rows)
+    (RESULTS / "vader_brightness.png").write_bytes((tmp_path / "after.png").read_bytes())
+    assert rows[-1]["reward"] > rows[0]["reward"] + 0.1 and rows[-1]["judge"]["joint"] < 0.5

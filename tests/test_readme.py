@@ -1,0 +1,92 @@
+"""README.md and RESULTS.md are true: commands parse, line counts match, figures are those of results/."""
+import ast
+import importlib
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README, RESULTS = (ROOT / "README.md").read_text(), (ROOT / "RESULTS.md").read_text()
+ALLOWED = {
+    "torch", "einops", "safetensors", "open_clip", "transformers", "tqdm", "imageio", "numpy", "PIL",
+    "matplotlib", "huggingface_hub", "wandb"}
+
+
+def commands():
+    """Every `python x.py ...` or `torchrun ... x.py ...` of the README and of the files' docstrings."""
+    text = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S))
+    files = sorted(ROOT.glob("*.py"))
+    text += "\n".join(ast.get_docstring(ast.parse(f.read_text())) or "" for f in files)
+    lines = [x.strip().split(" && ")[-1].split("   ")[0].split("  #")[0] for x in text.splitlines()]
+    lines = [x for x in lines if re.match(r"(python|torchrun|\./torchrun\.sh) ", x)]
+    return [x for x in lines if "..." not in x and ".py" in x]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command_parses(command):
+    words = shlex.split(command)
+    script = next(i for i, w in enumerate(words) if w.endswith(".py"))
+    assert (ROOT / words[script]).exists()
+    module = importlib.import_module(words[script].removesuffix(".py"))
+    if hasattr(module, "get_args"):
+        module.get_args(words[script + 1:])
+
+
+def test_there_are_commands_to_check():
+    assert len(commands()) > 15
+
+
+def test_line_counts():
+    rows = re.findall(r"^\| `([\w.]+)` \| (\d+) \|", README, re.M)
+    assert {name for name, _ in rows} == {f.name for f in ROOT.glob("*.py")}
+    for name, lines in rows:
+        assert len((ROOT / name).read_text().splitlines()) == int(lines), name
+
+
+def test_budgets():
+    lines = {f.name: len(f.read_text().splitlines()) for f in ROOT.glob("*.py")}
+    assert sum(lines.values()) <= 8000 and lines["models.py"] <= 1400
+    for method in ("vader.py", "t2v.py"):
+        assert lines[method] <= 320
+
+
+def test_imports_stay_within_the_card():
+    """Third-party names, and the one-way arrows between our files."""
+    ours = {f.stem for f in ROOT.glob("*.py")}
+    methods = {"vader", "t2v"}
+    for f in ROOT.glob("*.py"):
+        for node in ast.walk(ast.parse(f.read_text())):
+            if isinstance(node, ast.Import):
+                names = [a.name for a in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module]
+            else:
+                continue
+            tops = {n.split(".")[0] for n in names} - set(sys.stdlib_module_names)
+            assert tops <= ALLOWED | ours, f"{f.name}: {tops - ALLOWED - ours}"
+            assert not tops & methods, f"{f.name} imports a method file"
+
+
+def test_one_flag_has_one_meaning(capsys):
+    """The same option has the same type and choices in every file that has it."""
+    seen = {}
+    for name in ("t2v", "vader", "sample"):
+        with pytest.raises(SystemExit):
+            importlib.import_module(name).get_args(["--help"])
+        text = capsys.readouterr().out.split("options:")[1]
+        line = r"^  (--[\w-]+)(?:, --no-[\w-]+)?(?: (\{[^}]*\}|\[?[A-Z_]+.*?))?(?:  |$)"
+        for flag, value in re.findall(line, text, re.M):
+            assert seen.setdefault(flag, value) == value, f"{flag} differs in {name}.py"
+    assert {"--base", "--lr", "--seed", "--out"} <= set(seen)
+
+
+def test_figures_are_those_of_the_result_files():
+    files = list((ROOT / "results").glob("*.json"))
+    assert files
+    for file in files:
+        for row in json.loads(file.read_text())["table"]:
+            assert row in RESULTS, f"{file.name}: RESULTS.md lacks {row}"
