@@ -156,7 +156,7 @@ def ddim_step(schedule, out, x, t, t_prev, eta=0.0, noise=None):
         return x0
     ab, ab_prev = schedule.alpha_bar[t].item(), schedule.alpha_bar[t_prev].item()
     sigma = eta * ((1 - ab_prev) / (1 - ab) * (1 - ab / ab_prev)) ** 0.5
-    x = ab_prev ** 0.5 * x0 + (1 - ab_prev - sigma ** 2) ** 0.5 * eps
+    x = ab_prev ** 0.5 * x0 + max(1 - ab_prev - sigma ** 2, 0.0) ** 0.5 * eps
     return x if sigma == 0 else x + sigma * noise
 
 

@@ -91,4 +91,4 @@ def judge_captions(videos, captions) -> dict:
         for a, ok in right.items():
             hits[a].append(ok)
         hits["joint"].append(all(right.values()))
-    return {a: float(np.mean(v)) if v else float("nan") for a, v in hits.items()}
+    return {a: float(np.mean(v)) for a, v in hits.items() if v}

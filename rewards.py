@@ -93,7 +93,7 @@ def tiny_scorer(device):
     return reward
 
 
-def train_tiny(out, steps=1500, batch=64, lr=2e-3, seed=0):
+def train_tiny(out, steps=400, batch=64, lr=2e-3, seed=0):
     """Contrastive training of TinyScorer on rendered clips with a little noise, as a decoder makes it."""
     torch.manual_seed(seed)
     scorer, start = TinyScorer(), time.time()
@@ -161,6 +161,6 @@ if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--train-tiny", action="store_true", required=True, help="train the tiny world's scorer")
     p.add_argument("--out", default=str(SCORER_FILE), help="file to write")
-    p.add_argument("--steps", type=int, default=1500, help="optimizer steps of 64 clips")
+    p.add_argument("--steps", type=int, default=400, help="optimizer steps of 64 clips")
     args = p.parse_args()
     train_tiny(args.out, args.steps)

@@ -178,7 +178,7 @@ def main(argv=None):
     guard = FiniteGuard()
     catch_signals(env)
     if env.main:
-        keep_lines(Path(args.out, "eval.jsonl"), start + 1 if state else 0)
+        keep_lines(Path(args.out, "eval.jsonl"), min(start + 1, args.steps) if state else 0)
     if not state:
         evaluate(args, env, base, reward, held_out, 0, "before")
 
@@ -216,9 +216,10 @@ def main(argv=None):
             save_checkpoint(args, env, done, params, meta, opt, scaler=scaler)
         if stop:
             break
-        if done == args.steps or (args.preview_every and done % args.preview_every == 0):
-            name = "after" if done == args.steps else f"step-{done}"
-            evaluate(args, env, base, reward, held_out, done, name)
+        if args.preview_every and done % args.preview_every == 0 and done < args.steps:
+            evaluate(args, env, base, reward, held_out, done, f"step-{done}")
+    else:  # not stopped
+        evaluate(args, env, base, reward, held_out, args.steps, "after")
     if env.main:
         title = f"VADER on {args.base}, reward {args.reward}"
         draw_curve(log.path, Path(args.out, "curve.png"), ["reward", "grad"], title)
