@@ -51,7 +51,7 @@ BASES = {
         None,
         dict(name="cosine", prediction="v", zero_snr=True, shift=0.15),
         dict(frames=TINY_FRAMES, height=TINY_SIZE, width=TINY_SIZE, fps=None, save_fps=TINY_FPS,
-             sample_steps=25, cfg=3.0, eta=0.0, spacing="trailing", negative="")),
+             sample_steps=25, cfg=1.5, eta=0.0, spacing="trailing", negative="")),
     "modelscope": Row(
         "ModelScope text-to-video (arXiv 2308.06571), 16 frames of 256x256, eps prediction",
         UNetConfig(),
@@ -262,11 +262,12 @@ def main(argv=None):
     args = p.parse_args(argv)
     if args.pack:
         tensors, _ = load_checkpoint(args.ckpt)
-        prefix, path = "text_encoder.", ASSETS / f"{args.pack}.safetensors"
+        prefix = "text_encoder."
         text = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         net = {k: v for k, v in tensors.items() if not k.startswith(prefix)}
-        replace_part(path, "text", text)
-        replace_part(path, "net", net)
+        for part, state in (("net", net), ("text", text)):
+            if state:  # a run that did not start from scratch left the text encoder as it was
+                replace_part(ASSETS / f"{args.pack}.safetensors", part, state)
         return
     if args.download:
         row = base_row(args.download)
