@@ -44,8 +44,8 @@ from models import add_lora, parallelize, sync_gradients
 from sample import generate
 
 TINY = dict(
-    steps=2600, batch=16, lr=1.5e-3, lr_schedule="cosine", warmup=50, betas=(0.9, 0.99), wd=0.01, ema=0.995,
-    rank=0, image_share=0.0, offset_noise=0.0, cache_latents=True, workers=0, preview_every=650,
+    steps=2000, batch=16, lr=1.5e-3, lr_schedule="cosine", warmup=50, betas=(0.9, 0.99), wd=0.01, ema=0.995,
+    rank=0, image_share=0.0, offset_noise=0.0, cache_latents=True, workers=0, preview_every=500,
     grad_ckpt=False, log_every=50)
 PREVIEWS = [
     "a red circle moving left on a gray background", "a blue square moving up on a black background",
