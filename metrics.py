@@ -73,7 +73,8 @@ def judge(video: Tensor) -> dict:
     # shape: the template that fits best at the measured centre and area, summed over the frames
     errors = {s: sum(np.abs(_coverage(s, size, cx[i], cy[i], area[i]) - mask[i]).sum() for i in k)
               for s in SHAPES}
-    seen["shape"] = min(errors, key=errors.get)
+    best = min(errors, key=errors.get)
+    seen["shape"] = best if errors[best] < 0.6 * area[k].sum() else "none"  # noise fits no template
     residual = [np.polyval(s, k) - y for s, y in zip(slope[:2], (cx[shown], cy[shown]))]
     return seen | {"speed": float(np.hypot(slope[0][0], slope[1][0])), "size": float(area.mean()),
                    "smoothness": float(np.sqrt(np.mean(np.square(residual).sum(0))))}

@@ -165,7 +165,7 @@ def main(argv=None):
             group["lr"] = lr_at(step, args)
         total = 0.0
         for micro in range(args.accum):
-            g = generator(args.seed, env.rank, step, micro)
+            g = generator(args.seed, step, micro * env.world + env.rank)
             x0, captions = next(batches)(g)
             # drawn from the step alone: all processes train on images, or all on videos
             if torch.rand((), generator=generator(args.seed, step, "image")).item() < args.image_share:

@@ -194,8 +194,9 @@ def main(argv=None):
             picked = batch_indices(
                 len(prompts), step * args.accum + micro, args.batch, env.rank, env.world, args.seed)
             texts = [prompts[i] for i in picked]
-            numbers = [env.rank * args.batch + i for i in range(args.batch)]
-            generators = [generator(args.seed, step, micro, i) for i in numbers]
+            # noise by the sample's number in the effective batch: however that is split, the run is the same
+            first = (micro * env.world + env.rank) * args.batch
+            generators = [generator(args.seed, step, "noise", first + i) for i in range(args.batch)]
             x_T = randn((args.batch, *shape), generators, env.device)
             advice = memory_advice(
                 "--decode random", "--backprop last", "--grad-ckpt", "smaller --height --width")

@@ -36,7 +36,7 @@ def relative(a, b):
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_vader_gradients_of_two_processes_equal_the_one_process_mean(parallel, tmp_path):
-    one = launch(1, tmp_path / "one", *VADER, "--steps", "1", "--batch", "4")
+    one = launch(1, tmp_path / "one", *VADER, "--steps", "1", "--batch", "2", "--accum", "2")
     two = launch(2, tmp_path / "two", *VADER, "--steps", "1", "--batch", "2", "--parallel", parallel)
     a, b = moments(one), moments(two)
     assert a.keys() == b.keys()

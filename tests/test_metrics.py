@@ -39,8 +39,8 @@ def test_judge_is_at_chance_on_shuffled_captions(truth):
 
 
 def test_judge_sees_noise_as_nothing():
-    assert (judge(0.1 * torch.randn(3, 8, 32, 32))["shape"] == "none"
-            or judge(0.1 * torch.randn(3, 8, 32, 32))["visible"] < 1)
+    for strength in (0.0, 0.1, 0.5):
+        assert judge(strength * torch.randn(3, 8, 32, 32))["shape"] == "none"
 
 
 def test_judge_measures_speed_size_and_smoothness(truth):
