@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from common import UserError, load_checkpoint, load_strict, load_weights, looks_like, rename, replace_part
+from common import (UserError, load_checkpoint, load_strict, load_weights, looks_like, net_and_text, rename,
+                    replace_part)
 from data import TINY_FPS, TINY_FRAMES, TINY_SIZE, TINY_WORDS
 from diffusion import make_schedule
 from models import UNet3D, UNetConfig, unet_diffusers_name
@@ -262,9 +263,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     if args.pack:
         tensors, _ = load_checkpoint(args.ckpt)
-        prefix = "text_encoder."
-        text = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        net = {k: v for k, v in tensors.items() if not k.startswith(prefix)}
+        net, text = net_and_text(tensors)
         for part, state in (("net", net), ("text", text)):
             if state:  # a run that did not start from scratch left the text encoder as it was
                 replace_part(ASSETS / f"{args.pack}.safetensors", part, state)

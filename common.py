@@ -81,11 +81,16 @@ def catch_signals(env):
 
 def agree_to_stop(env):
     """True on every process as soon as one of them was asked to stop."""
+    return on_any(env.stop, env)
+
+
+def on_any(flag, env) -> bool:
+    """True on every process if `flag` is true on one of them; each must call it."""
     if env.world == 1:
-        return env.stop
-    flag = torch.tensor(float(env.stop), device=env.device)
-    dist.all_reduce(flag)
-    return flag.item() > 0
+        return bool(flag)
+    count = torch.tensor(float(bool(flag)), device=env.device)
+    dist.all_reduce(count)
+    return count.item() > 0
 
 
 def seed_of(*numbers) -> int:
@@ -247,10 +252,7 @@ class FiniteGuard:
     def ok(self, env, **terms) -> bool:
         """terms: the named loss terms of this step (0-d tensors). The same answer on every process."""
         wrong = [k for k, v in terms.items() if not torch.isfinite(v).all()]
-        some = torch.tensor(float(bool(wrong)), device=env.device)
-        if env.world > 1:
-            dist.all_reduce(some)
-        if not some.item():
+        if not on_any(wrong, env):
             self.bad = 0
             return True
         self.bad += 1
@@ -389,6 +391,13 @@ def load_checkpoint(path):
         raise UserError(f"--ckpt {path}: not a nanovideo checkpoint ({looks_like(tensors)}); "
                         "public weights go to --weights, public LoRA files to --lora")
     return tensors, json.loads(text["nanovideo"])
+
+
+def net_and_text(tensors):
+    """The tensors of a checkpoint -> the network's and the text encoder's, both under bare keys."""
+    prefix = "text_encoder."
+    text = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    return {k: v for k, v in tensors.items() if not k.startswith(prefix)}, text
 
 
 # ---- weight files

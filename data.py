@@ -13,6 +13,7 @@ import struct
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -136,6 +137,12 @@ def tiny_batch(seed, n, frames=TINY_FRAMES, drop_background=0.2):
 
 # ---- which clips make which batch
 
+@lru_cache(maxsize=2)  # a batch may lie across two epochs
+def _shuffled(n, seed, epoch):
+    """The order of n items in one epoch."""
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
 def batch_indices(n, step, batch, rank=0, world=1, seed=0):
     """What process `rank` reads at `step`: a list of `batch` indices, disjoint between processes.
 
@@ -146,7 +153,7 @@ def batch_indices(n, step, batch, rank=0, world=1, seed=0):
     picked = []
     for i in range(first, first + batch):
         epoch, position = divmod(i, n)
-        picked.append(int(np.random.default_rng((seed, epoch)).permutation(n)[position]))
+        picked.append(int(_shuffled(n, seed, epoch)[position]))
     return picked
 
 

@@ -20,7 +20,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from bases import BASES, base_row, fill, latent_shape, load_base
-from common import Env, UserError, generator, load_checkpoint, memory_advice, setup, write_atomic
+from common import (Env, UserError, generator, load_checkpoint, memory_advice, net_and_text, setup,
+                    write_atomic)
 from data import contact_sheet, read_prompts, read_video, tiny_captions, write_video
 from diffusion import ddim, guided, randn
 from metrics import judge_captions
@@ -63,8 +64,7 @@ def generate_split(base, env: Env, prompts, seeds, args):
 def load_run(path, tensors, meta, weights, env):
     """What load_checkpoint(path) gave -> the run's base with its trained tensors put in, LoRA merged."""
     base = load_base(meta["base"], weights or meta["args"].get("weights"), env.device, torch.float32)
-    text = {k.removeprefix("text_encoder."): v for k, v in tensors.items() if k.startswith("text_encoder.")}
-    net = {k: v for k, v in tensors.items() if not k.startswith("text_encoder.")}
+    net, text = net_and_text(tensors)
     if meta["rank"]:
         add_lora(base.net, meta["rank"], meta["alpha"], meta["lora_targets"])
     for module, state in ((base.net, net), (base.text_encoder, text)):
