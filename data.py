@@ -28,9 +28,9 @@ from common import UserError, generator, write_atomic
 
 SHAPES = ("circle", "square", "triangle")
 COLOURS = {
-    "red": (230, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 230), "yellow": (240, 220, 50),
-    "purple": (150, 60, 190), "orange": (245, 140, 30), "cyan": (60, 210, 220), "white": (250, 250, 250)}
-BACKGROUNDS = {"black": (15, 15, 20), "gray": (110, 110, 115), "brown": (85, 55, 40)}
+    "red": (230, 40, 40), "green": (60, 220, 80), "blue": (60, 100, 255), "yellow": (240, 220, 50),
+    "purple": (180, 80, 230), "orange": (245, 140, 30), "cyan": (60, 210, 220), "white": (250, 250, 250)}
+BACKGROUNDS = {"black": (15, 15, 20), "gray": (70, 70, 75), "brown": (95, 55, 30)}
 MOTIONS = (
     "moving left", "moving right", "moving up", "moving down", "growing", "shrinking", "standing still")
 TINY_WORDS = sorted({

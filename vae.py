@@ -267,6 +267,6 @@ if __name__ == "__main__":
     p.add_argument("--out", default="assets/tiny.safetensors", help="file whose autoencoder is replaced")
     p.add_argument("--steps", type=int, default=2000,
                    help="optimizer steps of 64 frames; 0: only the decoder, from --out")
-    p.add_argument("--decoder-steps", type=int, default=2200, help="further steps with the encoder frozen")
+    p.add_argument("--decoder-steps", type=int, default=1000, help="further steps with the encoder frozen")
     args = p.parse_args()
     train_tiny(args.out, args.steps, args.decoder_steps)
