@@ -62,7 +62,10 @@ class Case:
             return self.tensor(spec["tensor"])
         if "value" in spec:
             value = spec["value"]
-            numbers = isinstance(value, list) and value and all(isinstance(v, (int, float)) for v in value)
+            first = value
+            while isinstance(first, list) and first:
+                first = first[0]
+            numbers = isinstance(value, list) and isinstance(first, (int, float))
             return torch.tensor(value) if numbers else value
         rule = spec["rule"]
         if unknown := set(rule) - {"case", "name", "shape", "post"} or rule.get("post", "tanh") != "tanh":
@@ -94,17 +97,25 @@ def fill_tensor(name, shape):
     return torch.from_numpy(w).float()
 
 
-def fill(net, params, left_as_built=()):
-    """Give `net` the case's weights; its keys and shapes must be those of `params`. -> net in eval mode."""
-    ours = {name: list(value.shape) for name, value in net.state_dict().items()}
+PLAIN = [{"prefix": "", "coef": 1.0}]
+
+
+def fill(net, params, left_as_built=(), public=lambda name: name, terms=lambda name: PLAIN):
+    """Give `net` the case's weights; its keys and shapes must be those of `params`. -> net in eval mode.
+
+    public(our key) -> the published key, after whose name a tensor is filled; terms(published key): the
+    tensor is their sum of coef times the rule for prefix + key.
+    """
+    ours = {public(name): list(value.shape) for name, value in net.state_dict().items()}
     if ours != params:
         wrong = [f"{k} {ours.get(k, 'missing')} instead of {params.get(k, 'none')}"
                  for k in ours | params if ours.get(k) != params.get(k)]
         raise ValueError(f"{len(wrong)} parameters differ: {', '.join(wrong[:3])}")
     with torch.no_grad():
         for name, value in net.state_dict().items():
-            if value.ndim and value.is_floating_point() and name not in left_as_built:
-                value.copy_(fill_tensor(name, value.shape))
+            if value.ndim and value.is_floating_point() and public(name) not in left_as_built:
+                value.copy_(sum(term["coef"] * fill_tensor(term["prefix"] + public(name), value.shape)
+                                for term in terms(public(name))))
     return net.eval()
 
 
@@ -154,15 +165,81 @@ def diffusion_schedule(config):
 
 
 UNET_FIELDS = {"in_dim", "out_dim", "dim", "dim_mult", "num_res_blocks", "attn_scales", "head_dim",
-               "num_heads", "context_dim", "dropout", "use_fps_condition"}
+               "num_heads", "context_dim", "dropout", "use_fps_condition", "num_tokens", "concat_dim"}
+COMPOSITIONS = {"depthmap": "depth", "mask": "masked"}  # VideoComposer's names for two of models.MAPS
+
+
+def vgen_config(network, config):
+    """Our UNetConfig for the arguments of a VGen network."""
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in UNET_FIELDS}
+    if network in ("t2v", "t2v_lora"):
+        pass
+    elif network == "i2vgen":
+        options |= dict(image_to_video=True, use_fps_condition=True)
+    elif network == "sr600":
+        options |= dict(super_resolution=True)
+    elif network == "demo":
+        options |= dict(motion_blocks=True)
+    elif network == "higen_unet":
+        options |= dict(text_resampler=config["context_embedding_depth"])
+    elif network in ("tft2v_unet", "videolcm"):
+        named = [COMPOSITIONS.get(c, c) for c in config["config"]["video_compositions"]]
+        options |= dict(maps=tuple(c for c in named if c in models.MAPS), style_image="image" in named,
+                        histogram="histogram" in named, concat_dim=config.get("concat_dim", 8),
+                        map_encoder_depth=config.get("adapter_transformer_layers", 1))
+    elif network == "dreamvideo":
+        for kind, positions in (("spatial", ["", "parallel", ""]), ("temporal", ["parallel"] * 3)):
+            positions = dict(zip(("self_attention", "cross_attention", "feedforward"),
+                                 config.get(f"{kind}_adapter_position_list") or positions))
+            layers = config.get(f"{kind}_adapter_list") or []
+            if any(positions[layer] == "" for layer in layers):
+                raise Unsupported("an adapter without a position (as published, its layer then vanishes)")
+            options[f"{kind}_adapters"] = tuple((layer, positions[layer]) for layer in layers)
+            options[f"{kind}_adapter_dim"] = config.get(f"{kind}_adapter_hidden_dim") or 0
+        options["adapter_image_dim"] = config.get("temporal_adapter_condition_dim") or 0
+    else:
+        raise Unsupported(f"network {network}")
+    if network not in ("tft2v_unet", "videolcm", "i2vgen"):
+        options.pop("concat_dim", None)
+    return models.UNetConfig(**options)
 
 
 def vgen_unet(network, config, params, left_as_built):
     """The UNet3D of a VGen config, filled."""
-    if network != "t2v":
-        raise Unsupported(f"network {network}")
-    options = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in UNET_FIELDS}
-    return fill(models.UNet3D(models.UNetConfig(**options)), params, left_as_built)
+    return fill(models.UNet3D(vgen_config(network, config)), params, left_as_built)
+
+
+def videocrafter_config(config):
+    """Our UNetConfig for the arguments of VideoCrafter's or T2V-Turbo's UNet."""
+    return models.UNetConfig(
+        in_dim=config["in_channels"], out_dim=config["out_channels"], dim=config["model_channels"],
+        dim_mult=tuple(config["channel_mult"]), num_res_blocks=config["num_res_blocks"],
+        attn_scales=tuple(1 / r for r in config["attention_resolutions"]),
+        head_dim=config["num_head_channels"], context_dim=config["context_dim"], spatial_dropout=0.0,
+        temporal_linear=True, temporal_conv=config["temporal_conv"],
+        relative_position=config["temporal_length"] if config["use_relative_position"] else 0,
+        image_keys=config.get("use_image_attention", False), use_fps_condition=config["fps_cond"],
+        default_fps=16, guidance_dim=config.get("time_cond_proj_dim") or 0,
+        motion_guidance_dim=config.get("motion_cond_proj_dim") or 0)
+
+
+def vc2_unet(config, params, left_as_built):
+    """The UNet3D of a VideoCrafter or T2V-Turbo config, filled under its published names."""
+    net = models.UNet3D(videocrafter_config(config))
+    return fill(net, params, left_as_built, models.videocrafter_name)
+
+
+def vc2_arguments(case, arguments):
+    """(x, t, text), conditions: a VideoCrafter call's arguments, {published name: input}, in our words."""
+    given = {name: case.input(key) for name, key in arguments.items()}
+    x, t, text = given.pop("x"), given.pop("timesteps"), given.pop("context")
+    cond = {}
+    if isinstance(given.get("fps"), int):
+        given["fps"] = torch.full((len(x),), given["fps"])
+    for theirs, ours in (("fps", "fps"), ("timestep_cond", "guidance"), ("motion_cond", "motion_guidance")):
+        if given.get(theirs) is not None:
+            cond[ours] = given[theirs]
+    return (x, t, text), cond
 
 
 def affine_sin(case):
@@ -194,11 +271,19 @@ def toy_guided(case, b, guide_scale):
 # ---- the kinds: functions case -> {output name: value}; an output they leave out has no counterpart here
 
 def unet_forward(case):
-    net = vgen_unet(case.call["network"], case.config, case.params, case.left_as_built)
-    x, fps, seen = case.input("x"), case.input("fps"), {}
+    """Networks of VGen and DEMO, one forward a case."""
+    network = case.call["network"]
+    net = vgen_unet(network, case.config, case.params, case.left_as_built)
+    x, seen, maps = case.input("x"), {}, []
+    cond = {"fps": case.input("fps"), "image": case.input("image"), "motion_text": case.input("temporal_y"),
+            "eot": case.input("eot_idx"), "first_frame": case.input("local_image")}
+    cond = {k: v for k, v in cond.items() if v is not None}
+    if "first_frame" in cond and cond["first_frame"].ndim == 5:
+        cond["first_frame"] = cond["first_frame"][:, :, 0]
 
     def watch(name):
         def hook(module, args, out):
+            out = out[0] if isinstance(out, tuple) else out
             if isinstance(module, models.TemporalTransformer):  # stored as b c f h w, others (b f) c h w
                 out = out.unflatten(0, (len(x), -1)).transpose(1, 2)
             seen[name] = out.detach().clone()
@@ -209,18 +294,173 @@ def unet_forward(case):
     modules = dict(net.named_modules())
     handles = [modules[n].register_forward_hook(watch(n)) for n in wanted & set(modules)]
     with torch.no_grad():
-        out = net(x, case.input("t"), case.input("y"), **({} if fps is None else {"fps": fps}))
+        out = net(x, case.input("t"), case.input("y"), **cond)
+    out, maps = out if isinstance(out, tuple) else (out, [])
     for handle in handles:
         handle.remove()
 
     result = {"out": out}
     for name, spec in case.outputs.items():
-        if "submodule" in spec and spec["submodule"] in seen:
+        if "block" in spec:
+            result[name] = part(maps[spec["block"]], spec)
+        elif "temporal_y_scale" in spec:  # debug: of another run
+            continue
+        elif "submodule" in spec and spec["submodule"] in seen:
             result[name] = part(seen[spec["submodule"]], spec)
         elif "rows" in spec and set(spec["rows"]) <= set(seen):
             result[name] = torch.stack([statistics(seen[row], spec["columns"]) for row in spec["rows"]])
         elif name == "out":
             result[name] = part(out, spec)
+    return result
+
+
+def motion_block(case):
+    sizes = (case.config[k] for k in ("in_channels", "n_heads", "d_head", "context_dim"))
+    block = models.MotionBlock(*sizes, linear=True)
+    fill(block, case.params, case.left_as_built)
+    x = case.input("x")
+    c = models.Context(x.shape[2], None, None, motion_text=case.input("context"), eot=case.input("eot_idx"))
+    with torch.no_grad():
+        out, eot_map = block(x.transpose(1, 2).flatten(0, 1), c)
+    return {"out": out.unflatten(0, (len(x), -1)).transpose(1, 2), "eot_map": eot_map}
+
+
+def init_from_base(case):
+    net = models.UNet3D(vgen_config(case.call["network"], case.config))
+    source = {key: models.demo_source(key, net) for key in net.state_dict()}
+    with torch.no_grad():
+        net.load_state_dict({key: fill_tensor(old, case.base_params[old]) for key, old in source.items()})
+        out = net.eval()(case.input("x"), case.input("t"), case.input("y"),
+                         motion_text=case.input("temporal_y"))
+    return {"out": out, "key_source": source}
+
+
+def instructvideo_lora(case):
+    public = models.instructvideo_lora_name
+    base = {k: v for k, v in case.params.items() if "_lora." not in k}
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    rank = case.config["lora_rank"]
+
+    def build():
+        net = models.UNet3D(vgen_config(case.call["network"], case.config))
+        models.add_lora(net, rank, case.config["lora_alpha"] or rank, targets)
+        return fill(net, case.params, case.left_as_built, public)
+
+    nets = {"lora": build(), "merged": build(), "base": vgen_unet("t2v", case.config, base, ())}
+    models.merge_lora(nets["merged"])
+    result = {}
+    with torch.no_grad():
+        for name, spec in case.outputs.items():
+            if "weights" in spec:
+                result[name] = part(nets[spec["weights"]](*map(case.input, ("x", "t", "y"))), spec)
+            else:
+                result[name] = part(nets["merged"].state_dict()[spec["key"]], spec)
+    return result
+
+
+def fourier(case):
+    x = case.input("x")
+    return {name: models.fourier_filter(x, spec["threshold"], spec["scale"])
+            for name, spec in case.outputs.items()}
+
+
+def videocrafter_forward(case):
+    """VideoCrafter and T2V-Turbo, without LoRA."""
+    net, result = vc2_unet(case.config, case.params, case.left_as_built), {}
+    for name, call in case.call.items():
+        if call.get("fn") == "guidance_embedding":
+            result[name] = models.guidance_embedding(case.input(call["w"]), call["dim"])
+            continue
+        args, cond = vc2_arguments(case, call)
+        if net.cfg.image_keys:  # the first 77 tokens are text
+            x, t, text = args
+            args, cond["image"] = (x, t, text[:, :77]), text[:, 77:]
+        with torch.no_grad():
+            result[name] = net(*args, **cond)
+    return result
+
+
+def turbo_network(config, lora, params, left_as_built, mode, weights):
+    """T2V-Turbo's UNet: mode "none", or with its name-less LoRA list "active" or "merged"."""
+    public = models.videocrafter_name
+    net = models.UNet3D(videocrafter_config(config))
+    if mode == "none":
+        return fill(net, params, left_as_built, public, lambda name: weights["base"])
+    layers = models.turbo_lora_layers(net)
+    if [public(f"{n}.")[:-1] for n in layers] != [target["module"] for target in lora["targets"]]:
+        raise ValueError("the order of the LoRA layers differs")
+    models.add_lora(net, lora["rank"], lora["rank"] * lora["scale"], layers)
+    indices, shapes = {}, dict(params)
+    for target in lora["targets"]:
+        for side, end in (("B", "up"), ("A", "down")):
+            index = str(target[f"index_{end}"])
+            indices[f"{target['module']}.lora_{side}.weight"] = index
+            shapes[index] = target[end]
+    ends = {str(target[f"index_{end}"]): end for target in lora["targets"] for end in ("up", "down")}
+    fill(net, shapes, left_as_built, lambda key: indices.get(public(key), public(key)),
+         lambda name: weights[ends.get(name, "base")])
+    if mode == "merged":
+        models.merge_lora(net)
+    return net
+
+
+def turbo_lora(case):
+    weights = {"base": PLAIN, "up": PLAIN, "down": PLAIN} | case.config.get("weights", {}).get("policy", {})
+    nets = {mode: turbo_network(case.config["unet"], case.config["lora"], case.params, case.left_as_built,
+                                mode, weights) for mode in ("none", "active", "merged")}
+    result = {}
+    for name, call in case.call.items():
+        if call.get("fn") == "guidance_embedding":
+            result[name] = models.guidance_embedding(case.input(call["w"]), call["dim"])
+        elif call.get("fn") == "merged_weight":
+            state = {models.videocrafter_name(k): v for k, v in nets["merged"].state_dict().items()}
+            result[name] = state[call["key"]]
+        else:
+            args, cond = vc2_arguments(case, call["args"])
+            with torch.no_grad():
+                result[name] = nets[call["lora"]](*args, **cond)
+    return result
+
+
+# DreamVideo, HiGen, TF-T2V, VideoLCM: several forwards a case, arguments named as published
+VGEN_ARGUMENTS = {"y": "text", "y_image": "appearance", "ag_strength": "strength",
+                  "spat_prior": "image_prior", "motion_cond": "motion_factor",
+                  "appearance_cond": "appearance_factor"}
+
+
+def vgen_arguments(case, arguments):
+    """{published argument: input name, number or None} -> our keyword arguments, tensors in place."""
+    given = {k: case.input(v) if isinstance(v, str) else v for k, v in arguments.items()}
+    return {VGEN_ARGUMENTS.get(k, k): v for k, v in given.items() if v is not None}
+
+
+def vgen_forward(case):
+    net, result = vgen_unet(case.system, case.config, case.params, case.left_as_built), {}
+    for name, call in case.call.items():
+        with torch.no_grad():
+            if "returns" not in call:
+                result[name] = net(**vgen_arguments(case, call))
+            elif call["returns"] == "context":
+                result[name] = net.context_embedding(case.input(call["y"]))
+    return result
+
+
+def adapter_merge(case):
+    result = {}
+    for name, call in case.call.items():
+        net = models.UNet3D(vgen_config("dreamvideo", case.config[call["config"]]))
+        state = {k: fill_tensor(k, v.shape) for k, v in net.state_dict().items() if "adapter" not in k}
+        for kind, step in (("identity", call["identity"]), ("motion", call["motion"])):
+            if step is not None:
+                file, zero = case.adapter_files[kind], case.adapter_files["step_0_zero"]
+                prefix = file["rule_prefix"].replace("{step}", str(step))
+                for key in file["keys"]:
+                    untrained = step == 0 and any(z in key for z in zero)
+                    shape = case.params[key]
+                    state[key] = torch.zeros(shape) if untrained else fill_tensor(prefix + key, shape)
+        net.load_state_dict(state)
+        with torch.no_grad():
+            result[name] = net.eval()(**vgen_arguments(case, call["args"]))
     return result
 
 
@@ -398,6 +638,21 @@ TABLES = {"clip_tokenize": clip_tokenize}
 # the same word may mean another computation in another system, so both choose the function
 KINDS = {
     ("unet_forward", "modelscope_unet"): unet_forward,
+    ("unet_forward", "i2vgen_unet"): unet_forward,
+    ("unet_forward", "sr600_unet"): unet_forward,
+    ("unet_forward", "demo_unet"): unet_forward,
+    ("unet_forward", "vc2_unet"): videocrafter_forward,
+    ("unet_forward", "t2v_turbo_unet"): videocrafter_forward,
+    ("unet_forward", "dreamvideo"): vgen_forward,
+    ("unet_forward", "higen_unet"): vgen_forward,
+    ("unet_forward", "tft2v_unet"): vgen_forward,
+    ("unet_forward", "videolcm"): vgen_forward,
+    ("motion_block", "demo_unet"): motion_block,
+    ("init_from_base", "demo_unet"): init_from_base,
+    ("lora", "instructvideo"): instructvideo_lora,
+    ("lora", "t2v_turbo_unet"): turbo_lora,
+    ("fourier_filter", "sr600_unet"): fourier,
+    ("adapter_merge", "dreamvideo"): adapter_merge,
     ("train_step", "modelscope_unet"): train_step_t2v,
     ("vae_encode_decode", "sd_vae"): vae_encode_decode,
     ("text_forward", "clip_embedders"): text_forward,
