@@ -39,7 +39,7 @@ from common import (
     FiniteGuard, Log, UserError, agree_to_stop, apply_defaults, catch_signals, check_out, clip_gradients,
     draw_curve, generator, load_state, lr_at, memory_advice, save_checkpoint, seed_of, setup, trained)
 from data import TinyWorld, VideoDataset, batch_indices, contact_sheet, read_prompts
-from diffusion import diffusion_loss
+from diffusion import diffusion_loss, offset_noise
 from models import add_lora, parallelize, sync_gradients
 from sample import generate
 
@@ -115,8 +115,8 @@ def t2v_loss(net, schedule, x0, text, g, offset=0.0):
     """The denoising loss at random steps, (b,). x0 (b,c,f,h,w) latents, text (b,n,d), g: CPU generator."""
     t = torch.randint(len(schedule.alpha_bar), (len(x0),), generator=g).to(x0.device)
     noise = torch.randn(x0.shape, generator=g)
-    # offset noise: one more value a frame and channel noises the mean brightness too (VGen: noise_strength)
-    noise = (noise + offset * torch.randn(*x0.shape[:3], 1, 1, generator=g)).to(x0.device)
+    # the mean brightness is noised too (VGen: noise_strength)
+    noise = offset_noise(noise, torch.randn(*x0.shape[:3], 1, 1, generator=g), offset).to(x0.device)
     return diffusion_loss(lambda x, t: net(x, t, text), schedule, x0, noise, t)
 
 

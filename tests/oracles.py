@@ -635,6 +635,246 @@ def clip_tokenize(config, text):
 
 TABLES = {"clip_tokenize": clip_tokenize}
 
+# ---- samplers of the UNet family
+
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}
+
+
+def sqrt_linear(config, prediction="eps", use_scale=False):
+    """Our Schedule for VideoCrafter's schedule fields."""
+    if config["beta_schedule"] != "scaled_linear":
+        raise Unsupported(f"noise schedule {config['beta_schedule']}")
+    scale = [config[k] for k in ("scale_a", "scale_b", "mid_step")] if use_scale else None
+    return diffusion.make_schedule("linear_sd", prediction, scale=scale, num=config["num_train_timesteps"],
+                                   first=config["linear_start"], last=config["linear_end"])
+
+
+def videocrafter_schedule(case):
+    schedule, result = sqrt_linear(case.config), {}
+    num, first, last = (case.config[k] for k in ("num_train_timesteps", "linear_start", "linear_end"))
+    result["betas"], result["alphas_cumprod"] = diffusion.linear_sd(num, first, last), schedule.alpha_bar
+    if "mid_step" in case.config:
+        result["scale_arr"] = sqrt_linear(case.config, use_scale=True).scale
+    for name, call in case.call.items():
+        if call["fn"] == "add_noise":
+            noising = sqrt_linear(case.config, use_scale=call["use_scale"])
+            result[name] = noising.add_noise(*(case.input(call[k]) for k in ("x0", "noise", "t")))
+        elif call["fn"] in ("boundary_c_skip", "boundary_c_out"):
+            scalings = diffusion.boundary_scalings(
+                case.input(call["t"]), call["sigma_data"], call["timestep_scaling"])
+            result[name] = scalings[call["fn"] == "boundary_c_out"]
+        elif call["fn"] == "pseudo_huber":
+            a, b = case.input(call["a"]), case.input(call["b"])
+            result[name] = diffusion.pseudo_huber(a, b, call["c"]).mean()[None]
+        elif call["fn"] == "guidance_embedding" and hasattr(models, "guidance_embedding"):
+            result[name] = models.guidance_embedding(case.input(call["w"]), call["dim"])
+    return result
+
+
+def linear_sine(toy):
+    """net(x, t, text); the scalar condition c travels as text (b, 1, 1)."""
+    def net(x, t, text):
+        c, t = (v.view(-1, *[1] * (x.ndim - 1)) for v in (text, t))
+        return toy["x_coef"] * x + toy["sin_coef"] * torch.sin(t / toy["t_div"]) + toy["cond_coef"] * c
+    return net
+
+
+def videocrafter_network(case, b):
+    """The case's network behind the project's guidance: fn(x, t)."""
+    call, cfg = case.call, case.config.get("cfg")
+    if call["network"] == "unet":
+        if "vc2_unet" not in globals():
+            raise Unsupported("the UNet of VideoCrafter2")
+        net = globals()["vc2_unet"](case.config["unet"], case.params, case.left_as_built)
+        cond = {k: case.input(name) for k, name in call["cond"].items()}
+        uncond = {k: case.input(name) for k, name in (call["uncond"] or call["cond"]).items()}
+        text, null = cond.pop("context"), uncond.pop("context")
+        return diffusion.guided(net, text, null, cfg, null_cond=uncond, **cond)
+    if case.toy["name"] != "linear_sine":
+        raise Unsupported(f"toy network {case.toy['name']}")
+    text, null = (torch.full((b, 1, 1), float(case.input(branch["c"]) if branch else 0.0))
+                  for branch in (call["cond"], call["uncond"]))
+    return diffusion.guided(linear_sine(case.toy), text, null, cfg)
+
+
+@torch.no_grad()
+def videocrafter_sampler(case):
+    config, x_T, noise = case.config, case.input("x_T"), case.input("step_noise")
+    fn, xs, x0s, ts = videocrafter_network(case, len(x_T)), [], [], []
+    schedule = sqrt_linear(config, PREDICTIONS[config.get("prediction_type", "epsilon")], config["use_scale"])
+
+    def record(x, t):
+        out = fn(x, t)
+        xs.append(x)
+        x0s.append(schedule.to_x0(out, x, t))
+        ts.append(int(t[0]))
+        return out
+
+    with mock.patch.object(diffusion, "randn_like", side_effect=noise):
+        if config["sampler"] == "ddim_vc2":
+            final = diffusion.ddim(record, x_T, schedule, config["S"], config["eta"])
+            result = {"ddim_timesteps": torch.tensor(ts[::-1])}
+        elif config["sampler"] == "lcm_turbo":
+            final = diffusion.lcm(record, x_T, schedule, config["num_inference_steps"],
+                                  origin=config["lcm_origin_steps"])
+            result = {"timesteps": torch.tensor(ts)}
+        else:
+            raise Unsupported(f"sampler {config['sampler']}")
+    if len(ts) != case.call["calls"]:
+        raise ValueError(f"{len(ts)} network calls instead of {case.call['calls']}")
+    for i, (x, x0) in enumerate(zip([*xs[1:], final], x0s)):
+        result |= {f"x_after_call{i}": x, f"pred_x0_call{i}": x0}
+        if i + 1 < len(xs):  # the original noises once more after the last step, and drops it
+            result[f"x_after{i}"] = x
+    return result | {"final": final}
+
+
+def sampler_toy(toy):
+    """net(x, t, text, a): y travels as text (b, 1, 1), a as a tensor (b,)."""
+    def tanh_sin(x, t, y, a):
+        return torch.tanh(x) * (0.8 + 0.2 * t / 1000) + 0.1 * torch.sin(3 * x + y * a)
+
+    def tanh_lin(x, t, y, a):
+        return torch.tanh(0.7 * x + toy["y"]) - 0.4 * x * t / 1000
+
+    functions = {"tanh_sin": tanh_sin, "tanh_lin": tanh_lin}
+    if toy["name"] not in functions:
+        raise Unsupported(f"toy network {toy['name']}")
+
+    def net(x, t, text, a):
+        t, y, a = (v.view(-1, *[1] * (x.ndim - 1)) for v in (t, text, a))
+        return functions[toy["name"]](x, t, y, a)
+    return net
+
+
+@torch.no_grad()
+def sampler_ops(case):
+    """DreamVideo's and VideoLCM's: each entry of call is one function of diffusion.py."""
+    config, net, result = case.config, sampler_toy(case.toy), {}
+    if "diffusion" in config:
+        schedule = diffusion_schedule(config["diffusion"])
+        schedule = dataclasses.replace(schedule, prediction=config["prediction"])
+    else:
+        if config["beta_schedule"] != "scaled_linear" or config["timestep_scaling"] != 10:
+            raise Unsupported("another schedule or timestep scaling of VideoLCM")
+        schedule = diffusion.make_schedule(
+            "linear_sd", config["prediction"], config["rescale_betas_zero_snr"],
+            first=config["beta_start"], last=config["beta_end"])
+    origin = config.get("original_inference_steps")
+
+    def value(spec):
+        """An argument's value: a name of an input, "@" and the name of an output, or the value itself."""
+        if isinstance(spec, str):
+            return result[spec[1:]] if spec.startswith("@") else case.input(spec)
+        return spec
+
+    def network(call, b):
+        def numbers(name, key):
+            return torch.full((b,), float((call.get(name) or {}).get(key, 0.0)))
+        text, null = (numbers(name, "y").view(b, 1, 1) for name in ("cond", "uncond"))
+        return diffusion.guided(net, text, null, call.get("guide_scale"),
+                                null_cond={"a": numbers("uncond", "a")}, a=numbers("cond", "a"))
+
+    for name, call in case.call.items():
+        op, x, steps = call["op"], value(call.get("x")), call.get("steps")
+        if op == "ddim_invert":
+            result[name] = diffusion.ddim_invert(network(call, len(x)), x, schedule, steps)
+        elif op == "mix_noise":
+            noise, offset = value(call["noise"]), value(call.get("offset_noise"))
+            if offset is not None:
+                noise = diffusion.offset_noise(noise, offset, call["offset_strength"])
+            result[name] = diffusion.mix_noise(value(call["inverted"]), noise, call["strength"])
+        elif op == "ddim_sample":
+            result[name] = diffusion.ddim(network(call, len(x)), x, schedule, steps, call["eta"])
+        elif op == "lcm_sample":
+            fn, states = network(call, len(x)), []
+
+            def record(x, t, fn=fn, states=states):
+                states.append(x)
+                return fn(x, t)
+            noise = [case.input(k) for k in call["step_noise"]]
+            with mock.patch.object(diffusion, "randn_like", side_effect=noise):
+                last = diffusion.lcm(record, x, schedule, steps, origin=origin, spacing="even")
+            result[name] = torch.stack([*states[1:], last])
+        elif op == "lcm_timesteps":
+            times = diffusion.lcm_timesteps(steps, len(schedule.alpha_bar), origin, "even")
+            result[name] = torch.tensor(times)
+        elif op == "alphas_cumprod":
+            result[name] = schedule.alpha_bar
+        else:
+            raise Unsupported(f"op {op}")
+    return result
+
+
+def appearance_schedule(case):
+    if ops := {call["op"] for call in case.call.values()} - {"appearance_matrix"}:
+        raise Unsupported(f"op {ops}")
+    return {name: diffusion.appearance_matrix(call["frames"], call["appearance_factor"])
+            for name, call in case.call.items()}
+
+
+@torch.no_grad()
+def sr600_pipeline(case):
+    if case.call["pipeline"] != "sr600":
+        raise Unsupported(f"pipeline {case.call['pipeline']}")
+    config, x0, result = case.config, case.input("x0"), {}
+    schedules = {}
+    for name in ("reverse", "forward"):
+        param = dict(config[name])
+        schedules[name] = make_schedule(param.pop("schedule"), mean_type=param.pop("mean_type"), param=param)
+
+    def network(toy, branch, guide_scale=None, guide_rescale=None):
+        net, text = affine_sin(argparse.Namespace(toy=case.toy[toy]))
+        return diffusion.guided(net, text(branch, len(x0)), text("uncond", len(x0)), guide_scale,
+                                rescale=guide_rescale or 0.0)
+
+    # 1. inversion
+    call = case.call["inversion"]
+    fn, states, ts = network("inversion", call["branch"], call["guide_scale"]), [], []
+
+    def record(x, t):
+        states.append(x)
+        ts.append(int(t[0]))
+        return fn(x, t)
+    inverted = diffusion.ddim_invert(record, x0, schedules[call["schedule"]], config["inversion_steps"],
+                                     config["total_noise_levels"])
+    if ts != call["timesteps"]:
+        raise ValueError(f"inversion: steps {ts} instead of {call['timesteps']}")
+    result["inverted"] = inverted
+    result["inv_traj"] = torch.stack([*states, inverted])[case.outputs["inv_traj"]["saved"]]
+
+    # 2. one prediction
+    call = case.call["denoise"]
+    schedule, t = schedules[call["schedule"]], torch.full((len(x0),), call["t"])
+    x = case.input(call["x"])
+    for name, options in call["variants"].items():
+        options = {"branch": "cond"} | options
+        out = network("sampling", **options)(x, t)
+        result[f"denoise.{name}.x0"] = schedule.to_x0(out, x, t)
+        result[f"denoise.{name}.eps"] = schedule.to_eps(out, x, t)
+
+    # 3. sampling
+    call = case.call["sampling"]
+    published = {"solver": "dpmpp_2m_sde", "discretization": "trailing", "start": "inverted", "t_min": 0,
+                 "t_max": config["total_noise_levels"] - 1}
+    if other := {k: call[k] for k in published if call[k] != published[k]}:
+        raise Unsupported(f"SR600 sampling with {other}")
+    fn = network("sampling", "cond", call["guide_scale"], call["guide_rescale"])
+    schedule, x0s, times = schedules[call["schedule"]], [], []
+
+    def record_x0(x, t):
+        out = fn(x, t)
+        x0s.append(schedule.to_x0(out, x, t))
+        times.append(int(t[0]))
+        return out
+    with mock.patch.object(diffusion, "randn_like", side_effect=case.input("sde_noise")):
+        result["sampled"] = diffusion.dpmpp_2m_sde(
+            record_x0, inverted, schedule, config["steps"], levels=config["total_noise_levels"])
+    result["sampled_x0s"] = torch.stack(x0s)[case.outputs["sampled_x0s"]["saved"]]
+    result["model_timesteps"] = times
+    return result
+
+
 # the same word may mean another computation in another system, so both choose the function
 KINDS = {
     ("unet_forward", "modelscope_unet"): unet_forward,
@@ -663,6 +903,15 @@ KINDS = {
     ("sampler_trajectory", "demo_sampler"): sampler_trajectory,
     ("schedule", "vgen_ddim"): schedule_tables,
     ("schedule", "demo_sampler"): schedule_tables,
+    # samplers of the UNet family
+    ("schedule", "vc2_ddim"): videocrafter_schedule,
+    ("sampler_trajectory", "vc2_ddim"): videocrafter_sampler,
+    ("schedule", "turbo_lcm"): videocrafter_schedule,
+    ("sampler_trajectory", "turbo_lcm"): videocrafter_sampler,
+    ("sampler_trajectory", "dreamvideo"): sampler_ops,
+    ("sampler_trajectory", "videolcm"): sampler_ops,
+    ("schedule", "higen_unet"): appearance_schedule,
+    ("pipeline", "vgen_ddim"): sr600_pipeline,
 }
 
 

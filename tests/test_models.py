@@ -2,8 +2,9 @@
 import pytest
 import torch
 
-from diffusion import (Schedule, ddim, ddim_invert, ddim_timesteps, diffusion_loss, guided, linear_sd,
-                       make_schedule)
+from common import UserError
+from diffusion import (Schedule, boundary_scalings, ddim, ddim_invert, ddim_timesteps, diffusion_loss,
+                       dpmpp_2m_sde, guided, lcm, linear_sd, make_schedule, randn, x0_scale)
 from models import UNet3D, UNetConfig, add_lora, merge_lora
 from vae import TINY_VAE, AutoencoderKL
 
@@ -90,20 +91,66 @@ def gaussian(schedule, mean=1.5, var=0.25):
     """The exact noise prediction for data drawn from N(mean, var)."""
     def net(x, t):
         ab = schedule.alpha_bar[int(t[0])].item()
-        x0 = mean + var * ab ** 0.5 * (x - ab ** 0.5 * mean) / (ab * var + 1 - ab)
-        eps = (x - ab ** 0.5 * x0) / (1 - ab) ** 0.5
-        v = (ab ** 0.5 * x - x0) / (1 - ab) ** 0.5
-        return {"eps": eps, "x0": x0, "v": v}[schedule.prediction]
+        k = 1.0 if schedule.scale is None else schedule.scale[int(t[0])].item()
+        m, v = k * mean, k * k * var  # of k x0, which takes x0's place
+        y = m + v * ab ** 0.5 * (x - ab ** 0.5 * m) / (ab * v + 1 - ab)
+        eps = (x - ab ** 0.5 * y) / (1 - ab) ** 0.5
+        v = (ab ** 0.5 * x - y) / (1 - ab) ** 0.5
+        return {"eps": eps, "x0": y / k, "v": v}[schedule.prediction]
     return net
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_ddim_draws_from_a_gaussian_whose_score_is_exact(prediction, eta):
-    schedule = make_schedule("linear_sd", prediction)
+@pytest.mark.parametrize("scale", [None, (1.0, 0.7, 400)])
+def test_ddim_draws_from_a_gaussian_whose_score_is_exact(prediction, eta, scale):
+    schedule = make_schedule("linear_sd", prediction, scale=scale)
     x = ddim(gaussian(schedule), torch.randn(4000, 1, 1, 1, 1), schedule, 100, eta)
     # linear_sd's last step is not pure noise: a start from noise of mean 0 leaves some of the mean behind
     assert abs(x.mean() - 1.5) < 0.1 and abs(x.std() - 0.5) < 0.05
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
+def test_a_scale_of_one_changes_no_bit(prediction):
+    x_T, results = torch.randn(2, 1, 2, 3, 3), []
+    for scale in (None, (1.0, 1.0, 400)):
+        schedule = make_schedule("linear_sd", prediction, scale=scale)
+        generators = [torch.Generator(), torch.Generator()]
+        results.append(ddim(gaussian(schedule), x_T, schedule, 7, 1.0, generators))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("zero_snr, levels", [(False, None), (False, 700), (True, None)])
+def test_dpm_solver_draws_from_a_gaussian_whose_score_is_exact(zero_snr, levels):
+    schedule = make_schedule("cosine", "v", zero_snr=zero_snr)
+    x_T = torch.randn(4000, 1, 1, 1, 1)
+    if levels:  # what is left of the data at that step
+        x_T = schedule.add_noise(1.5 + 0.5 * torch.randn(x_T.shape), x_T, levels - 1)
+    x = dpmpp_2m_sde(gaussian(schedule), x_T, schedule, 50, levels=levels)
+    assert abs(x.mean() - 1.5) < 0.1 and abs(x.std() - 0.5) < 0.05
+
+
+def test_lcm_lands_on_what_a_consistent_network_says():
+    schedule = make_schedule("linear_sd", "v", zero_snr=True)
+    for spacing in ("stride", "even"):
+        for steps in (1, 4):
+            x = lcm(gaussian(schedule, var=0.0), torch.randn(2, 1, 1, 2, 2), schedule, steps, spacing=spacing)
+            assert torch.allclose(x, torch.full_like(x, 1.5), atol=1e-4)
+    assert boundary_scalings(0) == (1, 0)  # f(x, 0) = x
+    with pytest.raises(UserError, match="1 to 50"):
+        lcm(gaussian(schedule), torch.randn(1, 1, 1, 2, 2), schedule, 51)
+
+
+@pytest.mark.parametrize("sampler", [ddim, lcm, dpmpp_2m_sde])
+def test_a_sampled_clip_does_not_depend_on_its_batch(sampler):
+    schedule = make_schedule("linear_sd", "eps")
+
+    def sample(seeds):
+        generators = [torch.Generator().manual_seed(s) for s in seeds]
+        x_T, more = randn((len(seeds), 1, 2, 3, 3), generators), {"eta": 1.0} if sampler is ddim else {}
+        return sampler(gaussian(schedule), x_T, schedule, 4, generators=generators, **more)
+    assert torch.equal(sample([1, 2, 3])[1:2], sample([2]))
+    assert not torch.equal(sample([1]), sample([2]))
 
 
 def test_inversion_comes_back():
@@ -123,8 +170,8 @@ def test_zero_terminal_snr_ends_in_pure_noise_and_trailing_steps_start_there():
 def test_prediction_types_agree():
     x0, noise, t = torch.randn(2, 1, 2, 3, 3), torch.randn(2, 1, 2, 3, 3), torch.tensor([10, 900])
     ab = torch.cumprod(1 - linear_sd(), 0)
-    for prediction in ("eps", "v", "x0"):
-        s = Schedule(ab, prediction)
+    for prediction, scale in [(p, k) for p in ("eps", "v", "x0") for k in (None, x0_scale(1000))]:
+        s = Schedule(ab, prediction, scale)
         x_t, target = s.add_noise(x0, noise, t), s.target(x0, noise, t)
         assert torch.allclose(s.to_x0(target, x_t, t), x0, atol=1e-4)
         assert torch.allclose(s.to_eps(target, x_t, t), noise, atol=1e-4)
@@ -150,3 +197,17 @@ def test_guidance_is_u_plus_cfg_times_difference():
     out = guided(net, text, null, 5.0)(torch.zeros(2, 2), torch.zeros(2))
     assert torch.equal(out[:, 0], torch.tensor([11.0, 16.0]))
     assert torch.equal(guided(net, text, null, 1)(torch.zeros(2, 2), torch.zeros(2))[:, 0], text)
+
+
+def test_guidance_with_conditions_of_each_branch():
+    def net(x, t, text, strength, fps):
+        return strength.view(-1, 1) * text.view(-1, 1) * x + fps.view(-1, 1)
+    x, t, ones = torch.randn(2, 5), torch.zeros(2), torch.ones(2)
+    text, off = torch.tensor([3.0, 4.0]), {"strength": 0 * ones}
+    c, u = net(x, t, text, ones, 8 * ones), net(x, t, ones, 0 * ones, 8 * ones)
+    plain = u + 5 * (c - u)
+    rescaled = plain * (c.std(1) / plain.std(1))[:, None]
+    for sequential in (False, True):
+        for phi in (0.0, 0.3):
+            fn = guided(net, text, ones, 5.0, phi, sequential, null_cond=off, strength=ones, fps=8 * ones)
+            assert torch.allclose(fn(x, t), phi * rescaled + (1 - phi) * plain, atol=1e-4)
