@@ -25,19 +25,57 @@ ASSETS = Path(__file__).parent / "assets"
 
 @dataclass(frozen=True)
 class Row:
-    """One base. sample: its default sampling (size, steps, guidance, ...); files: {layout: {part: url}}."""
+    """One base. sample: its published sampling; files: {layout: {part: url}}, a url is "hub:repo:file".
+
+    Parts: "net", "vae", "text"; "image": CLIP image tower; "motion_text": a second text tower (DEMO);
+    "lora": merged into the network (T2V-Turbo); "identity", "motion": DreamVideo's adapters.
+    """
     about: str
     net: UNetConfig
     vae: VAEConfig
     text: CLIPConfig | None  # None: TinyText
     schedule: dict
     sample: dict
-    files: dict = field(default_factory=dict)  # url: "hub:repo:file"
-    methods: tuple = ("t2v", "vader")
+    files: dict = field(default_factory=dict)
+    methods: tuple = ("t2v",)
+
+
+def sampling(**changes):
+    """Sampling settings of a base; VGen's unless changed. suffix: text put after every prompt."""
+    return dict(frames=16, height=256, width=256, fps=None, save_fps=8, sampler="ddim", sample_steps=50,
+                cfg=9.0, eta=0.0, spacing="leading", negative="", suffix="") | changes
 
 
 MODELSCOPE = "hf:ali-vilab/modelscope-damo-text-to-video-synthesis"
 MODELSCOPE_DIFFUSERS = "hf:ali-vilab/text-to-video-ms-1.7b"
+I2VGEN_DIFFUSERS = "hf:ali-vilab/i2vgen-xl"
+CLIP = "hf:laion/CLIP-ViT-H-14-laion2B-s32B-b79K:open_clip_pytorch_model.bin"
+VC2 = "hf:VideoCrafter/VideoCrafter2:model.ckpt"
+# what all of VGen's own networks come with
+VGEN = {"vae": "hf:stabilityai/stable-diffusion-2-1-base:v2-1_512-ema-pruned.ckpt", "text": CLIP}
+NEGATIVE = ("Distorted, discontinuous, Ugly, blurry, low resolution, motionless, static, disfigured, "
+            "disconnected limbs, Ugly faces, incomplete arms")
+SHARP = ", cinematic, High Contrast, highly detailed, no blur, 4k render"
+SR600_SUFFIX = (
+    ", cinematic, High Contrast, highly detailed, Unreal Engine 5, no blur, full length ultra-wide angle shot a "
+    "cinematic scene, taken using a Canon EOS R camera, hyper detailed photo - realistic maximum detail, 32k, "
+    "Color Grading, portrait Photography, ultra HD, extreme meticulous detailing, skin pore detailing, hyper "
+    "sharpness, perfect without deformations, 4k render")
+SR600_NEGATIVE = (
+    "worst quality, normal quality, low quality, low res, blurry, text, watermark, logo, banner, extra digits, "
+    "cropped, jpeg artifacts, signature, username, error, sketch ,duplicate, ugly, monochrome, horror, geometry, "
+    "mutation, disgusting")
+
+EPS = dict(name="linear_sd", prediction="eps")
+V_ZERO_SNR = dict(name="linear_sd", prediction="v", zero_snr=True)
+# VideoCrafter2 damps the signal of x_t by up to 0.7 (diffusion.x0_scale)
+VC2_EPS = EPS | dict(scale=(1.0, 0.7, 400))
+VC2_NET = dict(spatial_dropout=0.0, temporal_linear=True, use_fps_condition=True, default_fps=16)
+SIX_MAPS = ("masked", "depth", "sketch", "motion", "local_image", "single_sketch")
+DREAMVIDEO = dict(
+    spatial_adapters=(("cross_attention", "parallel"),),
+    temporal_adapters=tuple((part, "parallel") for part in ("self_attention", "cross_attention", "feedforward")),
+    adapter_image_dim=1024)
 
 BASES = {
     # the tiny world: 8 frames of 32 x 32, 4x smaller latents. Few steps hide a signal of so many redundant
@@ -51,22 +89,105 @@ BASES = {
         VAEConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, patch=2, scale=0.64),
         None,
         dict(name="cosine", prediction="v", zero_snr=True, shift=0.15),
-        dict(frames=TINY_FRAMES, height=TINY_SIZE, width=TINY_SIZE, fps=None, save_fps=TINY_FPS,
-             sample_steps=25, cfg=1.5, eta=0.0, spacing="trailing", negative="")),
+        sampling(frames=TINY_FRAMES, height=TINY_SIZE, width=TINY_SIZE, save_fps=TINY_FPS, sample_steps=25,
+                 cfg=1.5, spacing="trailing"),
+        methods=("t2v", "vader")),
     "modelscope": Row(
-        "ModelScope text-to-video (arXiv 2308.06571), 16 frames of 256x256, eps prediction",
-        UNetConfig(),
-        VAEConfig(),
-        CLIPConfig(),
-        dict(name="linear_sd", prediction="eps"),
-        dict(frames=16, height=256, width=256, fps=None, save_fps=8,
-             sample_steps=50, cfg=9.0, eta=0.0, spacing="leading", negative=""),
+        "ModelScope text-to-video (arXiv 2308.06571), 16 frames of 256x256",
+        UNetConfig(), VAEConfig(), CLIPConfig(), EPS, sampling(),
         {"original": {"net": f"{MODELSCOPE}:text2video_pytorch_model.pth",
                       "vae": f"{MODELSCOPE}:VQGAN_autoencoder.pth",
                       "text": f"{MODELSCOPE}:open_clip_pytorch_model.bin"},
          "diffusers": {"net": f"{MODELSCOPE_DIFFUSERS}:unet/diffusion_pytorch_model.safetensors",
                        "vae": f"{MODELSCOPE_DIFFUSERS}:vae/diffusion_pytorch_model.safetensors",
-                       "text": f"{MODELSCOPE_DIFFUSERS}:text_encoder/model.safetensors"}}),
+                       "text": f"{MODELSCOPE_DIFFUSERS}:text_encoder/model.safetensors"}},
+        methods=("t2v", "vader")),
+    "modelscope-v1.4": Row(
+        "its version 1.4, the base of InstructVideo (--lora takes its fine-tuned file)",
+        UNetConfig(), VAEConfig(), CLIPConfig(), EPS, sampling(cfg=3.0, sample_steps=20),
+        {"original": VGEN | {"net": "ms:iic/InstructVideo:model_scope_v1-4_0600000.pth"}},
+        methods=("t2v", "vader")),
+    "modelscope-v1.5": Row(
+        "its version 1.5, the base of DreamVideo",
+        UNetConfig(), VAEConfig(), CLIPConfig(), EPS, sampling(),
+        {"original": VGEN | {"net": "ms:iic/dreamvideo-t2v:model_scope_v1-5_0632000.pth"}},
+        methods=("t2v", "vader")),
+    "dreamvideo": Row(
+        "v1.5 with adapters for a subject and a motion (arXiv 2312.04433), 32 frames",
+        UNetConfig(**DREAMVIDEO), VAEConfig(), CLIPConfig(), EPS, sampling(frames=32),
+        {"original": VGEN | {"net": "ms:iic/dreamvideo-t2v:model_scope_v1-5_0632000.pth", "image": CLIP}},
+        methods=()),
+    "demo": Row(
+        "ModelScope with a motion encoder and motion blocks (DEMO, arXiv 2410.05097)",
+        UNetConfig(motion_blocks=True), VAEConfig(), CLIPConfig(), EPS, sampling(negative=NEGATIVE),
+        {"original": {"net": "hf:Ryan-PR/DEMO:demo.pth", "motion_text": "hf:Ryan-PR/DEMO:motion_encoder.pth",
+                      "vae": f"{MODELSCOPE}:VQGAN_autoencoder.pth",
+                      "text": f"{MODELSCOPE}:open_clip_pytorch_model.bin"}},
+        methods=()),
+    "videocrafter2": Row(
+        "VideoCrafter2 (arXiv 2401.09047), 16 frames of 320x512",
+        UNetConfig(**VC2_NET), VAEConfig(), CLIPConfig(), VC2_EPS,
+        sampling(height=320, width=512, fps=28, save_fps=10, cfg=12.0, eta=1.0),
+        {"original": {"net": VC2, "vae": VC2, "text": VC2}},
+        methods=("t2v", "vader")),
+    "t2v-turbo": Row(
+        "VideoCrafter2 distilled to 4 steps (T2V-Turbo, arXiv 2405.18750)",
+        UNetConfig(**VC2_NET, guidance_dim=256), VAEConfig(), CLIPConfig(), EPS,
+        sampling(height=320, width=512, fps=16, sampler="lcm", sample_steps=4, cfg=7.5, spacing="stride-50"),
+        {"original": {"net": VC2, "vae": VC2, "text": VC2,
+                      "lora": "hf:jiachenli-ucsb/T2V-Turbo-VC2:unet_lora.pt"}},
+        methods=()),
+    "t2v-turbo-v2": Row(
+        "T2V-Turbo-v2 with motion guidance (arXiv 2410.05677), 16 steps",
+        UNetConfig(**VC2_NET, guidance_dim=256, motion_guidance_dim=256), VAEConfig(), CLIPConfig(), EPS,
+        sampling(height=320, width=512, fps=16, sampler="lcm", sample_steps=16, cfg=7.5, spacing="stride-200",
+                 motion_cfg=0.05, motion_share=0.5),
+        {"original": {"net": "hf:jiachenli-ucsb/T2V-Turbo-v2:unet_mg.pt", "vae": VC2, "text": VC2}},
+        methods=()),
+    "i2vgen-xl": Row(
+        "image to video (I2VGen-XL, arXiv 2311.04145), 16 frames of 704x1280",
+        UNetConfig(image_to_video=True, concat_dim=4, use_fps_condition=True), VAEConfig(), CLIPConfig(),
+        dict(name="cosine", prediction="v", zero_snr=True),
+        sampling(height=704, width=1280, fps=16, negative=NEGATIVE),
+        {"original": VGEN | {"net": "ms:damo/I2VGen-XL:i2vgen_xl_00854500.pth", "image": CLIP},
+         "diffusers": {"net": f"{I2VGEN_DIFFUSERS}:unet/diffusion_pytorch_model.safetensors",
+                       "vae": f"{I2VGEN_DIFFUSERS}:vae/diffusion_pytorch_model.safetensors",
+                       "text": f"{I2VGEN_DIFFUSERS}:text_encoder/model.safetensors",
+                       "image": f"{I2VGEN_DIFFUSERS}:image_encoder/model.safetensors"}},
+        methods=()),
+    "sr600": Row(
+        "video to video at 720x1280 (SR600, in VGen): any clip, sharper; needs --video",
+        UNetConfig(super_resolution=True), VAEConfig(), CLIPConfig(),
+        dict(name="logsnr_cosine_interp", prediction="v"),
+        sampling(frames=32, height=720, width=1280, sampler="sr600", sample_steps=30, suffix=SR600_SUFFIX,
+                 negative=SR600_NEGATIVE),
+        {"original": VGEN | {"net": "ms:iic/HiGen:sr_step_110000_ema.pth"}},
+        methods=()),
+    "higen": Row(
+        "first an image, then the clip around it (HiGen, arXiv 2312.04483), 32 frames of 256x448",
+        UNetConfig(text_resampler=2, num_tokens=16), VAEConfig(), CLIPConfig(), V_ZERO_SNR,
+        sampling(frames=32, width=448, sampler="higen", cfg=12.0, motion_factor=500, appearance_factor=1.0),
+        {"original": VGEN | {"net": "ms:iic/HiGen:cvpr2024.t2v.e003.non_ema_0725000.pth"}},
+        methods=()),
+    "tft2v": Row(
+        "TF-T2V (arXiv 2312.15770), 16 frames of 256x448",
+        UNetConfig(concat_dim=8, style_image=True), VAEConfig(), CLIPConfig(), V_ZERO_SNR,
+        sampling(width=448, negative=NEGATIVE, suffix=SHARP),
+        {"original": VGEN | {"net": "ms:iic/tf-t2v:tft2v_t2v_non_ema_512000.pth"}},
+        methods=()),
+    "vcomposer": Row(
+        "VideoComposer by TF-T2V (arXiv 2306.02018): depth, sketch, motion, images as conditions",
+        UNetConfig(concat_dim=8, style_image=True, maps=SIX_MAPS), VAEConfig(), CLIPConfig(), V_ZERO_SNR,
+        sampling(width=448, negative=NEGATIVE, suffix=SHARP),
+        {"original": VGEN | {"net": "ms:iic/tf-t2v:tft2v_vcomposer_non_ema_254000.pth", "image": CLIP}},
+        methods=()),
+    "videolcm": Row(
+        "TF-T2V distilled to 4 steps (VideoLCM, arXiv 2312.09109)",
+        UNetConfig(concat_dim=8), VAEConfig(), CLIPConfig(), V_ZERO_SNR,
+        sampling(width=448, sampler="lcm", sample_steps=4, cfg=1.0, spacing="even-50",
+                 suffix=SHARP.replace("no blur", "Unreal Engine 5, no blur")),
+        {"original": VGEN | {"net": "ms:iic/tf-t2v:videolcm_t2v_non_ema_544000.pth"}},
+        methods=()),
 }
 
 

@@ -699,7 +699,7 @@ class UNet3D(nn.Module):
         image: CLIP embedding (b,1,d) (I2VGen-XL, VideoComposer's style), tokens (b,k,d) (VideoCrafter1);
         first_frame (b,c,h,w): latent of the first frame (I2VGen-XL);
         motion_text (b,n,d) (DEMO), eot (b,): answer with (prediction, [map (b,h,w,f) of each motion block]);
-        appearance (b,1 or f,d), strength (DreamVideo);
+        appearance (b,1 or f,d), strength, a number or (b,) (DreamVideo);
         image_prior (b,c,h,w), motion_factor (b,) or (b,f-1), appearance_factor (b,f,32) (HiGen);
         histogram (b,f,156) and `maps` named in MAPS, (b,c,f,8h,8w) (VideoComposer).
         """
@@ -707,6 +707,7 @@ class UNet3D(nn.Module):
         self.check(f, h, w)
         if appearance is not None:
             appearance = appearance.expand(-1, f, -1)
+            strength = strength.view(-1, 1, 1) if isinstance(strength, Tensor) else strength
         if maps and not cfg.concat_dim:
             raise UserError(f"condition {next(iter(maps))}: unknown to this base")
         c = Context(

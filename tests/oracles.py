@@ -445,6 +445,39 @@ def vgen_forward(case):
     return result
 
 
+@torch.no_grad()
+def higen_two_pass(case):
+    """An image, then the clip around it: two DDIM runs of one network."""
+    if case.call.keys() - {"image", "video"}:
+        raise Unsupported("a pipeline of other passes")
+    net = vgen_unet(case.system, case.config["unet"], case.params, case.left_as_built)
+    schedule, result = diffusion_schedule(case.config["diffusion"]), {}
+
+    def conditions(spec):
+        out = {}
+        for name, value in spec.items():
+            if value == "@image":
+                value = result["image"][:, :, 0]
+            elif isinstance(value, str):
+                value = case.input(value)
+            elif "constant" in value:
+                value = torch.full(value["shape"], value["constant"])
+            else:
+                value = diffusion.appearance_matrix(value["frames"], value["appearance_factor"])[None]
+            out[VGEN_ARGUMENTS.get(name, name)] = value
+        return out
+
+    for name, call in case.call.items():
+        x, shared = case.input(call["x"]), case.input(call["offset_noise"])
+        if shared is not None:
+            x = diffusion.offset_noise(x, shared, call["offset_strength"])
+        cond, uncond = conditions(call["cond"]), conditions(call["uncond"])
+        fn = diffusion.guided(net, cond.pop("text"), uncond.pop("text"), call["guide_scale"],
+                              null_cond=uncond, **cond)
+        result[name] = diffusion.ddim(fn, x, schedule, call["steps"], call["eta"])
+    return result
+
+
 def adapter_merge(case):
     result = {}
     for name, call in case.call.items():
@@ -666,7 +699,7 @@ def videocrafter_schedule(case):
         elif call["fn"] == "pseudo_huber":
             a, b = case.input(call["a"]), case.input(call["b"])
             result[name] = diffusion.pseudo_huber(a, b, call["c"]).mean()[None]
-        elif call["fn"] == "guidance_embedding" and hasattr(models, "guidance_embedding"):
+        elif call["fn"] == "guidance_embedding":
             result[name] = models.guidance_embedding(case.input(call["w"]), call["dim"])
     return result
 
@@ -683,9 +716,7 @@ def videocrafter_network(case, b):
     """The case's network behind the project's guidance: fn(x, t)."""
     call, cfg = case.call, case.config.get("cfg")
     if call["network"] == "unet":
-        if "vc2_unet" not in globals():
-            raise Unsupported("the UNet of VideoCrafter2")
-        net = globals()["vc2_unet"](case.config["unet"], case.params, case.left_as_built)
+        net = vc2_unet(case.config["unet"], case.params, case.left_as_built)
         cond = {k: case.input(name) for k, name in call["cond"].items()}
         uncond = {k: case.input(name) for k, name in (call["uncond"] or call["cond"]).items()}
         text, null = cond.pop("context"), uncond.pop("context")
@@ -893,6 +924,7 @@ KINDS = {
     ("lora", "t2v_turbo_unet"): turbo_lora,
     ("fourier_filter", "sr600_unet"): fourier,
     ("adapter_merge", "dreamvideo"): adapter_merge,
+    ("pipeline", "higen_unet"): higen_two_pass,
     ("train_step", "modelscope_unet"): train_step_t2v,
     ("vae_encode_decode", "sd_vae"): vae_encode_decode,
     ("text_forward", "clip_embedders"): text_forward,
