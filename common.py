@@ -123,7 +123,10 @@ def apply_defaults(parser, argv, presets, option="base"):
 
 
 def lr_at(step, args):
-    """Learning rate of update `step` (0-based): linear warm-up, then constant, one cosine to 0, or four."""
+    """Learning rate of update `step` (0-based): linear warm-up, then constant, one cosine to 0, or four.
+
+    VGen's warm-up is one update behind and so wastes its first one, at rate 0; after it the two are equal.
+    """
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
     if args.lr_schedule == "constant":
@@ -412,10 +415,11 @@ def load_safetensors(path):
                         "a download or copy was cut off: fetch it again") from e
 
 
-def load_pickle(path):
-    """torch.load on the CPU that runs no code from the file."""
+def load_pickle(path, allow=()):
+    """torch.load on the CPU that runs no code from the file; `allow`: classes it may hold beside tensors."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(list(allow)):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # zip, pickle and EOF errors alike mean one thing to the user
         raise UserError(f"{path}: not a whole PyTorch file, or not one of plain tensors "
                         f"({str(e).splitlines()[0][:100]}); fetch it again") from e

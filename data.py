@@ -193,6 +193,70 @@ def resize_crop(video, size):
     return x if video.dim() == 4 else x[0]
 
 
+def cover_and_crop(w, h, size):
+    """Picture of w x h -> ((w, h) that just covers size = (h, w), (left, top) of the crop in it), as VGen.
+
+    In whole numbers: VGen's float floor can end one pixel short, which gives a black line (24 -> 23.9999).
+    """
+    H, W = size
+    cover = (W, h * W // w) if w * H <= h * W else (w * H // h, H)
+    return cover, ((cover[0] - W) // 2, (cover[1] - H) // 2)
+
+
+def center_crop_wide(image, size, filter=Image.BOX):
+    """Pillow image -> Pillow image of size (h, w): scaled to cover it, then centre-cropped (VGen).
+
+    The weights of I2VGen-XL and DreamVideo were trained on Pillow's box filter; NEAREST is for masks.
+    """
+    cover, (left, top) = cover_and_crop(*image.size, size)
+    return image.resize(cover, filter).crop((left, top, left + size[1], top + size[0]))
+
+
+def image_tensor(image):
+    """8-bit RGB Pillow image -> (3, h, w) in [-1, 1]."""
+    return _to_float(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def clip_normalize(images):
+    """(..., 3, h, w) in [0, 1] -> CLIP's mean and standard deviation."""
+    mean, std = (images.new_tensor(v).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+    return (images - mean) / std
+
+
+def clip_image(image, crop, size=(224, 224)):
+    """Pillow image -> (3, *size), what the image tower of I2VGen-XL and DreamVideo reads.
+
+    crop: (h, w) that it is cropped to first; VGen's is a square, as wide as the video but at least 224.
+    """
+    image = center_crop_wide(image, crop).resize((size[1], size[0]), Image.BILINEAR)
+    return clip_normalize(image_tensor(image) / 2 + 0.5)
+
+
+def _blur_rows(images, sigma):
+    """(n, 3, h, w) -> the same, blurred along w by a normal curve cut at 2 sigma; borders mirrored."""
+    radius = int(max(4 * sigma, 3)) // 2
+    x = torch.arange(-radius, radius + 1, dtype=images.dtype, device=images.device)
+    weights = torch.softmax(-(x / sigma) ** 2 / 2, dim=0)
+    images = F.pad(images, (radius, radius, 0, 0), mode="reflect")
+    return F.conv2d(images, weights.expand(3, 1, 1, -1), groups=3)
+
+
+def clip_image_squeezed(images, size=224):
+    """(n, 3, h, w) in [-1, 1] -> (n, 3, size, size) as VideoCrafter1's image tower reads it.
+
+    Not cropped but squeezed, by kornia's rule: blur what shrinks, then bicubic from corner to corner.
+    """
+    for _ in "hw":
+        images = images.transpose(2, 3)  # h along the rows, then w again
+        shrink = images.shape[3] / size
+        images = _blur_rows(images, (shrink - 1) / 2) if shrink > 1 else images
+    images = F.interpolate(images, (size, size), mode="bicubic", align_corners=True)
+    return clip_normalize(images / 2 + 0.5)
+
+
 def to_uint8(video):
     """(3, f, h, w) in [-1, 1] -> numpy (f, h, w, 3), rounded and clamped. NaN raises: it would look black."""
     video = video.detach().float().cpu()
@@ -222,15 +286,20 @@ def _reason(e):
     return text.splitlines()[0][:300]
 
 
-def read_image(path, size=None):
-    """-> (3, h, w) in [-1, 1]; size = (h, w) scales and centre-crops. Transparency is laid on white."""
+def open_image(path):
+    """Picture file -> 8-bit RGB Pillow image, turned as its EXIF says. Transparency is laid on white."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such picture")
     try:
         with Image.open(path) as image:
-            pixels = torch.from_numpy(_rgb(image)).permute(2, 0, 1).float()
+            return Image.fromarray(_rgb(image))
     except Exception as e:  # Pillow raises everything there is
         raise UserError(f"{path}: not a readable picture ({_reason(e)})") from None
+
+
+def read_image(path, size=None):
+    """-> (3, h, w) in [-1, 1]; size = (h, w) scales and centre-crops, see resize_crop."""
+    pixels = torch.from_numpy(np.array(open_image(path))).permute(2, 0, 1).float()
     return _to_float(resize_crop(pixels, size) if size else pixels)
 
 

@@ -18,10 +18,14 @@ from unittest import mock
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
+import data
 import diffusion
+import metrics
 import models
 import text_encoders
 import vae
@@ -651,6 +655,128 @@ def text_forward(case):
     return result
 
 
+def calls(case):
+    """Each output's entry in `call`, resolved: (name, {argument: value}); a string names an input."""
+    for name, call in case.call.items():
+        yield name, {k: case.input(v) if isinstance(v, str) and k not in ("op", "returns") else v
+                     for k, v in call.items()}
+
+
+def thinned(value, spec):
+    """The entries that an output stores: every step-th of one axis."""
+    if "take" not in spec:
+        return value
+    index = [slice(None)] * value.ndim
+    index[spec["take"]["axis"]] = slice(None, None, spec["take"]["step"])
+    return value[tuple(index)]
+
+
+def text_with_vectors(case):
+    clip, layer = case.config["clip"], case.config["layer"]
+    cfg = text_encoders.CLIPConfig(
+        embed_dim=clip["proj"], vocab_size=clip["vocab"], context_length=clip["n_ctx"],
+        text_width=clip["width"], text_heads=clip["heads"], text_layers=clip["layers"],
+        text_mlp_ratio=clip["mlp_ratio"])
+    # the case's tower lacks the temperature of CLIP's loss, which nothing here reads
+    net = fill(text_encoders.OpenCLIPText(cfg), {"logit_scale": []} | case.params, case.left_as_built)
+    result = {}
+    with torch.no_grad():
+        for name, call in calls(case):
+            ids, vectors = call["tokens"], call["vectors"]
+            learned = None if vectors is None else {case.config["placeholder_token"]: vectors}
+            words = net(ids, layer, learned)
+            ids, embedded = net.embed(ids, learned)
+            value = {"words": words, "embedded": embedded, "tokens": ids,
+                     "pooled": text_encoders.at_end_token(words, ids) @ net.text_projection}[call["returns"]]
+            result[name] = thinned(value, case.outputs[name])
+    return result
+
+
+def image_tower(case):
+    config = case.config
+    if config["network"] != "dino_vit":
+        raise Unsupported(f"network {config['network']}")
+    net = text_encoders.DINO(config["embed_dim"], config["num_heads"], config["depth"], config["patch_size"],
+                             image_size=np.ravel(config["img_size"])[0]).eval()
+    state = {key: fill_tensor(key, shape) for key, shape in case.params.items()}
+    net.load_state_dict(common.rename(state, net, text_encoders.dino_name, "case"))
+    with torch.no_grad():
+        return {name: net(call["image"]) for name, call in calls(case)}
+
+
+def subject_metrics(case):
+    result = {}
+    for name, call in calls(case):
+        clip, dino = ([] if call[k] is None else call[k] for k in ("clip_targets", "dino_targets"))
+        frames = call["clip_frames"]
+        result[name] = [metrics.cosine(frames, call["clip_text"]), metrics.cosine(frames, clip),
+                        metrics.cosine(call["dino_frames"], dino), metrics.temporal_consistency(frames)]
+    return result
+
+
+def pillow(pixels):
+    return Image.fromarray(pixels.byte().numpy())
+
+
+FILTERS = {"box": Image.BOX, "bilinear": Image.BILINEAR, "nearest": Image.NEAREST}
+
+
+def image_steps(case):
+    """DreamVideo's transforms, step by step."""
+    result = {}
+    for name, call in calls(case):
+        x = pillow(call["image"])
+        for step in call["steps"]:
+            if step["op"] == "center_crop_wide":
+                x = data.center_crop_wide(x, step["size_wh"][::-1], FILTERS[step["interpolation"]])
+            elif step["op"] == "resize":
+                x = x.resize(step["size_wh"], FILTERS[step["interpolation"]])
+            elif step["op"] == "to_tensor":
+                x = data.image_tensor(x) / 2 + 0.5
+            elif step["op"] == "normalize" and np.allclose(step["mean"], data.CLIP_MEAN):
+                x = data.clip_normalize(x)
+            elif step["op"] == "normalize" and step["mean"] == step["std"] == [0.5] * 3:
+                x = 2 * x - 1
+            else:
+                raise Unsupported(f"step {step}")
+        result[name] = x
+    return result
+
+
+def image_items(case):
+    """VGen's two transforms: of the frames, and of what the CLIP tower sees."""
+    result = {}
+    for name, spec in case.outputs.items():
+        item = case.call["items"][spec["item"]]
+        image, size = pillow(case.input(item["image"])), item["resolution"][::-1]
+        if spec["transform"] == "train":
+            value = data.image_tensor(data.center_crop_wide(image, size, FILTERS[case.call["filter"]]))
+        else:
+            value = data.clip_image(image, item["vit_crop"][::-1], item["vit_resolution"][::-1])
+        result[name] = value
+    return result
+
+
+def center_crop_size(config, w, h, resolution):
+    resized, crop_xy = data.cover_and_crop(w, h, resolution[::-1])
+    return {"resized": resized, "crop_xy": crop_xy}
+
+
+def frame_selection(config, **inputs):
+    """The published readers are off by one frame and pad with grey. Ours (data.read_video) takes frames
+    start + i stride and refuses a clip that is too short: nothing of theirs has a counterpart."""
+    return {}
+
+
+def annealing_lr(config, decay_mode, updates):
+    schedule = {"cosine": "cosine", "none": "constant"}.get(decay_mode)
+    if schedule is None:  # "linear": no published configuration uses it
+        return {}
+    args = argparse.Namespace(lr=config["base_lr"], warmup=config["warmup_steps"],
+                              steps=config["total_steps"], lr_schedule=schedule)
+    return {"lr": [common.lr_at(k, args) for k in range(updates)]}
+
+
 def table(case):
     function = case.call["function"]
     if function not in TABLES:
@@ -666,7 +792,8 @@ def clip_tokenize(config, text):
     return {"ids": ids}
 
 
-TABLES = {"clip_tokenize": clip_tokenize}
+TABLES = {"clip_tokenize": clip_tokenize, "center_crop_size": center_crop_size, "annealing_lr": annealing_lr,
+          "frame_selection": frame_selection, "frame_selection_custom": frame_selection}
 
 # ---- samplers of the UNet family
 
@@ -908,6 +1035,13 @@ def sr600_pipeline(case):
 
 # the same word may mean another computation in another system, so both choose the function
 KINDS = {
+    ("text_forward", "dreamvideo"): text_with_vectors,
+    ("image_tower_forward", "dreamvideo"): image_tower,
+    ("metric", "dreamvideo"): subject_metrics,
+    ("image_transform", "dreamvideo"): image_steps,
+    ("image_transform", "vgen_data"): image_items,
+    ("table", "dreamvideo"): table,
+    ("table", "vgen_data"): table,
     ("unet_forward", "modelscope_unet"): unet_forward,
     ("unet_forward", "i2vgen_unet"): unet_forward,
     ("unet_forward", "sr600_unet"): unet_forward,

@@ -13,8 +13,11 @@ import data
 from common import UserError
 from data import (
     VideoDataset,
+    center_crop_wide,
     check_dataset,
+    clip_image,
     contact_sheet,
+    image_tensor,
     read_image,
     read_image_prompts,
     read_prompts,
@@ -58,6 +61,17 @@ def test_resize_crop_covers(h, w, size):
     assert y.shape == (3, 2, *size)
     assert torch.allclose(y, torch.ones(()), atol=1e-5)  # VGen: 320x240 -> 448 leaves a black column
     assert torch.equal(resize_crop(x[:, 0], size), y[:, 0])
+
+
+@pytest.mark.parametrize("h,w", [(240, 320), (336, 596), (1024, 1024), (7, 300), (300, 7), (31, 33), (1, 1)])
+@pytest.mark.parametrize("size", [(256, 448), (704, 1280), (32, 32), (31, 447)])
+def test_center_crop_wide_covers(h, w, size):
+    white = Image.new("RGB", (w, h), "white")
+    for filter in (Image.BOX, Image.NEAREST):
+        y = image_tensor(center_crop_wide(white, size, filter))
+        assert y.shape == (3, *size) and y.min() == 1  # VGen: a black line at some of these sizes
+    clip = clip_image(white, (448, 448)) * torch.tensor(data.CLIP_STD).view(3, 1, 1)
+    torch.testing.assert_close(clip.mean((1, 2)) + torch.tensor(data.CLIP_MEAN), torch.ones(3))
 
 
 def test_resize_crop_is_centred_undistorted_and_antialiased():

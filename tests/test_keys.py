@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from bases import text_state, unet_state, vae_state
+from common import load_pickle
+from data import clip_image_squeezed, clip_normalize
 from models import UNet3D, UNetConfig, unet_diffusers_name
-from text_encoders import CLIPConfig, OpenCLIP, OpenCLIPText, clip_text_only, text_from_hf, tokenize
+from text_encoders import (DINO, CLIPConfig, OpenCLIP, OpenCLIPText, OpenCLIPVision, Resampler,
+                           clip_text_only, dino_name, save_learned, text_from_hf, tokenize)
 from vae import AutoencoderKL, VAEConfig, vae_diffusers_name
 
 DATA = Path(__file__).parent / "oracle_data"
@@ -55,6 +58,34 @@ def test_manifest(name):
 def test_text_tower_of_clip():
     keys = clip_text_only(read("clip_embedders/vit_h_14.manifest")["keys"])
     assert shapes(on_meta(OpenCLIPText)) == keys and not any(key.startswith("visual") for key in keys)
+
+
+def test_dino():
+    ours = {dino_name(key): shape for key, shape in shapes(on_meta(DINO)).items()}
+    assert ours == read("dreamvideo/dino_vits16.manifest")["keys"]
+
+
+def test_image_side_of_videocrafter1():
+    """The Image2Video-512 file: Resampler whole, image tower whole beside leftovers of the text tower."""
+    keys = read("vc2_unet/videocrafter1_i2v_512_model.manifest")["keys"]
+
+    def part(prefix):
+        return {key.removeprefix(prefix): shape for key, shape in keys.items() if key.startswith(prefix)}
+    visual = part("embedder.model.visual.")
+    assert shapes(on_meta(Resampler)) == part("image_proj_model.")
+    assert shapes(on_meta(OpenCLIPVision)) == visual
+    text = {k: v for k, v in shapes(on_meta(OpenCLIPText)).items() if not k.startswith("transformer.")}
+    assert text == clip_text_only(part("embedder.model."))
+    assert len(part("embedder.")) == len(text) + len(visual)
+
+
+def test_learned_word(tmp_path):
+    """The file that we write has the published one's keys and token."""
+    save_learned(tmp_path / "word.pth", torch.zeros(1, 1024))
+    state = load_pickle(tmp_path / "word.pth", allow=[torch.nn.ParameterDict])
+    assert state["string_to_token"] == {"*": torch.tensor(265)}
+    ours = {f"string_to_param.{word}": list(v.shape) for word, v in state["string_to_param"].items()}
+    assert ours == read("dreamvideo/text_embedding.manifest")["keys"]
 
 
 @pytest.mark.parametrize("system", MAPS)
@@ -142,3 +173,68 @@ def test_towers_equal_open_clip():
     with torch.no_grad():
         close(net.pooled(ids), peer.encode_text(ids))
         close(net.visual(images), peer.encode_image(images))
+
+
+def renamed(key, table):
+    for ours, theirs in table.items():
+        key = key.replace(ours, theirs)
+    return key
+
+
+VIT_NAMES = {"patch_embed.proj": "embeddings.patch_embeddings.projection", "blocks.": "layers.",
+             "cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings",
+             "norm1": "layernorm_before", "norm2": "layernorm_after", ".norm.": ".layernorm.",
+             "attn.proj": "attention.o_proj"}
+
+
+@pytest.mark.parametrize("size", [(24, 24), (16, 40)])  # the position table's own grid, and another
+def test_dino_equals_transformers(size):
+    transformers = pytest.importorskip("transformers", minversion="5.0")  # its keys were others before
+    net = filled(DINO(width=48, heads=3, layers=2, patch_size=8, image_size=24))
+    peer = transformers.ViTModel(transformers.ViTConfig(
+        hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=192, image_size=24,
+        patch_size=8, layer_norm_eps=1e-6), add_pooling_layer=False).eval()
+    theirs = {}
+    for key, value in net.state_dict().items():
+        name = renamed("." + dino_name(key), VIT_NAMES).removeprefix(".")
+        if ".qkv." in name:
+            for c, rows in zip("qkv", value.chunk(3)):
+                theirs[name.replace("attn.qkv", f"attention.{c}_proj")] = rows
+        else:
+            theirs[name] = value
+    peer.load_state_dict(theirs)
+    images = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        close(net(images), peer(images, interpolate_pos_encoding=True).last_hidden_state[:, 0])
+
+
+RESAMPLER_NAMES = {".0.norm1": ".ln0", ".0.norm2": ".ln1", ".0.to_": ".attn.to_", "to_out": "to_out.0",
+                   ".1.0.weight": ".ff.0.weight", ".1.0.bias": ".ff.0.bias",
+                   ".1.1.weight": ".ff.1.net.0.proj.weight", ".1.3.weight": ".ff.1.net.2.weight"}
+
+
+def test_resampler_equals_ip_adapter():
+    embeddings = pytest.importorskip("diffusers.models.embeddings")
+    net = filled(Resampler(image_width=40, width=48, layers=2, heads=3, head_dim=8, queries=5))
+    peer = embeddings.IPAdapterPlusImageProjection(
+        embed_dims=40, output_dims=48, hidden_dims=48, depth=2, dim_head=8, heads=3, num_queries=5).eval()
+    theirs = {}
+    for name, value in net.state_dict().items():
+        name = renamed(name, RESAMPLER_NAMES)
+        if "to_kv" in name:
+            theirs |= {name.replace("kv", c): v for c, v in zip("kv", value.chunk(2))}
+        else:
+            theirs[name] = value
+    peer.load_state_dict(theirs)
+    image = torch.randn(2, 7, 40)
+    with torch.no_grad():
+        close(net(image), peer(image))
+
+
+@pytest.mark.parametrize("size", [(20, 70), (32, 33), (300, 250), (9, 14)])
+def test_squeezed_image_equals_diffusers(size):
+    """kornia's resize, of which diffusers holds a copy for Stable Video Diffusion."""
+    svd = pytest.importorskip("diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion")
+    images = torch.rand(2, 3, *size) * 2 - 1
+    theirs = svd._resize_with_antialiasing(images, (28, 28))
+    close(clip_image_squeezed(images, 28), clip_normalize(theirs / 2 + 0.5))
