@@ -426,18 +426,29 @@ def load_pickle(path, allow=()):
 
 
 def load_weights(path) -> dict:
-    """A public weight file (.safetensors, .pt, .pth, .bin, .ckpt) -> {key: tensor}, without wrappers."""
+    """A public weight file (.safetensors, .pt, .pth, .bin, .ckpt) -> {key: tensor}, without wrappers.
+
+    Given the index of a file in shards (*.index.json), all of them.
+    """
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file")
+    if path.name.endswith(".index.json"):
+        shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        return {k: v for shard in shards for k, v in load_weights(path.parent / shard).items()}
     state = load_safetensors(path)[0] if path.suffix == ".safetensors" else load_pickle(path)
+    if isinstance(state, list):
+        raise UserError(f"{path}: a list of {len(state)} tensors without names: T2V-Turbo's LoRA is one")
     while isinstance(state, dict) and not any(isinstance(v, Tensor) for v in state.values()):
-        inner = [state[k] for k in ("state_dict", "module", "model") if isinstance(state.get(k), dict)]
+        wrappers = ("state_dict", "unet_state_dict", "module", "model")
+        inner = [state[k] for k in wrappers if isinstance(state.get(k), dict)]
         if not inner:
             first = ", ".join(map(str, list(state)[:5]))
             raise UserError(f"{path}: holds no tensors (its first keys: {first})")
         state = inner[0]
-    return {k.removeprefix("module."): v for k, v in state.items() if isinstance(v, Tensor)}
+    # DDP and DeepSpeed put their own names before every key
+    return {k.removeprefix("module.").removeprefix("_forward_module."): v
+            for k, v in state.items() if isinstance(v, Tensor)}
 
 
 def replace_part(path, part, state):
@@ -448,17 +459,26 @@ def replace_part(path, part, state):
     write_atomic(path, lambda p: save_file(kept | new, p))
 
 
-KINDS = {  # part of a key that only this kind of file has -> the kind, in words
-    "image_latents": "I2VGen-XL in diffusers layout",
-    "local_image_embedding": "I2VGen-XL",
-    "init_attn": "VideoCrafter2",
+KINDS = {  # part of a key that only this kind of file has -> the kind, in words; the first that fits counts
+    "_adapter.": "a DreamVideo adapter",
+    "_lora.down_linear": "InstructVideo's fine-tuned file",
     "lora": "a LoRA file",
+    "image_latents": "I2VGen-XL in diffusers layout",
+    "local_image_concat": "I2VGen-XL",
+    "context_embedding.tokens": "HiGen",
+    "depth_embedding": "VideoComposer",
+    "pre_image_condition": "TF-T2V",
+    "image_proj_model": "VideoCrafter1 image-to-video",
+    "time_cond_proj": "T2V-Turbo",
+    "init_attn": "VideoCrafter2",
+    "input_blocks.1.3.": "DEMO",
     "down_blocks": "a diffusers UNet or VAE",
     "input_blocks": "a VGen or ModelScope UNet",
     "first_stage_model": "a Stable Diffusion checkpoint",
     "decoder.up.": "an SD autoencoder",
     "resblocks": "an OpenCLIP model",
     "text_model.": "a transformers CLIP text model",
+    "vision_model.": "a transformers CLIP image model",
     "transformer_blocks.0.norm1.linear": "CogVideoX",
 }
 

@@ -411,6 +411,38 @@ def read_video(path, frames=None, fps=None, start=0, size=None):
     return _to_float(torch.stack(clip, 1)), rate / stride
 
 
+def list_videos(path):
+    """A clip, or a folder of clips -> their paths in natural order. A folder of pictures is one clip."""
+    path = Path(path)
+    if path.is_dir():
+        clips = sorted((p for p in path.iterdir() if p.suffix.lower() in VIDEOS), key=_natural)
+        return clips or [path]
+    return [path]
+
+
+def read_map(path, frames, size, channels):
+    """A condition of VideoComposer -> (channels, f, h, w) float32: .npy as it is, a video or picture in 0..1.
+
+    frames: exactly so many (None: all; a picture is one); size (h, w). .npy: (f,h,w) or (channels,f,h,w).
+    """
+    kind = Path(path).suffix.lower()
+    if kind == ".npy":
+        value = torch.from_numpy(np.load(path)).float()
+        value = value[None] if value.dim() == 3 else value
+    elif kind in IMAGES:
+        value = read_image(path, size)[:, None] / 2 + 0.5
+    else:
+        value = read_video(path, frames, size=size)[0] / 2 + 0.5
+    if kind != ".npy" and channels == 1:
+        value = value.mean(0, keepdim=True)
+    if value.dim() != 4 or value.shape[0] != channels:
+        raise UserError(f"{path}: shape {tuple(value.shape)}; expected {channels} channel(s): "
+                        f"({channels}, frames, height, width)")
+    if frames is not None and value.shape[1] != frames:
+        raise UserError(f"{path}: {value.shape[1]} frame(s) instead of {frames}")
+    return value if tuple(value.shape[2:]) == tuple(size) else F.interpolate(value, size, mode="bilinear")
+
+
 # ---- writing
 
 def write_video(path, video, fps=8):

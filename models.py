@@ -473,6 +473,25 @@ class UNetConfig:
     pooled_text: bool = False              # mean text token in the time embedding
 
 
+def misfit(cfg, f, h, w):
+    """What is wrong with f frames of h x w latents for this UNet, in words; None if they fit."""
+    factor = 2 ** (len(cfg.dim_mult) - 1)
+    if cfg.super_resolution:
+        rows = h
+        for _ in cfg.dim_mult[1:]:  # each level halves and adds one; only the lowest may be odd
+            if rows % 2 or w % factor:
+                return (f"latent size {h}x{w}: this super-resolution UNet needs a width that is a multiple "
+                        f"of {factor} and an even height on every level")
+            rows = rows // 2 + 1
+    elif h % factor or w % factor:
+        return f"latent size {h}x{w}: height and width must be multiples of {factor} for this UNet"
+    if cfg.frame_pos and f > cfg.frame_pos:
+        return f"{f} frames: this base has learned positions for at most {cfg.frame_pos} frames"
+    if cfg.spatial_pos and max(h, w) > cfg.spatial_pos:
+        return f"latent size {h}x{w}: this base has learned positions for {cfg.spatial_pos} pixels a side"
+    return None
+
+
 class UNet3D(nn.Module):
     """The VGen family's UNet; ModelScope T2V by default."""
 
@@ -594,27 +613,6 @@ class UNet3D(nn.Module):
         kinds = (ResBlock, SpatialTransformer, TemporalTransformer, Downsample, Upsample)
         return [m for m in self.modules() if isinstance(m, kinds)]
 
-    def check(self, f, h, w):
-        """Refuse sizes that the network cannot take."""
-        cfg, factor = self.cfg, 2 ** (len(self.cfg.dim_mult) - 1)
-        if cfg.super_resolution:
-            rows = h
-            for _ in cfg.dim_mult[1:]:  # each level halves and adds one; only the lowest may be odd
-                if rows % 2 or w % factor:
-                    raise UserError(
-                        f"latent size {h}x{w}: this super-resolution UNet needs a width of {factor} k "
-                        f"and an even height on every level (90x160, for 720x1280 pixels, fits)")
-                rows = rows // 2 + 1
-        elif h % factor or w % factor:
-            raise UserError(
-                f"latent size {h}x{w}: height and width must be multiples of {factor} for this UNet")
-        if cfg.frame_pos and f > cfg.frame_pos:
-            raise UserError(
-                f"{f} frames: this base has learned positions for at most {cfg.frame_pos} frames")
-        if cfg.spatial_pos and max(h, w) > cfg.spatial_pos:
-            raise UserError(f"latent size {h}x{w}: this base has learned positions for "
-                            f"{cfg.spatial_pos} pixels a side")
-
     def embed(self, t, text, f, fps=None, guidance=None, motion_guidance=None, motion_factor=None,
               appearance_factor=None):
         """-> (b f) e: embedding of the step, and of what else each ResBlock adds."""
@@ -704,7 +702,8 @@ class UNet3D(nn.Module):
         histogram (b,f,156) and `maps` named in MAPS, (b,c,f,8h,8w) (VideoComposer).
         """
         cfg, (f, h, w) = self.cfg, x.shape[2:]
-        self.check(f, h, w)
+        if fault := misfit(cfg, f, h, w):
+            raise UserError(fault)
         if appearance is not None:
             appearance = appearance.expand(-1, f, -1)
             strength = strength.view(-1, 1, 1) if isinstance(strength, Tensor) else strength

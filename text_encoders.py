@@ -255,6 +255,12 @@ def save_learned(path, vectors, word="*"):
 HF_TOP = {"embeddings.token_embedding.weight": "token_embedding.weight",
           "embeddings.position_embedding.weight": "positional_embedding",
           "final_layer_norm.weight": "ln_final.weight", "final_layer_norm.bias": "ln_final.bias"}
+HF_VISION_TOP = {"embeddings.class_embedding": "class_embedding",
+                 "embeddings.patch_embedding.weight": "conv1.weight",
+                 "embeddings.position_embedding.weight": "positional_embedding",
+                 # as spelled there
+                 "pre_layrnorm.weight": "ln_pre.weight", "pre_layrnorm.bias": "ln_pre.bias",
+                 "post_layernorm.weight": "ln_post.weight", "post_layernorm.bias": "ln_post.bias"}
 HF_BLOCK = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
             "self_attn.out_proj": "attn.out_proj"}
 
@@ -265,23 +271,34 @@ def text_from_hf(state):
     The text_encoder of diffusers video models is ViT-H without its last block and projection: build
     CLIPConfig(text_layers=23, embed_dim=0) and read layer="last", the penultimate features of the full tower.
     """
+    return from_hf(state, "text", HF_TOP)
+
+
+def vision_from_hf(state):
+    """State dict of transformers' CLIPVisionModelWithProjection -> OpenCLIPVision's."""
+    return from_hf(state, "vision", HF_VISION_TOP)
+
+
+def from_hf(state, tower, top):
     out, qkv = {}, {}
+    projection = {"text": ("text_projection.weight", "text_projection"),
+                  "vision": ("visual_projection.weight", "proj")}[tower]
     for key, value in state.items():
-        name = key.removeprefix("text_model.")
+        name = key.removeprefix(f"{tower}_model.")
         block = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
         if name == "embeddings.position_ids":  # a buffer of old transformers versions: 0, 1, 2 ...
             continue
-        if name in HF_TOP:
-            out[HF_TOP[name]] = value
-        elif name == "text_projection.weight":
-            out["text_projection"] = value.T  # a Linear there, a matrix on the right in open_clip
+        if name in top:
+            out[top[name]] = value
+        elif name == projection[0]:
+            out[projection[1]] = value.T  # a Linear there, a matrix on the right in open_clip
         elif block and block[2] in HF_BLOCK:
             out[f"transformer.resblocks.{block[1]}.{HF_BLOCK[block[2]]}.{block[3]}"] = value
         elif block and block[2] in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
             fused = f"transformer.resblocks.{block[1]}.attn.in_proj_{block[3]}"
             qkv.setdefault(fused, {})[block[2][-6]] = value  # "q", "k" or "v"
         else:
-            raise UserError(f"{key}: no key of transformers' CLIPTextModel (open_clip files need no mapping)")
+            raise UserError(f"{key}: no key of transformers' CLIP {tower} model (open_clip needs no mapping)")
     for fused, parts in qkv.items():
         if len(parts) < 3:
             raise UserError(f"{fused}: only {', '.join(sorted(parts))} of q, k, v are in the file")

@@ -27,6 +27,7 @@ import data
 import diffusion
 import metrics
 import models
+import sample
 import text_encoders
 import vae
 
@@ -451,35 +452,22 @@ def vgen_forward(case):
 
 @torch.no_grad()
 def higen_two_pass(case):
-    """An image, then the clip around it: two DDIM runs of one network."""
-    if case.call.keys() - {"image", "video"}:
-        raise Unsupported("a pipeline of other passes")
+    """An image, then the clip around it, by sample.higen."""
     net = vgen_unet(case.system, case.config["unet"], case.params, case.left_as_built)
-    schedule, result = diffusion_schedule(case.config["diffusion"]), {}
-
-    def conditions(spec):
-        out = {}
-        for name, value in spec.items():
-            if value == "@image":
-                value = result["image"][:, :, 0]
-            elif isinstance(value, str):
-                value = case.input(value)
-            elif "constant" in value:
-                value = torch.full(value["shape"], value["constant"])
-            else:
-                value = diffusion.appearance_matrix(value["frames"], value["appearance_factor"])[None]
-            out[VGEN_ARGUMENTS.get(name, name)] = value
-        return out
-
-    for name, call in case.call.items():
-        x, shared = case.input(call["x"]), case.input(call["offset_noise"])
-        if shared is not None:
-            x = diffusion.offset_noise(x, shared, call["offset_strength"])
-        cond, uncond = conditions(call["cond"]), conditions(call["uncond"])
-        fn = diffusion.guided(net, cond.pop("text"), uncond.pop("text"), call["guide_scale"],
-                              null_cond=uncond, **cond)
-        result[name] = diffusion.ddim(fn, x, schedule, call["steps"], call["eta"])
-    return result
+    first, then = case.call["image"], case.call["video"]
+    text, null = case.input(then["cond"]["y"]), case.input(then["uncond"]["y"])
+    noises = []
+    for call in (first, then):
+        noise = case.input(call["x"])
+        if call["offset_noise"] is not None:
+            shared = case.input(call["offset_noise"])
+            noise = diffusion.offset_noise(noise, shared, call["offset_strength"])
+        noises.append(noise)
+    motion, appearance = then["cond"]["motion_cond"]["constant"], then["cond"]["appearance_cond"]
+    image, video = sample.higen(
+        net, diffusion_schedule(case.config["diffusion"]), text, null, *noises, then["steps"],
+        then["guide_scale"], then["eta"], motion, appearance["appearance_factor"])
+    return {"image": image, "video": video}
 
 
 def adapter_merge(case):
