@@ -61,8 +61,8 @@ SHARP = ", cinematic, High Contrast, highly detailed, no blur, 4k render"
 SR600_SUFFIX = (
     ", cinematic, High Contrast, highly detailed, Unreal Engine 5, no blur, full length ultra-wide angle "
     "shot a cinematic scene, taken using a Canon EOS R camera, hyper detailed photo - realistic maximum "
-    "detail, 32k, Color Grading, portrait Photography, ultra HD, extreme meticulous detailing, skin pore detailing, "
-    "hyper sharpness, perfect without deformations, 4k render")
+    "detail, 32k, Color Grading, portrait Photography, ultra HD, extreme meticulous detailing, skin pore "
+    "detailing, hyper sharpness, perfect without deformations, 4k render")
 SR600_NEGATIVE = (
     "worst quality, normal quality, low quality, low res, blurry, text, watermark, logo, banner, extra "
     "digits, cropped, jpeg artifacts, signature, username, error, sketch ,duplicate, ugly, monochrome, "
