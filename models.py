@@ -416,7 +416,7 @@ class TextResampler(nn.Module):
         return self.output_mapping(x)
 
 
-# VideoComposer's maps, argument -> channels (specification: values and sources in sample.py)
+# VideoComposer's maps: argument -> channels (their values: sample.read_maps)
 MAPS = {"depth": 1, "sketch": 1, "single_sketch": 1, "canny": 1, "motion": 2, "local_image": 3, "masked": 4}
 
 
@@ -503,7 +503,6 @@ class UNet3D(nn.Module):
         widths = [dim * m for m in cfg.dim_mult]
         self.build_conditions(dim, emb_dim)
 
-        # the decoder of SR600 and VideoCrafter differs in these alone
         res = dict(dropout=cfg.dropout if cfg.spatial_dropout is None else cfg.spatial_dropout,
                    temporal_dropout=cfg.dropout, temporal_conv=cfg.temporal_conv)
         spatial = dict(image_keys=cfg.image_keys, adapters=cfg.spatial_adapters,
