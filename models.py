@@ -51,10 +51,15 @@ def split_heads(x, heads):
     return rearrange(x, "n l (a d) -> n a l d", a=heads)
 
 
-def attend(q, k, v, heads):
-    """Attention of `heads` heads: q (n,l,heads d), k and v (n,m,heads d) -> (n,l,heads d)."""
+def attend(q, k, v, heads, mask=None, causal=False):
+    """Attention of `heads` heads, of every network here: q (n,l,heads d), k and v (n,m,heads d) -> like q.
+
+    mask (n,m), True for the keys that are seen; None: all.
+    """
     q, k, v = (split_heads(y, heads) for y in (q, k, v))
-    return rearrange(F.scaled_dot_product_attention(q, k, v), "n a l d -> n l (a d)")
+    mask = None if mask is None else mask[:, None, None]  # the same for all heads and queries
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    return rearrange(out, "n a l d -> n l (a d)")
 
 
 class RelativePosition(nn.Module):

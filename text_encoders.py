@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import UserError, load_pickle, load_safetensors, write_atomic
+from models import attend
 
 # how many blocks at the end each choice of features leaves out
 SKIP = {"last": 0, "penultimate": 1}
@@ -57,11 +58,8 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x, causal):
-        b, n, w = x.shape
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = qkv.view(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (b, heads, n, d)
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-        return self.out_proj(x.transpose(1, 2).reshape(b, n, w))  # (b, n, heads d)
+        q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+        return self.out_proj(attend(q, k, v, self.heads, causal=causal))
 
 
 class MLP(nn.Module):
@@ -328,9 +326,7 @@ class ResamplerAttention(nn.Module):
     def forward(self, image, latents):
         image, latents = self.norm1(image), self.norm2(latents)
         k, v = self.to_kv(torch.cat([image, latents], dim=1)).chunk(2, dim=-1)
-        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (self.to_q(latents), k, v))
-        x = F.scaled_dot_product_attention(q, k, v)              # (b, heads, queries, head_dim)
-        return self.to_out(x.transpose(1, 2).flatten(2))         # (b, queries, heads head_dim)
+        return self.to_out(attend(self.to_q(latents), k, v, self.heads))
 
 
 class Resampler(nn.Module):
