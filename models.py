@@ -13,7 +13,6 @@ import math
 import re
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -787,9 +786,6 @@ class STDiT3Config:
     context_dim: int = 4096   # of the T5 tokens
     text_length: int = 300    # tokens of the null caption
 
-    patch: ClassVar = 2       # latent pixels a side of a token
-    square: ClassVar = 512    # pixels a side of the clip that positions are relative to
-
 
 def modulate(x, shift, scale):
     """LayerNorm without weights, then x (1 + scale) + shift (adaLN, arXiv 2212.09748); all (b,f,s,d)."""
@@ -820,6 +816,14 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
+class RMSNorm(nn.RMSNorm):
+    """In float32, whatever the weights and x are."""
+
+    def forward(self, x):
+        y = F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps)
+        return y.to(x.dtype)
+
+
 class STDiT3SelfAttention(nn.Module):
     """q and k normalised head by head; over time they also carry rotary positions."""
 
@@ -827,13 +831,13 @@ class STDiT3SelfAttention(nn.Module):
         super().__init__()
         self.heads, self.temporal = heads, temporal
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.q_norm, self.k_norm = (nn.RMSNorm(dim // heads, eps=1e-6) for _ in range(2))
+        self.q_norm, self.k_norm = (RMSNorm(dim // heads, eps=1e-6) for _ in range(2))
 
     def forward(self, x):
         """x (n,l,d) -> (n,l,d)."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         q, k = (y.unflatten(-1, (self.heads, -1)) for y in (q, k))  # n l a d
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        q, k = self.q_norm(q), self.k_norm(k)
         if self.temporal:
             q, k = rotate(q), rotate(k)
         return self.proj(attend(q.flatten(2), k.flatten(2), v, self.heads))
@@ -892,19 +896,20 @@ class STDiT3FinalLayer(nn.Module):
             return modulate(x, *table.unbind(2))
         u = head(x, emb)
         if frame_mask is not None:
-            # as published: the clean frames are modulated a second time, not instead; the weights know it so
+            # as published: the clean frames are modulated once more, not instead; the weights learned it so
             u = torch.where(frame_mask[:, :, None, None], u, head(u, clean))
         return self.linear(u)
 
 
 class STDiT3(nn.Module):
     """Open-Sora 1.2: pairs of a spatial and a temporal block, flow prediction, any size and length."""
+    patch = 2  # latent pixels a side of a token
 
     def __init__(self, cfg=STDiT3Config()):
         super().__init__()
         self.cfg = cfg
         self.grad_ckpt = False  # recompute each block in the backward pass
-        dim, patch = cfg.dim, (1, cfg.patch, cfg.patch)
+        dim, patch = cfg.dim, (1, self.patch, self.patch)
 
         def embedder():
             holder = nn.Module()
@@ -922,7 +927,7 @@ class STDiT3(nn.Module):
         self.y_embedder.y_proj = MLP(cfg.context_dim, dim, dim)
         self.spatial_blocks = nn.ModuleList(STDiT3Block(dim, cfg.num_heads, False) for _ in range(cfg.depth))
         self.temporal_blocks = nn.ModuleList(STDiT3Block(dim, cfg.num_heads, True) for _ in range(cfg.depth))
-        self.final_layer = STDiT3FinalLayer(dim, cfg.patch ** 2 * 2 * cfg.in_dim)
+        self.final_layer = STDiT3FinalLayer(dim, self.patch ** 2 * 2 * cfg.in_dim)
         self.init_weights()
 
     def init_weights(self):
@@ -947,10 +952,11 @@ class STDiT3(nn.Module):
     def positions(self, rows, columns, pixels):
         """-> (rows columns, d) float32: sines and cosines of each token's column, then of its row.
 
-        Relative to a square clip of 512 pixels a side and as many tokens: (index / scale) (side / number).
+        pixels: height width of the clip, a tensor. Positions are those of a square of as many tokens, drawn
+        together as the clip is larger than 512x512 pixels: (index / scale) (side / number).
         """
         side = round((rows * columns) ** 0.5)
-        scale = pixels.float().sqrt() / self.cfg.square
+        scale = pixels.float().sqrt() / 512
 
         def wave(n):
             p = torch.arange(n, device=pixels.device, dtype=torch.float32) / scale * (side / n)
@@ -968,7 +974,7 @@ class STDiT3(nn.Module):
         False for clean ones (conditions), which the network takes to be at t = 0; None: all noisy.
         """
         cfg, (h, w) = self.cfg, x.shape[3:]
-        dtype, p = self.x_embedder.proj.weight.dtype, cfg.patch
+        dtype, p = self.x_embedder.proj.weight.dtype, self.patch
         x = F.pad(x.to(dtype), (0, -w % p, 0, -h % p))
         rows, columns = x.shape[3] // p, x.shape[4] // p
         x = rearrange(self.x_embedder.proj(x), "b c f h w -> b f (h w) c")

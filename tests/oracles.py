@@ -1141,8 +1141,10 @@ def rectified_flow(case):
             def record(x, t, frame_mask=None, fn=fn, masks=masks):
                 masks.append(frame_mask)
                 return fn(x, t) if frame_mask is None else fn(x, t, frame_mask=frame_mask)
-            with mock.patch.object(diffusion, "randn_like", side_effect=given.get("step_noise")):
-                result[name] = diffusion.rflow(record, given["z"], steps, moved, given.get("mask"))
+            z = given["z"]
+            noise = given.get("step_noise", torch.zeros(steps, *z.shape))  # not given: no frame joins late
+            with mock.patch.object(diffusion, "randn_like", side_effect=noise):
+                result[name] = diffusion.rflow(record, z, steps, moved, given.get("mask"))
             seen[name] = masks
         elif call["fn"] == "record_x_mask":
             result[name] = torch.stack(seen[call["of"]]).byte()
