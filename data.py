@@ -178,6 +178,29 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FOLDER_FPS = 8.0  # a folder of pictures has no rate of its own
 MP4_CRF = "12"    # x264's default, 23, cost 8 dB on a real 256x256 clip
 
+# what Open-Sora calls the sizes of its clips: frames, pixels of a frame
+OPENSORA_FRAMES = {"2s": 51, "4s": 102, "8s": 204, "16s": 408}
+OPENSORA_PIXELS = {"144p": 144 * 256, "240p": 240 * 426, "360p": 360 * 640, "480p": 480 * 854,
+                   "720p": 720 * 1280}
+
+
+def opensora_size(length="2s", resolution="240p", aspect="9:16"):
+    """Open-Sora's names -> (frames, height, width), e.g. ("4s", "240p", "3:4") -> (102, 276, 368).
+
+    aspect is height:width. Tall sizes are the wide ones turned (its own table has 1108x834, not 1110x832, for
+    720p 4:3).
+    """
+    for name, known in ((length, OPENSORA_FRAMES), (resolution, OPENSORA_PIXELS)):
+        if name not in known:
+            raise UserError(f"clip size {name}: unknown; choose from {', '.join(known)}")
+    if not re.fullmatch(r"[1-9]\d*:[1-9]\d*", aspect):
+        raise UserError(f"aspect {aspect}: give height:width, such as 9:16")
+    h, w = map(int, aspect.split(":"))
+    ratio = min(h, w) / max(h, w)
+    short = 2 * round((OPENSORA_PIXELS[resolution] * ratio) ** 0.5 / 2)  # even
+    long = 2 * round(short / ratio / 2)
+    return OPENSORA_FRAMES[length], *((short, long) if h < w else (long, short))
+
 
 def resize_crop(video, size):
     """(3, h, w) or (3, f, h, w) float -> the same at size (h, w): scaled to cover it, then centre-cropped."""

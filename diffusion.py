@@ -4,6 +4,8 @@ x_t = sqrt(ab_t) x0 + sqrt(1 - ab_t) eps, with ab ("alpha bar") the cumulative p
 float64 and cast to x's dtype when it is looked up. The network predicts eps, x0 or
 v = sqrt(ab) eps - sqrt(1 - ab) x0 (Salimans & Ho, arXiv 2202.00512).
 
+Rectified flow (Open-Sora) has a line of its own, x_t = (1 - t/1000) x0 + t/1000 eps, and v = x0 - eps.
+
 Samplers take net_fn(x, t (b,)) -> prediction like x, usually made by guided(), and one torch.Generator a
 sample for what they draw: a clip does not depend on its batch.
 """
@@ -172,26 +174,28 @@ def boundary_scalings(t, sigma_data=0.5, timestep_scaling=10.0):
 # ---- guidance
 
 def guided(net, text, null, cfg=None, rescale=0.0, sequential=False, null_cond=None, **cond):
-    """-> fn(x, t) = u + cfg (c - u): classifier-free guidance (arXiv 2207.12598, in the form with 1 for off).
+    """-> fn(x, t, **now) = u + cfg (c - u): classifier-free guidance (arXiv 2207.12598; here 1 is off).
 
     c and u are the network's answers for `text` and `null` (b,n,d). cfg None or 1: c alone. Tensors in `cond`
-    (b, ...) (fps, ...) go to both branches; null_cond {name: tensor} replaces some of them in u.
+    (b, ...) (fps, ...) go to both branches, as do those of a single call, `now` (rflow's frame_mask);
+    null_cond {name: tensor} replaces some of `cond` in u.
     Both in one batched call, or with `sequential` in two, which halves the activations.
     rescale: share of the result brought back to c's standard deviation, against the over-exposure of large
     cfg (arXiv 2305.08891, section 3.4; SR600: 0.3).
     """
     if cfg is None or cfg == 1:
-        return lambda x, t: net(x, t, text, **cond)
+        return lambda x, t, **now: net(x, t, text, **cond, **now)
     null_cond = cond | (null_cond or {})
     if not sequential:
         both_text = torch.cat([text, null])
         both_cond = {k: torch.cat([cond[k], v]) for k, v in null_cond.items()}
 
-    def fn(x, t):
+    def fn(x, t, **now):
         if sequential:
-            c, u = net(x, t, text, **cond), net(x, t, null, **null_cond)
+            c, u = net(x, t, text, **cond, **now), net(x, t, null, **null_cond, **now)
         else:
-            c, u = net(torch.cat([x, x]), torch.cat([t, t]), both_text, **both_cond).chunk(2)
+            both_now = {k: torch.cat([v, v]) for k, v in now.items()}
+            c, u = net(torch.cat([x, x]), torch.cat([t, t]), both_text, **both_cond, **both_now).chunk(2)
         out = u + cfg * (c - u)
         if rescale:
             dims = tuple(range(1, out.ndim))
@@ -343,6 +347,77 @@ def dpmpp_2m_sde(net_fn, x_T, schedule, steps, generators=None, levels=None, pro
             d = x0 if last is None else x0 + h / (2 * h_last) * (x0 - last)
             x = q * x + (1 - q) * d + r[i + 1] * (1 - q) ** 0.5 * randn_like(x, generators)
             last, h_last = x0, h
+    return x
+
+
+# ---- rectified flow (Liu et al., arXiv 2209.03003), as Open-Sora 1.2 has it; real t, 0 clean to 1000 noise
+
+def flow_transform(t, frames, height, width):
+    """Move t towards the noise for clips of more pixels and frames: t' = r t / (1 + (r - 1) t), t in 0..1.
+
+    A large clip is redundant and the same noise hides it less well (arXiv 2403.03206, section 5.3.2). r is 1
+    for an image of 512x512, and grows with the root of its pixels and of its latent frames. t: tensor, in
+    sampling and in training; the size is in pixels.
+    """
+    latent_frames = 1 if frames == 1 else max(frames // 17 * 5, 1)
+    r = (height * width / 512 ** 2 * latent_frames) ** 0.5
+    return 1000 * r * t / (1000 + (r - 1) * t)
+
+
+def flow_timesteps(steps, size=None):
+    """Descending list of real steps, 1000 first, evenly spaced or with flow_transform for size (f, h, w)."""
+    t = 1000 * (1 - torch.arange(steps, dtype=torch.float64) / steps)
+    t = t if size is None else flow_transform(t, *size)
+    return t.float().tolist()  # in float32 the first is 1000 exactly, which frame masks rely on
+
+
+def flow_add_noise(x0, noise, t):
+    """x0 (b,...), noise like x0, t (b,) or number -> x_t = (1 - t/1000) x0 + t/1000 noise."""
+    t = torch.as_tensor(t, dtype=x0.dtype, device=x0.device).reshape(-1, *[1] * (x0.ndim - 1)) / 1000
+    return (1 - t) * x0 + t * noise
+
+
+def flow_loss(net_fn, x0, noise, t, frame_mask=None):
+    """Mean over all elements of |v - (x0 - noise)|^2, one value a sample (b,), in fp32; t (b,).
+
+    net_fn(x_t, t) -> v, which may have more channels than x0 (Open-Sora's second half is unused).
+    frame_mask (b,f), True or 1: frames to learn; the others are conditions, given clean and not counted, and
+    net_fn gets it as `frame_mask`.
+    """
+    x_t, now = flow_add_noise(x0, noise, t), {}
+    if frame_mask is not None:
+        frame_mask = frame_mask.bool()
+        x_t = torch.where(frame_mask[:, None, :, None, None], x_t, x0)
+        now["frame_mask"] = frame_mask
+    v = net_fn(x_t, t, **now)[:, :x0.shape[1]].float()
+    error = (v - (x0 - noise).float()).square().mean((1, 3, 4))  # b f
+    if frame_mask is None:
+        return error.mean(1)
+    return (error * frame_mask).sum(1) / frame_mask.sum(1)
+
+
+def rflow(net_fn, x_T, steps, size=None, frame_mask=None, generators=None, grad_last=0, progress=None):
+    """Sample by Euler steps: noise x_T (b,c,f,h,w) -> latents, along x' = x + v (t - t_next) / 1000.
+
+    size: (frames, height, width) in pixels, for flow_transform. grad_last: as in ddim().
+    frame_mask (b,f) in 0..1: 1 makes a frame from noise; the others start as latents that are in x_T. 0 keeps
+    them, m between keeps them down to t = 1000 m, noises them to there and lets them join (edits). net_fn
+    gets `frame_mask` (b,f), True for the frames that take part. generators: for that noise.
+    """
+    times = flow_timesteps(steps, size)
+    updates = list(zip(times, times[1:] + [0.0]))
+    x, active = x_T, None if frame_mask is None else frame_mask == 1
+    for i, (t, t_next) in enumerate(progress(updates) if progress else updates):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and i >= len(updates) - grad_last):
+            now = {}
+            if frame_mask is not None:
+                joined, active = active, 1000 * frame_mask >= t
+                noised = flow_add_noise(x, randn_like(x, generators), t)  # drawn at each step, as published
+                x = torch.where((active & ~joined)[:, None, :, None, None], noised, x)
+                now["frame_mask"] = active
+            v = net_fn(x, torch.full((len(x),), t, device=x.device), **now)[:, :x.shape[1]].float()
+            moved = x + v * (t - t_next) / 1000
+            x = moved if active is None else torch.where(active[:, None, :, None, None], moved, x)
     return x
 
 

@@ -1,4 +1,4 @@
-"""Networks: UNet3D, the 3-D UNet of the VGen family, LoRA and parallelize().
+"""Networks: UNet3D (the 3-D UNet of the VGen family), STDiT3 (Open-Sora 1.2), LoRA and parallelize().
 
 UNet3D is one network with options: ModelScope T2V (arXiv 2308.06571), VideoCrafter1 and 2 (2310.19512,
 2401.09047), T2V-Turbo (2405.18750, 2410.05677), I2VGen-XL (2311.04145), its SR600, DEMO (2410.05097),
@@ -6,7 +6,8 @@ DreamVideo (2312.04433), HiGen (2312.04483), TF-T2V / VideoComposer (2312.15770,
 (2312.09109). The options stand in a frozen dataclass whose defaults are the public ModelScope T2V checkpoint;
 an option that is off adds no keys and costs nothing. Parameter names are the public checkpoints',
 misspellings included (`temopral_conv`); what VideoCrafter and diffusers name otherwise is mapped at load.
-Videos and latents are `b c f h w`; inside the UNet images travel as `(b f) c h w`, sample-major.
+Videos and latents are `b c f h w`; inside the UNet images travel as `(b f) c h w`, sample-major; inside
+STDiT3 tokens as `b f s d`, s the h w patches of a frame.
 """
 import math
 import re
@@ -771,6 +772,235 @@ def damp_skip(x, skip, up, down):
     """FreeU (arXiv 2309.11497), always on in SR600: half of x up, low frequencies of the skip down."""
     half = x.shape[1] // 2
     return torch.cat([x[:, :half] * up, x[:, half:]], dim=1), fourier_filter(skip, 1, down)
+
+
+# ---- STDiT3: Open-Sora 1.2's transformer over space and time (github.com/hpcaitech/Open-Sora)
+
+@dataclass(frozen=True)
+class STDiT3Config:
+    """Defaults: STDiT3-XL/2 (hpcai-tech/OpenSora-STDiT-v3), 1,209 M parameters."""
+    in_dim: int = 4
+    dim: int = 1152
+    depth: int = 28           # pairs of a spatial and a temporal block
+    num_heads: int = 16
+    context_dim: int = 4096   # of the T5 tokens
+    text_length: int = 300    # tokens of the null caption
+
+
+def modulate(x, shift, scale):
+    """LayerNorm without weights, then x (1 + scale) + shift (adaLN, arXiv 2212.09748); all (b,f,s,d)."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+def rope_frequencies(dim, device=None):
+    """Angles a step of the rotary embedding of `dim` numbers, (dim / 2,) float32."""
+    return 10000 ** -(torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
+
+
+def rotate(x):
+    """Rotary positions 0..l-1 on x (n,l,heads,d): pairs (2i, 2i+1) turn (arXiv 2104.09864, eq. 15)."""
+    # the frequencies are made here, not read from the file's `rope.freqs`, which a cast to bf16 would ruin
+    steps = torch.arange(x.shape[1], device=x.device, dtype=torch.float32)
+    angle = torch.outer(steps, rope_frequencies(x.shape[-1], x.device))[:, None]  # l 1 d/2
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()
+    return torch.stack(turned, dim=-1).flatten(-2).to(x.dtype)
+
+
+class MLP(nn.Module):
+    def __init__(self, cin, inner, cout):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(cin, inner), nn.Linear(inner, cout)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class RMSNorm(nn.RMSNorm):
+    """In float32, whatever the weights and x are."""
+
+    def forward(self, x):
+        y = F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps)
+        return y.to(x.dtype)
+
+
+class STDiT3SelfAttention(nn.Module):
+    """q and k normalised head by head; over time they also carry rotary positions."""
+
+    def __init__(self, dim, heads, temporal):
+        super().__init__()
+        self.heads, self.temporal = heads, temporal
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.q_norm, self.k_norm = (RMSNorm(dim // heads, eps=1e-6) for _ in range(2))
+
+    def forward(self, x):
+        """x (n,l,d) -> (n,l,d)."""
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        q, k = (y.unflatten(-1, (self.heads, -1)) for y in (q, k))  # n l a d
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.temporal:
+            q, k = rotate(q), rotate(k)
+        return self.proj(attend(q.flatten(2), k.flatten(2), v, self.heads))
+
+
+class STDiT3CrossAttention(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.q_linear, self.kv_linear = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x, text, mask):
+        """x (n,l,d), text (n,m,d), mask (n,m) or None -> (n,l,d)."""
+        k, v = self.kv_linear(text).chunk(2, dim=-1)
+        return self.proj(attend(self.q_linear(x), k, v, self.heads, mask))
+
+
+class STDiT3Block(nn.Module):
+    """Self-attention within a frame, or over the frames at a place; cross-attention to the text; MLP."""
+
+    def __init__(self, dim, heads, temporal):
+        super().__init__()
+        self.temporal = temporal
+        self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim ** 0.5)
+        self.attn = STDiT3SelfAttention(dim, heads, temporal)
+        self.cross_attn = STDiT3CrossAttention(dim, heads)
+        self.mlp = MLP(dim, 4 * dim, dim)
+
+    def forward(self, x, text, text_mask, emb):
+        """x (b,f,s,d), text (b,n,d), text_mask (b,n) or None, emb (b,1 or f,6,d): embedding of the step."""
+        _, f, s, _ = x.shape
+        table = (self.scale_shift_table + emb).unsqueeze(3)  # b f 6 1 d
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = table.unbind(2)
+        h = modulate(x, shift_a, scale_a)
+        if self.temporal:
+            h = rearrange(self.attn(rearrange(h, "b f s d -> (b s) f d")), "(b s) f d -> b f s d", s=s)
+        else:
+            h = rearrange(self.attn(rearrange(h, "b f s d -> (b f) s d")), "(b f) s d -> b f s d", f=f)
+        x = x + gate_a * h
+        # no norm and no gate here, as published; one sequence of queries a video, text keys computed once
+        x = x + self.cross_attn(x.flatten(1, 2), text, text_mask).unflatten(1, (f, s))
+        return x + gate_m * self.mlp(modulate(x, shift_m, scale_m))
+
+
+class STDiT3FinalLayer(nn.Module):
+    def __init__(self, dim, cout):
+        super().__init__()
+        self.scale_shift_table = nn.Parameter(torch.randn(2, dim) / dim ** 0.5)
+        self.linear = nn.Linear(dim, cout)
+
+    def forward(self, x, emb, clean, frame_mask):
+        """x (b,f,s,d); emb, clean (b,1,d): embeddings of the step and of step 0 -> (b,f,s,cout)."""
+        def head(x, emb):
+            table = (self.scale_shift_table + emb.unsqueeze(2)).unsqueeze(3)  # b 1 2 1 d
+            return modulate(x, *table.unbind(2))
+        u = head(x, emb)
+        if frame_mask is not None:
+            # as published: the clean frames are modulated once more, not instead; the weights learned it so
+            u = torch.where(frame_mask[:, :, None, None], u, head(u, clean))
+        return self.linear(u)
+
+
+class STDiT3(nn.Module):
+    """Open-Sora 1.2: pairs of a spatial and a temporal block, flow prediction, any size and length."""
+    patch = 2  # latent pixels a side of a token
+
+    def __init__(self, cfg=STDiT3Config()):
+        super().__init__()
+        self.cfg = cfg
+        self.grad_ckpt = False  # recompute each block in the backward pass
+        dim, patch = cfg.dim, (1, self.patch, self.patch)
+
+        def embedder():
+            holder = nn.Module()
+            holder.mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
+            return holder
+        self.rope = nn.Module()  # a key of the public file; see rotate()
+        self.rope.register_buffer("freqs", rope_frequencies(dim // cfg.num_heads))
+        self.x_embedder = nn.Module()
+        self.x_embedder.proj = nn.Conv3d(cfg.in_dim, dim, patch, stride=patch)
+        self.t_embedder, self.fps_embedder = embedder(), embedder()
+        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.y_embedder = nn.Module()
+        null = torch.randn(cfg.text_length, cfg.context_dim) / cfg.context_dim ** 0.5
+        self.y_embedder.register_buffer("y_embedding", null)  # frozen, as published
+        self.y_embedder.y_proj = MLP(cfg.context_dim, dim, dim)
+        self.spatial_blocks = nn.ModuleList(STDiT3Block(dim, cfg.num_heads, False) for _ in range(cfg.depth))
+        self.temporal_blocks = nn.ModuleList(STDiT3Block(dim, cfg.num_heads, True) for _ in range(cfg.depth))
+        self.final_layer = STDiT3FinalLayer(dim, self.patch ** 2 * 2 * cfg.in_dim)
+        self.init_weights()
+
+    def init_weights(self):
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.fps_embedder.mlp[0].weight, std=0.02)
+        zero_init(self.fps_embedder.mlp[2])
+        for block in self.temporal_blocks:  # the network starts as an image model
+            for layer in (block.attn.proj, block.cross_attn.proj, block.mlp.fc2):
+                zero_init(layer)
+
+    def blocks(self):
+        """The modules to shard and to recompute one by one."""
+        return [*self.spatial_blocks, *self.temporal_blocks]
+
+    def null_text(self, b):
+        """What guidance puts in the text's place (b,n,d): a learned caption, its mask the prompt's."""
+        return self.y_embedder.y_embedding.expand(b, -1, -1)
+
+    def positions(self, rows, columns, pixels):
+        """-> (rows columns, d) float32: sines and cosines of each token's column, then of its row.
+
+        pixels: height width of the clip, a tensor. Positions are those of a square of as many tokens, drawn
+        together as the clip is larger than 512x512 pixels: (index / scale) (side / number).
+        """
+        side = round((rows * columns) ** 0.5)
+        scale = pixels.float().sqrt() / 512
+
+        def wave(n):
+            p = torch.arange(n, device=pixels.device, dtype=torch.float32) / scale * (side / n)
+            return sinusoidal(p, self.cfg.dim // 2).roll(self.cfg.dim // 4, -1)  # sines first
+        column, row = wave(columns)[None].expand(rows, -1, -1), wave(rows)[:, None].expand(-1, columns, -1)
+        return torch.cat([column, row], dim=-1).flatten(0, 1)
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor, *, fps, height, width, text_mask=None,
+                frame_mask=None) -> Tensor:
+        """x (b,c,f,h,w) latents, t (b,) real in 0..1000, text (b,n,d) -> (b,2c,f,h,w).
+
+        The first c channels are the velocity x0 - noise; the others, as published, serve nothing.
+        fps, height, width (b,): of the clip, in pixels; height and width of the first sample count for all.
+        text_mask (b,n), 1 for tokens that are seen; None: all. frame_mask (b,f), True or 1 for noisy frames,
+        False for clean ones (conditions), which the network takes to be at t = 0; None: all noisy.
+        """
+        cfg, (h, w) = self.cfg, x.shape[3:]
+        dtype, p = self.x_embedder.proj.weight.dtype, self.patch
+        x = F.pad(x.to(dtype), (0, -w % p, 0, -h % p))
+        rows, columns = x.shape[3] // p, x.shape[4] // p
+        x = rearrange(self.x_embedder.proj(x), "b c f h w -> b f (h w) c")
+        x = x + self.positions(rows, columns, height[0] * width[0]).to(x.dtype)
+
+        def embed(t):
+            e = self.t_embedder.mlp(sinusoidal(t, 256).to(dtype))
+            return (e + self.fps_embedder.mlp(sinusoidal(fps, 256).to(dtype)))[:, None]  # b 1 d
+        emb = per_frame = embed(t)
+        clean = None
+        if frame_mask is not None:
+            frame_mask, clean = frame_mask.bool(), embed(torch.zeros_like(t))
+            per_frame = torch.where(frame_mask[:, :, None], emb, clean)  # b f d
+        six = self.t_block(per_frame).unflatten(-1, (6, cfg.dim))
+        text = self.y_embedder.y_proj(text.to(dtype))
+        text_mask = None if text_mask is None else text_mask.bool()
+
+        for pair in zip(self.spatial_blocks, self.temporal_blocks):
+            for block in pair:
+                if self.grad_ckpt and torch.is_grad_enabled():
+                    x = checkpoint(block, x, text, text_mask, six, use_reentrant=False)  # as in UNet3D
+                else:
+                    x = block(x, text, text_mask, six)
+        x = self.final_layer(x, emb, clean, frame_mask)
+        x = rearrange(x, "b f (h w) (p q c) -> b c f (h p) (w q)", h=rows, p=p, q=p)
+        return x[..., :h, :w]
 
 
 # ---- other names of the same weights

@@ -79,8 +79,10 @@ class Case:
         return torch.tanh(x) if "post" in rule else x
 
     def expected(self, name):
-        spec = self.outputs[name]
-        return spec["value"] if "value" in spec else self.tensor(name)
+        if "value" in self.outputs[name]:
+            return self.outputs[name]["value"]
+        with safe_open(self.path.with_suffix(".safetensors"), "pt") as f:
+            return f.get_tensor(name) if name in f.keys() else vars(self)[name]
 
 
 def normal(key, shape):
@@ -1021,8 +1023,141 @@ def sr600_pipeline(case):
     return result
 
 
+# ---- Open-Sora 1.2
+
+def fixed(config, **values):
+    """Refuse a config that differs from what our network always has."""
+    if other := {k: config.get(k) for k, v in values.items() if config.get(k, v) != v}:
+        raise Unsupported(f"config {other}")
+
+
+def stdit3_forward(case):
+    config, result = case.config, {}
+    fixed(config, patch_size=[1, 2, 2], input_sq_size=512, mlp_ratio=4.0, qk_norm=True, pred_sigma=True)
+    net = fill(models.STDiT3(models.STDiT3Config(
+        in_dim=config["in_channels"], dim=config["hidden_size"], depth=config["depth"],
+        num_heads=config["num_heads"], context_dim=config["caption_channels"],
+        text_length=config["model_max_length"])), case.params, case.left_as_built)
+    named = {"timestep": "t", "y": "text", "mask": "text_mask", "x_mask": "frame_mask"}
+    for name, call in case.call.items():
+        given = {named.get(k, k): case.input(v) for k, v in call.items()}
+        b = len(given["x"])
+        given["text"] = given["text"].squeeze(1)
+        for k in {"text_mask", "fps", "height", "width"} & set(given):
+            # half the rows: both branches of guidance; guided() repeats them for us
+            given[k] = given[k].repeat(b // len(given[k]), *[1] * (given[k].ndim - 1))
+        seen = {}
+        watched = {"x_patch": net.x_embedder.proj, "t_mlp": net.t_block,
+                   "spatial0": net.spatial_blocks[0], "temporal0": net.temporal_blocks[0]}
+        handles = [module.register_forward_hook(lambda m, args, out, k=k: seen.update({k: out}))
+                   for k, module in watched.items()]
+        with torch.no_grad():
+            result[name] = net(**given)
+        for handle in handles:
+            handle.remove()
+        if name == "out":  # debug outputs, tokens as b (f s) d there
+            rows, columns = seen["x_patch"].shape[3:]
+            result["pos_emb"] = net.positions(rows, columns, given["height"][0] * given["width"][0])[None]
+            result["x_patch"], result["t_mlp"] = seen["x_patch"].flatten(2).mT, seen["t_mlp"].squeeze(1)
+            result |= {k: seen[k].flatten(1, 2) for k in ("spatial0", "temporal0")}
+    return result
+
+
+@torch.no_grad()
+def opensora_vae(case):
+    config, spatial, temporal = case.config, case.config["spatial"], case.config["temporal"]
+    fixed(spatial, in_channels=3, out_channels=3, norm_num_groups=32, act_fn="silu")
+    fixed(temporal, num_groups=32, activation_fn="swish")
+    ch, z = spatial["block_out_channels"], spatial["latent_channels"]
+    fixed(temporal, in_out_channels=z, latent_embed_dim=z, embed_dim=z)
+    net = vae.OpenSoraVAE(vae.OpenSoraVAEConfig(
+        vae.VAEConfig(ch=ch[0], ch_mult=tuple(c // ch[0] for c in ch), z_channels=z,
+                      num_res_blocks=spatial["layers_per_block"]),
+        ch=temporal["filters"], ch_mult=tuple(temporal["channel_multipliers"]),
+        num_res_blocks=temporal["num_res_blocks"], time_down=tuple(temporal["temporal_downsample"]),
+        chunk_frames=config["micro_frame_size"], shift=tuple(config["shift"]), scale=tuple(config["scale"])))
+    state = {key: getattr(net, key) if key in ("scale", "shift") else fill_tensor(key, shape)
+             for key, shape in case.params.items()}
+    net.load_state_dict(common.rename(state, net, lambda k: vae.opensora_vae_name(k, len(ch)), "case"))
+    result, net = {}, net.eval()
+    for name, call in case.call.items():
+        if call["fn"] == "encode":
+            if call["posterior"] != "mean":
+                raise Unsupported(f"posterior {call['posterior']}")
+            video = case.input(call["video"])
+            result[name] = net.encode(video, chunk=config["micro_batch_size"])
+            result["spatial_latent_mode"] = net.spatial_vae.encode(video)
+            first = result["spatial_latent_mode"][:, :, :config["micro_frame_size"]]
+            result["temporal_moments_chunk0"] = torch.cat(net.temporal_vae.moments(first), dim=1)
+        elif call["fn"] == "decode":
+            latents, frames = case.input(call["latent"]), call["num_frames"]
+            latents = latents[:, :, slice(*call.get("latent_slice", [None]))]
+            result[name] = net.decode(latents, chunk=config["micro_batch_size"], num_frames=frames)
+            if "latent_slice" not in call:
+                n, left = net.cfg.latent_frames(net.cfg.chunk_frames), min(frames, net.cfg.chunk_frames)
+                first = (latents * net.scale + net.shift)[:, :, :n]
+                result["temporal_decode_chunk0"] = net.temporal_vae.decode(first, left)
+        elif call["fn"] == "latent_frames":
+            result[name] = {k: net.cfg.latent_frames(int(k)) for k in vars(case)[name]}
+        else:
+            raise Unsupported(f"function {call['fn']}")
+    return result
+
+
+def flow_tanh(toy):
+    """The toy net(x, t, text, frame_mask) of rectified flow: twice the channels, [v, 2 v]."""
+    def net(x, t, text, frame_mask=None):
+        t = (t / toy["t_div"])[:, None, None, None, None]
+        if frame_mask is not None:
+            t = t * frame_mask[:, None, :, None, None]
+        words = text.flatten(1).mean(1)[:, None, None, None, None]
+        v = torch.tanh(toy["z_coef"] * x + toy["t_coef"] * t + toy["cond_coef"] * words)
+        return torch.cat([v, 2 * v], dim=1)
+    return net
+
+
+def rectified_flow(case):
+    config, result, seen = case.config, {}, {}
+    if case.toy["name"] != "flow_tanh":
+        raise Unsupported(f"toy network {case.toy['name']}")
+    fixed(config, num_timesteps=1000)
+    net, steps = flow_tanh(case.toy), config["num_sampling_steps"]
+    size = config["num_frames"], config["height"], config["width"]
+    for name, call in case.call.items():
+        given = {k: case.input(v) for k, v in call.items() if isinstance(v, str) and k != "fn"}
+        moved = size if call.get("use_timestep_transform") else None
+        if call["fn"] == "timesteps":
+            result[name] = torch.tensor(diffusion.flow_timesteps(steps, moved))
+        elif call["fn"] == "timestep_transform":
+            result[name] = diffusion.flow_transform(given["t"], *size)
+        elif call["fn"] == "add_noise":
+            result[name] = diffusion.flow_add_noise(given["x0"], given["noise"], given["t"])
+        elif call["fn"] == "training_loss":
+            fn = diffusion.guided(net, given["cond"], None)
+            result[name] = diffusion.flow_loss(fn, given["x0"], given["noise"], given["t"], given.get("mask"))
+        elif call["fn"] == "sample":
+            fn, masks = diffusion.guided(net, given["cond"], given["uncond"], config["cfg"]), []
+
+            def record(x, t, frame_mask=None, fn=fn, masks=masks):
+                masks.append(frame_mask)
+                return fn(x, t) if frame_mask is None else fn(x, t, frame_mask=frame_mask)
+            z = given["z"]
+            noise = given.get("step_noise", torch.zeros(steps, *z.shape))  # not given: no frame joins late
+            with mock.patch.object(diffusion, "randn_like", side_effect=noise):
+                result[name] = diffusion.rflow(record, z, steps, moved, given.get("mask"))
+            seen[name] = masks
+        elif call["fn"] == "record_x_mask":
+            result[name] = torch.stack(seen[call["of"]]).byte()
+        else:
+            raise Unsupported(f"function {call['fn']}")
+    return result
+
+
 # the same word may mean another computation in another system, so both choose the function
 KINDS = {
+    ("dit_forward", "stdit3"): stdit3_forward,
+    ("vae_encode_decode", "opensora_vae"): opensora_vae,
+    ("rectified_flow", "rflow"): rectified_flow,
     ("text_forward", "dreamvideo"): text_with_vectors,
     ("image_tower_forward", "dreamvideo"): image_tower,
     ("metric", "dreamvideo"): subject_metrics,

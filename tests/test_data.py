@@ -18,6 +18,7 @@ from data import (
     clip_image,
     contact_sheet,
     image_tensor,
+    opensora_size,
     read_image,
     read_image_prompts,
     read_prompts,
@@ -85,6 +86,23 @@ def test_resize_crop_is_centred_undistorted_and_antialiased():
     stripes = torch.arange(64).remainder(2).float().expand(3, 64, 64)
     assert (resize_crop(stripes, (16, 16)) - 0.5).abs().max() < 0.1     # without antialias: all 0 or all 1
     assert resize_crop(disc, (100, 200)) is disc
+
+
+@pytest.mark.parametrize("names, size", [
+    (("2s", "240p", "3:4"), (51, 276, 368)), (("4s", "240p", "9:16"), (102, 240, 426)),
+    (("8s", "240p", "1:1"), (204, 320, 320)), (("16s", "360p", "3:4"), (408, 416, 554)),
+    (("2s", "480p", "9:16"), (51, 480, 854)), (("2s", "480p", "3:4"), (51, 554, 738)),
+    (("2s", "720p", "3:4"), (51, 832, 1110)), (("2s", "144p", "9:16"), (51, 144, 256)),
+    (("2s", "240p", "4:3"), (51, 368, 276)), (("2s", "720p", "16:9"), (51, 1280, 720))])
+def test_open_soras_names_of_sizes(names, size):
+    """The published ones."""
+    assert opensora_size(*names) == size
+
+
+def test_unknown_names_of_sizes():
+    fails(["3s", "2s, 4s"], opensora_size, "3s")
+    fails(["240", "144p, 240p"], opensora_size, "2s", "240")
+    fails(["wide", "9:16"], opensora_size, "2s", "240p", "wide")
 
 
 def test_read_image(tmp_path):

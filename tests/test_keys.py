@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from bases import text_state, unet_state, vae_state
-from common import load_pickle
+from common import load_pickle, rename
 from data import clip_image_squeezed, clip_normalize
-from models import UNet3D, UNetConfig, unet_diffusers_name
+from models import STDiT3, UNet3D, UNetConfig, unet_diffusers_name
 from text_encoders import (DINO, CLIPConfig, OpenCLIP, OpenCLIPText, OpenCLIPVision, Resampler,
                            clip_text_only, dino_name, save_learned, text_from_hf, tokenize)
-from vae import AutoencoderKL, VAEConfig, vae_diffusers_name
+from vae import AutoencoderKL, OpenSoraVAE, VAEConfig, opensora_vae_name, vae_diffusers_name
 
 DATA = Path(__file__).parent / "oracle_data"
 
@@ -23,6 +23,7 @@ FULL_SIZE = {
     "modelscope_unet/modelscope_t2v": lambda: UNet3D(UNetConfig()),
     "sd_vae/sd21_vae": lambda: AutoencoderKL(VAEConfig()),
     "clip_embedders/vit_h_14": lambda: OpenCLIP(CLIPConfig()),
+    "stdit3/STDiT3-XL-2": lambda: STDiT3(),
 }
 MAPS = {"modelscope_unet": ("modelscope_unet/modelscope_t2v", unet_diffusers_name),
         "sd_vae": ("sd_vae/sd21_vae", vae_diffusers_name)}
@@ -58,6 +59,17 @@ def test_manifest(name):
 def test_text_tower_of_clip():
     keys = clip_text_only(read("clip_embedders/vit_h_14.manifest")["keys"])
     assert shapes(on_meta(OpenCLIPText)) == keys and not any(key.startswith("visual") for key in keys)
+
+
+def test_open_soras_autoencoder():
+    """The file's keys and shapes exactly; its attention has Linears where ours has 1x1 convolutions."""
+    keys, net = read("opensora_vae/OpenSora-VAE-v1.2.manifest")["keys"], on_meta(OpenSoraVAE)
+    state = {key: torch.empty(shape, device="meta") for key, shape in keys.items()}
+    ours = rename(state, net, opensora_vae_name, "manifest")  # none missing, none left over
+    assert {key: list(value.shape) for key, value in ours.items()} == shapes(net)
+    linear = {opensora_vae_name(key) for key, shape in shapes(net).items()
+              if shape != keys[opensora_vae_name(key)]}
+    assert len(linear) == 8 and all(".attentions.0.to_" in key for key in linear)
 
 
 def test_dino():
