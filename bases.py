@@ -325,13 +325,15 @@ def load_base(name, weights=None, device="cpu", dtype=torch.float32, scratch=Fal
     for part, module in parts.items():
         if scratch and (part == "net" or (part == "text" and tiny)):
             continue
+        where = f"{name} {part}"
         if row.files:
             file = files[part]
+            where += f", {file}"
             opened = opened if file in opened else {file: load_weights(file)}
-            state = CONVERT[part](opened[file], module, str(file))
+            state = CONVERT[part](opened[file], module, where)
         else:
             state = tiny_state(name, part)
-        load_strict(module, state, f"{name} {part}")
+        load_strict(module, state, where)
     opened.clear()
     if "lora" in files:
         merge_turbo_lora(parts["net"], files["lora"])

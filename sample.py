@@ -372,7 +372,7 @@ def read_jobs(args, row):
         index, known = clips[0].parent / "index.jsonl", {}
         if index.is_file():  # a folder that sample.py wrote: its own prompts
             rows = [json.loads(line) for line in index.read_text().splitlines()]
-            known = {row["file"]: row["prompt"] for row in rows}
+            known = {row.get("file"): row.get("prompt", "") for row in rows}
         return [args.prompt or known.get(clip.name, "") for clip in clips], clips
     if row.net.image_to_video and not args.image:
         pairs = read_image_prompts(args.prompts)

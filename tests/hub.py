@@ -120,7 +120,7 @@ def content(parts, which, row):
     if part in ("text", "image"):
         return parts["clip"]
     if part == "vae":  # whole Stable Diffusion, of which only this is wanted
-        other = {"model.diffusion_model.out.2.bias": torch.zeros(1), "model_ema.decay": torch.ones(1)}
+        other = {"model.diffusion_model.input_blocks.0.0.bias": torch.zeros(1)}
         return {"state_dict": prefixed("first_stage_model.", parts["vae"]) | other, "global_step": 1}
     net = {k: v for k, v in parts["net"].items() if "_adapter." not in k}
     if row.net.motion_blocks:
