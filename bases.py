@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from common import (UserError, load_checkpoint, load_pickle, load_strict, load_weights, looks_like,
-                    net_and_text, rename, replace_part)
+from common import (UserError, load_checkpoint, load_strict, load_weights, looks_like, net_and_text, rename,
+                    replace_part)
 from data import TINY_FPS, TINY_FRAMES, TINY_SIZE, TINY_WORDS
 from diffusion import make_schedule
 from models import (UNet3D, UNetConfig, add_lora, instructvideo_lora_name, merge_lora, misfit,
@@ -30,7 +30,7 @@ class Row:
     """One base. sample: its published sampling; files: {layout: {part: url}}, a url is "hub:repo:file".
 
     Parts: "net", "vae", "text"; "image": CLIP image tower; "motion_text": a second text tower (DEMO);
-    "lora": merged into the network (T2V-Turbo); "identity", "motion": DreamVideo's adapters.
+    "lora": merged into the network (T2V-Turbo).
     """
     about: str
     net: UNetConfig
@@ -45,7 +45,7 @@ class Row:
 def sampling(**changes):
     """Sampling settings of a base; VGen's unless changed. suffix: text put after every prompt."""
     return dict(frames=16, height=256, width=256, fps=None, save_fps=8, sampler="ddim", sample_steps=50,
-                cfg=9.0, eta=0.0, spacing="leading", negative="", suffix="") | changes
+                cfg=9.0, eta=0.0, spacing="leading", origin=50, negative="", suffix="") | changes
 
 
 MODELSCOPE = "hf:ali-vilab/modelscope-damo-text-to-video-synthesis"
@@ -116,7 +116,7 @@ BASES = {
         {"original": VGEN | {"net": "ms:iic/dreamvideo-t2v:model_scope_v1-5_0632000.pth"}},
         methods=("t2v", "vader")),
     "dreamvideo": Row(
-        "v1.5 with adapters for a subject and a motion (arXiv 2312.04433), 32 frames",
+        "v1.5 with adapters for a subject and a motion (arXiv 2312.04433), 32 frames; --lora fills them",
         UNetConfig(**DREAMVIDEO), VAEConfig(), CLIPConfig(), EPS,
         sampling(frames=32, start_offset=0.1),
         {"original": VGEN | {"net": "ms:iic/dreamvideo-t2v:model_scope_v1-5_0632000.pth", "image": CLIP}},
@@ -288,12 +288,15 @@ def fill(args, name, run=None) -> dict:
 
     A size that does not fit is refused here, before anything is loaded.
     """
-    defaults = base_row(name).sample | {k: v for k, v in (run or {}).items() if v is not None}
+    row = base_row(name)
+    if getattr(args, "fps", None) is not None and not row.net.use_fps_condition:
+        raise UserError(f"--fps {args.fps}: base {name} takes no frame rate as a condition")
+    defaults = row.sample | {k: v for k, v in (run or {}).items() if v is not None}
     for k, v in defaults.items():
         if getattr(args, k, None) is None:
             setattr(args, k, v)
     latent_shape(name, args.frames, args.height, args.width)
-    return {k: getattr(args, k) for k in base_row(name).sample}
+    return {k: getattr(args, k) for k in row.sample}
 
 
 def load_base(name, weights=None, device="cpu", dtype=torch.float32, scratch=False) -> Base:
@@ -322,13 +325,15 @@ def load_base(name, weights=None, device="cpu", dtype=torch.float32, scratch=Fal
     for part, module in parts.items():
         if scratch and (part == "net" or (part == "text" and tiny)):
             continue
+        where = f"{name} {part}"
         if row.files:
             file = files[part]
+            where += f", {file}"
             opened = opened if file in opened else {file: load_weights(file)}
-            state = CONVERT[part](opened[file], module, str(file))
+            state = CONVERT[part](opened[file], module, where)
         else:
             state = tiny_state(name, part)
-        load_strict(module, state, f"{name} {part}")
+        load_strict(module, state, where)
     opened.clear()
     if "lora" in files:
         merge_turbo_lora(parts["net"], files["lora"])
@@ -342,7 +347,9 @@ def load_base(name, weights=None, device="cpu", dtype=torch.float32, scratch=Fal
 
 def public_files(name, row, weights):
     """-> {part: path}; what is missing is an error here, before long work. Empty for a base of assets/."""
-    if not row.files and weights is None:
+    if not row.files:
+        if weights is not None:
+            raise UserError(f"--weights {weights}: base {name} has its weights in assets/")
         return {}
     if weights is None:
         return {part: fetch(url, name) for part, url in next(iter(row.files.values())).items()}
@@ -350,7 +357,8 @@ def public_files(name, row, weights):
     if not root.exists():
         raise UserError(f"--weights {weights}: no such folder")
     if root.is_file():
-        raise UserError(f"--weights {weights}: give the folder that holds {', '.join(names_of(row))}")
+        expected = ", ".join(names_of(row, next(iter(row.files))))
+        raise UserError(f"--weights {weights}: give the folder that holds {expected}")
     found = {layout: {p: local_file(root, url) for p, url in files.items()}
              for layout, files in row.files.items()}
     layout = max(found, key=lambda k: sum(v is not None for v in found[k].values()))
@@ -361,28 +369,24 @@ def public_files(name, row, weights):
     return found[layout]
 
 
-def names_of(row, layout=None):
-    """Names of a base's public files, of one layout or of the first."""
-    if not row.files:
-        return ["its files"]
-    files = row.files[layout or next(iter(row.files))]
-    return list(dict.fromkeys(url.split(":", 2)[2] for url in files.values()))
+def names_of(row, layout):
+    """Names of a base's public files in one layout."""
+    return list(dict.fromkeys(url.split(":", 2)[2] for url in row.files[layout].values()))
 
 
 def local_file(root, url):
     """The file of "hub:repo:file" below `root`, or None.
 
-    Also found: the file in a folder named after its repository (two repositories may use the same name), .bin
-    for .safetensors, and the index of a file in shards.
+    Also found: the file in a folder named after its repository (two repositories may use the same name), and
+    in diffusers layout the index of a file in shards, and .bin for .safetensors.
     """
     _, repo, file = url.split(":", 2)
-    file = Path(file)
-    for folder in (root / repo.split("/")[-1], root):
-        for candidate in (file, Path(f"{file}.index.json"), file.with_suffix(".bin"),
-                          file.parent / "pytorch_model.bin"):
-            if (folder / candidate).is_file():
-                return folder / candidate
-    return None
+    names = [Path(file)]
+    if names[0].suffix == ".safetensors":
+        names += [Path(f"{file}.index.json"), names[0].with_suffix(".bin"),
+                  names[0].with_name("pytorch_model.bin")]
+    folders = (root / repo.split("/")[-1], root)
+    return next((f / name for f in folders for name in names if (f / name).is_file()), None)
 
 
 def fetch(url, name):
@@ -422,7 +426,8 @@ def unet_state(state, net, source):
     """Public UNet weights, named by VGen, VideoCrafter (bare or whole model) or diffusers -> UNet3D's."""
     state = below(state, "model.diffusion_model.")
     if any(k.startswith("init_attn.") for k in state):
-        if net.cfg.guidance_dim and "time_cond_proj.weight" not in state:
+        turbo = net.cfg.guidance_dim and not net.cfg.motion_guidance_dim
+        if turbo and "time_cond_proj.weight" not in state:
             # T2V-Turbo: the file is VideoCrafter2's and only the LoRA of this layer was published (its base
             # weight was a random draw); zero is the choice that repeats
             state = state | {"time_cond_proj.weight": torch.zeros(net.time_cond_proj.weight.shape)}
@@ -434,9 +439,9 @@ def unet_state(state, net, source):
             parts = [state.pop(f"{attention}{k}.weight") for k in "qkv"]
             state[f"{attention}qkv.weight"] = torch.cat(parts)
         return rename(state, net, lambda k: unet_diffusers_name(k, net.cfg.num_res_blocks), source)
-    if net.cfg.spatial_adapters or net.cfg.temporal_adapters:  # not in the base's file: they start here
-        fresh = {k: v for k, v in fresh_adapters(net).items() if k not in state}
-        return state | fresh
+    fresh = fresh_adapters(net)
+    if fresh and state.keys() | fresh.keys() == net.state_dict().keys():
+        return fresh | state  # the base's file has none: they start here
     return state
 
 
@@ -485,25 +490,30 @@ CONVERT = {"net": unet_state, "vae": vae_state, "text": text_state, "motion_text
 
 def merge_turbo_lora(net, path, scale=1.0):
     """T2V-Turbo's list without names, [B_0, A_0, B_1, A_1, ...], into the weights."""
-    tensors, layers = load_pickle(path), turbo_lora_layers(net)
+    tensors, layers = load_weights(path, lists=True), turbo_lora_layers(net)
     if not isinstance(tensors, list) or len(tensors) != 2 * len(layers):
-        length = f"a list of {len(tensors)}" if isinstance(tensors, list) else "no list"
-        raise UserError(f"{path}: {length}, but T2V-Turbo's LoRA of this network is one of {2 * len(layers)}")
-    modules, rank = dict(net.named_modules()), tensors[1].shape[0]
+        length = f"a list of {len(tensors)}" if isinstance(tensors, list) else looks_like(tensors)
+        raise UserError(f"{path}: {length}, but T2V-Turbo's LoRA of this network is a list of "
+                        f"{2 * len(layers)} tensors")
+    modules = dict(net.named_modules())
     for name, up, down in zip(layers, tensors[::2], tensors[1::2]):
         weight = modules[name].weight
-        if (up.shape[0], down.shape[1]) != weight.shape[:2]:
-            raise UserError(f"{path}: entry for {name} has another shape than the network ({rank=})")
+        if (up.shape[0], *down.shape[1:]) != weight.shape or up.shape[1] != down.shape[0]:
+            raise UserError(f"{path}: the entry for {name} has another shape than the network's")
         delta = (up.float().flatten(1) @ down.float().flatten(1)).view_as(weight)
         weight.data += scale * delta.to(weight.dtype)
 
 
 def merge_public_lora(net, path, scale=1.0):
-    """A public LoRA file into the weights: T2V-Turbo's list, InstructVideo's (base and LoRA together)."""
-    state = load_pickle(path) if path.suffix != ".safetensors" else load_weights(path)
+    """A public LoRA file into the weights: T2V-Turbo's list, InstructVideo's (base and LoRA together).
+
+    Or a file of DreamVideo's adapters, which fills those of the network.
+    """
+    state = load_weights(path, lists=True)
     if isinstance(state, list):
         return merge_turbo_lora(net, path, scale)
-    state = load_weights(path)
+    if any("_adapter." in k for k in state):
+        return fill_adapters(net, state, path, scale)
     if not any("_lora.down_linear" in k for k in state):
         raise UserError(f"--lora {path}: no LoRA file that is known here: {looks_like(state)}")
     rank = next(v.shape[0] for k, v in state.items() if "down_linear" in k)
@@ -517,6 +527,18 @@ def merge_public_lora(net, path, scale=1.0):
         raise UserError(f"--lora {path}: {missing[0]} is missing")
     net.load_state_dict({ours[k]: v.float() for k, v in state.items() if k in ours}, strict=False)
     merge_lora(net)
+
+
+def fill_adapters(net, state, path, scale):
+    """One of DreamVideo's files, {key: tensor} of the subject's or the motion's adapters -> the network."""
+    if scale != 1:
+        raise UserError(f"--lora {path}:{scale:g}: DreamVideo's adapters have no scale; leave it out")
+    ours = {k: v.shape for k, v in net.state_dict().items()}
+    wrong = [k for k, v in state.items() if ours.get(k) != v.shape]
+    if wrong:
+        raise UserError(f"--lora {path}: {len(wrong)} tensors do not fit this network, first {wrong[0]}: "
+                        "DreamVideo's adapters go with --base dreamvideo")
+    net.load_state_dict(state, strict=False)
 
 
 # ---- the table
@@ -537,7 +559,10 @@ def main(argv=None):
         return
     if args.download:
         row = base_row(args.download)
-        for url in next(iter(row.files.values()), {}).values():
+        urls = dict.fromkeys(next(iter(row.files.values()), {}).values())  # one file may hold several parts
+        if not urls:
+            print(f"{args.download}: nothing to download, its weights are in assets/")
+        for url in urls:
             path = fetch(url, args.download)
             print(f"{os.path.getsize(path) / 1e9:6.2f} GB  {path}")
         return

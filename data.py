@@ -450,7 +450,10 @@ def read_map(path, frames, size, channels):
     """
     kind = Path(path).suffix.lower()
     if kind == ".npy":
-        value = torch.from_numpy(np.load(path)).float()
+        try:
+            value = torch.from_numpy(np.load(path)).float()
+        except (ValueError, TypeError, OSError) as e:
+            raise UserError(f"{path}: not a .npy file of numbers ({_reason(e)})") from None
         value = value[None] if value.dim() == 3 else value
     elif kind in IMAGES:
         value = read_image(path, size)[:, None] / 2 + 0.5

@@ -29,7 +29,8 @@ from bases import BASES, base_row, fill, latent_shape, load_base, merge_public_l
 from common import (Env, UserError, generator, load_checkpoint, memory_advice, net_and_text, setup,
                     write_atomic)
 from data import (center_crop_wide, clip_image, contact_sheet, image_tensor, list_videos, open_image,
-                  read_image_prompts, read_map, read_prompts, read_video, tiny_captions, write_video)
+                  read_image_prompts, read_map, read_prompts, read_video, tiny_captions, video_info,
+                  write_video)
 from diffusion import (appearance_matrix, ddim, ddim_invert, dpmpp_2m_sde, guided, lcm, make_schedule,
                        offset_noise, randn)
 from metrics import judge_captions
@@ -41,7 +42,7 @@ SAMPLERS = ("ddim", "lcm", "higen", "sr600")
 # ---- samplers that are more than one loop
 
 def higen(net, schedule, text, null, image_noise, video_noise, steps, cfg, eta=0.0, motion_factor=500,
-          appearance_factor=1.0, progress=None):
+          appearance_factor=1.0, sequential=False, progress=None):
     """HiGen's two passes of one network (arXiv 2312.04483): an image, then the clip around it.
 
     image_noise (b,c,1,h,w), video_noise (b,c,f,h,w) with f = 32 -> (image, video) latents.
@@ -50,7 +51,7 @@ def higen(net, schedule, text, null, image_noise, video_noise, steps, cfg, eta=0
     device = video_noise.device
 
     def run(noise, prior, motion, appearance):
-        fn = guided(net, text, null, cfg, image_prior=prior, motion_factor=motion,
+        fn = guided(net, text, null, cfg, sequential=sequential, image_prior=prior, motion_factor=motion,
                     appearance_factor=appearance)
         return ddim(fn, noise, schedule, steps, eta, progress=progress)
     prior = torch.zeros(b, c, h, w, device=device)
@@ -61,7 +62,7 @@ def higen(net, schedule, text, null, image_noise, video_noise, steps, cfg, eta=0
 
 
 def sr600(net, schedule, text, null, latents, steps, cfg, generators=None, levels=700, inversion_steps=30,
-          rescale=0.3, progress=None):
+          rescale=0.3, sequential=False, progress=None):
     """SR600: invert the enlarged clip's latents, then sample from there with other words (VGen).
 
     Inversion runs on the cosine schedule with the negative prompt; sampling (on `schedule`) starts with the
@@ -69,7 +70,7 @@ def sr600(net, schedule, text, null, latents, steps, cfg, generators=None, level
     """
     cosine = make_schedule("cosine", schedule.prediction)
     noise = ddim_invert(lambda x, t: net(x, t, null), latents, cosine, inversion_steps, levels)
-    fn = guided(net, text, null, cfg, rescale=rescale)
+    fn = guided(net, text, null, cfg, rescale, sequential)
     return dpmpp_2m_sde(fn, noise, schedule, steps, generators, levels, progress)
 
 
@@ -96,8 +97,7 @@ def generate(base, env: Env, prompts, seeds, args, batch=8, progress=False, cond
             text, null = base.encode_text(texts), base.encode_text(nulls)
             c = {k: v[part].to(env.device) for k, v in (cond or {}).items()}
             u = {k: v[part].to(env.device) for k, v in (null_cond or {}).items()}
-            if args.fps is not None:
-                c["fps"] = torch.full((n,), args.fps, device=env.device)
+            c |= frame_rate(args, n, env.device)
             if base.net.cfg.motion_blocks:
                 c["motion_text"] = base.encode_text(texts, motion=True)
                 u["motion_text"] = base.encode_text(nulls, motion=True)
@@ -105,7 +105,7 @@ def generate(base, env: Env, prompts, seeds, args, batch=8, progress=False, cond
             if args.sampler == "sr600":
                 latents = base.vae.encode(video[part].to(env.device), chunk=chunk)
                 latents = sr600(base.net, base.schedule, text, null, latents, args.sample_steps, args.cfg,
-                                generators, progress=bar)
+                                generators, sequential=sequential, progress=bar)
                 videos.append(base.vae.decode(latents, chunk=chunk).float().clamp(-1, 1).cpu())
                 continue
             if args.sampler == "higen":
@@ -118,7 +118,7 @@ def generate(base, env: Env, prompts, seeds, args, batch=8, progress=False, cond
             if args.sampler == "higen":
                 _, latents = higen(
                     base.net, base.schedule, text, null, image_noise, x_T, args.sample_steps, args.cfg,
-                    args.eta, args.motion_factor, args.appearance_factor, bar)
+                    args.eta, args.motion_factor, args.appearance_factor, sequential, bar)
             elif args.sampler == "lcm":
                 latents = lcm(distilled(base.net, text, c, args), x_T, base.schedule, args.sample_steps,
                               generators, args.origin, args.spacing, bar)
@@ -128,6 +128,11 @@ def generate(base, env: Env, prompts, seeds, args, batch=8, progress=False, cond
                                spacing=args.spacing, progress=bar)
             videos.append(base.vae.decode(latents, chunk=chunk).float().clamp(-1, 1).cpu())
     return torch.cat(videos)
+
+
+def frame_rate(args, n, device) -> dict:
+    """{"fps": (n,)} for a base that takes the frame rate as a condition, else {}."""
+    return {} if args.fps is None else {"fps": torch.full((n,), args.fps, device=device)}
 
 
 def distilled(net, text, cond, args):
@@ -164,7 +169,7 @@ FILE_FLAGS = ("image", "video", "mask", "depth", "sketch", "motion_vectors", "st
 
 
 def check_conditions(args, row):
-    """Refuse files that the base has no use for, and ask for those it needs, before anything is loaded."""
+    """Refuse what the base has no use for, and ask for what it needs, before anything is loaded."""
     takes = set()
     if row.net.image_to_video:
         takes |= {"image"}
@@ -181,19 +186,29 @@ def check_conditions(args, row):
             raise UserError(f"{option}: this base has no such condition; it takes {known}")
         if value and not Path(value).exists():
             raise UserError(f"{option} {value}: no such file")
+    for flag in ("motion_factor", "appearance_factor", "motion_cfg"):
+        if getattr(args, flag) is not None and flag not in row.sample:
+            raise UserError(f"--{flag.replace('_', '-')}: this base has no such condition")
+    own = row.sample["sampler"]
+    if args.sampler != own and {"higen", "sr600"} & {args.sampler, own}:
+        raise UserError(f"--sampler {args.sampler}: this base is sampled by {own}")
+    if args.judge and row.text is not None:
+        raise UserError("--judge: only clips of the tiny world can be judged; give --prompt or --prompts")
     if row.net.image_to_video and not args.image and not args.prompts:
         raise UserError("image to video: give --image FILE, or --prompts with lines image|||caption")
     if row.net.super_resolution and not args.video:
         raise UserError("super-resolution: give the clip, or a folder of clips, with --video")
     if bool(args.mask) != bool(args.video) and not row.net.super_resolution:
         raise UserError("--mask and --video belong together: the part of the video that is hidden")
+    if not (args.prompt or args.prompts or args.judge or row.net.super_resolution):
+        raise UserError("give one of --prompt TEXT, --prompts FILE, --judge N (tiny)")
     if row.net.text_resampler and args.frames != 32:
         raise UserError(f"--frames {args.frames}: HiGen makes clips of 32 frames")
 
 
 @torch.no_grad()
-def conditions(base, env, args, images):
-    """The files of a batch of clips -> (cond, null_cond) for generate(); images: a path a clip, or None."""
+def conditions(base, env, args, images, maps):
+    """For a batch of clips -> (cond, null_cond) of generate(); images: a path each, maps: of read_maps()."""
     cfg, n, size = base.net.cfg, len(images), (args.height, args.width)
     cond, null = {}, {}
 
@@ -215,7 +230,7 @@ def conditions(base, env, args, images):
         null["appearance"] = torch.zeros_like(cond["appearance"])
         for branch, strength in zip((cond, null), args.strength):
             branch["strength"] = torch.full((n,), strength)
-    for name, value in read_maps(args, size).items():
+    for name, value in maps.items():
         cond[name] = value.expand(n, -1, -1, -1, -1)
     return cond, null
 
@@ -247,9 +262,8 @@ def read_maps(args, size):
 
 def enlarge(path, args, dtype=torch.float32):
     """A clip for SR600 -> ((1,3,f,H,W) in [-1,1], its own frames): at most 32, 16 or fewer doubled."""
-    video, _ = read_video(path)
-    video = video[:, :32]
-    frames = video.shape[1]
+    frames = min(video_info(path)[0], 32)
+    video, _ = read_video(path, frames)
     if frames <= 16:  # as published: the network was trained on 32
         video = video.repeat_interleave(2, dim=1)
     size = (args.height, args.width)
@@ -335,30 +349,39 @@ def get_args(argv=None):
     args = p.parse_args(argv)
     if not args.base and not args.ckpt:
         raise UserError("give --base NAME or --ckpt FOLDER")
-    given = sum(bool(x) for x in (args.prompt, args.prompts, args.judge))
-    if given != 1 and not (args.video and not given):  # SR600 may do without words
-        raise UserError("give one of --prompt TEXT, --prompts FILE, --judge N")
+    if sum(bool(x) for x in (args.prompt, args.prompts, args.judge)) > 1:
+        raise UserError("give only one of --prompt TEXT, --prompts FILE, --judge N (tiny)")
     return args
 
 
 def read_jobs(args, row):
-    """-> prompts, and for each its first frame (I2VGen-XL) or its clip (SR600), else None."""
+    """-> prompts, and for each its first frame (I2VGen-XL), its clip (SR600), both readable, or None."""
     if args.judge:
         captions, rng = tiny_captions(), np.random.default_rng(args.seed)
         prompts = [captions[i] for i in rng.integers(len(captions), size=args.judge)]
         return prompts, [None] * len(prompts)
     if row.net.super_resolution:
         clips = list_videos(args.video)
-        index, known = Path(args.video) / "index.jsonl", {}
+        for clip in clips:
+            video_info(clip)
+        if args.prompts:
+            prompts = read_prompts(args.prompts)
+            if len(prompts) != len(clips):
+                raise UserError(f"{args.prompts}: {len(prompts)} prompts for {len(clips)} clips")
+            return prompts, clips
+        index, known = clips[0].parent / "index.jsonl", {}
         if index.is_file():  # a folder that sample.py wrote: its own prompts
             rows = [json.loads(line) for line in index.read_text().splitlines()]
-            known = {row["file"]: row["prompt"] for row in rows}
+            known = {row.get("file"): row.get("prompt", "") for row in rows}
         return [args.prompt or known.get(clip.name, "") for clip in clips], clips
-    if row.net.image_to_video and args.prompts and not args.image:
+    if row.net.image_to_video and not args.image:
         pairs = read_image_prompts(args.prompts)
-        return [caption for _, caption in pairs], [image for image, _ in pairs]
-    prompts = [args.prompt] if args.prompt else read_prompts(args.prompts)
-    return prompts, [args.image] * len(prompts)
+    else:
+        prompts = [args.prompt] if args.prompt else read_prompts(args.prompts)
+        pairs = [(args.image if row.net.image_to_video else None, prompt) for prompt in prompts]
+    for image in dict.fromkeys(image for image, _ in pairs if image):
+        open_image(image)
+    return [caption for _, caption in pairs], [image for image, _ in pairs]
 
 
 def main(argv=None):
@@ -370,8 +393,11 @@ def main(argv=None):
         raise UserError(f"--ckpt {args.ckpt}: was trained on base {meta['base']}, not {args.base}")
     row = base_row(meta["base"])
     settings = fill(args, meta["base"], meta["sample"])
+    if row.net.super_resolution:
+        del settings["frames"]  # each clip keeps its own
     check_conditions(args, row)
     prompts, files = read_jobs(args, row)
+    maps = read_maps(args, (args.height, args.width)) if row.net.maps else {}
     loras = [lora_file(text) for text in args.lora]
     env = setup(args)
     if args.ckpt:
@@ -401,7 +427,8 @@ def main(argv=None):
                 args.frames = options["video"].shape[2]
             else:
                 with env.autocast():
-                    options["cond"], options["null_cond"] = conditions(base, env, args, [p[1] for p in part])
+                    images = [image for _, image, _ in part]
+                    options["cond"], options["null_cond"] = conditions(base, env, args, images, maps)
             videos = generate(base, env, [p[0] for p in part], [p[2] for p in part], args, batch,
                               env.main and env.device.type == "cuda", **options)
             if frames is not None and frames < videos.shape[2]:
@@ -415,8 +442,10 @@ def main(argv=None):
         dist.barrier()
     if env.main:
         adapters = ([args.ckpt] if args.ckpt else []) + args.lora
+        given = {flag: getattr(args, flag) for flag in FILE_FLAGS if getattr(args, flag)}
+        own = "image" if row.net.image_to_video else "video"
         rows = [dict(file=f"{j:04d}.mp4", prompt=prompt, seed=seed, base=base.name, adapters=adapters,
-                     **({"input": str(file)} if file else {}), **settings)
+                     **(given | ({own: str(file)} if file else {})), **settings)
                 for j, (prompt, file, seed) in enumerate(jobs)]
         write_atomic(out / "index.jsonl", lambda p: p.write_text("".join(json.dumps(r) + "\n" for r in rows)))
         shown = rows[:32]

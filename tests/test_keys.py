@@ -2,30 +2,51 @@
 import dataclasses
 import gzip
 import json
+from functools import cache
 from pathlib import Path
 
+import hub
 import oracles
 import pytest
 import torch
 
-from bases import text_state, unet_state, vae_state
-from common import load_pickle, rename
+from bases import BASES, text_state, unet_state, vae_state
+from common import load_pickle, looks_like, rename
 from data import clip_image_squeezed, clip_normalize
-from models import STDiT3, UNet3D, UNetConfig, unet_diffusers_name
+from models import (STDiT3, STDiT3Config, UNet3D, UNetConfig, add_lora, instructvideo_lora_name,
+                    turbo_lora_layers, unet_diffusers_name, videocrafter_name)
 from text_encoders import (DINO, CLIPConfig, OpenCLIP, OpenCLIPText, OpenCLIPVision, Resampler,
-                           clip_text_only, dino_name, save_learned, text_from_hf, tokenize)
+                           clip_text_only, dino_name, save_learned, text_from_hf, tokenize, vision_from_hf)
 from vae import AutoencoderKL, OpenSoraVAE, VAEConfig, opensora_vae_name, vae_diffusers_name
 
 DATA = Path(__file__).parent / "oracle_data"
 
-# public file -> our network at its full size
-FULL_SIZE = {
-    "modelscope_unet/modelscope_t2v": lambda: UNet3D(UNetConfig()),
-    "sd_vae/sd21_vae": lambda: AutoencoderKL(VAEConfig()),
-    "clip_embedders/vit_h_14": lambda: OpenCLIP(CLIPConfig()),
-    "stdit3/STDiT3-XL-2": lambda: STDiT3(),
+# public file of a network -> its base, and what its keys look like
+UNETS = {
+    "modelscope_unet/modelscope_t2v": ("modelscope", "a VGen or ModelScope UNet"),
+    "dreamvideo/base_modelscope_v1-5": ("modelscope-v1.5", "a VGen or ModelScope UNet"),
+    "dreamvideo/unet_joint": ("dreamvideo", "a DreamVideo adapter"),
+    "demo_unet/demo": ("demo", "DEMO"),
+    "i2vgen_unet/i2vgen_xl": ("i2vgen-xl", "I2VGen-XL"),
+    "sr600_unet/sr600": ("sr600", "a VGen or ModelScope UNet"),
+    "higen_unet/unet": ("higen", "HiGen"),
+    "tft2v_unet/unet_t2v": ("tft2v", "TF-T2V"),
+    "tft2v_unet/unet_vcomposer": ("vcomposer", "VideoComposer"),
+    "videolcm/unet_t2v": ("videolcm", "a VGen or ModelScope UNet"),
+    "videolcm/unet_vcomposer": ("vcomposer", "VideoComposer"),
+    "t2v_turbo_unet/t2v_turbo_v2_unet_mg": ("t2v-turbo-v2", "T2V-Turbo"),
+    "t2v_turbo_unet/t2v_turbo_v2_unet_no_mg": ("t2v-turbo", "T2V-Turbo"),
+}
+# other public files -> our network at its full size
+OTHERS = {
+    "sd_vae/sd21_vae": (AutoencoderKL, VAEConfig()),
+    "clip_embedders/vit_h_14": (OpenCLIP, CLIPConfig()),
+    "demo_text/open_clip_vit_h_14": (OpenCLIP, CLIPConfig()),
+    "demo_text/motion_encoder": (OpenCLIPText, CLIPConfig()),
+    "stdit3/STDiT3-XL-2": (STDiT3, STDiT3Config()),
 }
 MAPS = {"modelscope_unet": ("modelscope_unet/modelscope_t2v", unet_diffusers_name),
+        "i2vgen_unet": ("i2vgen_unet/i2vgen_xl", unet_diffusers_name),
         "sd_vae": ("sd_vae/sd21_vae", vae_diffusers_name)}
 
 
@@ -33,13 +54,23 @@ def read(name):
     return json.loads(gzip.decompress((DATA / f"{name}.json.gz").read_bytes()))
 
 
-def on_meta(build):
+def on_meta(build, *args):
     with torch.device("meta"):
-        return build()
+        return build(*args)
 
 
 def shapes(net):
     return {key: list(value.shape) for key, value in net.state_dict().items()}
+
+
+@cache
+def full_size(kind, cfg):
+    """{key: shape} of a network of the table."""
+    return shapes(on_meta(kind, cfg))
+
+
+def unet(name):
+    return full_size(UNet3D, BASES[name].net)
 
 
 def filled(net):
@@ -51,9 +82,67 @@ def close(ours, theirs):
     assert oracles.error(ours, theirs) < 1e-5
 
 
-@pytest.mark.parametrize("name", FULL_SIZE)
-def test_manifest(name):
-    assert shapes(on_meta(FULL_SIZE[name])) == read(f"{name}.manifest")["keys"]
+@pytest.mark.parametrize("name", UNETS)
+def test_networks_of_the_table(name):
+    base, words = UNETS[name]
+    named = videocrafter_name if BASES[base].net.temporal_linear else (lambda key: key)
+    keys = read(f"{name}.manifest")["keys"]
+    assert {named(key): shape for key, shape in unet(base).items()} == keys
+    assert looks_like(keys) == f"it looks like {words}"
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_networks(name):
+    assert full_size(*OTHERS[name]) == read(f"{name}.manifest")["keys"]
+
+
+def test_autoencoders_and_towers_of_the_table():
+    for name, row in BASES.items():
+        if row.files:
+            assert (row.vae, row.text) == (VAEConfig(), CLIPConfig()), name
+
+
+def test_videocrafter2_whole():
+    """model.ckpt: three networks, and the schedule's buffers, which are not needed."""
+    keys = hub.prefixed("model.diffusion_model.", {
+        videocrafter_name(key): shape for key, shape in unet("videocrafter2").items()})
+    keys |= hub.prefixed("first_stage_model.", full_size(AutoencoderKL, VAEConfig()))
+    keys |= hub.prefixed("cond_stage_model.model.", full_size(OpenCLIPText, CLIPConfig()))
+    keys |= {name: [1400 if name == "scale_arr" else 1000] for name in hub.BUFFERS}
+    assert keys == read("vc2_unet/videocrafter2_model.manifest")["keys"]
+    assert looks_like(keys) == "it looks like VideoCrafter2"
+
+
+def test_instructvideo_file():
+    net = on_meta(UNet3D, UNetConfig())
+    add_lora(net, 4, 4, ["to_q", "to_k", "to_v", "to_out.0"])
+    keys = {instructvideo_lora_name(key): shape for key, shape in shapes(net).items()}
+    assert keys == read("instructvideo/instructvideo_lora.manifest")["keys"]
+    assert "InstructVideo" in looks_like(keys)
+
+
+def test_turbo_list():
+    """T2V-Turbo's LoRA has no names: order, kinds and shapes of its 1150 tensors."""
+    file = read("t2v_turbo_unet/t2v_turbo_vc2_unet_lora.manifest")
+    net = on_meta(UNet3D, BASES["t2v-turbo"].net)
+    modules, layers = dict(net.named_modules()), turbo_lora_layers(net)
+    published = [videocrafter_name(f"{name}.").removesuffix(".") for name in layers]
+    assert published == [target["module"] for target in file["config"]["targets"]]
+    tensors = []
+    for name in layers:
+        cout, *rest = modules[name].weight.shape
+        r = min(64, cout, rest[0])
+        tensors += [[cout, r, *(1 for _ in rest[1:])], [r, *rest]]
+    assert {str(i): shape for i, shape in enumerate(tensors)} == file["keys"]
+
+
+@pytest.mark.parametrize("kind, file", [("spatial", "identity"), ("temporal", "motion")])
+def test_dreamvideo_adapters(kind, file):
+    keys = read(f"dreamvideo/{file}_adapter.manifest")["keys"]
+    state = on_meta(lambda: {key: torch.empty(shape) for key, shape in unet("dreamvideo").items()})
+    found = hub.adapters(state, kind)["state_dict"]
+    assert {key: list(value.shape) for key, value in found.items()} == keys
+    assert looks_like(keys) == "it looks like a DreamVideo adapter"
 
 
 def test_text_tower_of_clip():
@@ -78,7 +167,8 @@ def test_dino():
 
 
 def test_image_side_of_videocrafter1():
-    """The Image2Video-512 file: Resampler whole, image tower whole beside leftovers of the text tower."""
+    """The Image2Video-512 file: Resampler whole, image tower whole beside leftovers of the text tower; the
+    network has keys and values for image tokens; the rest is as in VideoCrafter2's."""
     keys = read("vc2_unet/videocrafter1_i2v_512_model.manifest")["keys"]
 
     def part(prefix):
@@ -89,6 +179,13 @@ def test_image_side_of_videocrafter1():
     text = {k: v for k, v in shapes(on_meta(OpenCLIPText)).items() if not k.startswith("transformer.")}
     assert text == clip_text_only(part("embedder.model."))
     assert len(part("embedder.")) == len(text) + len(visual)
+    net = full_size(UNet3D, dataclasses.replace(BASES["videocrafter2"].net, image_keys=True))
+    assert {videocrafter_name(key): shape for key, shape in net.items()} == part("model.diffusion_model.")
+    rest = read("vc2_unet/videocrafter2_model.manifest")["keys"]
+    rest = {key: shape for key, shape in rest.items() if not key.startswith("model.diffusion_model.")}
+    ours = ("model.diffusion_model.", "image_proj_model.", "embedder.")
+    assert {key: shape for key, shape in keys.items() if not key.startswith(ours)} == rest
+    assert looks_like(keys) == "it looks like VideoCrafter1 image-to-video"
 
 
 def test_learned_word(tmp_path):
@@ -104,7 +201,8 @@ def test_learned_word(tmp_path):
 def test_diffusers_names(system):
     name, rename = MAPS[system]
     table = read(f"{system}/original_to_diffusers")["map"]
-    ours = {key: rename(key) for key in read(f"{name}.manifest")["keys"]}
+    ours = {key: rename(key).replace("to_qkv", "to_{q,k,v}")  # one matrix in I2VGen-XL's original
+            for key in read(f"{name}.manifest")["keys"]}
     assert ours == {key: theirs for key, (theirs, _) in table.items()}
     assert len(set(ours.values())) == len(ours)  # so that the map can be turned round
 
@@ -135,6 +233,39 @@ def test_unet_equals_diffusers(mult, attention, blocks, frames):
     x, t, text = torch.randn(2, 4, frames, 8, 12), torch.tensor([7, 900]), torch.randn(2, 5, 24)
     with torch.no_grad():
         close(net(x, t, text), peer(x, t, text).sample)
+
+
+@pytest.mark.parametrize("frames", [1, 4])
+def test_i2vgen_equals_diffusers(frames):
+    """If its first convolution weighs the image's channels twice: the original adds them twice."""
+    diffusers = pytest.importorskip("diffusers")
+    cfg = UNetConfig(dim=32, dim_mult=(1, 2), num_res_blocks=1, head_dim=16, context_dim=24,
+                     image_to_video=True, concat_dim=4, use_fps_condition=True)
+    net = filled(UNet3D(cfg))
+    peer = diffusers.I2VGenXLUNet(
+        block_out_channels=(32, 64), layers_per_block=1, attention_head_dim=16, cross_attention_dim=24,
+        down_block_types=("CrossAttnDownBlock3D",) * 2, up_block_types=("CrossAttnUpBlock3D",) * 2).eval()
+    theirs = hub.to_diffusers(net.state_dict(), peer, 1)
+    back = unet_state(theirs, net, "peer")
+    assert all(torch.equal(back[key], value) for key, value in net.state_dict().items())
+    theirs["conv_in.weight"] = theirs["conv_in.weight"].clone()
+    theirs["conv_in.weight"][:, 4:8] *= 2
+    peer.load_state_dict(theirs)
+    x, t, text = torch.randn(2, 4, frames, 8, 12), torch.tensor([7, 900]), torch.randn(2, 5, 24)
+    first, image, fps = torch.randn(2, 4, 8, 12), torch.randn(2, 1, 24), torch.tensor([8, 16])
+    planes = [torch.full_like(first, k / (frames - 1)) for k in range(1, frames)]
+    with torch.no_grad():
+        ours = net(x, t, text, fps=fps, image=image, first_frame=first)
+        close(ours, peer(x, t, fps, torch.stack([first, *planes], 2), image[:, 0], text).sample)
+
+
+def test_vision_equals_transformers():
+    pytest.importorskip("transformers")
+    peer, net = filled(hub.vision_peer()), OpenCLIPVision(hub.CLIP).eval()
+    net.load_state_dict(vision_from_hf(peer.state_dict()))
+    images = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        close(net(images), peer(images).image_embeds)
 
 
 def test_vae_equals_diffusers():
