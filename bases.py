@@ -6,7 +6,7 @@ original or in the diffusers layout.
 """
 import argparse
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -16,8 +16,10 @@ from common import (UserError, load_checkpoint, load_strict, load_weights, looks
                     replace_part)
 from data import TINY_FPS, TINY_FRAMES, TINY_SIZE, TINY_WORDS
 from diffusion import make_schedule
-from models import UNet3D, UNetConfig, unet_diffusers_name
-from text_encoders import CLIPConfig, OpenCLIPText, TinyText, clip_text_only, text_from_hf, tokenize
+from models import (UNet3D, UNetConfig, add_lora, instructvideo_lora_name, merge_lora, misfit,
+                    turbo_lora_layers, unet_diffusers_name, videocrafter_name)
+from text_encoders import (CLIPConfig, OpenCLIPText, OpenCLIPVision, TinyText, clip_text_only, text_from_hf,
+                           tokenize, vision_from_hf)
 from vae import AutoencoderKL, VAEConfig, vae_diffusers_name
 
 ASSETS = Path(__file__).parent / "assets"
@@ -25,19 +27,58 @@ ASSETS = Path(__file__).parent / "assets"
 
 @dataclass(frozen=True)
 class Row:
-    """One base. sample: its default sampling (size, steps, guidance, ...); files: {layout: {part: url}}."""
+    """One base. sample: its published sampling; files: {layout: {part: url}}, a url is "hub:repo:file".
+
+    Parts: "net", "vae", "text"; "image": CLIP image tower; "motion_text": a second text tower (DEMO);
+    "lora": merged into the network (T2V-Turbo).
+    """
     about: str
     net: UNetConfig
     vae: VAEConfig
     text: CLIPConfig | None  # None: TinyText
     schedule: dict
     sample: dict
-    files: dict = field(default_factory=dict)  # url: "hub:repo:file"
-    methods: tuple = ("t2v", "vader")
+    files: dict = field(default_factory=dict)
+    methods: tuple = ("t2v",)
+
+
+def sampling(**changes):
+    """Sampling settings of a base; VGen's unless changed. suffix: text put after every prompt."""
+    return dict(frames=16, height=256, width=256, fps=None, save_fps=8, sampler="ddim", sample_steps=50,
+                cfg=9.0, eta=0.0, spacing="leading", origin=50, negative="", suffix="") | changes
 
 
 MODELSCOPE = "hf:ali-vilab/modelscope-damo-text-to-video-synthesis"
 MODELSCOPE_DIFFUSERS = "hf:ali-vilab/text-to-video-ms-1.7b"
+I2VGEN_DIFFUSERS = "hf:ali-vilab/i2vgen-xl"
+CLIP = "hf:laion/CLIP-ViT-H-14-laion2B-s32B-b79K:open_clip_pytorch_model.bin"
+VC2 = "hf:VideoCrafter/VideoCrafter2:model.ckpt"
+# what all of VGen's own networks come with
+VGEN = {"vae": "hf:stabilityai/stable-diffusion-2-1-base:v2-1_512-ema-pruned.ckpt", "text": CLIP}
+NEGATIVE = ("Distorted, discontinuous, Ugly, blurry, low resolution, motionless, static, disfigured, "
+            "disconnected limbs, Ugly faces, incomplete arms")
+SHARP = ", cinematic, High Contrast, highly detailed, no blur, 4k render"
+SR600_SUFFIX = (
+    ", cinematic, High Contrast, highly detailed, Unreal Engine 5, no blur, full length ultra-wide angle "
+    "shot a cinematic scene, taken using a Canon EOS R camera, hyper detailed photo - realistic maximum "
+    "detail, 32k, Color Grading, portrait Photography, ultra HD, extreme meticulous detailing, skin pore "
+    "detailing, hyper sharpness, perfect without deformations, 4k render")
+SR600_NEGATIVE = (
+    "worst quality, normal quality, low quality, low res, blurry, text, watermark, logo, banner, extra "
+    "digits, cropped, jpeg artifacts, signature, username, error, sketch ,duplicate, ugly, monochrome, "
+    "horror, geometry, mutation, disgusting")
+
+EPS = dict(name="linear_sd", prediction="eps")
+V_ZERO_SNR = dict(name="linear_sd", prediction="v", zero_snr=True)
+# VideoCrafter2 damps the signal of x_t by up to 0.7 (diffusion.x0_scale)
+VC2_EPS = EPS | dict(scale=(1.0, 0.7, 400))
+VC2_NET = dict(spatial_dropout=0.0, temporal_linear=True, use_fps_condition=True, default_fps=16)
+SIX_MAPS = ("masked", "depth", "sketch", "motion", "local_image", "single_sketch")
+DREAMVIDEO = dict(
+    spatial_adapters=(("cross_attention", "parallel"),),
+    temporal_adapters=tuple(
+        (layer, "parallel") for layer in ("self_attention", "cross_attention", "feedforward")),
+    adapter_image_dim=1024)
 
 BASES = {
     # the tiny world: 8 frames of 32 x 32, 4x smaller latents. Few steps hide a signal of so many redundant
@@ -51,22 +92,108 @@ BASES = {
         VAEConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, patch=2, scale=0.64),
         None,
         dict(name="cosine", prediction="v", zero_snr=True, shift=0.15),
-        dict(frames=TINY_FRAMES, height=TINY_SIZE, width=TINY_SIZE, fps=None, save_fps=TINY_FPS,
-             sample_steps=25, cfg=1.5, eta=0.0, spacing="trailing", negative="")),
+        sampling(frames=TINY_FRAMES, height=TINY_SIZE, width=TINY_SIZE, save_fps=TINY_FPS, sample_steps=25,
+                 cfg=1.5, spacing="trailing"),
+        methods=("t2v", "vader")),
     "modelscope": Row(
-        "ModelScope text-to-video (arXiv 2308.06571), 16 frames of 256x256, eps prediction",
-        UNetConfig(),
-        VAEConfig(),
-        CLIPConfig(),
-        dict(name="linear_sd", prediction="eps"),
-        dict(frames=16, height=256, width=256, fps=None, save_fps=8,
-             sample_steps=50, cfg=9.0, eta=0.0, spacing="leading", negative=""),
+        "ModelScope text-to-video (arXiv 2308.06571), 16 frames of 256x256",
+        UNetConfig(), VAEConfig(), CLIPConfig(), EPS, sampling(),
         {"original": {"net": f"{MODELSCOPE}:text2video_pytorch_model.pth",
                       "vae": f"{MODELSCOPE}:VQGAN_autoencoder.pth",
                       "text": f"{MODELSCOPE}:open_clip_pytorch_model.bin"},
          "diffusers": {"net": f"{MODELSCOPE_DIFFUSERS}:unet/diffusion_pytorch_model.safetensors",
                        "vae": f"{MODELSCOPE_DIFFUSERS}:vae/diffusion_pytorch_model.safetensors",
-                       "text": f"{MODELSCOPE_DIFFUSERS}:text_encoder/model.safetensors"}}),
+                       "text": f"{MODELSCOPE_DIFFUSERS}:text_encoder/model.safetensors"}},
+        methods=("t2v", "vader")),
+    "modelscope-v1.4": Row(
+        "its version 1.4, the base of InstructVideo (--lora takes its fine-tuned file)",
+        UNetConfig(), VAEConfig(), CLIPConfig(), EPS, sampling(cfg=3.0, sample_steps=20),
+        {"original": VGEN | {"net": "ms:iic/InstructVideo:model_scope_v1-4_0600000.pth"}},
+        methods=("t2v", "vader")),
+    "modelscope-v1.5": Row(
+        "its version 1.5, the base of DreamVideo",
+        UNetConfig(), VAEConfig(), CLIPConfig(), EPS, sampling(),
+        {"original": VGEN | {"net": "ms:iic/dreamvideo-t2v:model_scope_v1-5_0632000.pth"}},
+        methods=("t2v", "vader")),
+    "dreamvideo": Row(
+        "v1.5 with adapters for a subject and a motion (arXiv 2312.04433), 32 frames; --lora fills them",
+        UNetConfig(**DREAMVIDEO), VAEConfig(), CLIPConfig(), EPS,
+        sampling(frames=32, start_offset=0.1),
+        {"original": VGEN | {"net": "ms:iic/dreamvideo-t2v:model_scope_v1-5_0632000.pth", "image": CLIP}},
+        methods=()),
+    "demo": Row(
+        "ModelScope with a motion encoder and motion blocks (DEMO, arXiv 2410.05097)",
+        UNetConfig(motion_blocks=True), VAEConfig(), CLIPConfig(), EPS, sampling(negative=NEGATIVE),
+        {"original": {"net": "hf:Ryan-PR/DEMO:demo.pth", "motion_text": "hf:Ryan-PR/DEMO:motion_encoder.pth",
+                      "vae": f"{MODELSCOPE}:VQGAN_autoencoder.pth",
+                      "text": f"{MODELSCOPE}:open_clip_pytorch_model.bin"}},
+        methods=()),
+    "videocrafter2": Row(
+        "VideoCrafter2 (arXiv 2401.09047), 16 frames of 320x512",
+        UNetConfig(**VC2_NET), VAEConfig(), CLIPConfig(), VC2_EPS,
+        sampling(height=320, width=512, fps=28, save_fps=10, cfg=12.0, eta=1.0),
+        {"original": {"net": VC2, "vae": VC2, "text": VC2}},
+        methods=("t2v", "vader")),
+    "t2v-turbo": Row(
+        "VideoCrafter2 distilled to 4 steps (T2V-Turbo, arXiv 2405.18750)",
+        UNetConfig(**VC2_NET, guidance_dim=256), VAEConfig(), CLIPConfig(), EPS,
+        sampling(height=320, width=512, fps=16, sampler="lcm", sample_steps=4, cfg=7.5, spacing="stride",
+                 origin=50),
+        {"original": {"net": VC2, "vae": VC2, "text": VC2,
+                      "lora": "hf:jiachenli-ucsb/T2V-Turbo-VC2:unet_lora.pt"}},
+        methods=()),
+    "t2v-turbo-v2": Row(
+        "T2V-Turbo-v2 with motion guidance (arXiv 2410.05677), 16 steps",
+        UNetConfig(**VC2_NET, guidance_dim=256, motion_guidance_dim=256), VAEConfig(), CLIPConfig(), EPS,
+        sampling(height=320, width=512, fps=16, sampler="lcm", sample_steps=16, cfg=7.5, spacing="stride",
+                 origin=200, motion_cfg=0.05, motion_share=0.5),
+        {"original": {"net": "hf:jiachenli-ucsb/T2V-Turbo-v2:unet_mg.pt", "vae": VC2, "text": VC2}},
+        methods=()),
+    "i2vgen-xl": Row(
+        "image to video (I2VGen-XL, arXiv 2311.04145), 16 frames of 704x1280",
+        UNetConfig(image_to_video=True, concat_dim=4, use_fps_condition=True), VAEConfig(), CLIPConfig(),
+        dict(name="cosine", prediction="v", zero_snr=True),
+        sampling(height=704, width=1280, fps=16, negative=NEGATIVE),
+        {"original": VGEN | {"net": "ms:damo/I2VGen-XL:i2vgen_xl_00854500.pth", "image": CLIP},
+         "diffusers": {"net": f"{I2VGEN_DIFFUSERS}:unet/diffusion_pytorch_model.safetensors",
+                       "vae": f"{I2VGEN_DIFFUSERS}:vae/diffusion_pytorch_model.safetensors",
+                       "text": f"{I2VGEN_DIFFUSERS}:text_encoder/model.safetensors",
+                       "image": f"{I2VGEN_DIFFUSERS}:image_encoder/model.safetensors"}},
+        methods=()),
+    "sr600": Row(
+        "video to video at 720x1280 (SR600, in VGen): any clip, sharper; needs --video",
+        UNetConfig(super_resolution=True), VAEConfig(), CLIPConfig(),
+        dict(name="logsnr_cosine_interp", prediction="v"),
+        sampling(frames=32, height=720, width=1280, sampler="sr600", sample_steps=30, suffix=SR600_SUFFIX,
+                 negative=SR600_NEGATIVE),
+        {"original": VGEN | {"net": "ms:iic/HiGen:sr_step_110000_ema.pth"}},
+        methods=()),
+    "higen": Row(
+        "first an image, then the clip around it (HiGen, arXiv 2312.04483), 32 frames of 256x448",
+        UNetConfig(text_resampler=2, num_tokens=16), VAEConfig(), CLIPConfig(), V_ZERO_SNR,
+        sampling(frames=32, width=448, sampler="higen", cfg=12.0, start_offset=0.1, motion_factor=500,
+                 appearance_factor=1.0),
+        {"original": VGEN | {"net": "ms:iic/HiGen:cvpr2024.t2v.e003.non_ema_0725000.pth"}},
+        methods=()),
+    "tft2v": Row(
+        "TF-T2V (arXiv 2312.15770), 16 frames of 256x448",
+        UNetConfig(concat_dim=8, style_image=True), VAEConfig(), CLIPConfig(), V_ZERO_SNR,
+        sampling(width=448, negative=NEGATIVE, suffix=SHARP),
+        {"original": VGEN | {"net": "ms:iic/tf-t2v:tft2v_t2v_non_ema_512000.pth"}},
+        methods=()),
+    "vcomposer": Row(
+        "VideoComposer by TF-T2V (arXiv 2306.02018): depth, sketch, motion, images as conditions",
+        UNetConfig(concat_dim=8, style_image=True, maps=SIX_MAPS), VAEConfig(), CLIPConfig(), V_ZERO_SNR,
+        sampling(width=448, negative=NEGATIVE, suffix=SHARP),
+        {"original": VGEN | {"net": "ms:iic/tf-t2v:tft2v_vcomposer_non_ema_254000.pth", "image": CLIP}},
+        methods=()),
+    "videolcm": Row(
+        "TF-T2V distilled to 4 steps (VideoLCM, arXiv 2312.09109)",
+        UNetConfig(concat_dim=8), VAEConfig(), CLIPConfig(), V_ZERO_SNR,
+        sampling(width=448, sampler="lcm", sample_steps=4, cfg=1.0, spacing="even", origin=50,
+                 suffix=SHARP.replace("no blur", "Unreal Engine 5, no blur")),
+        {"original": VGEN | {"net": "ms:iic/tf-t2v:videolcm_t2v_non_ema_544000.pth"}},
+        methods=()),
 }
 
 
@@ -79,7 +206,11 @@ def base_row(name) -> Row:
 
 @dataclass
 class Base:
-    """A loaded base: row (its line of the table), net, vae, text_encoder (modules), schedule."""
+    """A loaded base: row (its line of the table), its networks, its noise schedule.
+
+    image_encoder, motion_encoder: None where the base has none. learned: {token id: vectors}, words that a
+    textual inversion brought.
+    """
     name: str
     row: Row
     net: nn.Module
@@ -87,14 +218,39 @@ class Base:
     text_encoder: nn.Module
     schedule: object
     tokenize: object  # list of str -> ids (b, n)
+    image_encoder: nn.Module | None = None
+    motion_encoder: nn.Module | None = None
+    learned: dict = field(default_factory=dict)
+    encoded: dict = field(default_factory=dict)  # (prompt, motion): tokens (n, d)
 
-    def encode_text(self, prompts) -> Tensor:
-        """List of str -> (b, n, d) tokens on the text tower's device."""
-        ids = self.tokenize(prompts).to(next(self.text_encoder.parameters()).device)
+    def parts(self) -> dict:
+        """{name: module} of all networks."""
+        named = {"net": self.net, "vae": self.vae, "text encoder": self.text_encoder,
+                 "image encoder": self.image_encoder, "motion encoder": self.motion_encoder}
+        return {name: module for name, module in named.items() if module is not None}
+
+    def encode_text(self, prompts, motion=False) -> Tensor:
+        """List of str -> (b, n, d) tokens on the text tower's device; motion: by DEMO's motion encoder."""
+        if all((prompt, motion) in self.encoded for prompt in prompts):
+            device = next(self.net.parameters()).device
+            return torch.stack([self.encoded[prompt, motion] for prompt in prompts]).to(device)
+        encoder = self.motion_encoder if motion else self.text_encoder
+        ids = self.tokenize(prompts).to(next(encoder.parameters()).device)
         if self.row.text is None:
-            return self.text_encoder(ids)
+            return encoder(ids)
         # the tower was built without its last block: penultimate features
-        return self.text_encoder(ids, layer="last")
+        return encoder(ids, layer="last", learned=self.learned)
+
+    def remember(self, prompts):
+        """Encode these prompts now and let the text towers go (1.4 GB in half precision for DEMO's two)."""
+        prompts = list(dict.fromkeys(prompts))
+        for motion in (False, True)[:1 + self.row.net.motion_blocks]:
+            for i in range(0, len(prompts), 16):
+                part = prompts[i:i + 16]
+                for prompt, tokens in zip(part, self.encode_text(part, motion)):
+                    self.encoded[prompt, motion] = tokens.cpu()
+        self.text_encoder = self.motion_encoder = None
+        torch.cuda.empty_cache()
 
 
 def latent_shape(name, frames, height, width):
@@ -102,6 +258,8 @@ def latent_shape(name, frames, height, width):
     row = base_row(name)
     step = row.vae.factor * 2 ** (len(row.net.dim_mult) - 1)
     for flag, size in (("--height", height), ("--width", width)):
+        if flag == "--height" and row.net.super_resolution:
+            continue
         largest = row.net.spatial_pos * row.vae.factor
         if largest and size > largest:
             raise UserError(f"{flag} {size}: {name} makes at most {largest} pixels a side")
@@ -109,6 +267,16 @@ def latent_shape(name, frames, height, width):
             low = max(step, size // step * step)
             raise UserError(
                 f"{flag} {size}: {name} needs a multiple of {step}; nearest: {low} or {low + step}")
+    if row.net.super_resolution:
+        unit = row.vae.factor
+
+        def fits(size):
+            return size % unit == 0 and misfit(row.net, frames, size // unit, width // unit) is None
+        if not fits(height):
+            near = sorted((h for h in range(unit, 2 * height + 64 * unit, unit) if fits(h)),
+                          key=lambda h: abs(h - height))[:2]
+            raise UserError(f"--height {height}: {name} needs a height that halves well; nearest: "
+                            f"{' or '.join(map(str, sorted(near)))}")
     if frames < 1 or (row.net.frame_pos and frames > row.net.frame_pos):
         most = f" to {row.net.frame_pos}" if row.net.frame_pos else " or more"
         raise UserError(f"--frames {frames}: {name} makes clips of 1{most} frames")
@@ -120,12 +288,15 @@ def fill(args, name, run=None) -> dict:
 
     A size that does not fit is refused here, before anything is loaded.
     """
-    defaults = base_row(name).sample | {k: v for k, v in (run or {}).items() if v is not None}
+    row = base_row(name)
+    if getattr(args, "fps", None) is not None and not row.net.use_fps_condition:
+        raise UserError(f"--fps {args.fps}: base {name} takes no frame rate as a condition")
+    defaults = row.sample | {k: v for k, v in (run or {}).items() if v is not None}
     for k, v in defaults.items():
         if getattr(args, k, None) is None:
             setattr(args, k, v)
     latent_shape(name, args.frames, args.height, args.width)
-    return {k: getattr(args, k) for k in base_row(name).sample}
+    return {k: getattr(args, k) for k in row.sample}
 
 
 def load_base(name, weights=None, device="cpu", dtype=torch.float32, scratch=False) -> Base:
@@ -136,79 +307,102 @@ def load_base(name, weights=None, device="cpu", dtype=torch.float32, scratch=Fal
     the autoencoder only.
     """
     row = base_row(name)
-    parts = public_parts(name, row, weights)  # errors come here, before anything big is built
+    files = public_files(name, row, weights)  # errors come here, before anything big is built
     tiny = row.text is None
     with torch.device("meta" if not scratch else "cpu"):
-        net, vae = UNet3D(row.net), AutoencoderKL(row.vae)
+        parts = {"net": UNet3D(row.net), "vae": AutoencoderKL(row.vae)}
         if tiny:
-            text = TinyText(TINY_WORDS, row.net.context_dim)
+            parts["text"] = TinyText(TINY_WORDS, row.net.context_dim)
         else:
             # the video networks read the features before the last block: it is neither built nor loaded
-            text = OpenCLIPText(CLIPConfig(embed_dim=0, text_layers=row.text.text_layers - 1))
-    for part, module in (("net", net), ("vae", vae), ("text", text)):
-        if not scratch or part == "vae" or (part == "text" and not tiny):
-            load_strict(module, parts[part](module), f"{name} {part}")
-    for module in (net, vae, text):
+            tower = replace(row.text, embed_dim=0, text_layers=row.text.text_layers - 1)
+            parts["text"] = OpenCLIPText(tower)
+            if "motion_text" in files:
+                parts["motion_text"] = OpenCLIPText(tower)
+        if "image" in files:
+            parts["image"] = OpenCLIPVision(row.text)
+    opened = {}  # one file may hold several parts
+    for part, module in parts.items():
+        if scratch and (part == "net" or (part == "text" and tiny)):
+            continue
+        where = f"{name} {part}"
+        if row.files:
+            file = files[part]
+            where += f", {file}"
+            opened = opened if file in opened else {file: load_weights(file)}
+            state = CONVERT[part](opened[file], module, where)
+        else:
+            state = tiny_state(name, part)
+        load_strict(module, state, where)
+    opened.clear()
+    if "lora" in files:
+        merge_turbo_lora(parts["net"], files["lora"])
+    for module in parts.values():
         module.to(device, dtype).eval().requires_grad_(False)
-    return Base(name, row, net, vae, text, make_schedule(**row.schedule), text.tokenize if tiny else tokenize)
+    return Base(name, row, parts["net"], parts["vae"], parts["text"], make_schedule(**row.schedule),
+                parts["text"].tokenize if tiny else tokenize, parts.get("image"), parts.get("motion_text"))
 
 
 # ---- public files
 
-def public_parts(name, row, weights):
-    """-> {"net" | "vae" | "text": function(module) -> state dict in our keys}.
-
-    A missing file is an error here, before long work.
-    """
-    if not row.files and weights is None:
-        return {part: lambda module, part=part: tiny_state(name, part) for part in ("net", "vae", "text")}
-    if weights is not None:
-        root = Path(weights)
-        if not root.exists():
-            raise UserError(f"--weights {weights}: no such folder")
-        if root.is_file():
-            raise UserError(f"--weights {weights}: give the folder that holds {', '.join(names_of(row))}")
-        found = {layout: {p: local_file(root, url) for p, url in files.items()}
-                 for layout, files in row.files.items()}
-        layout = max(found, key=lambda k: sum(v is not None for v in found[k].values()))
-        missing = [row.files[layout][p].split(":", 2)[2] for p, path in found[layout].items() if path is None]
-        if missing:
-            expected = ", ".join(names_of(row, layout))
-            raise UserError(f"--weights {weights}: {missing[0]} is missing for {name}; expected {expected}")
-        files = found[layout]
-    else:
-        layout = next(iter(row.files))
-        files = {p: fetch(url, name) for p, url in row.files[layout].items()}
-    convert = {"net": unet_state, "vae": vae_state, "text": text_state}
-    return {p: lambda module, p=p: convert[p](load_weights(files[p]), module, str(files[p])) for p in files}
-
-
-def names_of(row, layout=None):
-    """Names of a base's public files, of one layout or of the first."""
+def public_files(name, row, weights):
+    """-> {part: path}; what is missing is an error here, before long work. Empty for a base of assets/."""
     if not row.files:
-        return ["its files"]
-    files = row.files[layout or next(iter(row.files))]
-    return [url.split(":", 2)[2] for url in files.values()]
+        if weights is not None:
+            raise UserError(f"--weights {weights}: base {name} has its weights in assets/")
+        return {}
+    if weights is None:
+        return {part: fetch(url, name) for part, url in next(iter(row.files.values())).items()}
+    root = Path(weights)
+    if not root.exists():
+        raise UserError(f"--weights {weights}: no such folder")
+    if root.is_file():
+        expected = ", ".join(names_of(row, next(iter(row.files))))
+        raise UserError(f"--weights {weights}: give the folder that holds {expected}")
+    found = {layout: {p: local_file(root, url) for p, url in files.items()}
+             for layout, files in row.files.items()}
+    layout = max(found, key=lambda k: sum(v is not None for v in found[k].values()))
+    missing = [row.files[layout][p].split(":", 2)[2] for p, path in found[layout].items() if path is None]
+    if missing:
+        expected = ", ".join(names_of(row, layout))
+        raise UserError(f"--weights {weights}: {missing[0]} is missing for {name}; expected {expected}")
+    return found[layout]
+
+
+def names_of(row, layout):
+    """Names of a base's public files in one layout."""
+    return list(dict.fromkeys(url.split(":", 2)[2] for url in row.files[layout].values()))
 
 
 def local_file(root, url):
-    """The file of "hub:repo:file" at its path below `root`, or None; .bin stands in for .safetensors."""
-    file = Path(url.split(":", 2)[2])
-    for candidate in (file, file.with_suffix(".bin"), file.parent / "pytorch_model.bin"):
-        if (root / candidate).is_file():
-            return root / candidate
-    return None
+    """The file of "hub:repo:file" below `root`, or None.
+
+    Also found: the file in a folder named after its repository (two repositories may use the same name), and
+    in diffusers layout the index of a file in shards, and .bin for .safetensors.
+    """
+    _, repo, file = url.split(":", 2)
+    names = [Path(file)]
+    if names[0].suffix == ".safetensors":
+        names += [Path(f"{file}.index.json"), names[0].with_suffix(".bin"),
+                  names[0].with_name("pytorch_model.bin")]
+    folders = (root / repo.split("/")[-1], root)
+    return next((f / name for f in folders for name in names if (f / name).is_file()), None)
 
 
 def fetch(url, name):
-    """"hf:repo:file" -> path of the local copy, downloaded by huggingface_hub if it is not there."""
+    """"hub:repo:file" -> path of the local copy, downloaded if need be; hub: hf, or ms for ModelScope."""
     hub, repo, file = url.split(":", 2)
-    from huggingface_hub import hf_hub_download
+    site = {"hf": "huggingface.co", "ms": "modelscope.cn"}[hub]
     try:
-        return hf_hub_download(repo, file)
+        if hub == "hf":
+            from huggingface_hub import hf_hub_download
+            return Path(hf_hub_download(repo, file))
+        from modelscope import model_file_download  # optional: pip install modelscope
+        return Path(model_file_download(repo, file))
     except Exception as e:  # offline, no such file, gated repository: all mean the same to the user
+        hint = "pip install modelscope, or " if isinstance(e, ImportError) else ""
         raise UserError(
-            f"--base {name}: cannot get {file} of huggingface.co repository {repo} ({type(e).__name__}); "
+            f"--base {name}: cannot get {file} of {site} repository {repo} ({type(e).__name__}); {hint}"
             f"download it elsewhere and give its folder with --weights") from None
 
 
@@ -222,18 +416,44 @@ def tiny_state(name, part):
     return {k.removeprefix(part + "."): v for k, v in state.items() if k.startswith(part + ".")}
 
 
+def below(state, prefix):
+    """The tensors whose keys start with `prefix`, without it; `state` itself if there are none."""
+    cut = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    return cut or state
+
+
 def unet_state(state, net, source):
-    """Public UNet weights, VGen or diffusers naming -> UNet3D's."""
+    """Public UNet weights, named by VGen, VideoCrafter (bare or whole model) or diffusers -> UNet3D's."""
+    state = below(state, "model.diffusion_model.")
+    if any(k.startswith("init_attn.") for k in state):
+        turbo = net.cfg.guidance_dim and not net.cfg.motion_guidance_dim
+        if turbo and "time_cond_proj.weight" not in state:
+            # T2V-Turbo: the file is VideoCrafter2's and only the LoRA of this layer was published (its base
+            # weight was a random draw); zero is the choice that repeats
+            state = state | {"time_cond_proj.weight": torch.zeros(net.time_cond_proj.weight.shape)}
+        return rename(state, net, videocrafter_name, source)
     if any(k.startswith("down_blocks.") for k in state):
+        attention = "image_latents_temporal_encoder.attn1.to_"
+        if f"{attention}q.weight" in state:  # one matrix in the original
+            state = dict(state)
+            parts = [state.pop(f"{attention}{k}.weight") for k in "qkv"]
+            state[f"{attention}qkv.weight"] = torch.cat(parts)
         return rename(state, net, lambda k: unet_diffusers_name(k, net.cfg.num_res_blocks), source)
+    fresh = fresh_adapters(net)
+    if fresh and state.keys() | fresh.keys() == net.state_dict().keys():
+        return fresh | state  # the base's file has none: they start here
     return state
+
+
+def fresh_adapters(net):
+    """Initial weights of DreamVideo's adapters: the branch ends in zeros, so any start is the identity."""
+    return {k: torch.zeros(v.shape) if "up_linear" in k else torch.randn(v.shape) * v.shape[-1] ** -0.5
+            for k, v in net.state_dict().items() if "_adapter." in k}
 
 
 def vae_state(state, vae, source):
     """Public autoencoder weights, bare, in a whole SD file or in diffusers naming -> AutoencoderKL's."""
-    if any(k.startswith("first_stage_model.") for k in state):
-        prefix = "first_stage_model."
-        state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    state = below(state, "first_stage_model.")
     if any(k.startswith("encoder.down_blocks.") for k in state):
         # names of old diffusers files
         for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
@@ -244,12 +464,81 @@ def vae_state(state, vae, source):
 
 def text_state(state, tower, source):
     """Public text weights, open_clip (both towers) or transformers naming -> those our short tower holds."""
+    state = below(state, "cond_stage_model.model.")
     if any("encoder.layers." in k for k in state):
         state = text_from_hf(state)
     elif not any("resblocks" in k for k in state):
         raise UserError(f"{source}: not an OpenCLIP text tower: {looks_like(state)}")
     ours = tower.state_dict()
     return {k: v for k, v in clip_text_only(state).items() if k in ours}
+
+
+def image_state(state, tower, source):
+    """Public image tower, in an open_clip file or in transformers naming -> OpenCLIPVision's."""
+    if any("encoder.layers." in k for k in state):
+        return vision_from_hf(state)
+    if not any(k.startswith("visual.") for k in state):
+        raise UserError(f"{source}: has no OpenCLIP image tower: {looks_like(state)}")
+    return below(state, "visual.")
+
+
+CONVERT = {"net": unet_state, "vae": vae_state, "text": text_state, "motion_text": text_state,
+           "image": image_state}
+
+
+# ---- public LoRA and adapter files, merged into the network
+
+def merge_turbo_lora(net, path, scale=1.0):
+    """T2V-Turbo's list without names, [B_0, A_0, B_1, A_1, ...], into the weights."""
+    tensors, layers = load_weights(path, lists=True), turbo_lora_layers(net)
+    if not isinstance(tensors, list) or len(tensors) != 2 * len(layers):
+        length = f"a list of {len(tensors)}" if isinstance(tensors, list) else looks_like(tensors)
+        raise UserError(f"{path}: {length}, but T2V-Turbo's LoRA of this network is a list of "
+                        f"{2 * len(layers)} tensors")
+    modules = dict(net.named_modules())
+    for name, up, down in zip(layers, tensors[::2], tensors[1::2]):
+        weight = modules[name].weight
+        if (up.shape[0], *down.shape[1:]) != weight.shape or up.shape[1] != down.shape[0]:
+            raise UserError(f"{path}: the entry for {name} has another shape than the network's")
+        delta = (up.float().flatten(1) @ down.float().flatten(1)).view_as(weight)
+        weight.data += scale * delta.to(weight.dtype)
+
+
+def merge_public_lora(net, path, scale=1.0):
+    """A public LoRA file into the weights: T2V-Turbo's list, InstructVideo's (base and LoRA together).
+
+    Or a file of DreamVideo's adapters, which fills those of the network.
+    """
+    state = load_weights(path, lists=True)
+    if isinstance(state, list):
+        return merge_turbo_lora(net, path, scale)
+    if any("_adapter." in k for k in state):
+        return fill_adapters(net, state, path, scale)
+    if not any("_lora.down_linear" in k for k in state):
+        raise UserError(f"--lora {path}: no LoRA file that is known here: {looks_like(state)}")
+    rank = next(v.shape[0] for k, v in state.items() if "down_linear" in k)
+    base = {k: v for k, v in state.items() if "_lora." not in k}
+    if base:
+        load_strict(net, base, f"--lora {path}")
+    add_lora(net, rank, rank * scale, ["to_q", "to_k", "to_v", "to_out.0"])
+    ours = {instructvideo_lora_name(k): k for k in net.state_dict() if ".lora_" in k}
+    missing = [k for k in ours if k not in state]
+    if missing:
+        raise UserError(f"--lora {path}: {missing[0]} is missing")
+    net.load_state_dict({ours[k]: v.float() for k, v in state.items() if k in ours}, strict=False)
+    merge_lora(net)
+
+
+def fill_adapters(net, state, path, scale):
+    """One of DreamVideo's files, {key: tensor} of the subject's or the motion's adapters -> the network."""
+    if scale != 1:
+        raise UserError(f"--lora {path}:{scale:g}: DreamVideo's adapters have no scale; leave it out")
+    ours = {k: v.shape for k, v in net.state_dict().items()}
+    wrong = [k for k, v in state.items() if ours.get(k) != v.shape]
+    if wrong:
+        raise UserError(f"--lora {path}: {len(wrong)} tensors do not fit this network, first {wrong[0]}: "
+                        "DreamVideo's adapters go with --base dreamvideo")
+    net.load_state_dict(state, strict=False)
 
 
 # ---- the table
@@ -270,7 +559,10 @@ def main(argv=None):
         return
     if args.download:
         row = base_row(args.download)
-        for url in next(iter(row.files.values()), {}).values():
+        urls = dict.fromkeys(next(iter(row.files.values()), {}).values())  # one file may hold several parts
+        if not urls:
+            print(f"{args.download}: nothing to download, its weights are in assets/")
+        for url in urls:
             path = fetch(url, args.download)
             print(f"{os.path.getsize(path) / 1e9:6.2f} GB  {path}")
         return

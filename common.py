@@ -10,6 +10,7 @@ import signal
 import struct
 import sys
 import time
+import zipfile
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -123,7 +124,10 @@ def apply_defaults(parser, argv, presets, option="base"):
 
 
 def lr_at(step, args):
-    """Learning rate of update `step` (0-based): linear warm-up, then constant, one cosine to 0, or four."""
+    """Learning rate of update `step` (0-based): linear warm-up, then constant, one cosine to 0, or four.
+
+    VGen's warm-up is one update behind and so wastes its first one, at rate 0; after it the two are equal.
+    """
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
     if args.lr_schedule == "constant":
@@ -412,28 +416,59 @@ def load_safetensors(path):
                         "a download or copy was cut off: fetch it again") from e
 
 
-def load_pickle(path):
-    """torch.load on the CPU that runs no code from the file."""
+class Shell:
+    """Stands in for a class that a file names beside its tensors: takes anything, does nothing."""
+
+    def __init__(self, *args, **kw):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+def load_pickle(path, allow=(), shells=False):
+    """torch.load on the CPU that runs no code from the file; `allow`: classes it may hold beside tensors.
+
+    shells: of all others nothing is kept (Stable Diffusion's files name Lightning's callbacks).
+    """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        allow = list(allow)
+        if shells and zipfile.is_zipfile(path):
+            allow += [(Shell, name) for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)]
+        with torch.serialization.safe_globals(allow):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # zip, pickle and EOF errors alike mean one thing to the user
         raise UserError(f"{path}: not a whole PyTorch file, or not one of plain tensors "
                         f"({str(e).splitlines()[0][:100]}); fetch it again") from e
 
 
-def load_weights(path) -> dict:
-    """A public weight file (.safetensors, .pt, .pth, .bin, .ckpt) -> {key: tensor}, without wrappers."""
+def load_weights(path, lists=False) -> dict:
+    """A public weight file (.safetensors, .pt, .pth, .bin, .ckpt) -> {key: tensor}, without wrappers.
+
+    Given the index of a file in shards (*.index.json), all of them. lists: a list of tensors comes as it is.
+    """
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file")
-    state = load_safetensors(path)[0] if path.suffix == ".safetensors" else load_pickle(path)
-    while isinstance(state, dict) and not any(isinstance(v, Tensor) for v in state.values()):
-        inner = [state[k] for k in ("state_dict", "module", "model") if isinstance(state.get(k), dict)]
-        if not inner:
-            first = ", ".join(map(str, list(state)[:5]))
-            raise UserError(f"{path}: holds no tensors (its first keys: {first})")
-        state = inner[0]
-    return {k.removeprefix("module."): v for k, v in state.items() if isinstance(v, Tensor)}
+    if path.name.endswith(".index.json"):
+        shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        return {k: v for shard in shards for k, v in load_weights(path.parent / shard).items()}
+    state = load_safetensors(path)[0] if path.suffix == ".safetensors" else load_pickle(path, shells=True)
+    if isinstance(state, list) and lists:
+        return state
+    if isinstance(state, list):
+        raise UserError(f"{path}: a list of {len(state)} tensors without names: T2V-Turbo's LoRA is one")
+    inner = state
+    while isinstance(inner, dict):
+        state = inner
+        wrappers = ("state_dict", "unet_state_dict", "module", "model")
+        inner = next((state[k] for k in wrappers if isinstance(state.get(k), dict)), None)
+    if not isinstance(state, dict) or not any(isinstance(v, Tensor) for v in state.values()):
+        first = ", ".join(map(str, list(state)[:5])) if isinstance(state, dict) else type(state).__name__
+        raise UserError(f"{path}: holds no tensors (its first keys: {first})")
+    # DDP and DeepSpeed put their own names before every key
+    return {k.removeprefix("module.").removeprefix("_forward_module."): v
+            for k, v in state.items() if isinstance(v, Tensor)}
 
 
 def replace_part(path, part, state):
@@ -444,17 +479,28 @@ def replace_part(path, part, state):
     write_atomic(path, lambda p: save_file(kept | new, p))
 
 
-KINDS = {  # part of a key that only this kind of file has -> the kind, in words
-    "image_latents": "I2VGen-XL in diffusers layout",
-    "local_image_embedding": "I2VGen-XL",
-    "init_attn": "VideoCrafter2",
+KINDS = {  # part of a key that only this kind of file has -> the kind, in words; the first that fits counts
+    "_adapter.": "a DreamVideo adapter",
+    "_lora.down_linear": "InstructVideo's fine-tuned file",
     "lora": "a LoRA file",
-    "down_blocks": "a diffusers UNet or VAE",
-    "input_blocks": "a VGen or ModelScope UNet",
+    "image_latents": "I2VGen-XL in diffusers layout",
+    "local_image_concat": "I2VGen-XL",
+    "context_embedding.tokens": "HiGen",
+    "depth_embedding": "VideoComposer",
+    "pre_image_condition": "TF-T2V",
+    "image_proj_model": "VideoCrafter1 image-to-video",
+    "time_cond_proj": "T2V-Turbo",
+    "init_attn": "VideoCrafter2",
+    "input_blocks.1.3.": "DEMO",
+    "encoder.down_blocks": "an SD autoencoder in diffusers layout",
+    "down_blocks": "a diffusers UNet",
+    "temopral_conv": "a VGen or ModelScope UNet",
     "first_stage_model": "a Stable Diffusion checkpoint",
+    "input_blocks": "an image UNet of Stable Diffusion",
     "decoder.up.": "an SD autoencoder",
     "resblocks": "an OpenCLIP model",
     "text_model.": "a transformers CLIP text model",
+    "vision_model.": "a transformers CLIP image model",
     "transformer_blocks.0.norm1.linear": "CogVideoX",
 }
 
@@ -491,4 +537,8 @@ def rename(state, net, name_of, source):
         first = f"missing {missing[0]}" if missing else f"unexpected {extra[0]}"
         raise UserError(f"{source}: these are not its weights ({looks_like(state)}): {len(missing)} missing, "
                         f"{len(extra)} unexpected, first: {first}")
+    wrong = [k for k, ours in theirs.items() if state[k].numel() != shapes[ours].numel()]
+    if wrong:
+        raise UserError(f"{source}: these are not its weights ({looks_like(state)}): {len(wrong)} of another "
+                        f"shape, first {wrong[0]}")
     return {ours: state[their].reshape(shapes[ours]) for their, ours in theirs.items()}

@@ -178,6 +178,29 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FOLDER_FPS = 8.0  # a folder of pictures has no rate of its own
 MP4_CRF = "12"    # x264's default, 23, cost 8 dB on a real 256x256 clip
 
+# what Open-Sora calls the sizes of its clips: frames, pixels of a frame
+OPENSORA_FRAMES = {"2s": 51, "4s": 102, "8s": 204, "16s": 408}
+OPENSORA_PIXELS = {"144p": 144 * 256, "240p": 240 * 426, "360p": 360 * 640, "480p": 480 * 854,
+                   "720p": 720 * 1280}
+
+
+def opensora_size(length="2s", resolution="240p", aspect="9:16"):
+    """Open-Sora's names -> (frames, height, width), e.g. ("4s", "240p", "3:4") -> (102, 276, 368).
+
+    aspect is height:width. Tall sizes are the wide ones turned (its own table has 1108x834, not 1110x832, for
+    720p 4:3).
+    """
+    for name, known in ((length, OPENSORA_FRAMES), (resolution, OPENSORA_PIXELS)):
+        if name not in known:
+            raise UserError(f"clip size {name}: unknown; choose from {', '.join(known)}")
+    if not re.fullmatch(r"[1-9]\d*:[1-9]\d*", aspect):
+        raise UserError(f"aspect {aspect}: give height:width, such as 9:16")
+    h, w = map(int, aspect.split(":"))
+    ratio = min(h, w) / max(h, w)
+    short = 2 * round((OPENSORA_PIXELS[resolution] * ratio) ** 0.5 / 2)  # even
+    long = 2 * round(short / ratio / 2)
+    return OPENSORA_FRAMES[length], *((short, long) if h < w else (long, short))
+
 
 def resize_crop(video, size):
     """(3, h, w) or (3, f, h, w) float -> the same at size (h, w): scaled to cover it, then centre-cropped."""
@@ -191,6 +214,70 @@ def resize_crop(video, size):
     top, left = (cover[0] - H) // 2, (cover[1] - W) // 2
     x = x[..., top:top + H, left:left + W].contiguous()
     return x if video.dim() == 4 else x[0]
+
+
+def cover_and_crop(w, h, size):
+    """Picture of w x h -> ((w, h) that just covers size = (h, w), (left, top) of the crop in it), as VGen.
+
+    In whole numbers: VGen's float floor can end one pixel short, which gives a black line (24 -> 23.9999).
+    """
+    H, W = size
+    cover = (W, h * W // w) if w * H <= h * W else (w * H // h, H)
+    return cover, ((cover[0] - W) // 2, (cover[1] - H) // 2)
+
+
+def center_crop_wide(image, size, filter=Image.BOX):
+    """Pillow image -> Pillow image of size (h, w): scaled to cover it, then centre-cropped (VGen).
+
+    The weights of I2VGen-XL and DreamVideo were trained on Pillow's box filter; NEAREST is for masks.
+    """
+    cover, (left, top) = cover_and_crop(*image.size, size)
+    return image.resize(cover, filter).crop((left, top, left + size[1], top + size[0]))
+
+
+def image_tensor(image):
+    """8-bit RGB Pillow image -> (3, h, w) in [-1, 1]."""
+    return _to_float(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def clip_normalize(images):
+    """(..., 3, h, w) in [0, 1] -> CLIP's mean and standard deviation."""
+    mean, std = (images.new_tensor(v).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+    return (images - mean) / std
+
+
+def clip_image(image, crop, size=(224, 224)):
+    """Pillow image -> (3, *size), what the image tower of I2VGen-XL and DreamVideo reads.
+
+    crop: (h, w) that it is cropped to first; VGen's is a square, as wide as the video but at least 224.
+    """
+    image = center_crop_wide(image, crop).resize((size[1], size[0]), Image.BILINEAR)
+    return clip_normalize(image_tensor(image) / 2 + 0.5)
+
+
+def _blur_rows(images, sigma):
+    """(n, 3, h, w) -> the same, blurred along w by a normal curve cut at 2 sigma; borders mirrored."""
+    radius = int(max(4 * sigma, 3)) // 2
+    x = torch.arange(-radius, radius + 1, dtype=images.dtype, device=images.device)
+    weights = torch.softmax(-(x / sigma) ** 2 / 2, dim=0)
+    images = F.pad(images, (radius, radius, 0, 0), mode="reflect")
+    return F.conv2d(images, weights.expand(3, 1, 1, -1), groups=3)
+
+
+def clip_image_squeezed(images, size=224):
+    """(n, 3, h, w) in [-1, 1] -> (n, 3, size, size) as VideoCrafter1's image tower reads it.
+
+    Not cropped but squeezed, by kornia's rule: blur what shrinks, then bicubic from corner to corner.
+    """
+    for _ in "hw":
+        images = images.transpose(2, 3)  # h along the rows, then w again
+        shrink = images.shape[3] / size
+        images = _blur_rows(images, (shrink - 1) / 2) if shrink > 1 else images
+    images = F.interpolate(images, (size, size), mode="bicubic", align_corners=True)
+    return clip_normalize(images / 2 + 0.5)
 
 
 def to_uint8(video):
@@ -222,15 +309,20 @@ def _reason(e):
     return text.splitlines()[0][:300]
 
 
-def read_image(path, size=None):
-    """-> (3, h, w) in [-1, 1]; size = (h, w) scales and centre-crops. Transparency is laid on white."""
+def open_image(path):
+    """Picture file -> 8-bit RGB Pillow image, turned as its EXIF says. Transparency is laid on white."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such picture")
     try:
         with Image.open(path) as image:
-            pixels = torch.from_numpy(_rgb(image)).permute(2, 0, 1).float()
+            return Image.fromarray(_rgb(image))
     except Exception as e:  # Pillow raises everything there is
         raise UserError(f"{path}: not a readable picture ({_reason(e)})") from None
+
+
+def read_image(path, size=None):
+    """-> (3, h, w) in [-1, 1]; size = (h, w) scales and centre-crops, see resize_crop."""
+    pixels = torch.from_numpy(np.array(open_image(path))).permute(2, 0, 1).float()
     return _to_float(resize_crop(pixels, size) if size else pixels)
 
 
@@ -340,6 +432,41 @@ def read_video(path, frames=None, fps=None, start=0, size=None):
             frame = torch.from_numpy(frame.copy()).permute(2, 0, 1)
             clip.append(resize_crop(frame.float(), size) if size else frame)  # at once: long clips stay small
     return _to_float(torch.stack(clip, 1)), rate / stride
+
+
+def list_videos(path):
+    """A clip, or a folder of clips -> their paths in natural order. A folder of pictures is one clip."""
+    path = Path(path)
+    if path.is_dir():
+        clips = sorted((p for p in path.iterdir() if p.suffix.lower() in VIDEOS), key=_natural)
+        return clips or [path]
+    return [path]
+
+
+def read_map(path, frames, size, channels):
+    """A condition of VideoComposer -> (channels, f, h, w) float32: .npy as it is, a video or picture in 0..1.
+
+    frames: exactly so many (None: all; a picture is one); size (h, w). .npy: (f,h,w) or (channels,f,h,w).
+    """
+    kind = Path(path).suffix.lower()
+    if kind == ".npy":
+        try:
+            value = torch.from_numpy(np.load(path)).float()
+        except (ValueError, TypeError, OSError) as e:
+            raise UserError(f"{path}: not a .npy file of numbers ({_reason(e)})") from None
+        value = value[None] if value.dim() == 3 else value
+    elif kind in IMAGES:
+        value = read_image(path, size)[:, None] / 2 + 0.5
+    else:
+        value = read_video(path, frames, size=size)[0] / 2 + 0.5
+    if kind != ".npy" and channels == 1:
+        value = value.mean(0, keepdim=True)
+    if value.dim() != 4 or value.shape[0] != channels:
+        raise UserError(f"{path}: shape {tuple(value.shape)}; expected {channels} channel(s): "
+                        f"({channels}, frames, height, width)")
+    if frames is not None and value.shape[1] != frames:
+        raise UserError(f"{path}: {value.shape[1]} frame(s) instead of {frames}")
+    return value if tuple(value.shape[2:]) == tuple(size) else F.interpolate(value, size, mode="bilinear")
 
 
 # ---- writing

@@ -1,12 +1,18 @@
-"""Noise schedules, prediction types, guidance, the DDIM sampler and the training loss: pure functions.
+"""Noise schedules, prediction types, guidance, samplers and training losses: pure functions.
 
 x_t = sqrt(ab_t) x0 + sqrt(1 - ab_t) eps, with ab ("alpha bar") the cumulative product of 1 - beta, kept in
 float64 and cast to x's dtype when it is looked up. The network predicts eps, x0 or
 v = sqrt(ab) eps - sqrt(1 - ab) x0 (Salimans & Ho, arXiv 2202.00512).
+
+Rectified flow (Open-Sora) has a line of its own, x_t = (1 - t/1000) x0 + t/1000 eps, and v = x0 - eps.
+
+Samplers take net_fn(x, t (b,)) -> prediction like x, usually made by guided(), and one torch.Generator a
+sample for what they draw: a clip does not depend on its batch.
 """
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,11 +35,15 @@ def cosine(num=1000, s=0.008):
 
 
 def logsnr_cosine_interp(num=1000, scale_min=2.0, scale_max=4.0):
-    """SR600's sampling: a cosine's log SNR in +-15 plus 2 ln(1 / scale), scale_min at the clean end."""
+    """SR600's sampling: a cosine's log SNR in +-15 plus 2 ln(1 / scale), scale_min at the clean end.
+
+    As published sigma = sqrt(1 - ab) is a float32: the noisiest step rounds to 1, pure noise.
+    """
     u = torch.linspace(1, 0, num, dtype=torch.float64)  # 1: clean
     first, last = math.atan(math.exp(7.5)), math.atan(math.exp(-7.5))
     logsnr = -2 * torch.log(torch.tan(first + u * (last - first)))
     ab = torch.sigmoid(logsnr - 2 * (u * math.log(scale_min) + (1 - u) * math.log(scale_max)))
+    ab = 1 - (1 - ab).sqrt().float().double() ** 2
     return 1 - ab / torch.cat([torch.ones(1, dtype=torch.float64), ab[:-1]])
 
 
@@ -53,55 +63,82 @@ def shift_snr(ab, factor):
     return factor ** 2 * ab / (1 - ab + factor ** 2 * ab)
 
 
+def x0_scale(num, first=1.0, last=0.7, ramp=400):
+    """VideoCrafter2's factors on x0, (num,) float64: `ramp` steps from first to last, then last.
+
+    A damped signal is more noise for the same ab, as in arXiv 2301.10972. (The original's table goes on for
+    `ramp` more entries, which no step reaches.)
+    """
+    ramp = torch.linspace(first, last, ramp, dtype=torch.float64)
+    return torch.cat([ramp, torch.full((num,), last, dtype=torch.float64)])[:num]
+
+
 SCHEDULES = {"linear_sd": linear_sd, "cosine": cosine, "logsnr_cosine_interp": logsnr_cosine_interp}
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """alpha_bar (T,) float64 and what the network predicts: "eps", "v", "x0". t: long tensor (b,) or int."""
+    """alpha_bar (T,) float64 and what the network predicts: "eps", "v", "x0". t: long tensor (b,) or int.
+
+    scale (T,) or None: x_t = sqrt(ab_t) scale_t x0 + sqrt(1 - ab_t) eps. A network predicts v of scale_t x0,
+    but x0 itself.
+    """
     alpha_bar: Tensor
     prediction: str = "eps"
+    scale: Tensor | None = None
 
     def _ab(self, t, like):
         """sqrt(ab_t), sqrt(1 - ab_t) in float64 precision, cast to like's dtype, shaped to multiply it."""
         ab = self.alpha_bar[torch.as_tensor(t).cpu()].reshape(-1, *[1] * (like.ndim - 1)).to(like.device)
         return ab.sqrt().to(like.dtype), (1 - ab).sqrt().to(like.dtype)
 
+    def _scale(self, t, like):
+        """scale_t, shaped to multiply `like`; 1 without a scale."""
+        if self.scale is None:
+            return 1
+        return self.scale[torch.as_tensor(t).cpu()].reshape(-1, *[1] * (like.ndim - 1)).to(like)
+
     def add_noise(self, x0, noise, t):
         """x0, noise like x0, t -> x_t."""
         a, s = self._ab(t, x0)
-        return a * x0 + s * noise
+        return a * self._scale(t, x0) * x0 + s * noise
 
     def target(self, x0, noise, t):
         """What the network should answer for x_t = add_noise(x0, noise, t)."""
         a, s = self._ab(t, x0)
-        return {"eps": noise, "x0": x0, "v": a * noise - s * x0}[self.prediction]
+        return {"eps": noise, "x0": x0, "v": a * noise - s * self._scale(t, x0) * x0}[self.prediction]
 
     def to_x0(self, out, x_t, t):
         """The network's answer at x_t -> the clean latents it stands for."""
         a, s = self._ab(t, x_t)
+        k = self._scale(t, x_t)
         if self.prediction == "eps":
-            return (x_t - s * out) / a
-        return out if self.prediction == "x0" else a * x_t - s * out
+            return (x_t - s * out) / (a * k)
+        return out if self.prediction == "x0" else a / k * x_t - s / k * out
 
     def to_eps(self, out, x_t, t):
         """The network's answer at x_t -> the noise it stands for."""
         a, s = self._ab(t, x_t)
         if self.prediction == "x0":
-            return (x_t - a * out) / s
+            return (x_t - a * self._scale(t, x_t) * out) / s
         return out if self.prediction == "eps" else a * out + s * x_t
 
 
-def make_schedule(name="linear_sd", prediction="eps", zero_snr=False, shift=1.0, **kw) -> Schedule:
-    """A Schedule from its betas' name in SCHEDULES, e.g. make_schedule("cosine", "v", zero_snr=True)."""
+def make_schedule(name="linear_sd", prediction="eps", zero_snr=False, shift=1.0, scale=None,
+                  **kw) -> Schedule:
+    """A Schedule from its betas' name in SCHEDULES, e.g. make_schedule("cosine", "v", zero_snr=True).
+
+    scale: None or x0_scale's (first, last, ramp): VideoCrafter2 has (1.0, 0.7, 400).
+    """
     if name not in SCHEDULES:
         raise UserError(f"noise schedule {name}: unknown; choose from {', '.join(SCHEDULES)}")
     betas = SCHEDULES[name](**kw)
     betas = zero_terminal_snr(betas) if zero_snr else betas
-    return Schedule(shift_snr(torch.cumprod(1 - betas, 0), shift), prediction)
+    scale = None if scale is None else x0_scale(len(betas), *scale)
+    return Schedule(shift_snr(torch.cumprod(1 - betas, 0), shift), prediction, scale)
 
 
-# ---- training loss
+# ---- training losses
 
 def diffusion_loss(net_fn, schedule, x0, noise, t, mask=None):
     """Mean over all elements of |net(x_t, t) - target|^2, one value a sample (b,), in fp32.
@@ -116,22 +153,55 @@ def diffusion_loss(net_fn, schedule, x0, noise, t, mask=None):
     return (out - target).square().flatten(1).mean(1)
 
 
+def pseudo_huber(a, b, c=0.001):
+    """Mean over all elements of sqrt((a - b)^2 + c^2) - c, one value a sample (b,), in fp32.
+
+    Nearly |a - b|, but smooth at 0: the loss of consistency distillation (arXiv 2310.14189).
+    """
+    return ((a.float() - b.float()).square() + c ** 2).sqrt().sub(c).flatten(1).mean(1)
+
+
+def boundary_scalings(t, sigma_data=0.5, timestep_scaling=10.0):
+    """c_skip, c_out of a consistency function f(x, t) = c_skip x + c_out x0; t: number or tensor.
+
+    They make f(x, 0) = x (consistency models, arXiv 2303.01469; timestep_scaling: latent ones, 2310.04378).
+    From t = 19 on f is x0 but for 7e-6.
+    """
+    u = timestep_scaling * t
+    return sigma_data ** 2 / (u ** 2 + sigma_data ** 2), u / (u ** 2 + sigma_data ** 2) ** 0.5
+
+
 # ---- guidance
 
-def guided(net, text, null, cfg=None, **cond):
-    """-> fn(x, t) = u + cfg (c - u): classifier-free guidance (arXiv 2207.12598, in the form with 1 for off).
+def guided(net, text, null, cfg=None, rescale=0.0, sequential=False, null_cond=None, **cond):
+    """-> fn(x, t, **now) = u + cfg (c - u): classifier-free guidance (arXiv 2207.12598; here 1 is off).
 
-    c and u are the network's answers for `text` and `null` (b,n,d), computed in one batched call. cfg None
-    or 1: c alone. Tensors in `cond` (fps, ...) go to both.
+    c and u are the network's answers for `text` and `null` (b,n,d). cfg None or 1: c alone. Tensors in `cond`
+    (b, ...) (fps, ...) go to both branches, as do those of a single call, `now` (rflow's frame_mask);
+    null_cond {name: tensor} replaces some of `cond` in u.
+    Both in one batched call, or with `sequential` in two, which halves the activations.
+    rescale: share of the result brought back to c's standard deviation, against the over-exposure of large
+    cfg (arXiv 2305.08891, section 3.4; SR600: 0.3).
     """
     if cfg is None or cfg == 1:
-        return lambda x, t: net(x, t, text, **cond)
-    both_text = torch.cat([text, null])
-    both_cond = {k: torch.cat([v, v]) for k, v in cond.items()}
+        return lambda x, t, **now: net(x, t, text, **cond, **now)
+    null_cond = cond | (null_cond or {})
+    if not sequential:
+        both_text = torch.cat([text, null])
+        both_cond = {k: torch.cat([cond[k], v]) for k, v in null_cond.items()}
 
-    def fn(x, t):
-        c, u = net(torch.cat([x, x]), torch.cat([t, t]), both_text, **both_cond).chunk(2)
-        return u + cfg * (c - u)
+    def fn(x, t, **now):
+        if sequential:
+            c, u = net(x, t, text, **cond, **now), net(x, t, null, **null_cond, **now)
+        else:
+            both_now = {k: torch.cat([v, v]) for k, v in now.items()}
+            c, u = net(torch.cat([x, x]), torch.cat([t, t]), both_text, **both_cond, **both_now).chunk(2)
+        out = u + cfg * (c - u)
+        if rescale:
+            dims = tuple(range(1, out.ndim))
+            factor = c.std(dims, keepdim=True) / out.std(dims, keepdim=True)
+            out = (rescale * factor + 1 - rescale) * out
+        return out
     return fn
 
 
@@ -156,15 +226,15 @@ def ddim_step(schedule, out, x, t, t_prev, eta=0.0, noise=None):
         return x0
     ab, ab_prev = schedule.alpha_bar[t].item(), schedule.alpha_bar[t_prev].item()
     sigma = eta * ((1 - ab_prev) / (1 - ab) * (1 - ab / ab_prev)) ** 0.5
-    x = ab_prev ** 0.5 * x0 + max(1 - ab_prev - sigma ** 2, 0.0) ** 0.5 * eps
+    x = ab_prev ** 0.5 * schedule._scale(t_prev, x0) * x0 + max(1 - ab_prev - sigma ** 2, 0.0) ** 0.5 * eps
     return x if sigma == 0 else x + sigma * noise
 
 
 def ddim(net_fn, x_T, schedule, steps, eta=0.0, generators=None, grad_last=0, spacing="leading",
          progress=None):
-    """Sample: noise x_T (b,c,f,h,w) -> latents. net_fn(x, t (b,)) -> guided prediction.
+    """Sample: noise x_T (b,c,f,h,w) -> latents.
 
-    generators: one torch.Generator a sample, for the noise of eta > 0 (a clip does not depend on its batch).
+    generators: for the noise of eta > 0.
     grad_last: the last K updates record gradients, the state before them is constant (VADER, InstructVideo).
     As published with "leading", the chain ends at ab_0, not at x0: a residual sqrt(1 - ab_0) eps stays,
     visually nil.
@@ -185,21 +255,181 @@ def ddim(net_fn, x_T, schedule, steps, eta=0.0, generators=None, grad_last=0, sp
 
 
 def ddim_invert_step(schedule, out, x, t, t_next):
-    """One update of the reversed ODE, from step t up to t_next (len(alpha_bar): pure noise, ab = 0)."""
+    """One update of the reversed ODE, from step t up to t_next (len(alpha_bar): pure noise)."""
     x0, eps = schedule.to_x0(out, x, t), schedule.to_eps(out, x, t)
-    ab = schedule.alpha_bar[t_next].item() if t_next < len(schedule.alpha_bar) else 0.0
-    return ab ** 0.5 * x0 + (1 - ab) ** 0.5 * eps
+    if t_next >= len(schedule.alpha_bar):
+        return eps
+    return schedule.add_noise(x0, eps, t_next)
 
 
 @torch.no_grad()
-def ddim_invert(net_fn, x0, schedule, steps):
-    """Clean latents -> the noise that DDIM would turn into them; t = 0, s, 2s, ..., s = T // steps (VGen)."""
-    num = len(schedule.alpha_bar)
+def ddim_invert(net_fn, x0, schedule, steps, levels=None):
+    """Clean latents -> the noise that DDIM would turn into them; t = 0, s, 2s, ..., s = T // steps (VGen).
+
+    Ends in pure noise, or with `levels` (T = levels) at the noise of step levels - 1 (SR600: 700).
+    """
+    num = len(schedule.alpha_bar) if levels is None else levels
+    end = num if levels is None else levels - 1
     x = x0
     for t in range(0, num, num // steps):
         out = net_fn(x, torch.full((len(x),), t, device=x.device))
-        x = ddim_invert_step(schedule, out.float(), x, t, t + num // steps)
+        x = ddim_invert_step(schedule, out.float(), x, t, min(t + num // steps, end))
     return x
+
+
+# ---- latent consistency models (arXiv 2310.04378)
+
+def lcm_timesteps(steps, num=1000, origin=50, spacing="stride"):
+    """Descending list of integer steps, out of the `origin` steps of the distillation (999, 979, ..., 19).
+
+    "stride": T2V-Turbo's every (origin // steps)-th, e.g. 999, 759, 519, 279 for 4. "even": VideoLCM's
+    i origin / steps rounded down (diffusers 0.26), e.g. 999, 759, 499, 259.
+    """
+    if not 1 <= steps <= origin:
+        raise UserError(f"--sample-steps {steps}: this consistency model takes 1 to {origin}")
+    grid = [j * (num // origin) - 1 for j in range(origin, 0, -1)]
+    if spacing == "even":
+        return [grid[i * origin // steps] for i in range(steps)]
+    return grid[::origin // steps][:steps]
+
+
+@torch.no_grad()
+def lcm(net_fn, x_T, schedule, steps, generators=None, origin=50, spacing="stride", progress=None):
+    """Sample a consistency model: noise x_T (b,c,f,h,w) -> latents; jump to x0, add noise, jump again.
+
+    The network is asked once a step: guidance was distilled into it (and may be one of its conditions).
+    """
+    times = lcm_timesteps(steps, len(schedule.alpha_bar), origin, spacing)
+    x = x_T
+    for i, t in enumerate(progress(times) if progress else times):
+        out = net_fn(x, torch.full((len(x),), t, device=x.device))
+        c_skip, c_out = boundary_scalings(t)
+        x0 = c_skip * x + c_out * schedule.to_x0(out.float(), x, t)
+        if i + 1 < len(times):
+            x = schedule.add_noise(x0, randn_like(x, generators), times[i + 1])
+    return x0
+
+
+# ---- DPM-Solver++ (Lu et al., arXiv 2211.01095)
+
+@torch.no_grad()
+def dpmpp_2m_sde(net_fn, x_T, schedule, steps, generators=None, levels=None, progress=None):
+    """SDE-DPM-Solver++(2M) from step levels - 1 (default: the last): x_T (b,c,f,h,w) -> latents. SR600's.
+
+    The state is x = x0 + r eps with r = sigma / alpha; the network sees x / sqrt(1 + r^2), in the schedule's
+    form. From r to r', with q = (r' / r)^2 and h = ln(r / r'):
+
+        x' = q x + (1 - q) D + r' sqrt(1 - q) noise,    D = x0 + h / (2 h_last) (x0 - x0_last)
+
+    x_T counts as noise of size 1: for SR600 what ddim_invert left of the small video.
+    """
+    num = len(schedule.alpha_bar)
+    levels = levels or num
+    # "trailing" real-valued steps, the last of them dropped: the chain jumps from the one before it to r = 0
+    # (as published: where the division rounds up there is one more than asked)
+    times = torch.arange(levels - 1, -1, -levels / (steps + 1), dtype=torch.float64).tolist()[:-1]
+    log_r = 0.5 * torch.log((1 - schedule.alpha_bar) / schedule.alpha_bar)
+    r = np.exp(np.interp(times, range(num), log_r.numpy())).tolist() + [0.0]
+    x = x_T if math.isinf(r[0]) else r[0] * x_T
+    last, h_last = None, None
+    for i, t in enumerate(progress(times) if progress else times):
+        pure = math.isinf(r[i])  # no signal at all, with zero terminal SNR
+        x_in = x if pure else x / (1 + r[i] ** 2) ** 0.5
+        step = round(t)
+        out = net_fn(x_in, torch.full((len(x),), step, device=x.device))
+        x0 = schedule.to_x0(out.float(), x_in, step)
+        if r[i + 1] == 0:
+            x = x0
+        elif pure:  # as published: one Euler step, which keeps the noise it was given
+            x = x0 + r[i + 1] * x_T
+        else:
+            q, h = (r[i + 1] / r[i]) ** 2, math.log(r[i] / r[i + 1])
+            d = x0 if last is None else x0 + h / (2 * h_last) * (x0 - last)
+            x = q * x + (1 - q) * d + r[i + 1] * (1 - q) ** 0.5 * randn_like(x, generators)
+            last, h_last = x0, h
+    return x
+
+
+# ---- rectified flow (Liu et al., arXiv 2209.03003), as Open-Sora 1.2 has it; real t, 0 clean to 1000 noise
+
+def flow_transform(t, frames, height, width):
+    """Move t towards the noise for clips of more pixels and frames: t' = r t / (1 + (r - 1) t), t in 0..1.
+
+    A large clip is redundant and the same noise hides it less well (arXiv 2403.03206, section 5.3.2). r is 1
+    for an image of 512x512, and grows with the root of its pixels and of its latent frames. t: tensor, in
+    sampling and in training; the size is in pixels.
+    """
+    latent_frames = 1 if frames == 1 else max(frames // 17 * 5, 1)
+    r = (height * width / 512 ** 2 * latent_frames) ** 0.5
+    return 1000 * r * t / (1000 + (r - 1) * t)
+
+
+def flow_timesteps(steps, size=None):
+    """Descending list of real steps, 1000 first, evenly spaced or with flow_transform for size (f, h, w)."""
+    t = 1000 * (1 - torch.arange(steps, dtype=torch.float64) / steps)
+    t = t if size is None else flow_transform(t, *size)
+    return t.float().tolist()  # in float32 the first is 1000 exactly, which frame masks rely on
+
+
+def flow_add_noise(x0, noise, t):
+    """x0 (b,...), noise like x0, t (b,) or number -> x_t = (1 - t/1000) x0 + t/1000 noise."""
+    t = torch.as_tensor(t, dtype=x0.dtype, device=x0.device).reshape(-1, *[1] * (x0.ndim - 1)) / 1000
+    return (1 - t) * x0 + t * noise
+
+
+def flow_loss(net_fn, x0, noise, t, frame_mask=None):
+    """Mean over all elements of |v - (x0 - noise)|^2, one value a sample (b,), in fp32; t (b,).
+
+    net_fn(x_t, t) -> v, which may have more channels than x0 (Open-Sora's second half is unused).
+    frame_mask (b,f), True or 1: frames to learn; the others are conditions, given clean and not counted, and
+    net_fn gets it as `frame_mask`.
+    """
+    x_t, now = flow_add_noise(x0, noise, t), {}
+    if frame_mask is not None:
+        frame_mask = frame_mask.bool()
+        x_t = torch.where(frame_mask[:, None, :, None, None], x_t, x0)
+        now["frame_mask"] = frame_mask
+    v = net_fn(x_t, t, **now)[:, :x0.shape[1]].float()
+    error = (v - (x0 - noise).float()).square().mean((1, 3, 4))  # b f
+    if frame_mask is None:
+        return error.mean(1)
+    return (error * frame_mask).sum(1) / frame_mask.sum(1)
+
+
+def rflow(net_fn, x_T, steps, size=None, frame_mask=None, generators=None, grad_last=0, progress=None):
+    """Sample by Euler steps: noise x_T (b,c,f,h,w) -> latents, along x' = x + v (t - t_next) / 1000.
+
+    size: (frames, height, width) in pixels, for flow_transform. grad_last: as in ddim().
+    frame_mask (b,f) in 0..1: 1 makes a frame from noise; the others start as latents that are in x_T. 0 keeps
+    them, m between keeps them down to t = 1000 m, noises them to there and lets them join (edits). net_fn
+    gets `frame_mask` (b,f), True for the frames that take part. generators: for that noise.
+    """
+    times = flow_timesteps(steps, size)
+    updates = list(zip(times, times[1:] + [0.0]))
+    x, active = x_T, None if frame_mask is None else frame_mask == 1
+    for i, (t, t_next) in enumerate(progress(updates) if progress else updates):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and i >= len(updates) - grad_last):
+            now = {}
+            if frame_mask is not None:
+                joined, active = active, 1000 * frame_mask >= t
+                noised = flow_add_noise(x, randn_like(x, generators), t)  # drawn at each step, as published
+                x = torch.where((active & ~joined)[:, None, :, None, None], noised, x)
+                now["frame_mask"] = active
+            v = net_fn(x, torch.full((len(x),), t, device=x.device), **now)[:, :x.shape[1]].float()
+            moved = x + v * (t - t_next) / 1000
+            x = moved if active is None else torch.where(active[:, None, :, None, None], moved, x)
+    return x
+
+
+# ---- HiGen (arXiv 2312.04483)
+
+def appearance_matrix(frames, factor=1.0):
+    """(f, f): row i says how alike frame i and each other look, 1 - factor |i - j| / (f - 1).
+
+    Larger factor: more change over the clip; 0: none.
+    """
+    i = torch.arange(frames, dtype=torch.float32)
+    return 1 - factor * (i[:, None] - i).abs() / max(frames - 1, 1)
 
 
 # ---- noise
@@ -211,3 +441,16 @@ def randn(shape, generators, device="cpu"):
 
 def randn_like(x, generators):
     return torch.randn_like(x) if generators is None else randn(x.shape, generators, x.device).to(x.dtype)
+
+
+def offset_noise(noise, shared, strength=0.1):
+    """Noise (b,c,f,h,w) plus `strength` of one more value a channel and frame, shared (b,c,f,1,1).
+
+    Plain noise hardly touches the mean of a frame, so that a network never learns to choose its brightness.
+    """
+    return noise + strength * shared
+
+
+def mix_noise(inverted, noise, strength):
+    """sqrt(strength) inverted + sqrt(1 - strength) noise: DreamVideo's start, near a video's inversion."""
+    return strength ** 0.5 * inverted + (1 - strength) ** 0.5 * noise

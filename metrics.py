@@ -1,15 +1,40 @@
-"""Metrics. The tiny world's judge reads shape, colour, background, motion, speed and smoothness off a clip.
+"""Metrics. For real videos: cosines of encoder features (DreamVideo, arXiv 2312.04433).
+
+    CLIP-T  cosine(CLIP of the frames, CLIP of the prompt)            temporal_consistency(CLIP of the frames)
+    CLIP-I  cosine(CLIP of the frames, CLIP of the subject's pictures)
+    DINO-I  cosine(DINO of the frames, DINO of the subject's pictures)
+
+The tiny world's judge reads shape, colour, background, motion, speed and smoothness off a clip.
 
 The judge learns nothing and shares no code with the rewards: it is never a reward, so it can tell when a
 reward is hacked.
 """
 import numpy as np
+import torch.nn.functional as F
 from torch import Tensor
 
 from data import BACKGROUNDS, COLOURS, SHAPES, parse
 
 ATTRIBUTES = ("shape", "colour", "background", "motion")
 
+# ---- features
+
+def cosine(frames, targets):
+    """Features (f, d) of a video's frames and (n, d) of texts or pictures -> mean cosine over all pairs.
+
+    Need not be normalised. 0 without targets, as the published script reports it.
+    """
+    if not len(targets):
+        return 0.0
+    return float((F.normalize(frames, dim=-1) @ F.normalize(targets, dim=-1).T).mean())
+
+
+def temporal_consistency(frames):
+    """Features (f, d) of a video's frames, f > 1 -> mean cosine of neighbouring frames."""
+    return float(F.cosine_similarity(frames[:-1], frames[1:], dim=-1).mean())
+
+
+# ---- the tiny world's judge
 
 def _nearest(rgb, palette):
     names = list(palette)

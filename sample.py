@@ -4,10 +4,15 @@
     python sample.py --ckpt out/vader --prompts prompts.txt --n 4
     python sample.py --base tiny --judge 256               # 256 random captions, and how many clips are right
     torchrun --nproc_per_node=4 sample.py --base modelscope --weights weights/modelscope --prompts prompts.txt
+    python sample.py --base i2vgen-xl --image dog.png --prompt "a dog runs"  # or --prompts: image|||caption
+    python sample.py --base vcomposer --depth depth.npy --style-image painting.png --prompt "a red car"
+    python sample.py --base sr600 --video out/sample       # every clip there, at 720x1280
+    python sample.py --base modelscope-v1.4 --lora instructvideo.pth:0.8 --prompt "a fox in the snow"
 
 Writes OUT/0000.mp4 ..., OUT/sheet.png (contact sheet), OUT/index.jsonl (file, prompt, seed, base, adapters,
 settings).
 A clip depends on its prompt, its number and --seed alone: not on --batch, nor on the number of processes.
+Memory: texts are encoded first and the text towers freed; then --batch 1, --sequential, --decode-chunk 1.
 """
 import argparse
 import json
@@ -17,36 +22,132 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from tqdm import tqdm
 
-from bases import BASES, base_row, fill, latent_shape, load_base
+from bases import BASES, base_row, fill, latent_shape, load_base, merge_public_lora
 from common import (Env, UserError, generator, load_checkpoint, memory_advice, net_and_text, setup,
                     write_atomic)
-from data import contact_sheet, read_prompts, read_video, tiny_captions, write_video
-from diffusion import ddim, guided, randn
+from data import (center_crop_wide, clip_image, contact_sheet, image_tensor, list_videos, open_image,
+                  read_image_prompts, read_map, read_prompts, read_video, tiny_captions, video_info,
+                  write_video)
+from diffusion import (appearance_matrix, ddim, ddim_invert, dpmpp_2m_sde, guided, lcm, make_schedule,
+                       offset_noise, randn)
 from metrics import judge_captions
-from models import add_lora, merge_lora
+from models import add_lora, guidance_embedding, merge_lora
 
+SAMPLERS = ("ddim", "lcm", "higen", "sr600")
+
+
+# ---- samplers that are more than one loop
+
+def higen(net, schedule, text, null, image_noise, video_noise, steps, cfg, eta=0.0, motion_factor=500,
+          appearance_factor=1.0, sequential=False, progress=None):
+    """HiGen's two passes of one network (arXiv 2312.04483): an image, then the clip around it.
+
+    image_noise (b,c,1,h,w), video_noise (b,c,f,h,w) with f = 32 -> (image, video) latents.
+    """
+    b, c, f, h, w = video_noise.shape
+    device = video_noise.device
+
+    def run(noise, prior, motion, appearance):
+        fn = guided(net, text, null, cfg, sequential=sequential, image_prior=prior, motion_factor=motion,
+                    appearance_factor=appearance)
+        return ddim(fn, noise, schedule, steps, eta, progress=progress)
+    prior = torch.zeros(b, c, h, w, device=device)
+    image = run(image_noise, prior, torch.zeros(b, device=device), torch.ones(b, 1, f, device=device))
+    motion = torch.full((b, f - 1), float(motion_factor), device=device)
+    appearance = appearance_matrix(f, appearance_factor).to(device).expand(b, -1, -1)
+    return image, run(video_noise, image[:, :, 0], motion, appearance)
+
+
+def sr600(net, schedule, text, null, latents, steps, cfg, generators=None, levels=700, inversion_steps=30,
+          rescale=0.3, sequential=False, progress=None):
+    """SR600: invert the enlarged clip's latents, then sample from there with other words (VGen).
+
+    Inversion runs on the cosine schedule with the negative prompt; sampling (on `schedule`) starts with the
+    noise that it ends in, so that the clip's layout stays.
+    """
+    cosine = make_schedule("cosine", schedule.prediction)
+    noise = ddim_invert(lambda x, t: net(x, t, null), latents, cosine, inversion_steps, levels)
+    fn = guided(net, text, null, cfg, rescale, sequential)
+    return dpmpp_2m_sde(fn, noise, schedule, steps, generators, levels, progress)
+
+
+# ---- prompts to videos
 
 @torch.no_grad()
-def generate(base, env: Env, prompts, seeds, args, batch=8, progress=False):
+def generate(base, env: Env, prompts, seeds, args, batch=8, progress=False, cond=None, null_cond=None,
+             video=None, sequential=False, chunk=16):
     """Prompts -> videos (n,3,f,h,w) in [-1,1] on the CPU; clip i from noise keyed by seeds[i].
 
     args: sampling options, filled by bases.fill(): frames, height, width, negative, cfg, sample_steps, eta,
-    fps. Training previews and evaluations call this too: what they show is what one gets.
+    fps, sampler, ... cond, null_cond: {condition of the network: tensor (n, ...)}, the second replacing
+    some in the unconditional branch; video (n,3,f,h,w): what SR600 enlarges. Training previews and
+    evaluations call this too: what they show is what one gets.
     """
     shape, videos = latent_shape(base.name, args.frames, args.height, args.width), []
+    bar = tqdm if progress else None
     for i in range(0, len(prompts), batch):
-        part, generators = prompts[i:i + batch], [generator("sample", s) for s in seeds[i:i + batch]]
-        cond = {} if args.fps is None else {"fps": torch.full((len(part),), args.fps, device=env.device)}
+        part = slice(i, i + batch)
+        texts = [prompt + args.suffix for prompt in prompts[part]]
+        nulls, n = [args.negative] * len(texts), len(texts)
+        generators = [generator("sample", s) for s in seeds[part]]
         with env.autocast():
-            text, null = base.encode_text(part), base.encode_text([args.negative] * len(part))
-            x_T = randn((len(part), *shape), generators, env.device)
-            latents = ddim(
-                guided(base.net, text, null, args.cfg, **cond), x_T, base.schedule, args.sample_steps,
-                args.eta, generators, spacing=args.spacing, progress=tqdm if progress else None)
-            videos.append(base.vae.decode(latents).float().clamp(-1, 1).cpu())
+            text, null = base.encode_text(texts), base.encode_text(nulls)
+            c = {k: v[part].to(env.device) for k, v in (cond or {}).items()}
+            u = {k: v[part].to(env.device) for k, v in (null_cond or {}).items()}
+            c |= frame_rate(args, n, env.device)
+            if base.net.cfg.motion_blocks:
+                c["motion_text"] = base.encode_text(texts, motion=True)
+                u["motion_text"] = base.encode_text(nulls, motion=True)
+
+            if args.sampler == "sr600":
+                latents = base.vae.encode(video[part].to(env.device), chunk=chunk)
+                latents = sr600(base.net, base.schedule, text, null, latents, args.sample_steps, args.cfg,
+                                generators, sequential=sequential, progress=bar)
+                videos.append(base.vae.decode(latents, chunk=chunk).float().clamp(-1, 1).cpu())
+                continue
+            if args.sampler == "higen":
+                image_noise = randn((n, shape[0], 1, *shape[2:]), generators, env.device)
+            x_T = randn((n, *shape), generators, env.device)
+            if getattr(args, "start_offset", None):
+                shared = randn((n, *shape[:2], 1, 1), generators, env.device)
+                x_T = offset_noise(x_T, shared, args.start_offset)
+
+            if args.sampler == "higen":
+                _, latents = higen(
+                    base.net, base.schedule, text, null, image_noise, x_T, args.sample_steps, args.cfg,
+                    args.eta, args.motion_factor, args.appearance_factor, sequential, bar)
+            elif args.sampler == "lcm":
+                latents = lcm(distilled(base.net, text, c, args), x_T, base.schedule, args.sample_steps,
+                              generators, args.origin, args.spacing, bar)
+            else:
+                fn = guided(base.net, text, null, args.cfg, sequential=sequential, null_cond=u, **c)
+                latents = ddim(fn, x_T, base.schedule, args.sample_steps, args.eta, generators,
+                               spacing=args.spacing, progress=bar)
+            videos.append(base.vae.decode(latents, chunk=chunk).float().clamp(-1, 1).cpu())
     return torch.cat(videos)
+
+
+def frame_rate(args, n, device) -> dict:
+    """{"fps": (n,)} for a base that takes the frame rate as a condition, else {}."""
+    return {} if args.fps is None else {"fps": torch.full((n,), args.fps, device=device)}
+
+
+def distilled(net, text, cond, args):
+    """A consistency model's fn(x, t): no second branch, the guidance scale is a condition (T2V-Turbo)."""
+    def embedded(scale):
+        return guidance_embedding(torch.full((len(text),), scale, device=text.device), net.cfg.guidance_dim)
+    if net.cfg.guidance_dim:
+        cond = cond | {"guidance": embedded(args.cfg)}
+
+    def fn(x, t):
+        if not net.cfg.motion_guidance_dim:
+            return net(x, t, text, **cond)
+        early = t[0] >= 1000 * (1 - args.motion_share)  # motion is decided in the first steps
+        return net(x, t, text, motion_guidance=embedded(args.motion_cfg if early else 0.0), **cond)
+    return fn
 
 
 def generate_split(base, env: Env, prompts, seeds, args):
@@ -61,6 +162,117 @@ def generate_split(base, env: Env, prompts, seeds, args):
     return torch.cat(parts)[:len(prompts)]
 
 
+# ---- conditions from files
+
+FILE_FLAGS = ("image", "video", "mask", "depth", "sketch", "motion_vectors", "style_image",
+              "appearance_image")
+
+
+def check_conditions(args, row):
+    """Refuse what the base has no use for, and ask for what it needs, before anything is loaded."""
+    takes = set()
+    if row.net.image_to_video:
+        takes |= {"image"}
+    if row.net.super_resolution:
+        takes |= {"video"}
+    if row.net.maps:
+        takes |= {"image", "video", "mask", "depth", "sketch", "motion_vectors", "style_image"}
+    if row.net.adapter_image_dim:
+        takes |= {"appearance_image"}
+    for flag in FILE_FLAGS:
+        value, option = getattr(args, flag), f"--{flag.replace('_', '-')}"
+        if value and flag not in takes:
+            known = ", ".join(f"--{f.replace('_', '-')}" for f in sorted(takes)) or "words alone"
+            raise UserError(f"{option}: this base has no such condition; it takes {known}")
+        if value and not Path(value).exists():
+            raise UserError(f"{option} {value}: no such file")
+    for flag in ("motion_factor", "appearance_factor", "motion_cfg"):
+        if getattr(args, flag) is not None and flag not in row.sample:
+            raise UserError(f"--{flag.replace('_', '-')}: this base has no such condition")
+    own = row.sample["sampler"]
+    if args.sampler != own and {"higen", "sr600"} & {args.sampler, own}:
+        raise UserError(f"--sampler {args.sampler}: this base is sampled by {own}")
+    if args.judge and row.text is not None:
+        raise UserError("--judge: only clips of the tiny world can be judged; give --prompt or --prompts")
+    if row.net.image_to_video and not args.image and not args.prompts:
+        raise UserError("image to video: give --image FILE, or --prompts with lines image|||caption")
+    if row.net.super_resolution and not args.video:
+        raise UserError("super-resolution: give the clip, or a folder of clips, with --video")
+    if bool(args.mask) != bool(args.video) and not row.net.super_resolution:
+        raise UserError("--mask and --video belong together: the part of the video that is hidden")
+    if not (args.prompt or args.prompts or args.judge or row.net.super_resolution):
+        raise UserError("give one of --prompt TEXT, --prompts FILE, --judge N (tiny)")
+    if row.net.text_resampler and args.frames != 32:
+        raise UserError(f"--frames {args.frames}: HiGen makes clips of 32 frames")
+
+
+@torch.no_grad()
+def conditions(base, env, args, images, maps):
+    """For a batch of clips -> (cond, null_cond) of generate(); images: a path each, maps: of read_maps()."""
+    cfg, n, size = base.net.cfg, len(images), (args.height, args.width)
+    cond, null = {}, {}
+
+    def clip_embedding(paths):
+        side = max(224, args.width)
+        pixels = torch.stack([clip_image(open_image(p), (side, side)) for p in paths])
+        return base.image_encoder(pixels.to(env.device, env.dtype))[:, None].float()  # n 1 d
+
+    if cfg.image_to_video:
+        pixels = torch.stack([image_tensor(center_crop_wide(open_image(p), size)) for p in images])
+        cond["first_frame"] = base.vae.encode(pixels[:, :, None].to(env.device, env.dtype))[:, :, 0].float()
+        cond["image"] = clip_embedding(images)
+        null["image"] = torch.zeros_like(cond["image"])
+    if args.style_image:
+        cond["image"] = clip_embedding([args.style_image]).expand(n, -1, -1)
+        null["image"] = torch.zeros_like(cond["image"])
+    if args.appearance_image:
+        cond["appearance"] = clip_embedding([args.appearance_image]).expand(n, -1, -1)
+        null["appearance"] = torch.zeros_like(cond["appearance"])
+        for branch, strength in zip((cond, null), args.strength):
+            branch["strength"] = torch.full((n,), strength)
+    for name, value in maps.items():
+        cond[name] = value.expand(n, -1, -1, -1, -1)
+    return cond, null
+
+
+def read_maps(args, size):
+    """VideoComposer's maps from ready files -> {name: (1,c,f,h,w)}.
+
+    depth: MiDaS's inverse depth / 20 in 0..10 (.npy; a video counts as 0..1); sketch: 0..1 (a picture is the
+    single sketch of the first frame); motion: .npy (2,f,h,w); image: the first frame, in 0..1; video and mask
+    (1: hidden).
+    """
+    f, maps = args.frames, {}
+    if args.depth:
+        maps["depth"] = read_map(args.depth, f, size, 1)
+    if args.sketch:
+        sketch = read_map(args.sketch, None, size, 1)
+        name = "sketch" if sketch.shape[1] > 1 else "single_sketch"
+        maps[name] = read_map(args.sketch, f, size, 1) if name == "sketch" else sketch.expand(-1, f, -1, -1)
+    if args.motion_vectors:
+        maps["motion"] = read_map(args.motion_vectors, f, size, 2)
+    if args.image:
+        maps["local_image"] = read_map(args.image, None, size, 3).expand(-1, f, -1, -1)
+    if args.mask:
+        video, hidden = read_map(args.video, f, size, 3), read_map(args.mask, None, size, 1).round()
+        shown = 1 - hidden.expand(-1, f, -1, -1)
+        maps["masked"] = torch.cat([(video * 2 - 1) * shown, shown])
+    return {name: value[None] for name, value in maps.items()}
+
+
+def enlarge(path, args, dtype=torch.float32):
+    """A clip for SR600 -> ((1,3,f,H,W) in [-1,1], its own frames): at most 32, 16 or fewer doubled."""
+    frames = min(video_info(path)[0], 32)
+    video, _ = read_video(path, frames)
+    if frames <= 16:  # as published: the network was trained on 32
+        video = video.repeat_interleave(2, dim=1)
+    size = (args.height, args.width)
+    video = F.interpolate(video.transpose(0, 1).float(), size, mode="bilinear", align_corners=False)
+    return video.transpose(0, 1)[None].to(dtype), frames
+
+
+# ---- runs and public adapters
+
 def load_run(path, tensors, meta, weights, env):
     """What load_checkpoint(path) gave -> the run's base with its trained tensors put in, LoRA merged."""
     base = load_base(meta["base"], weights or meta["args"].get("weights"), env.device, torch.float32)
@@ -72,9 +284,19 @@ def load_run(path, tensors, meta, weights, env):
         if unexpected:
             raise UserError(f"--ckpt {path}: does not fit base {base.name}: unexpected {unexpected[0]}")
     merge_lora(base.net)
-    for module in (base.net, base.vae, base.text_encoder):
-        module.requires_grad_(False).to(env.dtype)
     return base
+
+
+def lora_file(text):
+    """FILE or FILE:scale -> (path, scale), the file checked."""
+    path, _, scale = text.rpartition(":")
+    try:
+        path, scale = (path, float(scale)) if path else (text, 1.0)
+    except ValueError:  # the colon is part of the name
+        path, scale = text, 1.0
+    if not Path(path).is_file():
+        raise UserError(f"--lora {path}: no such file")
+    return Path(path), scale
 
 
 def get_args(argv=None):
@@ -83,11 +305,27 @@ def get_args(argv=None):
     p.add_argument("--base", help=f"base to sample from: {', '.join(BASES)} (default: the run's)")
     p.add_argument("--weights", help="folder with the base's public weights (default: its hub)")
     p.add_argument("--ckpt", help="folder of one of our runs")
+    p.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]",
+                   help="public LoRA or adapter file (T2V-Turbo, InstructVideo, DreamVideo); may be repeated")
     p.add_argument("--out", default="out/sample", help="folder to write")
     p.add_argument("--prompt", help="one prompt")
-    p.add_argument("--prompts", help="file of prompts: txt, csv, jsonl or json")
+    p.add_argument("--prompts", help="file of prompts: txt, csv, jsonl, json; I2VGen-XL: image|||caption")
     p.add_argument("--judge", type=int, metavar="N", help="tiny world: N random captions, judged")
     p.add_argument("--negative", help="negative prompt (default: the run's or the base's)")
+    p.add_argument("--suffix", help="text put after every prompt (default: the base's)")
+    # conditions
+    p.add_argument("--image", help="first frame (I2VGen-XL, VideoComposer)")
+    p.add_argument("--video", help="clip or folder of clips (SR600); what --mask hides (VideoComposer)")
+    p.add_argument("--mask", help="picture, white where the video is hidden (VideoComposer)")
+    p.add_argument("--depth", help="depth maps: .npy or video (VideoComposer)")
+    p.add_argument("--sketch", help="sketches: .npy or video, or one picture (VideoComposer)")
+    p.add_argument("--motion-vectors", help="motion vectors: .npy of shape 2 f h w (VideoComposer)")
+    p.add_argument("--style-image", help="picture whose style and content to follow (VideoComposer)")
+    p.add_argument("--appearance-image", help="picture that guides the motion adapter (DreamVideo)")
+    p.add_argument("--strength", type=float, nargs=2, default=(1.0, 1.0), metavar=("COND", "UNCOND"),
+                   help="of the appearance image in the two branches of guidance")
+    p.add_argument("--motion-factor", type=int, help="HiGen: more is more motion (500)")
+    p.add_argument("--appearance-factor", type=float, help="HiGen: more is more change over the clip (1.0)")
     # pixels
     p.add_argument("--frames", type=int, help="frames a clip (default: the base's)")
     p.add_argument("--height", type=int, help="pixels (default: the base's)")
@@ -95,52 +333,107 @@ def get_args(argv=None):
     p.add_argument("--fps", type=int, help="frame rate as a condition, for bases that take one")
     p.add_argument("--save-fps", type=int, help="frame rate of the files")
     # sampling
+    p.add_argument("--sampler", choices=SAMPLERS, help="default: the base's")
     p.add_argument("--sample-steps", type=int, help="sampler steps (default: the base's)")
     p.add_argument("--eta", type=float, help="DDIM noise, 0 deterministic to 1 (default: the base's)")
     p.add_argument("--cfg", type=float, help="guidance u + cfg (c - u); 1 is off (default: the base's)")
+    p.add_argument("--motion-cfg", type=float, help="T2V-Turbo-v2: scale of motion guidance (0.05)")
     p.add_argument("--n", type=int, default=1, help="clips a prompt")
     p.add_argument("--batch", type=int, default=4, help="clips at a time on each process")
     p.add_argument("--seed", type=int, default=0, help="seed")
     # machine
     p.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
     p.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 on GPU, fp32 on CPU")
+    p.add_argument("--sequential", action="store_true", help="the two branches of guidance one by one")
+    p.add_argument("--decode-chunk", type=int, default=16, help="frames the autoencoder takes at a time")
     args = p.parse_args(argv)
     if not args.base and not args.ckpt:
         raise UserError("give --base NAME or --ckpt FOLDER")
-    if sum(bool(x) for x in (args.prompt, args.prompts, args.judge)) != 1:
-        raise UserError("give one of --prompt TEXT, --prompts FILE, --judge N")
+    if sum(bool(x) for x in (args.prompt, args.prompts, args.judge)) > 1:
+        raise UserError("give only one of --prompt TEXT, --prompts FILE, --judge N (tiny)")
     return args
+
+
+def read_jobs(args, row):
+    """-> prompts, and for each its first frame (I2VGen-XL), its clip (SR600), both readable, or None."""
+    if args.judge:
+        captions, rng = tiny_captions(), np.random.default_rng(args.seed)
+        prompts = [captions[i] for i in rng.integers(len(captions), size=args.judge)]
+        return prompts, [None] * len(prompts)
+    if row.net.super_resolution:
+        clips = list_videos(args.video)
+        for clip in clips:
+            video_info(clip)
+        if args.prompts:
+            prompts = read_prompts(args.prompts)
+            if len(prompts) != len(clips):
+                raise UserError(f"{args.prompts}: {len(prompts)} prompts for {len(clips)} clips")
+            return prompts, clips
+        index, known = clips[0].parent / "index.jsonl", {}
+        if index.is_file():  # a folder that sample.py wrote: its own prompts
+            rows = [json.loads(line) for line in index.read_text().splitlines()]
+            known = {row.get("file"): row.get("prompt", "") for row in rows}
+        return [args.prompt or known.get(clip.name, "") for clip in clips], clips
+    if row.net.image_to_video and not args.image:
+        pairs = read_image_prompts(args.prompts)
+    else:
+        prompts = [args.prompt] if args.prompt else read_prompts(args.prompts)
+        pairs = [(args.image if row.net.image_to_video else None, prompt) for prompt in prompts]
+    for image in dict.fromkeys(image for image, _ in pairs if image):
+        open_image(image)
+    return [caption for _, caption in pairs], [image for image, _ in pairs]
 
 
 def main(argv=None):
     args = get_args(argv)
     if args.base:
         base_row(args.base)  # an unknown name is refused before anything is read
-    if args.judge:
-        captions, rng = tiny_captions(), np.random.default_rng(args.seed)
-        prompts = [captions[i] for i in rng.integers(len(captions), size=args.judge)]
-    else:
-        prompts = [args.prompt] if args.prompt else read_prompts(args.prompts)
     tensors, meta = load_checkpoint(args.ckpt) if args.ckpt else ({}, {"base": args.base, "sample": {}})
     if args.base and args.base != meta["base"]:
         raise UserError(f"--ckpt {args.ckpt}: was trained on base {meta['base']}, not {args.base}")
+    row = base_row(meta["base"])
     settings = fill(args, meta["base"], meta["sample"])
+    if row.net.super_resolution:
+        del settings["frames"]  # each clip keeps its own
+    check_conditions(args, row)
+    prompts, files = read_jobs(args, row)
+    maps = read_maps(args, (args.height, args.width)) if row.net.maps else {}
+    loras = [lora_file(text) for text in args.lora]
     env = setup(args)
     if args.ckpt:
         base = load_run(args.ckpt, tensors, meta, args.weights, env)
     else:
-        base = load_base(args.base, args.weights, env.device, env.dtype)
+        base = load_base(args.base, args.weights, env.device, torch.float32 if loras else env.dtype)
+    for path, scale in loras:
+        merge_public_lora(base.net, path, scale)
+    for module in base.parts().values():
+        module.requires_grad_(False).to(env.dtype)
+    with torch.no_grad(), env.autocast():
+        base.remember([prompt + args.suffix for prompt in prompts] + [args.negative])
 
-    jobs = [(prompt, f"{args.seed}-{i}-{k}") for i, prompt in enumerate(prompts) for k in range(args.n)]
+    jobs = [(prompt, file, f"{args.seed}-{i}-{k}")
+            for i, (prompt, file) in enumerate(zip(prompts, files)) for k in range(args.n)]
     out, start = Path(args.out), time.time()
     mine = list(range(env.rank, len(jobs), env.world))
-    with memory_advice("--batch 1", "--dtype bf16", "fewer --frames", "a smaller --height and --width"):
-        for i in range(0, len(mine), args.batch):
-            part = mine[i:i + args.batch]
-            videos = generate(
-                base, env, [jobs[j][0] for j in part], [jobs[j][1] for j in part], args, args.batch,
-                progress=env.main and env.device.type == "cuda")
-            for j, video in zip(part, videos):
+    advice = memory_advice("--batch 1", "--sequential", "--decode-chunk 1", "--dtype bf16", "fewer --frames",
+                           "a smaller --height and --width")
+    batch = 1 if row.net.super_resolution else args.batch
+    with advice:
+        for i in range(0, len(mine), batch):
+            part = [jobs[j] for j in mine[i:i + batch]]
+            options, frames = dict(sequential=args.sequential, chunk=args.decode_chunk), None
+            if row.net.super_resolution:
+                options["video"], frames = enlarge(part[0][1], args)
+                args.frames = options["video"].shape[2]
+            else:
+                with env.autocast():
+                    images = [image for _, image, _ in part]
+                    options["cond"], options["null_cond"] = conditions(base, env, args, images, maps)
+            videos = generate(base, env, [p[0] for p in part], [p[2] for p in part], args, batch,
+                              env.main and env.device.type == "cuda", **options)
+            if frames is not None and frames < videos.shape[2]:
+                videos = videos[:, :, ::2]  # every frame went in twice
+            for j, video in zip(mine[i:i + batch], videos):
                 write_video(out / f"{j:04d}.mp4", video, args.save_fps)
             if env.main:
                 done = min(len(jobs), (i + len(part)) * env.world)
@@ -148,9 +441,12 @@ def main(argv=None):
     if env.world > 1:
         dist.barrier()
     if env.main:
-        adapters = [args.ckpt] if args.ckpt else []
+        adapters = ([args.ckpt] if args.ckpt else []) + args.lora
+        given = {flag: getattr(args, flag) for flag in FILE_FLAGS if getattr(args, flag)}
+        own = "image" if row.net.image_to_video else "video"
         rows = [dict(file=f"{j:04d}.mp4", prompt=prompt, seed=seed, base=base.name, adapters=adapters,
-                     **settings) for j, (prompt, seed) in enumerate(jobs)]
+                     **(given | ({own: str(file)} if file else {})), **settings)
+                for j, (prompt, file, seed) in enumerate(jobs)]
         write_atomic(out / "index.jsonl", lambda p: p.write_text("".join(json.dumps(r) + "\n" for r in rows)))
         shown = rows[:32]
         clips = [read_video(out / r["file"])[0] for r in shown]

@@ -39,9 +39,9 @@ from common import (
     FiniteGuard, Log, UserError, agree_to_stop, apply_defaults, catch_signals, check_out, clip_gradients,
     draw_curve, generator, load_state, lr_at, memory_advice, save_checkpoint, seed_of, setup, trained)
 from data import TinyWorld, VideoDataset, batch_indices, contact_sheet, read_prompts
-from diffusion import diffusion_loss
+from diffusion import diffusion_loss, offset_noise
 from models import add_lora, parallelize, sync_gradients
-from sample import generate
+from sample import frame_rate, generate
 
 TINY = dict(
     steps=2000, batch=16, lr=1.5e-3, lr_schedule="cosine", warmup=50, betas=(0.9, 0.99), wd=0.01, ema=0.995,
@@ -66,6 +66,7 @@ def get_args(argv=None):
     p.add_argument("--frames", type=int, help="frames a clip (default: the base's)")
     p.add_argument("--height", type=int, help="pixels (default: the base's)")
     p.add_argument("--width", type=int, help="pixels (default: the base's)")
+    p.add_argument("--fps", type=int, help="frame rate as a condition, for bases that take one")
     p.add_argument("--read-fps", type=float, help="frame rate at which clips are read (default: every frame)")
     p.add_argument("--image-share", type=float, default=0.125, help="share of steps on single frames")
     p.add_argument("--cache-latents", action=yes_no, default=False, help="encode once, keep in memory")
@@ -111,13 +112,16 @@ def get_args(argv=None):
 
 # ---- the method
 
-def t2v_loss(net, schedule, x0, text, g, offset=0.0):
-    """The denoising loss at random steps, (b,). x0 (b,c,f,h,w) latents, text (b,n,d), g: CPU generator."""
+def t2v_loss(net, schedule, x0, text, g, offset=0.0, **cond):
+    """The denoising loss at random steps, (b,). x0 (b,c,f,h,w) latents, text (b,n,d), g: CPU generator.
+
+    cond: other conditions of the network, such as fps (b,).
+    """
     t = torch.randint(len(schedule.alpha_bar), (len(x0),), generator=g).to(x0.device)
     noise = torch.randn(x0.shape, generator=g)
-    # offset noise: one more value a frame and channel noises the mean brightness too (VGen: noise_strength)
-    noise = (noise + offset * torch.randn(*x0.shape[:3], 1, 1, generator=g)).to(x0.device)
-    return diffusion_loss(lambda x, t: net(x, t, text), schedule, x0, noise, t)
+    # the mean brightness is noised too (VGen: noise_strength)
+    noise = offset_noise(noise, torch.randn(*x0.shape[:3], 1, 1, generator=g), offset).to(x0.device)
+    return diffusion_loss(lambda x, t: net(x, t, text, **cond), schedule, x0, noise, t)
 
 
 def main(argv=None):
@@ -176,7 +180,8 @@ def main(argv=None):
             advice = memory_advice("--grad-ckpt", "--batch 1", "--parallel fsdp")
             with sync_gradients(net, micro == args.accum - 1), env.autocast(), advice:
                 text = base.encode_text(captions)
-                loss = t2v_loss(net, base.schedule, x0, text, g, args.offset_noise).mean()
+                cond = frame_rate(args, len(x0), env.device)
+                loss = t2v_loss(net, base.schedule, x0, text, g, args.offset_noise, **cond).mean()
                 scaler.scale(loss / args.accum).backward()
             total += loss.detach() / args.accum
         scaler.unscale_(opt)

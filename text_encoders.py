@@ -1,22 +1,26 @@
 """Text encoders: what turns a prompt into the tokens that a video network attends to.
 
 OpenCLIPText is the text tower of OpenCLIP ViT-H-14 (encoder of ModelScope, VideoCrafter2, I2VGen-XL, DEMO),
-OpenCLIPVision its image tower (image prompts, CLIP rewards). The layers are written here; open_clip only
-brings the tokenizer. Keys are open_clip's: laion/CLIP-ViT-H-14-laion2B-s32B-b79K's
+OpenCLIPVision its image tower (image prompts, CLIP rewards), Resampler what makes few tokens of its many.
+DINO is the image tower that tells subjects apart. The layers are written here; open_clip only brings the
+tokenizer. Keys are open_clip's: laion/CLIP-ViT-H-14-laion2B-s32B-b79K's
 open_clip_pytorch_model.bin (686 tensors) loads as it is; the `text_encoder` folder of diffusers repositories
-goes through text_from_hf.
+goes through text_from_hf. Textual inversion (words learned as vectors, Gal et al., arXiv 2208.01618)
+enters by the argument `learned` of OpenCLIPText.
 
     text = OpenCLIPText(CLIPConfig())(tokenize(["a red ball"]))  # (1, 77, 1024)
 """
 import math
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import UserError
+from common import UserError, load_pickle, load_safetensors, write_atomic
+from models import attend
 
 # how many blocks at the end each choice of features leaves out
 SKIP = {"last": 0, "penultimate": 1}
@@ -38,9 +42,10 @@ class CLIPConfig:
     text_width: int = 1024
     text_heads: int = 16
     text_layers: int = 24           # the diffusers layout keeps 23, to be run with layer="last"
+    text_mlp_ratio: float = 4.0     # width of a block's MLP over text_width
 
 
-# ---- the transformer that both towers share
+# ---- the transformer that all towers share
 
 class Attention(nn.Module):
     """Multi-head self-attention, q, k and v in one matrix, a bare parameter as in the public files."""
@@ -53,18 +58,15 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x, causal):
-        b, n, w = x.shape
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = qkv.view(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (b, heads, n, d)
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-        return self.out_proj(x.transpose(1, 2).reshape(b, n, w))  # (b, n, heads d)
+        q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+        return self.out_proj(attend(q, k, v, self.heads, causal=causal))
 
 
 class MLP(nn.Module):
-    def __init__(self, width):
+    def __init__(self, width, hidden):
         super().__init__()
-        self.c_fc = nn.Linear(width, 4 * width)
-        self.c_proj = nn.Linear(4 * width, width)
+        self.c_fc = nn.Linear(width, hidden)
+        self.c_proj = nn.Linear(hidden, width)
 
     def forward(self, x):
         # the exact (erf) GELU: ViT-H is a laion model; OpenAI's own CLIP files would want QuickGELU here
@@ -72,12 +74,12 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, width, heads):
+    def __init__(self, width, heads, mlp_ratio, eps):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(width)
+        self.ln_1 = nn.LayerNorm(width, eps)
         self.attn = Attention(width, heads)
-        self.ln_2 = nn.LayerNorm(width)
-        self.mlp = MLP(width)
+        self.ln_2 = nn.LayerNorm(width, eps)
+        self.mlp = MLP(width, int(mlp_ratio * width))
 
     def forward(self, x, causal=False):
         x = x + self.attn(self.ln_1(x), causal)
@@ -85,9 +87,9 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, width, heads, layers):
+    def __init__(self, width, heads, layers, mlp_ratio=4.0, eps=1e-5):
         super().__init__()
-        self.resblocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
+        self.resblocks = nn.ModuleList(Block(width, heads, mlp_ratio, eps) for _ in range(layers))
 
     def forward(self, x, causal=False, skip=0):
         for block in self.resblocks[:len(self.resblocks) - skip]:
@@ -105,18 +107,28 @@ class OpenCLIPText(nn.Module):
         w = cfg.text_width
         self.token_embedding = nn.Embedding(cfg.vocab_size, w)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(cfg.context_length, w))
-        self.transformer = Transformer(w, cfg.text_heads, cfg.text_layers)
+        self.transformer = Transformer(w, cfg.text_heads, cfg.text_layers, cfg.text_mlp_ratio)
         self.ln_final = nn.LayerNorm(w)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         if cfg.embed_dim:
             self.text_projection = nn.Parameter(w ** -0.5 * torch.randn(w, cfg.embed_dim))
             self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # temperature of CLIP's loss
 
-    def forward(self, ids, layer="penultimate"):
+    def embed(self, ids, learned=None):
+        """ids (b, n) -> ids and token embeddings (b, n, text_width) with the `learned` words in their places.
+
+        learned: {token id of a placeholder: vectors (N, text_width)}, see insert_vectors and load_learned.
+        """
+        x = self.token_embedding(ids)
+        for placeholder, vectors in (learned or {}).items():
+            ids, x = insert_vectors(ids, x, placeholder, vectors)
+        return ids, x
+
+    def forward(self, ids, layer="penultimate", learned=None):
         """ids (b, 77) long -> token features (b, 77, text_width); "penultimate" skips the last block."""
         if layer not in SKIP:
             raise UserError(f"layer {layer!r} of the text tower: choose from {', '.join(SKIP)}")
-        x = self.token_embedding(ids) + self.positional_embedding[:ids.shape[1]]
+        x = self.embed(ids, learned)[1] + self.positional_embedding[:ids.shape[1]]
         # padding is not masked: it stands after the end token, where the causal mask hides it from the words
         x = self.transformer(x, causal=True, skip=SKIP[layer])
         return self.ln_final(x)
@@ -141,13 +153,19 @@ class OpenCLIPVision(nn.Module):
         self.ln_post = nn.LayerNorm(w)
         self.proj = nn.Parameter(std * torch.randn(w, cfg.embed_dim))
 
-    def forward(self, images):
-        """images (n, 3, image_size, image_size) in CLIP's mean and std -> (n, embed_dim), not normalised."""
+    def tokens(self, images):
+        """images (n, 3, image_size, image_size) in CLIP's mean and std -> (n, 1 + patches, vision_width).
+
+        Class token first; without ln_post and proj, as VideoCrafter1 feeds them to its Resampler.
+        """
         x = self.conv1(images).flatten(2).transpose(1, 2)  # (n, patches, w), row by row
         first = self.class_embedding.expand(len(x), 1, -1)
         x = torch.cat([first, x], dim=1) + self.positional_embedding
-        x = self.transformer(self.ln_pre(x))
-        return self.ln_post(x[:, 0]) @ self.proj  # only the class token leaves the tower
+        return self.transformer(self.ln_pre(x))
+
+    def forward(self, images):
+        """images (n, 3, image_size, image_size) in CLIP's mean and std -> (n, embed_dim), not normalised."""
+        return self.ln_post(self.tokens(images)[:, 0]) @ self.proj  # only the class token
 
 
 class OpenCLIP(OpenCLIPText):
@@ -175,11 +193,72 @@ def tokenize(texts, context_length=77):
     return open_clip.tokenize(texts, context_length=context_length)
 
 
+# ---- textual inversion: a word whose embedding is learned from pictures
+
+def insert_vectors(ids, embedded, placeholder, vectors):
+    """Each token `placeholder` becomes the N `vectors` (N, w). ids (b, n), embedded (b, n, w) -> both, new.
+
+    With N > 1 the rest of the text moves right, and what passes position n is cut, as in DreamVideo (VGen).
+    Embeddings are those before positions are added; gradients reach the vectors.
+    """
+    b, n = ids.shape
+    ends = torch.where(ids == placeholder, len(vectors), 1).cumsum(1)     # (b, n) where a token's copies end
+    place = torch.arange(n, device=ids.device).expand(b, n).contiguous()
+    source = torch.searchsorted(ends, place, right=True)                  # (b, n) the token that goes here
+    copy = place - F.pad(ends, (1, 0)).gather(1, source)                  # (b, n) which of its copies
+    ids = ids.gather(1, source)
+    embedded = embedded.gather(1, source[..., None].expand_as(embedded))
+    return ids, torch.where((ids == placeholder)[..., None], vectors[copy].to(embedded.dtype), embedded)
+
+
+def placeholder_id(word):
+    """Token id of a placeholder such as "*"; it must be a single token."""
+    ids = tokenize(word)[0]
+    pieces = int(ids.argmax()) - 1  # [start, the word's pieces, end, 0 ...]
+    if pieces != 1:
+        raise UserError(f"placeholder {word!r}: {pieces} tokens instead of one; use for example *")
+    return int(ids[1])
+
+
+def load_learned(path):
+    """File of textual inversion -> {token id: vectors (N, width)}, what OpenCLIPText takes as `learned`.
+
+    Either DreamVideo's {"string_to_token", "string_to_param"} or plain {word: (N, width) or (width,)}.
+    """
+    if not Path(path).exists():
+        raise UserError(f"{path}: no such file of textual inversion")
+    # the published files hold an nn.ParameterDict: a dictionary of tensors, but a class to the unpickler
+    state = load_safetensors(path)[0] if Path(path).suffix == ".safetensors" else \
+        load_pickle(path, allow=[nn.ParameterDict])
+    words, ids = state, {}
+    if isinstance(state, dict) and "string_to_param" in state:
+        words, ids = state["string_to_param"], state["string_to_token"]
+        # its own keys() need an attribute that files of torch before 1.12 lack
+        words = dict(words.named_parameters()) if isinstance(words, nn.ParameterDict) else words
+    if not (isinstance(words, dict) and words and all(isinstance(v, torch.Tensor) for v in words.values())):
+        raise UserError(f"{path}: no file of textual inversion (string_to_param, or {{word: tensor}})")
+    return {int(ids[word]) if word in ids else placeholder_id(word):
+            vectors.detach().reshape(-1, vectors.shape[-1]) for word, vectors in words.items()}
+
+
+def save_learned(path, vectors, word="*"):
+    """vectors (N, width) of one word -> .pth in DreamVideo's own layout."""
+    words = nn.ParameterDict({word: nn.Parameter(vectors.detach().cpu().clone())})
+    state = {"string_to_token": {word: torch.tensor(placeholder_id(word))}, "string_to_param": words}
+    write_atomic(path, lambda tmp: torch.save(state, tmp))
+
+
 # ---- other layouts of the same weights
 
 HF_TOP = {"embeddings.token_embedding.weight": "token_embedding.weight",
           "embeddings.position_embedding.weight": "positional_embedding",
           "final_layer_norm.weight": "ln_final.weight", "final_layer_norm.bias": "ln_final.bias"}
+HF_VISION_TOP = {"embeddings.class_embedding": "class_embedding",
+                 "embeddings.patch_embedding.weight": "conv1.weight",
+                 "embeddings.position_embedding.weight": "positional_embedding",
+                 # as spelled there
+                 "pre_layrnorm.weight": "ln_pre.weight", "pre_layrnorm.bias": "ln_pre.bias",
+                 "post_layernorm.weight": "ln_post.weight", "post_layernorm.bias": "ln_post.bias"}
 HF_BLOCK = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
             "self_attn.out_proj": "attn.out_proj"}
 
@@ -190,23 +269,34 @@ def text_from_hf(state):
     The text_encoder of diffusers video models is ViT-H without its last block and projection: build
     CLIPConfig(text_layers=23, embed_dim=0) and read layer="last", the penultimate features of the full tower.
     """
+    return from_hf(state, "text", HF_TOP)
+
+
+def vision_from_hf(state):
+    """State dict of transformers' CLIPVisionModelWithProjection -> OpenCLIPVision's."""
+    return from_hf(state, "vision", HF_VISION_TOP)
+
+
+def from_hf(state, tower, top):
     out, qkv = {}, {}
+    projection = {"text": ("text_projection.weight", "text_projection"),
+                  "vision": ("visual_projection.weight", "proj")}[tower]
     for key, value in state.items():
-        name = key.removeprefix("text_model.")
+        name = key.removeprefix(f"{tower}_model.")
         block = re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
         if name == "embeddings.position_ids":  # a buffer of old transformers versions: 0, 1, 2 ...
             continue
-        if name in HF_TOP:
-            out[HF_TOP[name]] = value
-        elif name == "text_projection.weight":
-            out["text_projection"] = value.T  # a Linear there, a matrix on the right in open_clip
+        if name in top:
+            out[top[name]] = value
+        elif name == projection[0]:
+            out[projection[1]] = value.T  # a Linear there, a matrix on the right in open_clip
         elif block and block[2] in HF_BLOCK:
             out[f"transformer.resblocks.{block[1]}.{HF_BLOCK[block[2]]}.{block[3]}"] = value
         elif block and block[2] in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"):
             fused = f"transformer.resblocks.{block[1]}.attn.in_proj_{block[3]}"
             qkv.setdefault(fused, {})[block[2][-6]] = value  # "q", "k" or "v"
         else:
-            raise UserError(f"{key}: no key of transformers' CLIPTextModel (open_clip files need no mapping)")
+            raise UserError(f"{key}: no key of transformers' CLIP {tower} model (open_clip needs no mapping)")
     for fused, parts in qkv.items():
         if len(parts) < 3:
             raise UserError(f"{fused}: only {', '.join(sorted(parts))} of q, k, v are in the file")
@@ -217,6 +307,93 @@ def text_from_hf(state):
 def clip_text_only(state):
     """The text tower's part of an open_clip state dict (visual.* left out)."""
     return {key: value for key, value in state.items() if not key.startswith("visual.")}
+
+
+# ---- image tokens for cross-attention
+
+class ResamplerAttention(nn.Module):
+    """The latents ask, image tokens and latents together answer."""
+
+    def __init__(self, width, heads, head_dim):
+        super().__init__()
+        self.heads, inner = heads, heads * head_dim
+        self.norm1 = nn.LayerNorm(width)  # of the image tokens
+        self.norm2 = nn.LayerNorm(width)  # of the latents
+        self.to_q = nn.Linear(width, inner, bias=False)
+        self.to_kv = nn.Linear(width, 2 * inner, bias=False)
+        self.to_out = nn.Linear(inner, width, bias=False)
+
+    def forward(self, image, latents):
+        image, latents = self.norm1(image), self.norm2(latents)
+        k, v = self.to_kv(torch.cat([image, latents], dim=1)).chunk(2, dim=-1)
+        return self.to_out(attend(self.to_q(latents), k, v, self.heads))
+
+
+class Resampler(nn.Module):
+    """Perceiver resampler: 257 tokens of OpenCLIPVision.tokens -> 16 that a video network attends to.
+
+    Defaults and keys: image_proj_model of VideoCrafter1's Image2Video-512. IP-Adapter, arXiv 2308.06721.
+    """
+
+    def __init__(self, image_width=1280, width=1024, layers=4, heads=12, head_dim=64, queries=16):
+        super().__init__()
+        self.latents = nn.Parameter(width ** -0.5 * torch.randn(1, queries, width))
+        self.proj_in = nn.Linear(image_width, width)
+        self.layers = nn.ModuleList(nn.ModuleList([
+            ResamplerAttention(width, heads, head_dim),
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width, bias=False), nn.GELU(),
+                          nn.Linear(4 * width, width, bias=False))]) for _ in range(layers))
+        self.proj_out = nn.Linear(width, width)
+        self.norm_out = nn.LayerNorm(width)
+
+    def forward(self, image):
+        """image tokens (b, n, image_width) -> (b, queries, width)."""
+        image = self.proj_in(image)
+        latents = self.latents.expand(len(image), -1, -1)
+        for attention, feed_forward in self.layers:
+            latents = latents + attention(image, latents)
+            latents = latents + feed_forward(latents)
+        return self.norm_out(self.proj_out(latents))
+
+
+# ---- DINO
+
+class DINO(nn.Module):
+    """Self-supervised image tower (Caron et al., arXiv 2104.14294), ViT-S/16 by default; reads a subject's
+    identity where CLIP reads its kind. dino_deitsmall16_pretrain.pth loads through common.rename, dino_name.
+    """
+
+    def __init__(self, width=384, heads=6, layers=12, patch_size=16, image_size=224):
+        super().__init__()
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + (image_size // patch_size) ** 2, width))
+        self.patch_embed = nn.Conv2d(3, width, patch_size, stride=patch_size)
+        self.transformer = Transformer(width, heads, layers, eps=1e-6)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def forward(self, images):
+        """images (n, 3, h, w) in ImageNet's mean and std, sides multiples of patch_size -> (n, width)."""
+        x = self.patch_embed(images)
+        first, table = self.pos_embed.split([1, self.pos_embed.shape[1] - 1], dim=1)
+        side = math.isqrt(table.shape[1])
+        if x.shape[2:] != (side, side):
+            table = table.transpose(1, 2).unflatten(2, (side, side))
+            table = F.interpolate(table, x.shape[2:], mode="bicubic").flatten(2).transpose(1, 2)
+        x = x.flatten(2).transpose(1, 2) + table  # (n, patches, width), row by row
+        x = torch.cat([(self.cls_token + first).expand(len(x), -1, -1), x], dim=1)
+        return self.norm(self.transformer(x))[:, 0]
+
+
+DINO_NAMES = {"patch_embed.": "patch_embed.proj.", "transformer.resblocks.": "blocks.", ".ln_": ".norm",
+              ".attn.in_proj_": ".attn.qkv.", ".attn.out_proj.": ".attn.proj.", ".c_fc.": ".fc1.",
+              ".c_proj.": ".fc2."}
+
+
+def dino_name(key):
+    """Our key of DINO -> the public file's."""
+    for ours, theirs in DINO_NAMES.items():
+        key = key.replace(ours, theirs)
+    return key
 
 
 # ---- the tiny world's text encoder

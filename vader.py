@@ -48,7 +48,7 @@ from diffusion import ddim, ddim_timesteps, guided, randn
 from metrics import judge_captions
 from models import add_lora, parallelize, sync_gradients
 from rewards import get_reward, score
-from sample import generate_split
+from sample import frame_rate, generate_split
 
 TINY = dict(
     steps=60, batch=8, accum=1, lr=3e-4, reward="tiny", decode="all", sample_steps=10, rank=8, alpha=8.0,
@@ -75,6 +75,7 @@ def get_args(argv=None):
     p.add_argument("--frames", type=int, help="frames a clip (default: the base's)")
     p.add_argument("--height", type=int, help="pixels (default: the base's)")
     p.add_argument("--width", type=int, help="pixels (default: the base's)")
+    p.add_argument("--fps", type=int, help="frame rate as a condition, for bases that take one")
     p.add_argument("--sample-steps", type=int, default=25, help="sampler steps of a rollout")
     p.add_argument("--eta", type=float, default=0.0, help="DDIM noise, 0 deterministic to 1")
     p.add_argument("--cfg", type=float, help="guidance u + cfg (c - u) (default: the base's)")
@@ -139,8 +140,8 @@ def vader_loss(net, base, reward, prompts, x_T, generators, args, grad_last, fra
     """-r(decode(x_0), prompt), (b,). x_T (b,c,f,h,w) noise, generators: DDIM's noise, frames: to decode."""
     with torch.no_grad():
         text, null = base.encode_text(prompts), base.encode_text([args.negative] * len(prompts))
-    x_0 = ddim(guided(net, text, null, args.cfg), x_T, base.schedule, args.sample_steps, args.eta, generators,
-               grad_last, args.spacing)
+    fn = guided(net, text, null, args.cfg, **frame_rate(args, len(x_T), x_T.device))
+    x_0 = ddim(fn, x_T, base.schedule, args.sample_steps, args.eta, generators, grad_last, args.spacing)
     return -score(reward, base.vae.decode(x_0, frames=frames), prompts)
 
 

@@ -1,7 +1,8 @@
-"""Autoencoders: video <-> latents, frame by frame.
+"""Autoencoders: video <-> latents.
 
-AutoencoderKL is Stable Diffusion's (Rombach et al., arXiv 2112.10752). Keys are those of the SD checkpoint's
-`first_stage_model.`. Latents are scaled: encode multiplies by cfg.scale, decode divides.
+AutoencoderKL is Stable Diffusion's (Rombach et al., arXiv 2112.10752), frame by frame. Keys are those of the
+SD checkpoint's `first_stage_model.`. Latents are scaled: encode multiplies by cfg.scale, decode divides.
+OpenSoraVAE is Open-Sora 1.2's: the same autoencoder, and one over time on its latents.
 `python vae.py --train-tiny` trains the tiny world's autoencoder.
 """
 import argparse
@@ -12,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+
+from models import attend
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,9 @@ class AttnBlock(nn.Module):
 
     def forward(self, x):
         h = self.norm(x)
-        q, k, v = (rearrange(proj(h), "n c h w -> n 1 (h w) c") for proj in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(q, k, v)
-        return x + self.proj_out(rearrange(h, "n 1 (h w) c -> n c h w", h=x.shape[2]))
+        q, k, v = (rearrange(proj(h), "n c h w -> n (h w) c") for proj in (self.q, self.k, self.v))
+        h = rearrange(attend(q, k, v, heads=1), "n (h w) c -> n c h w", h=x.shape[2])
+        return x + self.proj_out(h)
 
 
 class Downsample(nn.Module):
@@ -209,6 +212,202 @@ def vae_diffusers_name(key, levels=4):
         inner = {"block": ["resnets"], "downsample": ["downsamplers", "0"], "upsample": ["upsamplers", "0"]}
         parts = [parts[0], parts[1] + "_blocks", str(level), *inner[parts[3]], *parts[4:]]
     return ".".join(parts)
+
+
+# ---- Open-Sora 1.2: AutoencoderKL frame by frame, then a causal autoencoder over time on its latents
+
+@dataclass(frozen=True)
+class OpenSoraVAEConfig:
+    """Defaults: OpenSora-VAE-v1.2 (393 M parameters), 4x fewer frames, 8x smaller latents of 4 channels."""
+    spatial: VAEConfig = VAEConfig()         # of SDXL's shape, but SD's scale, which the part over time knows
+    ch: int = 128
+    ch_mult: tuple = (1, 2, 2, 4)
+    num_res_blocks: int = 4
+    time_down: tuple = (False, True, True)   # between which levels time is halved
+    chunk_frames: int = 17                   # frames that see one another: a clip is encoded in such pieces
+    shift: tuple = (-0.10, 0.34, 0.27, 0.98)  # latents are (z - shift) / scale
+    scale: tuple = (3.85, 2.32, 2.33, 3.06)
+
+    @property
+    def factor(self):
+        """Pixels per latent, along height and width."""
+        return self.spatial.factor
+
+    @property
+    def z_channels(self):
+        return self.spatial.z_channels
+
+    @property
+    def time_factor(self):
+        """Frames per latent; the first latent of a piece may hold fewer."""
+        return 2 ** sum(self.time_down)
+
+    def latent_frames(self, frames):
+        """Number of latent frames of a clip, e.g. 51 -> 15."""
+        whole, rest = divmod(frames, self.chunk_frames)
+        return whole * -(-self.chunk_frames // self.time_factor) - (-rest // self.time_factor)
+
+
+class FrontConv3d(nn.Module):
+    """Convolution that sees a frame and those before it: zeros are put in front of the first."""
+
+    def __init__(self, cin, cout, kernel, time_stride=1, bias=True):
+        super().__init__()
+        side = kernel // 2
+        self.pad = side, side, side, side, kernel - time_stride, 0
+        self.conv = nn.Conv3d(cin, cout, kernel, stride=(time_stride, 1, 1), bias=bias)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, self.pad))
+
+
+class TimeResBlock(nn.Module):
+    def __init__(self, cin, cout):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(32, cin), FrontConv3d(cin, cout, 3, bias=False)
+        self.norm2, self.conv2 = nn.GroupNorm(32, cout), FrontConv3d(cout, cout, 3, bias=False)
+        self.conv3 = nn.Identity() if cin == cout else FrontConv3d(cin, cout, 1, bias=False)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        return self.conv3(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+def time_res_blocks(cin, cout, number):
+    return nn.Sequential(*(TimeResBlock(cin if i == 0 else cout, cout) for i in range(number)))
+
+
+class TimeDownsample(FrontConv3d):
+    def __init__(self, channels):
+        super().__init__(channels, channels, 3, time_stride=2)
+
+
+class TimeUpsample(FrontConv3d):
+    def __init__(self, channels):
+        super().__init__(channels, 2 * channels, 3)
+
+    def forward(self, x):
+        return rearrange(super().forward(x), "b (c s) f h w -> b c (f s) h w", s=2)
+
+
+class TimeEncoder(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        widths = [cfg.ch * mult for mult in cfg.ch_mult]
+        self.conv_in = FrontConv3d(cfg.z_channels, cfg.ch, 3, bias=False)
+        self.block_res_blocks = nn.ModuleList(
+            time_res_blocks(cin, cout, cfg.num_res_blocks) for cin, cout in zip([cfg.ch, *widths], widths))
+        self.conv_blocks = nn.ModuleList(
+            TimeDownsample(width) if down else nn.Identity() for width, down in zip(widths, cfg.time_down))
+        self.res_blocks = time_res_blocks(widths[-1], widths[-1], cfg.num_res_blocks)
+        self.norm1 = nn.GroupNorm(32, widths[-1])
+        self.conv2 = FrontConv3d(widths[-1], 2 * cfg.z_channels, 1)
+
+    def forward(self, x):
+        h = self.conv_in(x)
+        for i, blocks in enumerate(self.block_res_blocks):
+            h = blocks(h)
+            if i < len(self.conv_blocks):
+                h = self.conv_blocks[i](h)
+        return self.conv2(F.silu(self.norm1(self.res_blocks(h))))
+
+
+class TimeDecoder(nn.Module):
+    """Lists are stored in the encoder's order and run from the last to the first."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        widths = [cfg.ch * mult for mult in cfg.ch_mult]
+        self.conv1 = FrontConv3d(cfg.z_channels, widths[-1], 3)
+        self.res_blocks = time_res_blocks(widths[-1], widths[-1], cfg.num_res_blocks)
+        self.block_res_blocks = nn.ModuleList(
+            time_res_blocks(cin, cout, cfg.num_res_blocks)
+            for cin, cout in zip([*widths[1:], widths[-1]], widths))
+        self.conv_blocks = nn.ModuleList(
+            TimeUpsample(width) if up else nn.Identity() for width, up in zip(widths[1:], cfg.time_down))
+        self.norm1 = nn.GroupNorm(32, widths[0])
+        self.conv_out = FrontConv3d(widths[0], cfg.z_channels, 3)
+
+    def forward(self, z):
+        h = self.res_blocks(self.conv1(z))
+        for i, blocks in reversed(list(enumerate(self.block_res_blocks))):
+            h = blocks(h)
+            if i > 0:
+                h = self.conv_blocks[i - 1](h)
+        return self.conv_out(F.silu(self.norm1(h)))
+
+
+class TimeAutoencoder(nn.Module):
+    """Over time only: at most chunk_frames frames of the images' latents <-> 4x fewer."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.time_factor = cfg.time_factor
+        self.encoder, self.decoder = TimeEncoder(cfg), TimeDecoder(cfg)
+        self.quant_conv = FrontConv3d(2 * cfg.z_channels, 2 * cfg.z_channels, 1)
+        self.post_quant_conv = FrontConv3d(cfg.z_channels, cfg.z_channels, 1)
+
+    def moments(self, x):
+        """x (b,c,f,h,w) -> mean, log variance in [-30,20] of f / 4 (rounded up) latent frames."""
+        x = F.pad(x, (0, 0, 0, 0, -x.shape[2] % self.time_factor, 0))  # empty frames in front
+        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+    def decode(self, z, frames):
+        """z (b,c,n,h,w) -> its last `frames` frames (b,c,frames,h,w): those in front were empty."""
+        return self.decoder(self.post_quant_conv(z))[:, :, -frames % self.time_factor:]
+
+
+class OpenSoraVAE(nn.Module):
+    def __init__(self, cfg=OpenSoraVAEConfig()):
+        super().__init__()
+        self.cfg = cfg
+        self.spatial_vae, self.temporal_vae = AutoencoderKL(cfg.spatial), TimeAutoencoder(cfg)
+        for name in ("scale", "shift"):
+            self.register_buffer(name, torch.tensor(getattr(cfg, name)).view(1, -1, 1, 1, 1))
+
+    def encode(self, video: Tensor, noise: Tensor | None = None, chunk: int = 16) -> Tensor:
+        """video (b,3,f,h,w) in [-1,1] -> scaled latents (b,c,n,h',w'), n = cfg.latent_frames(f).
+
+        The mean, or with `noise` like the latents a sample of the part over time (the original samples the
+        frames' latents too). `chunk` images are encoded at a time.
+        """
+        images = self.spatial_vae.encode(video, chunk=chunk)
+        moments = [self.temporal_vae.moments(part) for part in images.split(self.cfg.chunk_frames, dim=2)]
+        z = torch.cat([mean for mean, _ in moments], dim=2)
+        if noise is not None:
+            z = z + torch.cat([logvar for _, logvar in moments], dim=2).mul(0.5).exp() * noise
+        return (z - self.shift) / self.scale
+
+    def decode(self, latents: Tensor, frames=None, chunk: int = 16, num_frames: int | None = None) -> Tensor:
+        """Scaled latents (b,c,n,h',w') -> video (b,3,f,h,w), differentiable.
+
+        num_frames: of the whole clip; without it, the most that n latent frames can hold (15 -> 51).
+        frames: list of frame numbers to decode instead of all: only the pieces of 17 that hold them go
+        through the part over time, only they themselves through that for images. `chunk` images are decoded
+        at a time. VADER decodes one latent frame as if a clip began there: latents[:, :, k:k + 1] with
+        num_frames=1.
+        """
+        cfg = self.cfg
+        parts = (latents * self.scale + self.shift).split(cfg.latent_frames(cfg.chunk_frames), dim=2)
+        if num_frames is None:
+            last = min(cfg.chunk_frames, cfg.time_factor * parts[-1].shape[2])
+            num_frames = (len(parts) - 1) * cfg.chunk_frames + last
+        frames = range(num_frames) if frames is None else frames
+        pieces = {}
+        for i in {k // cfg.chunk_frames for k in frames}:
+            left = num_frames - i * cfg.chunk_frames
+            pieces[i] = self.temporal_vae.decode(parts[i], min(cfg.chunk_frames, left))
+        images = [pieces[k // cfg.chunk_frames][:, :, k % cfg.chunk_frames] for k in frames]
+        return self.spatial_vae.decode(torch.stack(images, dim=2), chunk=chunk)
+
+
+def opensora_vae_name(key, levels=4):
+    """Key of OpenSoraVAE -> the public file's, whose spatial part has diffusers' names."""
+    part, _, rest = key.partition(".")
+    if part != "spatial_vae":
+        return key
+    return f"spatial_vae.module.{vae_diffusers_name(rest, levels)}"
 
 
 # ---- the tiny world's autoencoder:  python vae.py --train-tiny

@@ -24,3 +24,23 @@ def message():
         assert text.startswith("error: ") and "\n" not in text
         return text
     return run
+
+
+@pytest.fixture(scope="session")
+def shelf():
+    """{base: (folder, tensors)} of the small public files that tests have written so far."""
+    return {}
+
+
+@pytest.fixture
+def public(monkeypatch, shelf, tmp_path_factory):
+    """name -> (folder with the public files of that base at small width, the tensors in them)."""
+    import hub
+
+    def get(name):
+        hub.small(monkeypatch, name)
+        if name not in shelf:
+            folder = tmp_path_factory.mktemp(name)
+            shelf[name] = str(folder), hub.publish(folder, name)
+        return shelf[name]
+    return get

@@ -18,11 +18,16 @@ from unittest import mock
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
+import data
 import diffusion
+import metrics
 import models
+import sample
 import text_encoders
 import vae
 
@@ -62,7 +67,10 @@ class Case:
             return self.tensor(spec["tensor"])
         if "value" in spec:
             value = spec["value"]
-            numbers = isinstance(value, list) and value and all(isinstance(v, (int, float)) for v in value)
+            first = value
+            while isinstance(first, list) and first:
+                first = first[0]
+            numbers = isinstance(value, list) and isinstance(first, (int, float))
             return torch.tensor(value) if numbers else value
         rule = spec["rule"]
         if unknown := set(rule) - {"case", "name", "shape", "post"} or rule.get("post", "tanh") != "tanh":
@@ -71,8 +79,10 @@ class Case:
         return torch.tanh(x) if "post" in rule else x
 
     def expected(self, name):
-        spec = self.outputs[name]
-        return spec["value"] if "value" in spec else self.tensor(name)
+        if "value" in self.outputs[name]:
+            return self.outputs[name]["value"]
+        with safe_open(self.path.with_suffix(".safetensors"), "pt") as f:
+            return f.get_tensor(name) if name in f.keys() else vars(self)[name]
 
 
 def normal(key, shape):
@@ -94,17 +104,25 @@ def fill_tensor(name, shape):
     return torch.from_numpy(w).float()
 
 
-def fill(net, params, left_as_built=()):
-    """Give `net` the case's weights; its keys and shapes must be those of `params`. -> net in eval mode."""
-    ours = {name: list(value.shape) for name, value in net.state_dict().items()}
+PLAIN = [{"prefix": "", "coef": 1.0}]
+
+
+def fill(net, params, left_as_built=(), public=lambda name: name, terms=lambda name: PLAIN):
+    """Give `net` the case's weights; its keys and shapes must be those of `params`. -> net in eval mode.
+
+    public(our key) -> the published key, after whose name a tensor is filled; terms(published key): the
+    tensor is their sum of coef times the rule for prefix + key.
+    """
+    ours = {public(name): list(value.shape) for name, value in net.state_dict().items()}
     if ours != params:
         wrong = [f"{k} {ours.get(k, 'missing')} instead of {params.get(k, 'none')}"
                  for k in ours | params if ours.get(k) != params.get(k)]
         raise ValueError(f"{len(wrong)} parameters differ: {', '.join(wrong[:3])}")
     with torch.no_grad():
         for name, value in net.state_dict().items():
-            if value.ndim and value.is_floating_point() and name not in left_as_built:
-                value.copy_(fill_tensor(name, value.shape))
+            if value.ndim and value.is_floating_point() and public(name) not in left_as_built:
+                value.copy_(sum(term["coef"] * fill_tensor(term["prefix"] + public(name), value.shape)
+                                for term in terms(public(name))))
     return net.eval()
 
 
@@ -154,15 +172,81 @@ def diffusion_schedule(config):
 
 
 UNET_FIELDS = {"in_dim", "out_dim", "dim", "dim_mult", "num_res_blocks", "attn_scales", "head_dim",
-               "num_heads", "context_dim", "dropout", "use_fps_condition"}
+               "num_heads", "context_dim", "dropout", "use_fps_condition", "num_tokens", "concat_dim"}
+COMPOSITIONS = {"depthmap": "depth", "mask": "masked"}  # VideoComposer's names for two of models.MAPS
+
+
+def vgen_config(network, config):
+    """Our UNetConfig for the arguments of a VGen network."""
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in UNET_FIELDS}
+    if network in ("t2v", "t2v_lora"):
+        pass
+    elif network == "i2vgen":
+        options |= dict(image_to_video=True, use_fps_condition=True)
+    elif network == "sr600":
+        options |= dict(super_resolution=True)
+    elif network == "demo":
+        options |= dict(motion_blocks=True)
+    elif network == "higen_unet":
+        options |= dict(text_resampler=config["context_embedding_depth"])
+    elif network in ("tft2v_unet", "videolcm"):
+        named = [COMPOSITIONS.get(c, c) for c in config["config"]["video_compositions"]]
+        options |= dict(maps=tuple(c for c in named if c in models.MAPS), style_image="image" in named,
+                        histogram="histogram" in named, concat_dim=config.get("concat_dim", 8),
+                        map_encoder_depth=config.get("adapter_transformer_layers", 1))
+    elif network == "dreamvideo":
+        for kind, positions in (("spatial", ["", "parallel", ""]), ("temporal", ["parallel"] * 3)):
+            positions = dict(zip(("self_attention", "cross_attention", "feedforward"),
+                                 config.get(f"{kind}_adapter_position_list") or positions))
+            layers = config.get(f"{kind}_adapter_list") or []
+            if any(positions[layer] == "" for layer in layers):
+                raise Unsupported("an adapter without a position (as published, its layer then vanishes)")
+            options[f"{kind}_adapters"] = tuple((layer, positions[layer]) for layer in layers)
+            options[f"{kind}_adapter_dim"] = config.get(f"{kind}_adapter_hidden_dim") or 0
+        options["adapter_image_dim"] = config.get("temporal_adapter_condition_dim") or 0
+    else:
+        raise Unsupported(f"network {network}")
+    if network not in ("tft2v_unet", "videolcm", "i2vgen"):
+        options.pop("concat_dim", None)
+    return models.UNetConfig(**options)
 
 
 def vgen_unet(network, config, params, left_as_built):
     """The UNet3D of a VGen config, filled."""
-    if network != "t2v":
-        raise Unsupported(f"network {network}")
-    options = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in UNET_FIELDS}
-    return fill(models.UNet3D(models.UNetConfig(**options)), params, left_as_built)
+    return fill(models.UNet3D(vgen_config(network, config)), params, left_as_built)
+
+
+def videocrafter_config(config):
+    """Our UNetConfig for the arguments of VideoCrafter's or T2V-Turbo's UNet."""
+    return models.UNetConfig(
+        in_dim=config["in_channels"], out_dim=config["out_channels"], dim=config["model_channels"],
+        dim_mult=tuple(config["channel_mult"]), num_res_blocks=config["num_res_blocks"],
+        attn_scales=tuple(1 / r for r in config["attention_resolutions"]),
+        head_dim=config["num_head_channels"], context_dim=config["context_dim"], spatial_dropout=0.0,
+        temporal_linear=True, temporal_conv=config["temporal_conv"],
+        relative_position=config["temporal_length"] if config["use_relative_position"] else 0,
+        image_keys=config.get("use_image_attention", False), use_fps_condition=config["fps_cond"],
+        default_fps=16, guidance_dim=config.get("time_cond_proj_dim") or 0,
+        motion_guidance_dim=config.get("motion_cond_proj_dim") or 0)
+
+
+def vc2_unet(config, params, left_as_built):
+    """The UNet3D of a VideoCrafter or T2V-Turbo config, filled under its published names."""
+    net = models.UNet3D(videocrafter_config(config))
+    return fill(net, params, left_as_built, models.videocrafter_name)
+
+
+def vc2_arguments(case, arguments):
+    """(x, t, text), conditions: a VideoCrafter call's arguments, {published name: input}, in our words."""
+    given = {name: case.input(key) for name, key in arguments.items()}
+    x, t, text = given.pop("x"), given.pop("timesteps"), given.pop("context")
+    cond = {}
+    if isinstance(given.get("fps"), int):
+        given["fps"] = torch.full((len(x),), given["fps"])
+    for theirs, ours in (("fps", "fps"), ("timestep_cond", "guidance"), ("motion_cond", "motion_guidance")):
+        if given.get(theirs) is not None:
+            cond[ours] = given[theirs]
+    return (x, t, text), cond
 
 
 def affine_sin(case):
@@ -194,11 +278,19 @@ def toy_guided(case, b, guide_scale):
 # ---- the kinds: functions case -> {output name: value}; an output they leave out has no counterpart here
 
 def unet_forward(case):
-    net = vgen_unet(case.call["network"], case.config, case.params, case.left_as_built)
-    x, fps, seen = case.input("x"), case.input("fps"), {}
+    """Networks of VGen and DEMO, one forward a case."""
+    network = case.call["network"]
+    net = vgen_unet(network, case.config, case.params, case.left_as_built)
+    x, seen, maps = case.input("x"), {}, []
+    cond = {"fps": case.input("fps"), "image": case.input("image"), "motion_text": case.input("temporal_y"),
+            "eot": case.input("eot_idx"), "first_frame": case.input("local_image")}
+    cond = {k: v for k, v in cond.items() if v is not None}
+    if "first_frame" in cond and cond["first_frame"].ndim == 5:
+        cond["first_frame"] = cond["first_frame"][:, :, 0]
 
     def watch(name):
         def hook(module, args, out):
+            out = out[0] if isinstance(out, tuple) else out
             if isinstance(module, models.TemporalTransformer):  # stored as b c f h w, others (b f) c h w
                 out = out.unflatten(0, (len(x), -1)).transpose(1, 2)
             seen[name] = out.detach().clone()
@@ -209,18 +301,193 @@ def unet_forward(case):
     modules = dict(net.named_modules())
     handles = [modules[n].register_forward_hook(watch(n)) for n in wanted & set(modules)]
     with torch.no_grad():
-        out = net(x, case.input("t"), case.input("y"), **({} if fps is None else {"fps": fps}))
+        out = net(x, case.input("t"), case.input("y"), **cond)
+    out, maps = out if isinstance(out, tuple) else (out, [])
     for handle in handles:
         handle.remove()
 
     result = {"out": out}
     for name, spec in case.outputs.items():
-        if "submodule" in spec and spec["submodule"] in seen:
+        if "block" in spec:
+            result[name] = part(maps[spec["block"]], spec)
+        elif "temporal_y_scale" in spec:  # debug: of another run
+            continue
+        elif "submodule" in spec and spec["submodule"] in seen:
             result[name] = part(seen[spec["submodule"]], spec)
         elif "rows" in spec and set(spec["rows"]) <= set(seen):
             result[name] = torch.stack([statistics(seen[row], spec["columns"]) for row in spec["rows"]])
         elif name == "out":
             result[name] = part(out, spec)
+    return result
+
+
+def motion_block(case):
+    sizes = (case.config[k] for k in ("in_channels", "n_heads", "d_head", "context_dim"))
+    block = models.MotionBlock(*sizes, linear=True)
+    fill(block, case.params, case.left_as_built)
+    x = case.input("x")
+    c = models.Context(x.shape[2], None, None, motion_text=case.input("context"), eot=case.input("eot_idx"))
+    with torch.no_grad():
+        out, eot_map = block(x.transpose(1, 2).flatten(0, 1), c)
+    return {"out": out.unflatten(0, (len(x), -1)).transpose(1, 2), "eot_map": eot_map}
+
+
+def init_from_base(case):
+    net = models.UNet3D(vgen_config(case.call["network"], case.config))
+    source = {key: models.demo_source(key, net) for key in net.state_dict()}
+    with torch.no_grad():
+        net.load_state_dict({key: fill_tensor(old, case.base_params[old]) for key, old in source.items()})
+        out = net.eval()(case.input("x"), case.input("t"), case.input("y"),
+                         motion_text=case.input("temporal_y"))
+    return {"out": out, "key_source": source}
+
+
+def instructvideo_lora(case):
+    public = models.instructvideo_lora_name
+    base = {k: v for k, v in case.params.items() if "_lora." not in k}
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    rank = case.config["lora_rank"]
+
+    def build():
+        net = models.UNet3D(vgen_config(case.call["network"], case.config))
+        models.add_lora(net, rank, case.config["lora_alpha"] or rank, targets)
+        return fill(net, case.params, case.left_as_built, public)
+
+    nets = {"lora": build(), "merged": build(), "base": vgen_unet("t2v", case.config, base, ())}
+    models.merge_lora(nets["merged"])
+    result = {}
+    with torch.no_grad():
+        for name, spec in case.outputs.items():
+            if "weights" in spec:
+                result[name] = part(nets[spec["weights"]](*map(case.input, ("x", "t", "y"))), spec)
+            else:
+                result[name] = part(nets["merged"].state_dict()[spec["key"]], spec)
+    return result
+
+
+def fourier(case):
+    x = case.input("x")
+    return {name: models.fourier_filter(x, spec["threshold"], spec["scale"])
+            for name, spec in case.outputs.items()}
+
+
+def videocrafter_forward(case):
+    """VideoCrafter and T2V-Turbo, without LoRA."""
+    net, result = vc2_unet(case.config, case.params, case.left_as_built), {}
+    for name, call in case.call.items():
+        if call.get("fn") == "guidance_embedding":
+            result[name] = models.guidance_embedding(case.input(call["w"]), call["dim"])
+            continue
+        args, cond = vc2_arguments(case, call)
+        if net.cfg.image_keys:  # the first 77 tokens are text
+            x, t, text = args
+            args, cond["image"] = (x, t, text[:, :77]), text[:, 77:]
+        with torch.no_grad():
+            result[name] = net(*args, **cond)
+    return result
+
+
+def turbo_network(config, lora, params, left_as_built, mode, weights):
+    """T2V-Turbo's UNet: mode "none", or with its name-less LoRA list "active" or "merged"."""
+    public = models.videocrafter_name
+    net = models.UNet3D(videocrafter_config(config))
+    if mode == "none":
+        return fill(net, params, left_as_built, public, lambda name: weights["base"])
+    layers = models.turbo_lora_layers(net)
+    if [public(f"{n}.")[:-1] for n in layers] != [target["module"] for target in lora["targets"]]:
+        raise ValueError("the order of the LoRA layers differs")
+    models.add_lora(net, lora["rank"], lora["rank"] * lora["scale"], layers)
+    indices, shapes = {}, dict(params)
+    for target in lora["targets"]:
+        for side, end in (("B", "up"), ("A", "down")):
+            index = str(target[f"index_{end}"])
+            indices[f"{target['module']}.lora_{side}.weight"] = index
+            shapes[index] = target[end]
+    ends = {str(target[f"index_{end}"]): end for target in lora["targets"] for end in ("up", "down")}
+    fill(net, shapes, left_as_built, lambda key: indices.get(public(key), public(key)),
+         lambda name: weights[ends.get(name, "base")])
+    if mode == "merged":
+        models.merge_lora(net)
+    return net
+
+
+def turbo_lora(case):
+    weights = {"base": PLAIN, "up": PLAIN, "down": PLAIN} | case.config.get("weights", {}).get("policy", {})
+    nets = {mode: turbo_network(case.config["unet"], case.config["lora"], case.params, case.left_as_built,
+                                mode, weights) for mode in ("none", "active", "merged")}
+    result = {}
+    for name, call in case.call.items():
+        if call.get("fn") == "guidance_embedding":
+            result[name] = models.guidance_embedding(case.input(call["w"]), call["dim"])
+        elif call.get("fn") == "merged_weight":
+            state = {models.videocrafter_name(k): v for k, v in nets["merged"].state_dict().items()}
+            result[name] = state[call["key"]]
+        else:
+            args, cond = vc2_arguments(case, call["args"])
+            with torch.no_grad():
+                result[name] = nets[call["lora"]](*args, **cond)
+    return result
+
+
+# DreamVideo, HiGen, TF-T2V, VideoLCM: several forwards a case, arguments named as published
+VGEN_ARGUMENTS = {"y": "text", "y_image": "appearance", "ag_strength": "strength",
+                  "spat_prior": "image_prior", "motion_cond": "motion_factor",
+                  "appearance_cond": "appearance_factor"}
+
+
+def vgen_arguments(case, arguments):
+    """{published argument: input name, number or None} -> our keyword arguments, tensors in place."""
+    given = {k: case.input(v) if isinstance(v, str) else v for k, v in arguments.items()}
+    return {VGEN_ARGUMENTS.get(k, k): v for k, v in given.items() if v is not None}
+
+
+def vgen_forward(case):
+    net, result = vgen_unet(case.system, case.config, case.params, case.left_as_built), {}
+    for name, call in case.call.items():
+        with torch.no_grad():
+            if "returns" not in call:
+                result[name] = net(**vgen_arguments(case, call))
+            elif call["returns"] == "context":
+                result[name] = net.context_embedding(case.input(call["y"]))
+    return result
+
+
+@torch.no_grad()
+def higen_two_pass(case):
+    """An image, then the clip around it, by sample.higen."""
+    net = vgen_unet(case.system, case.config["unet"], case.params, case.left_as_built)
+    first, then = case.call["image"], case.call["video"]
+    text, null = case.input(then["cond"]["y"]), case.input(then["uncond"]["y"])
+    noises = []
+    for call in (first, then):
+        noise = case.input(call["x"])
+        if call["offset_noise"] is not None:
+            shared = case.input(call["offset_noise"])
+            noise = diffusion.offset_noise(noise, shared, call["offset_strength"])
+        noises.append(noise)
+    motion, appearance = then["cond"]["motion_cond"]["constant"], then["cond"]["appearance_cond"]
+    image, video = sample.higen(
+        net, diffusion_schedule(case.config["diffusion"]), text, null, *noises, then["steps"],
+        then["guide_scale"], then["eta"], motion, appearance["appearance_factor"])
+    return {"image": image, "video": video}
+
+
+def adapter_merge(case):
+    result = {}
+    for name, call in case.call.items():
+        net = models.UNet3D(vgen_config("dreamvideo", case.config[call["config"]]))
+        state = {k: fill_tensor(k, v.shape) for k, v in net.state_dict().items() if "adapter" not in k}
+        for kind, step in (("identity", call["identity"]), ("motion", call["motion"])):
+            if step is not None:
+                file, zero = case.adapter_files[kind], case.adapter_files["step_0_zero"]
+                prefix = file["rule_prefix"].replace("{step}", str(step))
+                for key in file["keys"]:
+                    untrained = step == 0 and any(z in key for z in zero)
+                    shape = case.params[key]
+                    state[key] = torch.zeros(shape) if untrained else fill_tensor(prefix + key, shape)
+        net.load_state_dict(state)
+        with torch.no_grad():
+            result[name] = net.eval()(**vgen_arguments(case, call["args"]))
     return result
 
 
@@ -378,6 +645,128 @@ def text_forward(case):
     return result
 
 
+def calls(case):
+    """Each output's entry in `call`, resolved: (name, {argument: value}); a string names an input."""
+    for name, call in case.call.items():
+        yield name, {k: case.input(v) if isinstance(v, str) and k not in ("op", "returns") else v
+                     for k, v in call.items()}
+
+
+def thinned(value, spec):
+    """The entries that an output stores: every step-th of one axis."""
+    if "take" not in spec:
+        return value
+    index = [slice(None)] * value.ndim
+    index[spec["take"]["axis"]] = slice(None, None, spec["take"]["step"])
+    return value[tuple(index)]
+
+
+def text_with_vectors(case):
+    clip, layer = case.config["clip"], case.config["layer"]
+    cfg = text_encoders.CLIPConfig(
+        embed_dim=clip["proj"], vocab_size=clip["vocab"], context_length=clip["n_ctx"],
+        text_width=clip["width"], text_heads=clip["heads"], text_layers=clip["layers"],
+        text_mlp_ratio=clip["mlp_ratio"])
+    # the case's tower lacks the temperature of CLIP's loss, which nothing here reads
+    net = fill(text_encoders.OpenCLIPText(cfg), {"logit_scale": []} | case.params, case.left_as_built)
+    result = {}
+    with torch.no_grad():
+        for name, call in calls(case):
+            ids, vectors = call["tokens"], call["vectors"]
+            learned = None if vectors is None else {case.config["placeholder_token"]: vectors}
+            words = net(ids, layer, learned)
+            ids, embedded = net.embed(ids, learned)
+            value = {"words": words, "embedded": embedded, "tokens": ids,
+                     "pooled": text_encoders.at_end_token(words, ids) @ net.text_projection}[call["returns"]]
+            result[name] = thinned(value, case.outputs[name])
+    return result
+
+
+def image_tower(case):
+    config = case.config
+    if config["network"] != "dino_vit":
+        raise Unsupported(f"network {config['network']}")
+    net = text_encoders.DINO(config["embed_dim"], config["num_heads"], config["depth"], config["patch_size"],
+                             image_size=np.ravel(config["img_size"])[0]).eval()
+    state = {key: fill_tensor(key, shape) for key, shape in case.params.items()}
+    net.load_state_dict(common.rename(state, net, text_encoders.dino_name, "case"))
+    with torch.no_grad():
+        return {name: net(call["image"]) for name, call in calls(case)}
+
+
+def subject_metrics(case):
+    result = {}
+    for name, call in calls(case):
+        clip, dino = ([] if call[k] is None else call[k] for k in ("clip_targets", "dino_targets"))
+        frames = call["clip_frames"]
+        result[name] = [metrics.cosine(frames, call["clip_text"]), metrics.cosine(frames, clip),
+                        metrics.cosine(call["dino_frames"], dino), metrics.temporal_consistency(frames)]
+    return result
+
+
+def pillow(pixels):
+    return Image.fromarray(pixels.byte().numpy())
+
+
+FILTERS = {"box": Image.BOX, "bilinear": Image.BILINEAR, "nearest": Image.NEAREST}
+
+
+def image_steps(case):
+    """DreamVideo's transforms, step by step."""
+    result = {}
+    for name, call in calls(case):
+        x = pillow(call["image"])
+        for step in call["steps"]:
+            if step["op"] == "center_crop_wide":
+                x = data.center_crop_wide(x, step["size_wh"][::-1], FILTERS[step["interpolation"]])
+            elif step["op"] == "resize":
+                x = x.resize(step["size_wh"], FILTERS[step["interpolation"]])
+            elif step["op"] == "to_tensor":
+                x = data.image_tensor(x) / 2 + 0.5
+            elif step["op"] == "normalize" and np.allclose(step["mean"], data.CLIP_MEAN):
+                x = data.clip_normalize(x)
+            elif step["op"] == "normalize" and step["mean"] == step["std"] == [0.5] * 3:
+                x = 2 * x - 1
+            else:
+                raise Unsupported(f"step {step}")
+        result[name] = x
+    return result
+
+
+def image_items(case):
+    """VGen's two transforms: of the frames, and of what the CLIP tower sees."""
+    result = {}
+    for name, spec in case.outputs.items():
+        item = case.call["items"][spec["item"]]
+        image, size = pillow(case.input(item["image"])), item["resolution"][::-1]
+        if spec["transform"] == "train":
+            value = data.image_tensor(data.center_crop_wide(image, size, FILTERS[case.call["filter"]]))
+        else:
+            value = data.clip_image(image, item["vit_crop"][::-1], item["vit_resolution"][::-1])
+        result[name] = value
+    return result
+
+
+def center_crop_size(config, w, h, resolution):
+    resized, crop_xy = data.cover_and_crop(w, h, resolution[::-1])
+    return {"resized": resized, "crop_xy": crop_xy}
+
+
+def frame_selection(config, **inputs):
+    """The published readers are off by one frame and pad with grey. Ours (data.read_video) takes frames
+    start + i stride and refuses a clip that is too short: nothing of theirs has a counterpart."""
+    return {}
+
+
+def annealing_lr(config, decay_mode, updates):
+    schedule = {"cosine": "cosine", "none": "constant"}.get(decay_mode)
+    if schedule is None:  # "linear": no published configuration uses it
+        return {}
+    args = argparse.Namespace(lr=config["base_lr"], warmup=config["warmup_steps"],
+                              steps=config["total_steps"], lr_schedule=schedule)
+    return {"lr": [common.lr_at(k, args) for k in range(updates)]}
+
+
 def table(case):
     function = case.call["function"]
     if function not in TABLES:
@@ -393,11 +782,406 @@ def clip_tokenize(config, text):
     return {"ids": ids}
 
 
-TABLES = {"clip_tokenize": clip_tokenize}
+TABLES = {"clip_tokenize": clip_tokenize, "center_crop_size": center_crop_size, "annealing_lr": annealing_lr,
+          "frame_selection": frame_selection, "frame_selection_custom": frame_selection}
+
+# ---- samplers of the UNet family
+
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v"}
+
+
+def sqrt_linear(config, prediction="eps", use_scale=False):
+    """Our Schedule for VideoCrafter's schedule fields."""
+    if config["beta_schedule"] != "scaled_linear":
+        raise Unsupported(f"noise schedule {config['beta_schedule']}")
+    scale = [config[k] for k in ("scale_a", "scale_b", "mid_step")] if use_scale else None
+    return diffusion.make_schedule("linear_sd", prediction, scale=scale, num=config["num_train_timesteps"],
+                                   first=config["linear_start"], last=config["linear_end"])
+
+
+def videocrafter_schedule(case):
+    schedule, result = sqrt_linear(case.config), {}
+    num, first, last = (case.config[k] for k in ("num_train_timesteps", "linear_start", "linear_end"))
+    result["betas"], result["alphas_cumprod"] = diffusion.linear_sd(num, first, last), schedule.alpha_bar
+    if "mid_step" in case.config:
+        result["scale_arr"] = sqrt_linear(case.config, use_scale=True).scale
+    for name, call in case.call.items():
+        if call["fn"] == "add_noise":
+            noising = sqrt_linear(case.config, use_scale=call["use_scale"])
+            result[name] = noising.add_noise(*(case.input(call[k]) for k in ("x0", "noise", "t")))
+        elif call["fn"] in ("boundary_c_skip", "boundary_c_out"):
+            scalings = diffusion.boundary_scalings(
+                case.input(call["t"]), call["sigma_data"], call["timestep_scaling"])
+            result[name] = scalings[call["fn"] == "boundary_c_out"]
+        elif call["fn"] == "pseudo_huber":
+            a, b = case.input(call["a"]), case.input(call["b"])
+            result[name] = diffusion.pseudo_huber(a, b, call["c"]).mean()[None]
+        elif call["fn"] == "guidance_embedding":
+            result[name] = models.guidance_embedding(case.input(call["w"]), call["dim"])
+    return result
+
+
+def linear_sine(toy):
+    """net(x, t, text); the scalar condition c travels as text (b, 1, 1)."""
+    def net(x, t, text):
+        c, t = (v.view(-1, *[1] * (x.ndim - 1)) for v in (text, t))
+        return toy["x_coef"] * x + toy["sin_coef"] * torch.sin(t / toy["t_div"]) + toy["cond_coef"] * c
+    return net
+
+
+def videocrafter_network(case, b):
+    """The case's network behind the project's guidance: fn(x, t)."""
+    call, cfg = case.call, case.config.get("cfg")
+    if call["network"] == "unet":
+        net = vc2_unet(case.config["unet"], case.params, case.left_as_built)
+        cond = {k: case.input(name) for k, name in call["cond"].items()}
+        uncond = {k: case.input(name) for k, name in (call["uncond"] or call["cond"]).items()}
+        text, null = cond.pop("context"), uncond.pop("context")
+        return diffusion.guided(net, text, null, cfg, null_cond=uncond, **cond)
+    if case.toy["name"] != "linear_sine":
+        raise Unsupported(f"toy network {case.toy['name']}")
+    text, null = (torch.full((b, 1, 1), float(case.input(branch["c"]) if branch else 0.0))
+                  for branch in (call["cond"], call["uncond"]))
+    return diffusion.guided(linear_sine(case.toy), text, null, cfg)
+
+
+@torch.no_grad()
+def videocrafter_sampler(case):
+    config, x_T, noise = case.config, case.input("x_T"), case.input("step_noise")
+    fn, xs, x0s, ts = videocrafter_network(case, len(x_T)), [], [], []
+    schedule = sqrt_linear(config, PREDICTIONS[config.get("prediction_type", "epsilon")], config["use_scale"])
+
+    def record(x, t):
+        out = fn(x, t)
+        xs.append(x)
+        x0s.append(schedule.to_x0(out, x, t))
+        ts.append(int(t[0]))
+        return out
+
+    with mock.patch.object(diffusion, "randn_like", side_effect=noise):
+        if config["sampler"] == "ddim_vc2":
+            final = diffusion.ddim(record, x_T, schedule, config["S"], config["eta"])
+            result = {"ddim_timesteps": torch.tensor(ts[::-1])}
+        elif config["sampler"] == "lcm_turbo":
+            final = diffusion.lcm(record, x_T, schedule, config["num_inference_steps"],
+                                  origin=config["lcm_origin_steps"])
+            result = {"timesteps": torch.tensor(ts)}
+        else:
+            raise Unsupported(f"sampler {config['sampler']}")
+    if len(ts) != case.call["calls"]:
+        raise ValueError(f"{len(ts)} network calls instead of {case.call['calls']}")
+    for i, (x, x0) in enumerate(zip([*xs[1:], final], x0s)):
+        result |= {f"x_after_call{i}": x, f"pred_x0_call{i}": x0}
+        if i + 1 < len(xs):  # the original noises once more after the last step, and drops it
+            result[f"x_after{i}"] = x
+    return result | {"final": final}
+
+
+def sampler_toy(toy):
+    """net(x, t, text, a): y travels as text (b, 1, 1), a as a tensor (b,)."""
+    def tanh_sin(x, t, y, a):
+        return torch.tanh(x) * (0.8 + 0.2 * t / 1000) + 0.1 * torch.sin(3 * x + y * a)
+
+    def tanh_lin(x, t, y, a):
+        return torch.tanh(0.7 * x + toy["y"]) - 0.4 * x * t / 1000
+
+    functions = {"tanh_sin": tanh_sin, "tanh_lin": tanh_lin}
+    if toy["name"] not in functions:
+        raise Unsupported(f"toy network {toy['name']}")
+
+    def net(x, t, text, a):
+        t, y, a = (v.view(-1, *[1] * (x.ndim - 1)) for v in (t, text, a))
+        return functions[toy["name"]](x, t, y, a)
+    return net
+
+
+@torch.no_grad()
+def sampler_ops(case):
+    """DreamVideo's and VideoLCM's: each entry of call is one function of diffusion.py."""
+    config, net, result = case.config, sampler_toy(case.toy), {}
+    if "diffusion" in config:
+        schedule = diffusion_schedule(config["diffusion"])
+        schedule = dataclasses.replace(schedule, prediction=config["prediction"])
+    else:
+        if config["beta_schedule"] != "scaled_linear" or config["timestep_scaling"] != 10:
+            raise Unsupported("another schedule or timestep scaling of VideoLCM")
+        schedule = diffusion.make_schedule(
+            "linear_sd", config["prediction"], config["rescale_betas_zero_snr"],
+            first=config["beta_start"], last=config["beta_end"])
+    origin = config.get("original_inference_steps")
+
+    def value(spec):
+        """An argument's value: a name of an input, "@" and the name of an output, or the value itself."""
+        if isinstance(spec, str):
+            return result[spec[1:]] if spec.startswith("@") else case.input(spec)
+        return spec
+
+    def network(call, b):
+        def numbers(name, key):
+            return torch.full((b,), float((call.get(name) or {}).get(key, 0.0)))
+        text, null = (numbers(name, "y").view(b, 1, 1) for name in ("cond", "uncond"))
+        return diffusion.guided(net, text, null, call.get("guide_scale"),
+                                null_cond={"a": numbers("uncond", "a")}, a=numbers("cond", "a"))
+
+    for name, call in case.call.items():
+        op, x, steps = call["op"], value(call.get("x")), call.get("steps")
+        if op == "ddim_invert":
+            result[name] = diffusion.ddim_invert(network(call, len(x)), x, schedule, steps)
+        elif op == "mix_noise":
+            noise, offset = value(call["noise"]), value(call.get("offset_noise"))
+            if offset is not None:
+                noise = diffusion.offset_noise(noise, offset, call["offset_strength"])
+            result[name] = diffusion.mix_noise(value(call["inverted"]), noise, call["strength"])
+        elif op == "ddim_sample":
+            result[name] = diffusion.ddim(network(call, len(x)), x, schedule, steps, call["eta"])
+        elif op == "lcm_sample":
+            fn, states = network(call, len(x)), []
+
+            def record(x, t, fn=fn, states=states):
+                states.append(x)
+                return fn(x, t)
+            noise = [case.input(k) for k in call["step_noise"]]
+            with mock.patch.object(diffusion, "randn_like", side_effect=noise):
+                last = diffusion.lcm(record, x, schedule, steps, origin=origin, spacing="even")
+            result[name] = torch.stack([*states[1:], last])
+        elif op == "lcm_timesteps":
+            times = diffusion.lcm_timesteps(steps, len(schedule.alpha_bar), origin, "even")
+            result[name] = torch.tensor(times)
+        elif op == "alphas_cumprod":
+            result[name] = schedule.alpha_bar
+        else:
+            raise Unsupported(f"op {op}")
+    return result
+
+
+def appearance_schedule(case):
+    if ops := {call["op"] for call in case.call.values()} - {"appearance_matrix"}:
+        raise Unsupported(f"op {ops}")
+    return {name: diffusion.appearance_matrix(call["frames"], call["appearance_factor"])
+            for name, call in case.call.items()}
+
+
+@torch.no_grad()
+def sr600_pipeline(case):
+    if case.call["pipeline"] != "sr600":
+        raise Unsupported(f"pipeline {case.call['pipeline']}")
+    config, x0, result = case.config, case.input("x0"), {}
+    schedules = {}
+    for name in ("reverse", "forward"):
+        param = dict(config[name])
+        schedules[name] = make_schedule(param.pop("schedule"), mean_type=param.pop("mean_type"), param=param)
+
+    def network(toy, branch, guide_scale=None, guide_rescale=None):
+        net, text = affine_sin(argparse.Namespace(toy=case.toy[toy]))
+        return diffusion.guided(net, text(branch, len(x0)), text("uncond", len(x0)), guide_scale,
+                                rescale=guide_rescale or 0.0)
+
+    # 1. inversion
+    call = case.call["inversion"]
+    fn, states, ts = network("inversion", call["branch"], call["guide_scale"]), [], []
+
+    def record(x, t):
+        states.append(x)
+        ts.append(int(t[0]))
+        return fn(x, t)
+    inverted = diffusion.ddim_invert(record, x0, schedules[call["schedule"]], config["inversion_steps"],
+                                     config["total_noise_levels"])
+    if ts != call["timesteps"]:
+        raise ValueError(f"inversion: steps {ts} instead of {call['timesteps']}")
+    result["inverted"] = inverted
+    result["inv_traj"] = torch.stack([*states, inverted])[case.outputs["inv_traj"]["saved"]]
+
+    # 2. one prediction
+    call = case.call["denoise"]
+    schedule, t = schedules[call["schedule"]], torch.full((len(x0),), call["t"])
+    x = case.input(call["x"])
+    for name, options in call["variants"].items():
+        options = {"branch": "cond"} | options
+        out = network("sampling", **options)(x, t)
+        result[f"denoise.{name}.x0"] = schedule.to_x0(out, x, t)
+        result[f"denoise.{name}.eps"] = schedule.to_eps(out, x, t)
+
+    # 3. sampling
+    call = case.call["sampling"]
+    published = {"solver": "dpmpp_2m_sde", "discretization": "trailing", "start": "inverted", "t_min": 0,
+                 "t_max": config["total_noise_levels"] - 1}
+    if other := {k: call[k] for k in published if call[k] != published[k]}:
+        raise Unsupported(f"SR600 sampling with {other}")
+    fn = network("sampling", "cond", call["guide_scale"], call["guide_rescale"])
+    schedule, x0s, times = schedules[call["schedule"]], [], []
+
+    def record_x0(x, t):
+        out = fn(x, t)
+        x0s.append(schedule.to_x0(out, x, t))
+        times.append(int(t[0]))
+        return out
+    with mock.patch.object(diffusion, "randn_like", side_effect=case.input("sde_noise")):
+        result["sampled"] = diffusion.dpmpp_2m_sde(
+            record_x0, inverted, schedule, config["steps"], levels=config["total_noise_levels"])
+    result["sampled_x0s"] = torch.stack(x0s)[case.outputs["sampled_x0s"]["saved"]]
+    result["model_timesteps"] = times
+    return result
+
+
+# ---- Open-Sora 1.2
+
+def fixed(config, **values):
+    """Refuse a config that differs from what our network always has."""
+    if other := {k: config.get(k) for k, v in values.items() if config.get(k, v) != v}:
+        raise Unsupported(f"config {other}")
+
+
+def stdit3_forward(case):
+    config, result = case.config, {}
+    fixed(config, patch_size=[1, 2, 2], input_sq_size=512, mlp_ratio=4.0, qk_norm=True, pred_sigma=True)
+    net = fill(models.STDiT3(models.STDiT3Config(
+        in_dim=config["in_channels"], dim=config["hidden_size"], depth=config["depth"],
+        num_heads=config["num_heads"], context_dim=config["caption_channels"],
+        text_length=config["model_max_length"])), case.params, case.left_as_built)
+    named = {"timestep": "t", "y": "text", "mask": "text_mask", "x_mask": "frame_mask"}
+    for name, call in case.call.items():
+        given = {named.get(k, k): case.input(v) for k, v in call.items()}
+        b = len(given["x"])
+        given["text"] = given["text"].squeeze(1)
+        for k in {"text_mask", "fps", "height", "width"} & set(given):
+            # half the rows: both branches of guidance; guided() repeats them for us
+            given[k] = given[k].repeat(b // len(given[k]), *[1] * (given[k].ndim - 1))
+        seen = {}
+        watched = {"x_patch": net.x_embedder.proj, "t_mlp": net.t_block,
+                   "spatial0": net.spatial_blocks[0], "temporal0": net.temporal_blocks[0]}
+        handles = [module.register_forward_hook(lambda m, args, out, k=k: seen.update({k: out}))
+                   for k, module in watched.items()]
+        with torch.no_grad():
+            result[name] = net(**given)
+        for handle in handles:
+            handle.remove()
+        if name == "out":  # debug outputs, tokens as b (f s) d there
+            rows, columns = seen["x_patch"].shape[3:]
+            result["pos_emb"] = net.positions(rows, columns, given["height"][0] * given["width"][0])[None]
+            result["x_patch"], result["t_mlp"] = seen["x_patch"].flatten(2).mT, seen["t_mlp"].squeeze(1)
+            result |= {k: seen[k].flatten(1, 2) for k in ("spatial0", "temporal0")}
+    return result
+
+
+@torch.no_grad()
+def opensora_vae(case):
+    config, spatial, temporal = case.config, case.config["spatial"], case.config["temporal"]
+    fixed(spatial, in_channels=3, out_channels=3, norm_num_groups=32, act_fn="silu")
+    fixed(temporal, num_groups=32, activation_fn="swish")
+    ch, z = spatial["block_out_channels"], spatial["latent_channels"]
+    fixed(temporal, in_out_channels=z, latent_embed_dim=z, embed_dim=z)
+    net = vae.OpenSoraVAE(vae.OpenSoraVAEConfig(
+        vae.VAEConfig(ch=ch[0], ch_mult=tuple(c // ch[0] for c in ch), z_channels=z,
+                      num_res_blocks=spatial["layers_per_block"]),
+        ch=temporal["filters"], ch_mult=tuple(temporal["channel_multipliers"]),
+        num_res_blocks=temporal["num_res_blocks"], time_down=tuple(temporal["temporal_downsample"]),
+        chunk_frames=config["micro_frame_size"], shift=tuple(config["shift"]), scale=tuple(config["scale"])))
+    state = {key: getattr(net, key) if key in ("scale", "shift") else fill_tensor(key, shape)
+             for key, shape in case.params.items()}
+    net.load_state_dict(common.rename(state, net, lambda k: vae.opensora_vae_name(k, len(ch)), "case"))
+    result, net = {}, net.eval()
+    for name, call in case.call.items():
+        if call["fn"] == "encode":
+            if call["posterior"] != "mean":
+                raise Unsupported(f"posterior {call['posterior']}")
+            video = case.input(call["video"])
+            result[name] = net.encode(video, chunk=config["micro_batch_size"])
+            result["spatial_latent_mode"] = net.spatial_vae.encode(video)
+            first = result["spatial_latent_mode"][:, :, :config["micro_frame_size"]]
+            result["temporal_moments_chunk0"] = torch.cat(net.temporal_vae.moments(first), dim=1)
+        elif call["fn"] == "decode":
+            latents, frames = case.input(call["latent"]), call["num_frames"]
+            latents = latents[:, :, slice(*call.get("latent_slice", [None]))]
+            result[name] = net.decode(latents, chunk=config["micro_batch_size"], num_frames=frames)
+            if "latent_slice" not in call:
+                n, left = net.cfg.latent_frames(net.cfg.chunk_frames), min(frames, net.cfg.chunk_frames)
+                first = (latents * net.scale + net.shift)[:, :, :n]
+                result["temporal_decode_chunk0"] = net.temporal_vae.decode(first, left)
+        elif call["fn"] == "latent_frames":
+            result[name] = {k: net.cfg.latent_frames(int(k)) for k in vars(case)[name]}
+        else:
+            raise Unsupported(f"function {call['fn']}")
+    return result
+
+
+def flow_tanh(toy):
+    """The toy net(x, t, text, frame_mask) of rectified flow: twice the channels, [v, 2 v]."""
+    def net(x, t, text, frame_mask=None):
+        t = (t / toy["t_div"])[:, None, None, None, None]
+        if frame_mask is not None:
+            t = t * frame_mask[:, None, :, None, None]
+        words = text.flatten(1).mean(1)[:, None, None, None, None]
+        v = torch.tanh(toy["z_coef"] * x + toy["t_coef"] * t + toy["cond_coef"] * words)
+        return torch.cat([v, 2 * v], dim=1)
+    return net
+
+
+def rectified_flow(case):
+    config, result, seen = case.config, {}, {}
+    if case.toy["name"] != "flow_tanh":
+        raise Unsupported(f"toy network {case.toy['name']}")
+    fixed(config, num_timesteps=1000)
+    net, steps = flow_tanh(case.toy), config["num_sampling_steps"]
+    size = config["num_frames"], config["height"], config["width"]
+    for name, call in case.call.items():
+        given = {k: case.input(v) for k, v in call.items() if isinstance(v, str) and k != "fn"}
+        moved = size if call.get("use_timestep_transform") else None
+        if call["fn"] == "timesteps":
+            result[name] = torch.tensor(diffusion.flow_timesteps(steps, moved))
+        elif call["fn"] == "timestep_transform":
+            result[name] = diffusion.flow_transform(given["t"], *size)
+        elif call["fn"] == "add_noise":
+            result[name] = diffusion.flow_add_noise(given["x0"], given["noise"], given["t"])
+        elif call["fn"] == "training_loss":
+            fn = diffusion.guided(net, given["cond"], None)
+            result[name] = diffusion.flow_loss(fn, given["x0"], given["noise"], given["t"], given.get("mask"))
+        elif call["fn"] == "sample":
+            fn, masks = diffusion.guided(net, given["cond"], given["uncond"], config["cfg"]), []
+
+            def record(x, t, frame_mask=None, fn=fn, masks=masks):
+                masks.append(frame_mask)
+                return fn(x, t) if frame_mask is None else fn(x, t, frame_mask=frame_mask)
+            z = given["z"]
+            noise = given.get("step_noise", torch.zeros(steps, *z.shape))  # not given: no frame joins late
+            with mock.patch.object(diffusion, "randn_like", side_effect=noise):
+                result[name] = diffusion.rflow(record, z, steps, moved, given.get("mask"))
+            seen[name] = masks
+        elif call["fn"] == "record_x_mask":
+            result[name] = torch.stack(seen[call["of"]]).byte()
+        else:
+            raise Unsupported(f"function {call['fn']}")
+    return result
+
 
 # the same word may mean another computation in another system, so both choose the function
 KINDS = {
+    ("dit_forward", "stdit3"): stdit3_forward,
+    ("vae_encode_decode", "opensora_vae"): opensora_vae,
+    ("rectified_flow", "rflow"): rectified_flow,
+    ("text_forward", "dreamvideo"): text_with_vectors,
+    ("image_tower_forward", "dreamvideo"): image_tower,
+    ("metric", "dreamvideo"): subject_metrics,
+    ("image_transform", "dreamvideo"): image_steps,
+    ("image_transform", "vgen_data"): image_items,
+    ("table", "dreamvideo"): table,
+    ("table", "vgen_data"): table,
     ("unet_forward", "modelscope_unet"): unet_forward,
+    ("unet_forward", "i2vgen_unet"): unet_forward,
+    ("unet_forward", "sr600_unet"): unet_forward,
+    ("unet_forward", "demo_unet"): unet_forward,
+    ("unet_forward", "vc2_unet"): videocrafter_forward,
+    ("unet_forward", "t2v_turbo_unet"): videocrafter_forward,
+    ("unet_forward", "dreamvideo"): vgen_forward,
+    ("unet_forward", "higen_unet"): vgen_forward,
+    ("unet_forward", "tft2v_unet"): vgen_forward,
+    ("unet_forward", "videolcm"): vgen_forward,
+    ("motion_block", "demo_unet"): motion_block,
+    ("init_from_base", "demo_unet"): init_from_base,
+    ("lora", "instructvideo"): instructvideo_lora,
+    ("lora", "t2v_turbo_unet"): turbo_lora,
+    ("fourier_filter", "sr600_unet"): fourier,
+    ("adapter_merge", "dreamvideo"): adapter_merge,
+    ("pipeline", "higen_unet"): higen_two_pass,
     ("train_step", "modelscope_unet"): train_step_t2v,
     ("vae_encode_decode", "sd_vae"): vae_encode_decode,
     ("text_forward", "clip_embedders"): text_forward,
@@ -408,6 +1192,15 @@ KINDS = {
     ("sampler_trajectory", "demo_sampler"): sampler_trajectory,
     ("schedule", "vgen_ddim"): schedule_tables,
     ("schedule", "demo_sampler"): schedule_tables,
+    # samplers of the UNet family
+    ("schedule", "vc2_ddim"): videocrafter_schedule,
+    ("sampler_trajectory", "vc2_ddim"): videocrafter_sampler,
+    ("schedule", "turbo_lcm"): videocrafter_schedule,
+    ("sampler_trajectory", "turbo_lcm"): videocrafter_sampler,
+    ("sampler_trajectory", "dreamvideo"): sampler_ops,
+    ("sampler_trajectory", "videolcm"): sampler_ops,
+    ("schedule", "higen_unet"): appearance_schedule,
+    ("pipeline", "vgen_ddim"): sr600_pipeline,
 }
 
 

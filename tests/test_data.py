@@ -13,8 +13,12 @@ import data
 from common import UserError
 from data import (
     VideoDataset,
+    center_crop_wide,
     check_dataset,
+    clip_image,
     contact_sheet,
+    image_tensor,
+    opensora_size,
     read_image,
     read_image_prompts,
     read_prompts,
@@ -60,6 +64,17 @@ def test_resize_crop_covers(h, w, size):
     assert torch.equal(resize_crop(x[:, 0], size), y[:, 0])
 
 
+@pytest.mark.parametrize("h,w", [(240, 320), (336, 596), (1024, 1024), (7, 300), (300, 7), (31, 33), (1, 1)])
+@pytest.mark.parametrize("size", [(256, 448), (704, 1280), (32, 32), (31, 447)])
+def test_center_crop_wide_covers(h, w, size):
+    white = Image.new("RGB", (w, h), "white")
+    for filter in (Image.BOX, Image.NEAREST):
+        y = image_tensor(center_crop_wide(white, size, filter))
+        assert y.shape == (3, *size) and y.min() == 1  # VGen: a black line at some of these sizes
+    clip = clip_image(white, (448, 448)) * torch.tensor(data.CLIP_STD).view(3, 1, 1)
+    torch.testing.assert_close(clip.mean((1, 2)) + torch.tensor(data.CLIP_MEAN), torch.ones(3))
+
+
 def test_resize_crop_is_centred_undistorted_and_antialiased():
     y, x = (torch.arange(100) + 0.5) / 50 - 1, (torch.arange(200) + 0.5) / 50 - 2
     y, x = torch.meshgrid(y, x, indexing="ij")
@@ -71,6 +86,23 @@ def test_resize_crop_is_centred_undistorted_and_antialiased():
     stripes = torch.arange(64).remainder(2).float().expand(3, 64, 64)
     assert (resize_crop(stripes, (16, 16)) - 0.5).abs().max() < 0.1     # without antialias: all 0 or all 1
     assert resize_crop(disc, (100, 200)) is disc
+
+
+@pytest.mark.parametrize("names, size", [
+    (("2s", "240p", "3:4"), (51, 276, 368)), (("4s", "240p", "9:16"), (102, 240, 426)),
+    (("8s", "240p", "1:1"), (204, 320, 320)), (("16s", "360p", "3:4"), (408, 416, 554)),
+    (("2s", "480p", "9:16"), (51, 480, 854)), (("2s", "480p", "3:4"), (51, 554, 738)),
+    (("2s", "720p", "3:4"), (51, 832, 1110)), (("2s", "144p", "9:16"), (51, 144, 256)),
+    (("2s", "240p", "4:3"), (51, 368, 276)), (("2s", "720p", "16:9"), (51, 1280, 720))])
+def test_open_soras_names_of_sizes(names, size):
+    """The published ones."""
+    assert opensora_size(*names) == size
+
+
+def test_unknown_names_of_sizes():
+    fails(["3s", "2s, 4s"], opensora_size, "3s")
+    fails(["240", "144p, 240p"], opensora_size, "2s", "240")
+    fails(["wide", "9:16"], opensora_size, "2s", "240p", "wide")
 
 
 def test_read_image(tmp_path):

@@ -4,8 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hub
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 import bases
@@ -15,6 +18,8 @@ import t2v
 import vader
 from bases import load_base
 from common import load_checkpoint
+from data import write_video
+from models import UNet3D, unet_diffusers_name
 
 ROOT = Path(__file__).parent.parent
 
@@ -84,10 +89,139 @@ def test_public_weights(message, tmp_path, monkeypatch):
 
     # files of the right names that hold the wrong things
     for name in ("text2video_pytorch_model.pth", "VQGAN_autoencoder.pth", "open_clip_pytorch_model.bin"):
-        torch.save({"state_dict": {"local_image_embedding.0.weight": torch.zeros(1)}}, tmp_path / name)
+        torch.save({"state_dict": {"local_image_concat.0.weight": torch.zeros(1)}}, tmp_path / name)
     assert "I2VGen-XL" in message(load_base, "modelscope", tmp_path)
     (tmp_path / "text2video_pytorch_model.pth").write_bytes(b"PK\x03\x04 cut off")
     assert "fetch it again" in message(load_base, "modelscope", tmp_path)
+
+
+# base, the part whose file is wrong, base whose file it is in truth, that file's name, what the message says
+WRONG = [
+    ("modelscope", "net", "videocrafter2", "model.ckpt", "VideoCrafter2"),
+    ("modelscope", "net", "i2vgen-xl", "i2vgen_xl_00854500.pth", "I2VGen-XL"),
+    ("modelscope", "net", "higen", "cvpr2024.t2v.e003.non_ema_0725000.pth", "HiGen"),
+    ("modelscope", "net", "demo", "demo.pth", "DEMO"),
+    ("modelscope", "net", "t2v-turbo", "unet_lora.pt", "T2V-Turbo's LoRA"),
+    ("modelscope", "net", "modelscope", "VQGAN_autoencoder.pth", "Stable Diffusion"),
+    ("modelscope", "net", "modelscope", "open_clip_pytorch_model.bin", "OpenCLIP"),
+    ("modelscope", "vae", "modelscope", "open_clip_pytorch_model.bin", "OpenCLIP"),
+    ("modelscope", "text", "modelscope", "text2video_pytorch_model.pth", "ModelScope UNet"),
+    ("dreamvideo", "net", "videocrafter2", "model.ckpt", "VideoCrafter2"),
+    ("dreamvideo", "net", "higen", "cvpr2024.t2v.e003.non_ema_0725000.pth", "HiGen"),
+    ("dreamvideo", "image", "demo", "motion_encoder.pth", "OpenCLIP"),
+    ("demo", "net", "modelscope", "text2video_pytorch_model.pth", "ModelScope UNet"),
+    ("videocrafter2", "net", "modelscope", "text2video_pytorch_model.pth", "ModelScope UNet"),
+    ("t2v-turbo", "lora", "modelscope", "text2video_pytorch_model.pth", "ModelScope UNet"),
+    ("t2v-turbo-v2", "net", "videocrafter2", "model.ckpt", "VideoCrafter2"),
+    ("videolcm", "net", "modelscope-v1.5", "model_scope_v1-5_0632000.pth", "another shape")]
+
+
+@pytest.mark.parametrize("base, part, other, file, words", WRONG)
+def test_a_wrong_file_is_named(base, part, other, file, words, message, public, tmp_path):
+    folder, wrong = Path(public(base)[0]), Path(public(other)[0], file)
+    name = bases.BASES[base].files["original"][part].split(":", 2)[2]
+    for right in folder.iterdir():
+        (tmp_path / right.name).symlink_to(wrong if right.name == name else right)
+    text = message(load_base, base, tmp_path)
+    assert words in text and (name in text or f"{base} {part}" in text), text
+
+
+def test_wrong_diffusers_file(message, monkeypatch, tmp_path):
+    """An SD autoencoder in the place of the network, and a file of another shape."""
+    hub.small(monkeypatch, "modelscope")
+    vae = {"encoder.down_blocks.0.resnets.0.conv1.bias": torch.zeros(3)}
+    for file in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model"):
+        (tmp_path / file).parent.mkdir()
+        save_file(vae, f"{tmp_path / file}.safetensors")
+    assert "an SD autoencoder" in message(load_base, "modelscope", tmp_path)
+    net = hub.on_meta(UNet3D, bases.BASES["modelscope"].net)
+    state = {unet_diffusers_name(k, 1): torch.zeros(2, 2) for k in net.state_dict()}
+    save_file(state, tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+    assert "of another shape" in message(load_base, "modelscope", tmp_path)
+    (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    assert "vae/diffusion_pytorch_model.safetensors is missing" in message(load_base, "modelscope", tmp_path)
+
+
+def test_missing_files(message, public, tmp_path):
+    for file in Path(public("demo")[0]).iterdir():
+        if file.name != "motion_encoder.pth":
+            (tmp_path / file.name).symlink_to(file)
+    text = message(load_base, "demo", tmp_path)
+    assert "motion_encoder.pth is missing for demo" in text
+    assert "folder that holds demo.pth" in message(load_base, "demo", tmp_path / "demo.pth")
+    assert "assets/" in message(load_base, "tiny", tmp_path)
+
+
+def picture(folder, name="a.png"):
+    Image.new("RGB", (20, 20)).save(folder / name)
+    return str(folder / name)
+
+
+@pytest.mark.parametrize("base, flags, words", [
+    ("modelscope", ["--image", "PICTURE"], "words alone"),
+    ("i2vgen-xl", ["--depth", "PICTURE"], "it takes --image"),
+    ("i2vgen-xl", [], "give --image FILE"),
+    ("i2vgen-xl", ["--image", "nowhere.png"], "nowhere.png: no such file"),
+    ("i2vgen-xl", ["--image", "BROKEN"], "not a readable picture"),
+    ("sr600", [], "--video"),
+    ("sr600", ["--video", "BROKEN"], "cannot be decoded"),
+    ("sr600", ["--video", "PICTURE", "--height", "704"], "nearest: 656 or 720"),
+    ("sr600", ["--video", "PICTURE", "--width", "1000"], "960 or 1024"),
+    ("higen", ["--frames", "16"], "32 frames"),
+    ("modelscope", ["--height", "260"], "nearest: 256 or 320"),
+    ("modelscope", ["--fps", "8"], "no frame rate"),
+    ("modelscope", ["--motion-factor", "8"], "--motion-factor"),
+    ("modelscope", ["--sampler", "higen"], "sampled by ddim"),
+    ("sr600", ["--video", "PICTURE", "--sampler", "ddim"], "sampled by sr600"),
+    ("vcomposer", ["--mask", "PICTURE"], "belong together"),
+    ("vcomposer", ["--image", "BROKEN"], "not a readable picture"),
+    ("vcomposer", ["--depth", "ARRAY"], "5 frame(s) instead of 16"),
+    ("vcomposer", ["--motion-vectors", "ARRAY"], "expected 2 channel(s)"),
+    ("vcomposer", ["--motion-vectors", "OBJECTS"], "not a .npy file of numbers"),
+    ("tft2v", ["--style-image", "PICTURE"], "words alone"),
+    ("dreamvideo", ["--image", "PICTURE"], "--appearance-image"),
+    ("modelscope", ["--lora", "nowhere.pth:0.5"], "nowhere.pth: no such file")])
+def test_conditions(base, flags, words, message, tmp_path):
+    """Refused before anything is loaded: there are no weights here."""
+    for name in ("broken.png", "broken.mp4"):
+        (tmp_path / name).write_bytes(b"no such thing")
+    np.save(tmp_path / "array.npy", np.zeros((5, 8, 8), np.float32))
+    np.save(tmp_path / "objects.npy", np.array([{}], dtype=object))
+    given = {"PICTURE": picture(tmp_path), "ARRAY": str(tmp_path / "array.npy"),
+             "OBJECTS": str(tmp_path / "objects.npy"),
+             "BROKEN": str(tmp_path / ("broken.mp4" if base == "sr600" else "broken.png"))}
+    text = message(sample.main, ["--base", base, "--prompt", "a", *(given.get(f, f) for f in flags)])
+    assert words in text, text
+
+
+def test_words(message, tmp_path):
+    assert "--prompt" in message(sample.main, ["--base", "modelscope"])
+    assert "only one" in message(sample.main, ["--base", "tiny", "--prompt", "a", "--judge", "3"])
+    assert "tiny world" in message(sample.main, ["--base", "modelscope", "--judge", "3"])
+    array = str(tmp_path / "a.npy")
+    np.save(array, np.zeros((16, 8, 8), np.float32))
+    assert "--prompt" in message(sample.main, ["--base", "vcomposer", "--depth", array])
+    prompts = str(prompt_file(tmp_path, "nowhere.png|||a cat\n"))
+    assert "row 1" in message(sample.main, ["--base", "i2vgen-xl", "--prompts", prompts])
+    write_video(tmp_path / "clip.mp4", torch.zeros(3, 2, 16, 16))
+    assert "2 prompts for 1 clips" in message(sample.main, [
+        "--base", "sr600", "--video", str(tmp_path), "--prompts", str(prompt_file(tmp_path, "a\nb\n"))])
+
+
+def test_lora_files(message, public, tmp_path):
+    names = ("modelscope", "dreamvideo", "t2v-turbo")
+    plain, dream, turbo = (load_base(name, public(name)[0]) for name in names)
+    lora, adapter = tmp_path / "lora.pt", tmp_path / "adapter.pth"
+    torch.save(hub.turbo_lora(bases.BASES["t2v-turbo"])[:-2], lora)
+    torch.save(hub.adapters(dream.net.state_dict(), "temporal"), adapter)
+    merge = bases.merge_public_lora
+    assert "a list of" in message(merge, turbo.net, lora)
+    assert "no scale" in message(merge, dream.net, adapter, 0.5)
+    assert "--base dreamvideo" in message(merge, plain.net, adapter)
+    torch.save({"x.lora_up.weight": torch.zeros(1)}, lora)
+    assert "a LoRA file" in message(merge, plain.net, lora)
+    torch.save({"a_lora.down_linear.weight": torch.zeros(4, 4), "b": torch.zeros(1)}, lora)
+    assert "InstructVideo" in message(merge, plain.net, lora)
 
 
 def test_a_run_is_not_overwritten_nor_resumed_as_another(message, tmp_path):
@@ -129,4 +263,19 @@ def test_not_finite_steps_are_skipped_and_then_stop(message, tmp_path, capsys):
 
 def test_the_table_prints(capsys):
     bases.main([])
-    assert "modelscope" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["base", *bases.BASES]
+    assert "1411.2 M  t2v vader" in next(line for line in lines if line.startswith("modelscope "))
+
+
+def test_download(message, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    text = message(bases.main, ["--download", "videocrafter2"])
+    assert "model.ckpt of huggingface.co repository VideoCrafter/VideoCrafter2" in text
+    assert "--weights" in text
+    bases.main(["--download", "tiny"])
+    assert "nothing to download" in capsys.readouterr().out
+    fetched = []
+    monkeypatch.setattr(bases, "fetch", lambda url, name: fetched.append(url) or __file__)
+    bases.main(["--download", "videocrafter2"])
+    assert fetched == [bases.VC2]  # one file for three parts

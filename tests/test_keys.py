@@ -2,26 +2,51 @@
 import dataclasses
 import gzip
 import json
+from functools import cache
 from pathlib import Path
 
+import hub
 import oracles
 import pytest
 import torch
 
-from bases import text_state, unet_state, vae_state
-from models import UNet3D, UNetConfig, unet_diffusers_name
-from text_encoders import CLIPConfig, OpenCLIP, OpenCLIPText, clip_text_only, text_from_hf, tokenize
-from vae import AutoencoderKL, VAEConfig, vae_diffusers_name
+from bases import BASES, text_state, unet_state, vae_state
+from common import load_pickle, looks_like, rename
+from data import clip_image_squeezed, clip_normalize
+from models import (STDiT3, STDiT3Config, UNet3D, UNetConfig, add_lora, instructvideo_lora_name,
+                    turbo_lora_layers, unet_diffusers_name, videocrafter_name)
+from text_encoders import (DINO, CLIPConfig, OpenCLIP, OpenCLIPText, OpenCLIPVision, Resampler,
+                           clip_text_only, dino_name, save_learned, text_from_hf, tokenize, vision_from_hf)
+from vae import AutoencoderKL, OpenSoraVAE, VAEConfig, opensora_vae_name, vae_diffusers_name
 
 DATA = Path(__file__).parent / "oracle_data"
 
-# public file -> our network at its full size
-FULL_SIZE = {
-    "modelscope_unet/modelscope_t2v": lambda: UNet3D(UNetConfig()),
-    "sd_vae/sd21_vae": lambda: AutoencoderKL(VAEConfig()),
-    "clip_embedders/vit_h_14": lambda: OpenCLIP(CLIPConfig()),
+# public file of a network -> its base, and what its keys look like
+UNETS = {
+    "modelscope_unet/modelscope_t2v": ("modelscope", "a VGen or ModelScope UNet"),
+    "dreamvideo/base_modelscope_v1-5": ("modelscope-v1.5", "a VGen or ModelScope UNet"),
+    "dreamvideo/unet_joint": ("dreamvideo", "a DreamVideo adapter"),
+    "demo_unet/demo": ("demo", "DEMO"),
+    "i2vgen_unet/i2vgen_xl": ("i2vgen-xl", "I2VGen-XL"),
+    "sr600_unet/sr600": ("sr600", "a VGen or ModelScope UNet"),
+    "higen_unet/unet": ("higen", "HiGen"),
+    "tft2v_unet/unet_t2v": ("tft2v", "TF-T2V"),
+    "tft2v_unet/unet_vcomposer": ("vcomposer", "VideoComposer"),
+    "videolcm/unet_t2v": ("videolcm", "a VGen or ModelScope UNet"),
+    "videolcm/unet_vcomposer": ("vcomposer", "VideoComposer"),
+    "t2v_turbo_unet/t2v_turbo_v2_unet_mg": ("t2v-turbo-v2", "T2V-Turbo"),
+    "t2v_turbo_unet/t2v_turbo_v2_unet_no_mg": ("t2v-turbo", "T2V-Turbo"),
+}
+# other public files -> our network at its full size
+OTHERS = {
+    "sd_vae/sd21_vae": (AutoencoderKL, VAEConfig()),
+    "clip_embedders/vit_h_14": (OpenCLIP, CLIPConfig()),
+    "demo_text/open_clip_vit_h_14": (OpenCLIP, CLIPConfig()),
+    "demo_text/motion_encoder": (OpenCLIPText, CLIPConfig()),
+    "stdit3/STDiT3-XL-2": (STDiT3, STDiT3Config()),
 }
 MAPS = {"modelscope_unet": ("modelscope_unet/modelscope_t2v", unet_diffusers_name),
+        "i2vgen_unet": ("i2vgen_unet/i2vgen_xl", unet_diffusers_name),
         "sd_vae": ("sd_vae/sd21_vae", vae_diffusers_name)}
 
 
@@ -29,13 +54,23 @@ def read(name):
     return json.loads(gzip.decompress((DATA / f"{name}.json.gz").read_bytes()))
 
 
-def on_meta(build):
+def on_meta(build, *args):
     with torch.device("meta"):
-        return build()
+        return build(*args)
 
 
 def shapes(net):
     return {key: list(value.shape) for key, value in net.state_dict().items()}
+
+
+@cache
+def full_size(kind, cfg):
+    """{key: shape} of a network of the table."""
+    return shapes(on_meta(kind, cfg))
+
+
+def unet(name):
+    return full_size(UNet3D, BASES[name].net)
 
 
 def filled(net):
@@ -47,9 +82,67 @@ def close(ours, theirs):
     assert oracles.error(ours, theirs) < 1e-5
 
 
-@pytest.mark.parametrize("name", FULL_SIZE)
-def test_manifest(name):
-    assert shapes(on_meta(FULL_SIZE[name])) == read(f"{name}.manifest")["keys"]
+@pytest.mark.parametrize("name", UNETS)
+def test_networks_of_the_table(name):
+    base, words = UNETS[name]
+    named = videocrafter_name if BASES[base].net.temporal_linear else (lambda key: key)
+    keys = read(f"{name}.manifest")["keys"]
+    assert {named(key): shape for key, shape in unet(base).items()} == keys
+    assert looks_like(keys) == f"it looks like {words}"
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_networks(name):
+    assert full_size(*OTHERS[name]) == read(f"{name}.manifest")["keys"]
+
+
+def test_autoencoders_and_towers_of_the_table():
+    for name, row in BASES.items():
+        if row.files:
+            assert (row.vae, row.text) == (VAEConfig(), CLIPConfig()), name
+
+
+def test_videocrafter2_whole():
+    """model.ckpt: three networks, and the schedule's buffers, which are not needed."""
+    keys = hub.prefixed("model.diffusion_model.", {
+        videocrafter_name(key): shape for key, shape in unet("videocrafter2").items()})
+    keys |= hub.prefixed("first_stage_model.", full_size(AutoencoderKL, VAEConfig()))
+    keys |= hub.prefixed("cond_stage_model.model.", full_size(OpenCLIPText, CLIPConfig()))
+    keys |= {name: [1400 if name == "scale_arr" else 1000] for name in hub.BUFFERS}
+    assert keys == read("vc2_unet/videocrafter2_model.manifest")["keys"]
+    assert looks_like(keys) == "it looks like VideoCrafter2"
+
+
+def test_instructvideo_file():
+    net = on_meta(UNet3D, UNetConfig())
+    add_lora(net, 4, 4, ["to_q", "to_k", "to_v", "to_out.0"])
+    keys = {instructvideo_lora_name(key): shape for key, shape in shapes(net).items()}
+    assert keys == read("instructvideo/instructvideo_lora.manifest")["keys"]
+    assert "InstructVideo" in looks_like(keys)
+
+
+def test_turbo_list():
+    """T2V-Turbo's LoRA has no names: order, kinds and shapes of its 1150 tensors."""
+    file = read("t2v_turbo_unet/t2v_turbo_vc2_unet_lora.manifest")
+    net = on_meta(UNet3D, BASES["t2v-turbo"].net)
+    modules, layers = dict(net.named_modules()), turbo_lora_layers(net)
+    published = [videocrafter_name(f"{name}.").removesuffix(".") for name in layers]
+    assert published == [target["module"] for target in file["config"]["targets"]]
+    tensors = []
+    for name in layers:
+        cout, *rest = modules[name].weight.shape
+        r = min(64, cout, rest[0])
+        tensors += [[cout, r, *(1 for _ in rest[1:])], [r, *rest]]
+    assert {str(i): shape for i, shape in enumerate(tensors)} == file["keys"]
+
+
+@pytest.mark.parametrize("kind, file", [("spatial", "identity"), ("temporal", "motion")])
+def test_dreamvideo_adapters(kind, file):
+    keys = read(f"dreamvideo/{file}_adapter.manifest")["keys"]
+    state = on_meta(lambda: {key: torch.empty(shape) for key, shape in unet("dreamvideo").items()})
+    found = hub.adapters(state, kind)["state_dict"]
+    assert {key: list(value.shape) for key, value in found.items()} == keys
+    assert looks_like(keys) == "it looks like a DreamVideo adapter"
 
 
 def test_text_tower_of_clip():
@@ -57,11 +150,59 @@ def test_text_tower_of_clip():
     assert shapes(on_meta(OpenCLIPText)) == keys and not any(key.startswith("visual") for key in keys)
 
 
+def test_open_soras_autoencoder():
+    """The file's keys and shapes exactly; its attention has Linears where ours has 1x1 convolutions."""
+    keys, net = read("opensora_vae/OpenSora-VAE-v1.2.manifest")["keys"], on_meta(OpenSoraVAE)
+    state = {key: torch.empty(shape, device="meta") for key, shape in keys.items()}
+    ours = rename(state, net, opensora_vae_name, "manifest")  # none missing, none left over
+    assert {key: list(value.shape) for key, value in ours.items()} == shapes(net)
+    linear = {opensora_vae_name(key) for key, shape in shapes(net).items()
+              if shape != keys[opensora_vae_name(key)]}
+    assert len(linear) == 8 and all(".attentions.0.to_" in key for key in linear)
+
+
+def test_dino():
+    ours = {dino_name(key): shape for key, shape in shapes(on_meta(DINO)).items()}
+    assert ours == read("dreamvideo/dino_vits16.manifest")["keys"]
+
+
+def test_image_side_of_videocrafter1():
+    """The Image2Video-512 file: Resampler whole, image tower whole beside leftovers of the text tower; the
+    network has keys and values for image tokens; the rest is as in VideoCrafter2's."""
+    keys = read("vc2_unet/videocrafter1_i2v_512_model.manifest")["keys"]
+
+    def part(prefix):
+        return {key.removeprefix(prefix): shape for key, shape in keys.items() if key.startswith(prefix)}
+    visual = part("embedder.model.visual.")
+    assert shapes(on_meta(Resampler)) == part("image_proj_model.")
+    assert shapes(on_meta(OpenCLIPVision)) == visual
+    text = {k: v for k, v in shapes(on_meta(OpenCLIPText)).items() if not k.startswith("transformer.")}
+    assert text == clip_text_only(part("embedder.model."))
+    assert len(part("embedder.")) == len(text) + len(visual)
+    net = full_size(UNet3D, dataclasses.replace(BASES["videocrafter2"].net, image_keys=True))
+    assert {videocrafter_name(key): shape for key, shape in net.items()} == part("model.diffusion_model.")
+    rest = read("vc2_unet/videocrafter2_model.manifest")["keys"]
+    rest = {key: shape for key, shape in rest.items() if not key.startswith("model.diffusion_model.")}
+    ours = ("model.diffusion_model.", "image_proj_model.", "embedder.")
+    assert {key: shape for key, shape in keys.items() if not key.startswith(ours)} == rest
+    assert looks_like(keys) == "it looks like VideoCrafter1 image-to-video"
+
+
+def test_learned_word(tmp_path):
+    """The file that we write has the published one's keys and token."""
+    save_learned(tmp_path / "word.pth", torch.zeros(1, 1024))
+    state = load_pickle(tmp_path / "word.pth", allow=[torch.nn.ParameterDict])
+    assert state["string_to_token"] == {"*": torch.tensor(265)}
+    ours = {f"string_to_param.{word}": list(v.shape) for word, v in state["string_to_param"].items()}
+    assert ours == read("dreamvideo/text_embedding.manifest")["keys"]
+
+
 @pytest.mark.parametrize("system", MAPS)
 def test_diffusers_names(system):
     name, rename = MAPS[system]
     table = read(f"{system}/original_to_diffusers")["map"]
-    ours = {key: rename(key) for key in read(f"{name}.manifest")["keys"]}
+    ours = {key: rename(key).replace("to_qkv", "to_{q,k,v}")  # one matrix in I2VGen-XL's original
+            for key in read(f"{name}.manifest")["keys"]}
     assert ours == {key: theirs for key, (theirs, _) in table.items()}
     assert len(set(ours.values())) == len(ours)  # so that the map can be turned round
 
@@ -92,6 +233,39 @@ def test_unet_equals_diffusers(mult, attention, blocks, frames):
     x, t, text = torch.randn(2, 4, frames, 8, 12), torch.tensor([7, 900]), torch.randn(2, 5, 24)
     with torch.no_grad():
         close(net(x, t, text), peer(x, t, text).sample)
+
+
+@pytest.mark.parametrize("frames", [1, 4])
+def test_i2vgen_equals_diffusers(frames):
+    """If its first convolution weighs the image's channels twice: the original adds them twice."""
+    diffusers = pytest.importorskip("diffusers")
+    cfg = UNetConfig(dim=32, dim_mult=(1, 2), num_res_blocks=1, head_dim=16, context_dim=24,
+                     image_to_video=True, concat_dim=4, use_fps_condition=True)
+    net = filled(UNet3D(cfg))
+    peer = diffusers.I2VGenXLUNet(
+        block_out_channels=(32, 64), layers_per_block=1, attention_head_dim=16, cross_attention_dim=24,
+        down_block_types=("CrossAttnDownBlock3D",) * 2, up_block_types=("CrossAttnUpBlock3D",) * 2).eval()
+    theirs = hub.to_diffusers(net.state_dict(), peer, 1)
+    back = unet_state(theirs, net, "peer")
+    assert all(torch.equal(back[key], value) for key, value in net.state_dict().items())
+    theirs["conv_in.weight"] = theirs["conv_in.weight"].clone()
+    theirs["conv_in.weight"][:, 4:8] *= 2
+    peer.load_state_dict(theirs)
+    x, t, text = torch.randn(2, 4, frames, 8, 12), torch.tensor([7, 900]), torch.randn(2, 5, 24)
+    first, image, fps = torch.randn(2, 4, 8, 12), torch.randn(2, 1, 24), torch.tensor([8, 16])
+    planes = [torch.full_like(first, k / (frames - 1)) for k in range(1, frames)]
+    with torch.no_grad():
+        ours = net(x, t, text, fps=fps, image=image, first_frame=first)
+        close(ours, peer(x, t, fps, torch.stack([first, *planes], 2), image[:, 0], text).sample)
+
+
+def test_vision_equals_transformers():
+    pytest.importorskip("transformers")
+    peer, net = filled(hub.vision_peer()), OpenCLIPVision(hub.CLIP).eval()
+    net.load_state_dict(vision_from_hf(peer.state_dict()))
+    images = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        close(net(images), peer(images).image_embeds)
 
 
 def test_vae_equals_diffusers():
@@ -142,3 +316,68 @@ def test_towers_equal_open_clip():
     with torch.no_grad():
         close(net.pooled(ids), peer.encode_text(ids))
         close(net.visual(images), peer.encode_image(images))
+
+
+def renamed(key, table):
+    for ours, theirs in table.items():
+        key = key.replace(ours, theirs)
+    return key
+
+
+VIT_NAMES = {"patch_embed.proj": "embeddings.patch_embeddings.projection", "blocks.": "layers.",
+             "cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings",
+             "norm1": "layernorm_before", "norm2": "layernorm_after", ".norm.": ".layernorm.",
+             "attn.proj": "attention.o_proj"}
+
+
+@pytest.mark.parametrize("size", [(24, 24), (16, 40)])  # the position table's own grid, and another
+def test_dino_equals_transformers(size):
+    transformers = pytest.importorskip("transformers", minversion="5.0")  # its keys were others before
+    net = filled(DINO(width=48, heads=3, layers=2, patch_size=8, image_size=24))
+    peer = transformers.ViTModel(transformers.ViTConfig(
+        hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=192, image_size=24,
+        patch_size=8, layer_norm_eps=1e-6), add_pooling_layer=False).eval()
+    theirs = {}
+    for key, value in net.state_dict().items():
+        name = renamed("." + dino_name(key), VIT_NAMES).removeprefix(".")
+        if ".qkv." in name:
+            for c, rows in zip("qkv", value.chunk(3)):
+                theirs[name.replace("attn.qkv", f"attention.{c}_proj")] = rows
+        else:
+            theirs[name] = value
+    peer.load_state_dict(theirs)
+    images = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        close(net(images), peer(images, interpolate_pos_encoding=True).last_hidden_state[:, 0])
+
+
+RESAMPLER_NAMES = {".0.norm1": ".ln0", ".0.norm2": ".ln1", ".0.to_": ".attn.to_", "to_out": "to_out.0",
+                   ".1.0.weight": ".ff.0.weight", ".1.0.bias": ".ff.0.bias",
+                   ".1.1.weight": ".ff.1.net.0.proj.weight", ".1.3.weight": ".ff.1.net.2.weight"}
+
+
+def test_resampler_equals_ip_adapter():
+    embeddings = pytest.importorskip("diffusers.models.embeddings")
+    net = filled(Resampler(image_width=40, width=48, layers=2, heads=3, head_dim=8, queries=5))
+    peer = embeddings.IPAdapterPlusImageProjection(
+        embed_dims=40, output_dims=48, hidden_dims=48, depth=2, dim_head=8, heads=3, num_queries=5).eval()
+    theirs = {}
+    for name, value in net.state_dict().items():
+        name = renamed(name, RESAMPLER_NAMES)
+        if "to_kv" in name:
+            theirs |= {name.replace("kv", c): v for c, v in zip("kv", value.chunk(2))}
+        else:
+            theirs[name] = value
+    peer.load_state_dict(theirs)
+    image = torch.randn(2, 7, 40)
+    with torch.no_grad():
+        close(net(image), peer(image))
+
+
+@pytest.mark.parametrize("size", [(20, 70), (32, 33), (300, 250), (9, 14)])
+def test_squeezed_image_equals_diffusers(size):
+    """kornia's resize, of which diffusers holds a copy for Stable Video Diffusion."""
+    svd = pytest.importorskip("diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion")
+    images = torch.rand(2, 3, *size) * 2 - 1
+    theirs = svd._resize_with_antialiasing(images, (28, 28))
+    close(clip_image_squeezed(images, 28), clip_normalize(theirs / 2 + 0.5))

@@ -6,6 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import data
+import models
 import sample
 import t2v
 import vader
@@ -87,6 +89,34 @@ def test_accumulation_equals_a_large_batch(tmp_path):
     # not the gradient
     metas = [load_checkpoint(tmp_path / d)[1]["args"] for d in ("large", "accumulated")]
     assert metas[0]["batch"] * metas[0]["accum"] == metas[1]["batch"] * metas[1]["accum"]
+
+
+@pytest.mark.parametrize("method", ["t2v", "vader"])
+def test_one_step_of_videocrafter2(method, public, tmp_path, monkeypatch):
+    """The frame rate reaches the network in losses, rollouts, previews and evaluations."""
+    folder, _ = public("videocrafter2")
+    (tmp_path / "prompts.txt").write_text("a fox\n")
+    data.write_video(tmp_path / "clips" / "a.mp4", torch.rand(3, 4, 16, 24) * 2 - 1)
+    (tmp_path / "clips" / "a.txt").write_text("a fox in the snow")
+    args = {"t2v": ["--data", str(tmp_path / "clips"), "--workers", "0", "--preview-every", "1"],
+            "vader": ["--prompts", str(tmp_path / "prompts.txt"), "--reward", "brightness", "--accum", "1",
+                      "--sample-steps", "2", "--eval-n", "1"]}[method]
+    seen, forward = [], models.UNet3D.forward
+
+    def spy(self, *args, fps=None, **kw):
+        seen.append(None if fps is None else fps.unique().tolist())
+        return forward(self, *args, fps=fps, **kw)
+    monkeypatch.setattr(models.UNet3D, "forward", spy)
+    module = {"t2v": t2v, "vader": vader}[method]
+    args = ["--base", "videocrafter2", "--weights", folder, "--steps", "1", "--rank", "2", *args]
+    module.main([*args, "--out", str(tmp_path / "default")])
+    assert seen and all(fps == [28] for fps in seen)
+    seen.clear()
+    module.main([*args, "--out", str(tmp_path / "run"), "--fps", "5"])
+    assert seen and all(fps == [5] for fps in seen)
+    seen.clear()  # and goes with the checkpoint
+    sample.main(["--ckpt", str(tmp_path / "run"), "--prompt", "a fox", "--out", str(tmp_path / "s")])
+    assert seen and all(fps == [5] for fps in seen)
 
 
 def test_t2v_trains_from_scratch_with_its_text_encoder(tmp_path):

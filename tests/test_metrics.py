@@ -1,4 +1,7 @@
-"""The tiny world's judge: right on the truth, right after the autoencoder, at chance on shuffled captions."""
+"""The tiny world's judge: right on the truth, right after the autoencoder, at chance on shuffled captions.
+
+Scores of features are in the oracle cases dreamvideo/metrics_*; here is what they mean.
+"""
 import random
 
 import pytest
@@ -6,7 +9,7 @@ import torch
 
 from bases import load_base
 from data import MOTIONS, parse, render, tiny_batch, tiny_captions, tiny_prompts
-from metrics import ATTRIBUTES, judge, judge_captions
+from metrics import ATTRIBUTES, cosine, judge, judge_captions, temporal_consistency
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +74,10 @@ def test_tiny_clips_are_a_function_of_the_seed():
     assert torch.equal(render(a[2][0]), a[0][0])
     assert set(ATTRIBUTES) == {"shape", "colour", "background", "motion"}
     assert a[0].min() >= -1 and a[0].max() <= 1
+
+
+def test_scores_of_features():
+    frames = torch.tensor([[2.0, 0.0], [0.0, 0.1], [0.0, 5.0]])  # lengths do not count
+    assert cosine(frames, frames[:1]) == pytest.approx(1 / 3)
+    assert cosine(frames, torch.stack([frames[0], -frames[0]])) == cosine(frames, []) == 0
+    assert temporal_consistency(frames) == pytest.approx(0.5)

@@ -62,6 +62,16 @@ def test_grades(tmp_path):
         assert oracles.run(altered(tmp_path, change))[2] == status
 
 
+def test_learning_rate_equals_vgens_after_the_warm_up():
+    """annealing_lr as a whole differs by the warm-up, where VGen's is one update late."""
+    case = oracles.Case(DATA / "vgen_data" / "annealing_lr.json")
+    ours, warmup = oracles.table(case), case.config["warmup_steps"]
+    for i in (0, 2):  # cosine, none
+        mine, theirs = ours[f"{i}.lr"][:case.config["total_steps"]], case.expected(f"{i}.lr")
+        assert mine[warmup:] == pytest.approx(theirs[warmup:len(mine)])
+        assert mine[:warmup] == pytest.approx(theirs[1:warmup + 1])
+
+
 def test_missing_path():
     with pytest.raises(SystemExit, match="no case"):
         oracles.main(["nowhere"])
