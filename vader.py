@@ -9,7 +9,7 @@ reference model, no KL term: stop early.
     python vader.py --base tiny                               # 2 CPU cores: minutes and result in RESULTS.md
     python vader.py --base tiny --reward size                 # a hand-written reward
     # trained for too long: look at it
-    python vader.py --base tiny --reward brightness --steps 150 --preview-every 15 --out out/hacked
+    python vader.py --base tiny --reward brightness --lr 1e-3 --steps 60 --preview-every 15 --out out/hacked
     python vader.py --base modelscope --weights W --prompts P --reward my_reward.py:fn --accum 16
     torchrun --nproc_per_node=4 vader.py --base modelscope --weights W --prompts P --reward my_reward.py:fn
     python vader.py ... --resume                              # goes on bit for bit
@@ -51,8 +51,10 @@ from rewards import get_reward, score
 from sample import frame_rate, generate_split
 
 TINY = dict(
-    steps=60, batch=8, accum=1, lr=3e-4, reward="tiny", decode="all", sample_steps=10, rank=8, alpha=8.0,
-    eval_n=64, save_every=30, log_every=5, grad_ckpt=False)
+    steps=100, batch=8, accum=1, lr=4e-3, lr_schedule="cosine", warmup=5, reward="tiny", decode="all",
+    sample_steps=10, rank=8, alpha=8.0, eval_n=64, save_every=25, log_every=5, grad_ckpt=False)
+# a reward that does not read the prompt pulls every clip the same way: ten times the effect for a step
+TINY_SIMPLE = TINY | dict(steps=30, lr=3e-4, lr_schedule="constant", warmup=0)
 
 
 def get_args(argv=None):
@@ -64,7 +66,7 @@ def get_args(argv=None):
     p.add_argument("--out", default="out/vader", help="run folder")
     p.add_argument("--resume", action="store_true", help="continue the run in --out")
     # method
-    p.add_argument("--reward", default="brightness", help="a reward of rewards.py, or my_file.py:function")
+    p.add_argument("--reward", help="a reward of rewards.py (default: brightness), or my_file.py:function")
     p.add_argument("--backprop", default="last", help="sampler steps with gradient: last, last-K, or rand")
     p.add_argument("--decode", default="random", help="frames to reward: random (one), all, alt, or a number")
     p.add_argument("--prompts", help="file of training prompts (tiny: 440 captions)")
@@ -105,7 +107,9 @@ def get_args(argv=None):
     p.add_argument("--log-every", type=int, default=1, help="steps between log lines on the screen")
     p.add_argument("--tensorboard", action="store_true", help="log to TensorBoard too")
     p.add_argument("--wandb", action="store_true", help="log to Weights & Biases too")
-    args = apply_defaults(p, argv, {"tiny": TINY})
+    simple = p.parse_known_args(argv)[0].reward not in (None, "tiny")
+    args = apply_defaults(p, argv, {"tiny": TINY_SIMPLE if simple else TINY})
+    args.reward = args.reward or "brightness"
     if args.base != "tiny" and not args.prompts:
         raise UserError("--prompts: give a file of training prompts, a line each")
     if args.rank < 1:

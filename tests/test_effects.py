@@ -63,7 +63,7 @@ def test_vader(reward, tmp_path):
 def test_vader_on_brightness_for_too_long(tmp_path):
     """Over-optimisation: the reward keeps rising while the judge's joint accuracy falls below a half."""
     vader.main([
-        "--base", "tiny", "--reward", "brightness", "--lr", "1e-3", "--steps", "60", "--preview-every", "10",
+        "--base", "tiny", "--reward", "brightness", "--lr", "1e-3", "--steps", "60", "--preview-every", "15",
         "--out", str(tmp_path)])
     rows = [json.loads(x) for x in (tmp_path / "eval.jsonl").read_text().splitlines()]
     table = []
