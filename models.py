@@ -1005,8 +1005,9 @@ class CogVideoX(nn.Module):
             rest = x.shape[2] - first_frame.shape[2]
             x = torch.cat([x, F.pad(first_frame, (0, 0, 0, 0, 0, rest)).to(x)], dim=1)
         if x.shape[1] != self.cfg.in_channels:
-            raise UserError(f"{x.shape[1]} channels of latents: this base takes {self.cfg.in_channels}; from "
-                            "an image (--image) twice as many as without")
+            wanted = "needs one (--image)" if x.shape[1] < self.cfg.in_channels else "takes none"
+            raise UserError(f"condition first_frame: this base {wanted}; {x.shape[1]} channels of latents "
+                            f"instead of {self.cfg.in_channels}")
         return x
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor, first_frame=None, tracks=None,
