@@ -242,7 +242,8 @@ def ddim_timesteps(steps, num=1000, spacing="leading"):
     (arXiv 2305.08891, section 3.3).
     """
     if spacing == "trailing":
-        return [round(num - i * num / steps) - 1 for i in range(steps)]
+        # numpy's rounding decides the halves (48 steps), as published; it may add an entry 0 at the end
+        return [int(t) - 1 for t in np.arange(num, 0, -num / steps).round()[:steps]]
     return [min(1 + t, num - 1) for t in range(0, num, num // steps)][::-1]
 
 

@@ -814,7 +814,7 @@ def sincos_positions(f, h, w, dim, scale=1.875, device=None):
     """
     def wave(n, d, unit):
         freq = 10000 ** (-torch.arange(d // 2, dtype=torch.float64) / (d // 2))
-        angle = torch.arange(n, dtype=torch.float64)[:, None] / unit * freq
+        angle = (torch.arange(n).float() / unit)[:, None] * freq  # positions in float32, as published
         return torch.cat([angle.sin(), angle.cos()], dim=-1).float().to(device=device)
     return spread(wave(f, dim // 4, 1), wave(h, 3 * dim // 8, scale), wave(w, 3 * dim // 8, scale), "twh")
 
