@@ -999,14 +999,14 @@ class CogVideoX(nn.Module):
         device = self.proj_out.weight.device
         return F.pad(cos, (0, 0, n, 0), value=1.0).to(device), F.pad(sin, (0, 0, n, 0)).to(device)
 
-    def beside(self, x, first_frame):
-        """x (b,c,f,h,w) and first_frame (b,d,k,h,w), zero after its k frames, or None -> (b,c + d,f,h,w)."""
-        if first_frame is not None:
-            rest = x.shape[2] - first_frame.shape[2]
-            x = torch.cat([x, F.pad(first_frame, (0, 0, 0, 0, 0, rest)).to(x)], dim=1)
+    def beside(self, x, first, name):
+        """x (b,c,f,h,w) and `first` (b,d,k,h,w), zero after its k frames, or None -> (b,c + d,f,h,w)."""
+        if first is not None:
+            first = F.pad(first, (0, 0, 0, 0, 0, x.shape[2] - first.shape[2]))
+            x = torch.cat([x, first.to(x)], dim=1)
         if x.shape[1] != self.cfg.in_channels:
-            wanted = "needs one (--image)" if x.shape[1] < self.cfg.in_channels else "takes none"
-            raise UserError(f"condition first_frame: this base {wanted}; {x.shape[1]} channels of latents "
+            wanted = "needs it" if x.shape[1] < self.cfg.in_channels else "takes none"
+            raise UserError(f"condition {name}: this base {wanted}; {x.shape[1]} channels of latents "
                             f"instead of {self.cfg.in_channels}")
         return x
 
@@ -1034,9 +1034,9 @@ class CogVideoX(nn.Module):
         emb = sinusoidal(t, cfg.heads * cfg.head_dim).to(self.proj_out.weight.dtype)
         emb = self.time_embedding.linear_2(F.silu(self.time_embedding.linear_1(emb)))
         rope = self.rope(f, h, w, n)
-        words, video = self.patch_embed(self.beside(x, first_frame), text)
+        words, video = self.patch_embed(self.beside(x, first_frame, "first_frame"), text)
         if tracks is not None:
-            _, tracking = self.patch_embed(self.beside(tracks, first_track), text)
+            _, tracking = self.patch_embed(self.beside(tracks, first_track, "first_track"), text)
             side = self.initial_combine_linear(video + tracking)
         for i, block in enumerate(self.transformer_blocks):
             words, video = run(block, words, video, emb, rope)

@@ -128,7 +128,9 @@ def test_bf16(how):
 
 def test_what_does_not_fit_is_refused(message):
     net, ((x, t, text), cond) = CogVideoX(SMALL), inputs()
-    assert "needs one (--image)" in message(net, x, t, text)
+    assert "first_frame: this base needs it" in message(net, x, t, text)
+    without = {key: cond[key] for key in ("first_frame", "tracks")}
+    assert "first_track: this base needs it" in message(net, x, t, text, **without)
     text_only = CogVideoX(dataclasses.replace(SMALL, in_channels=4, positions="rope"))
     assert "takes none" in message(text_only, x, t, text, cond["first_frame"])
     assert "multiples of 2" in message(net, x[..., :5], t, text, cond["first_frame"][..., :5])
