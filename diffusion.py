@@ -34,6 +34,20 @@ def cosine(num=1000, s=0.008):
     return (1 - g((u + 1) / num) / g(u / num)).clamp(max=0.999)
 
 
+def betas_of(ab):
+    """The betas whose alpha bar is `ab`."""
+    return 1 - ab / torch.cat([torch.ones(1, dtype=torch.float64), ab[:-1]])
+
+
+def linear_sd_shifted(num=1000, first=0.00085, last=0.012, divisor=1.0):
+    """linear_sd with its SNR over `divisor`, CogVideoX's (3 for 2B, 1 for 5B), to be rescaled by zero_snr.
+
+    make_schedule's `shift` comes after that rescaling, this one before it.
+    """
+    ab = torch.cumprod(1 - linear_sd(num, first, last), 0)
+    return betas_of(shift_snr(ab, divisor ** -0.5))
+
+
 def logsnr_cosine_interp(num=1000, scale_min=2.0, scale_max=4.0):
     """SR600's sampling: a cosine's log SNR in +-15 plus 2 ln(1 / scale), scale_min at the clean end.
 
@@ -44,15 +58,14 @@ def logsnr_cosine_interp(num=1000, scale_min=2.0, scale_max=4.0):
     logsnr = -2 * torch.log(torch.tan(first + u * (last - first)))
     ab = torch.sigmoid(logsnr - 2 * (u * math.log(scale_min) + (1 - u) * math.log(scale_max)))
     ab = 1 - (1 - ab).sqrt().float().double() ** 2
-    return 1 - ab / torch.cat([torch.ones(1, dtype=torch.float64), ab[:-1]])
+    return betas_of(ab)
 
 
 def zero_terminal_snr(betas):
     """Shift and scale sqrt(ab): the last step is pure noise (Lin et al., arXiv 2305.08891, algorithm 1)."""
     a = torch.cumprod(1 - betas, 0).sqrt()
     a = (a - a[-1]) * a[0] / (a[0] - a[-1])
-    ab = a ** 2
-    return 1 - torch.cat([ab[:1], ab[1:] / ab[:-1]])
+    return betas_of(a ** 2)
 
 
 def shift_snr(ab, factor):
@@ -73,7 +86,8 @@ def x0_scale(num, first=1.0, last=0.7, ramp=400):
     return torch.cat([ramp, torch.full((num,), last, dtype=torch.float64)])[:num]
 
 
-SCHEDULES = {"linear_sd": linear_sd, "cosine": cosine, "logsnr_cosine_interp": logsnr_cosine_interp}
+SCHEDULES = {"linear_sd": linear_sd, "linear_sd_shifted": linear_sd_shifted, "cosine": cosine,
+             "logsnr_cosine_interp": logsnr_cosine_interp}
 
 
 @dataclass(frozen=True)
@@ -176,9 +190,10 @@ def boundary_scalings(t, sigma_data=0.5, timestep_scaling=10.0):
 def guided(net, text, null, cfg=None, rescale=0.0, sequential=False, null_cond=None, **cond):
     """-> fn(x, t, **now) = u + cfg (c - u): classifier-free guidance (arXiv 2207.12598; here 1 is off).
 
-    c and u are the network's answers for `text` and `null` (b,n,d). cfg None or 1: c alone. Tensors in `cond`
-    (b, ...) (fps, ...) go to both branches, as do those of a single call, `now` (rflow's frame_mask);
-    null_cond {name: tensor} replaces some of `cond` in u.
+    c and u are the network's answers for `text` and `null` (b,n,d). cfg None or 1: c alone; a function of the
+    step, an int: another scale at each (dynamic_guidance). Tensors in `cond` (b, ...) (fps, ...) go to both
+    branches, as do those of a single call, `now` (rflow's frame_mask); null_cond {name: tensor} replaces some
+    of `cond` in u.
     Both in one batched call, or with `sequential` in two, which halves the activations.
     rescale: share of the result brought back to c's standard deviation, against the over-exposure of large
     cfg (arXiv 2305.08891, section 3.4; SR600: 0.3).
@@ -196,13 +211,29 @@ def guided(net, text, null, cfg=None, rescale=0.0, sequential=False, null_cond=N
         else:
             both_now = {k: torch.cat([v, v]) for k, v in now.items()}
             c, u = net(torch.cat([x, x]), torch.cat([t, t]), both_text, **both_cond, **both_now).chunk(2)
-        out = u + cfg * (c - u)
+        scale = cfg(int(t[0])) if callable(cfg) else cfg
+        out = u + scale * (c - u)
         if rescale:
             dims = tuple(range(1, out.ndim))
             factor = c.std(dims, keepdim=True) / out.std(dims, keepdim=True)
             out = (rescale * factor + 1 - rescale) * out
         return out
     return fn
+
+
+def dynamic_guidance(cfg, steps, num=1000, as_published=False):
+    """-> fn(t): guidance scale of the step t, for samplers with "trailing" steps (CogVideoX).
+
+    It rises from 1 to 1 + cfg:  1 + cfg (1 - cos(pi (i / steps)^5)) / 2  at step i. as_published: diffusers'
+    form, with which the demos of CogVideoX and Diffusion as Shader ran, has steps - t in the place of i,
+    t = 999 ... 0 (a slip: the scale jumps up and down).
+    """
+    times = ddim_timesteps(steps, num, "trailing")
+
+    def scale(t):
+        i = steps - t if as_published else times.index(t)
+        return 1 + cfg * (1 - math.cos(math.pi * (i / steps) ** 5)) / 2
+    return scale
 
 
 # ---- DDIM (Song et al., arXiv 2010.02502)
@@ -215,8 +246,21 @@ def ddim_timesteps(steps, num=1000, spacing="leading"):
     (arXiv 2305.08891, section 3.3).
     """
     if spacing == "trailing":
-        return [round(num - i * num / steps) - 1 for i in range(steps)]
+        # numpy's rounding decides the halves (48 steps), as published; it may add an entry 0 at the end
+        return [int(t) - 1 for t in np.arange(num, 0, -num / steps).round()[:steps]]
     return [min(1 + t, num - 1) for t in range(0, num, num // steps)][::-1]
+
+
+def ddim_updates(steps, num=1000, spacing="leading"):
+    """What the sampler does, as pairs (t, t_prev): from step t to t_prev; -1: to x0."""
+    times = ddim_timesteps(steps, num, "leading" if spacing == "leading" else "trailing")
+    if spacing == "leading":
+        return [(t, max(t - num // steps, 0)) for t in times]
+    if spacing == "trailing":
+        return list(zip(times, times[1:] + [-1]))
+    # "cogvideox", as published: the same where steps divides num; elsewhere each step lands beside the next
+    # one's t, and the last may stop short of x0
+    return [(t, t - num // steps) for t in times]
 
 
 def ddim_step(schedule, out, x, t, t_prev, eta=0.0, noise=None):
@@ -239,12 +283,7 @@ def ddim(net_fn, x_T, schedule, steps, eta=0.0, generators=None, grad_last=0, sp
     As published with "leading", the chain ends at ab_0, not at x0: a residual sqrt(1 - ab_0) eps stays,
     visually nil.
     """
-    num = len(schedule.alpha_bar)
-    times = ddim_timesteps(steps, num, spacing)
-    if spacing == "trailing":
-        updates = list(zip(times, times[1:] + [-1]))
-    else:
-        updates = [(t, max(t - num // steps, 0)) for t in times]
+    updates = ddim_updates(steps, len(schedule.alpha_bar), spacing)
     x = x_T
     for i, (t, t_prev) in enumerate(progress(updates) if progress else updates):
         with torch.set_grad_enabled(torch.is_grad_enabled() and i >= len(updates) - grad_last):
@@ -418,6 +457,38 @@ def rflow(net_fn, x_T, steps, size=None, frame_mask=None, generators=None, grad_
             v = net_fn(x, torch.full((len(x),), t, device=x.device), **now)[:, :x.shape[1]].float()
             moved = x + v * (t - t_next) / 1000
             x = moved if active is None else torch.where(active[:, None, :, None, None], moved, x)
+    return x
+
+
+@torch.no_grad()
+def cogvideox_dpm(net_fn, x_T, schedule, steps, generators=None, progress=None):
+    """SDE-DPM-Solver++(2M), the sampler of CogVideoX-5B: noise x_T (b,c,f,h,w) -> latents, ab_T = 0.
+
+    With lam = ln sqrt(ab / (1 - ab)), from t to t' of ddim_updates, h = lam' - lam and q = exp(-2 h):
+
+        x' = sqrt(q (1 - ab') / (1 - ab)) x + (1 - q) sqrt(ab') D + sqrt((1 - q) (1 - ab')) noise
+        D = x0 + h / (2 h_last) (x0 - x0_last),    h_last = lam - lam_last
+
+    the solver of dpmpp_2m_sde in another parametrisation; but its first step, from lam = -inf (q = 0), adds
+    fresh noise, and t' is CogVideoX's.
+    """
+    ab = schedule.alpha_bar
+    lam = 0.5 * (ab / (1 - ab)).log()  # -inf at the last step, which makes q = 0 and 1 / h_last = 0
+    x, last, t_last = x_T, None, None
+    updates = ddim_updates(steps, len(ab), "cogvideox")
+    for t, t_prev in progress(updates) if progress else updates:
+        out = net_fn(x, torch.full((len(x),), t, device=x.device))
+        x0 = schedule.to_x0(out.float(), x, t)
+        if t_prev < 0:
+            return x0
+        h, d = lam[t_prev] - lam[t], x0
+        if last is not None:
+            d = x0 + (h / (2 * (lam[t] - lam[t_last]))).item() * (x0 - last)
+        q, fresh = (-2 * h).exp(), -(-2 * h).expm1()
+        keep, jump = (q * (1 - ab[t_prev]) / (1 - ab[t])).sqrt(), fresh * ab[t_prev].sqrt()
+        spread = (fresh * (1 - ab[t_prev])).sqrt()
+        x = keep.item() * x + jump.item() * d + spread.item() * randn_like(x, generators)
+        last, t_last = x0, t
     return x
 
 

@@ -1,4 +1,4 @@
-"""Networks: UNet3D (the 3-D UNet of the VGen family), STDiT3 (Open-Sora 1.2), LoRA and parallelize().
+"""Networks: UNet3D (the VGen family's 3-D UNet), STDiT3 and CogVideoX (transformers), LoRA, parallelize().
 
 UNet3D is one network with options: ModelScope T2V (arXiv 2308.06571), VideoCrafter1 and 2 (2310.19512,
 2401.09047), T2V-Turbo (2405.18750, 2410.05677), I2VGen-XL (2311.04145), its SR600, DEMO (2410.05097),
@@ -6,6 +6,8 @@ DreamVideo (2312.04433), HiGen (2312.04483), TF-T2V / VideoComposer (2312.15770,
 (2312.09109). The options stand in a frozen dataclass whose defaults are the public ModelScope T2V checkpoint;
 an option that is off adds no keys and costs nothing. Parameter names are the public checkpoints',
 misspellings included (`temopral_conv`); what VideoCrafter and diffusers name otherwise is mapped at load.
+CogVideoX (2408.06072) makes video from text or an image, with the branch of Diffusion as Shader (2501.03847)
+as an option; its keys are those of the public diffusers files.
 Videos and latents are `b c f h w`; inside the UNet images travel as `(b f) c h w`, sample-major; inside
 STDiT3 tokens as `b f s d`, s the h w patches of a frame.
 """
@@ -28,7 +30,8 @@ from common import UserError
 def sinusoidal(t, dim):
     """t (b,) -> (b, dim) float32: cosines, then sines, frequencies 10000^(-k / half) for k = 0..half-1."""
     half = dim // 2
-    freq = torch.exp(-math.log(10000) / half * torch.arange(half, device=t.device, dtype=torch.float32))
+    # rounded as in the originals: in float32 another order of these factors shifts angles by up to 6e-5
+    freq = torch.exp(-math.log(10000) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
     angle = t.float()[:, None] * freq
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
@@ -61,6 +64,14 @@ def attend(q, k, v, heads, mask=None, causal=False):
     mask = None if mask is None else mask[:, None, None]  # the same for all heads and queries
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     return rearrange(out, "n a l d -> n l (a d)")
+
+
+def rotate(x, cos, sin):
+    """Rotary positions (arXiv 2104.09864): turn the pairs of channels (2i, 2i+1) of x (b,l,heads,d) by the
+    angles of cos, sin (l,d/2). In float32, whatever x is."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
 
 
 class RelativePosition(nn.Module):
@@ -136,11 +147,22 @@ class GEGLU(nn.Module):
         return value * F.gelu(gate)
 
 
+class GELU(nn.Module):
+    """Linear, then GELU in its tanh approximation."""
+
+    def __init__(self, dim, inner):
+        super().__init__()
+        self.proj = nn.Linear(dim, inner)
+
+    def forward(self, x):
+        return F.gelu(self.proj(x), approximate="tanh")
+
+
 class FeedForward(nn.Module):
-    def __init__(self, dim):
+    def __init__(self, dim, first=GEGLU):
         super().__init__()
         # `net.1` is the published file's dropout of rate 0: it holds no weights but keeps the index
-        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
+        self.net = nn.Sequential(first(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
 
     def forward(self, x):
         return self.net(x)
@@ -797,16 +819,6 @@ def rope_frequencies(dim, device=None):
     return 10000 ** -(torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
 
 
-def rotate(x):
-    """Rotary positions 0..l-1 on x (n,l,heads,d): pairs (2i, 2i+1) turn (arXiv 2104.09864, eq. 15)."""
-    # the frequencies are made here, not read from the file's `rope.freqs`, which a cast to bf16 would ruin
-    steps = torch.arange(x.shape[1], device=x.device, dtype=torch.float32)
-    angle = torch.outer(steps, rope_frequencies(x.shape[-1], x.device))[:, None]  # l 1 d/2
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()
-    return torch.stack(turned, dim=-1).flatten(-2).to(x.dtype)
-
-
 class MLP(nn.Module):
     def __init__(self, cin, inner, cout):
         super().__init__()
@@ -839,7 +851,10 @@ class STDiT3SelfAttention(nn.Module):
         q, k = (y.unflatten(-1, (self.heads, -1)) for y in (q, k))  # n l a d
         q, k = self.q_norm(q), self.k_norm(k)
         if self.temporal:
-            q, k = rotate(q), rotate(k)
+            # the frequencies are made here, not read from the file's `rope.freqs`: bf16 would ruin those
+            steps = torch.arange(x.shape[1], device=x.device, dtype=torch.float32)
+            angle = torch.outer(steps, rope_frequencies(q.shape[-1], x.device))  # l d/2
+            q, k = (rotate(y, angle.cos(), angle.sin()) for y in (q, k))
         return self.proj(attend(q.flatten(2), k.flatten(2), v, self.heads))
 
 
@@ -915,7 +930,7 @@ class STDiT3(nn.Module):
             holder = nn.Module()
             holder.mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
             return holder
-        self.rope = nn.Module()  # a key of the public file; see rotate()
+        self.rope = nn.Module()  # a key of the public file, not used
         self.rope.register_buffer("freqs", rope_frequencies(dim // cfg.num_heads))
         self.x_embedder = nn.Module()
         self.x_embedder.proj = nn.Conv3d(cfg.in_dim, dim, patch, stride=patch)
@@ -1001,6 +1016,282 @@ class STDiT3(nn.Module):
         x = self.final_layer(x, emb, clean, frame_mask)
         x = rearrange(x, "b f (h w) (p q c) -> b c f (h p) (w q)", h=rows, p=p, q=p)
         return x[..., :h, :w]
+
+
+# ---- CogVideoX (arXiv 2408.06072), with the tracks of Diffusion as Shader (arXiv 2501.03847)
+
+@dataclass(frozen=True)
+class CogVideoXConfig:
+    """Defaults: CogVideoX-5B, text to video, 5,570 M parameters.
+
+    2B: num_layers=30, heads=30, positions="sincos". 5B-I2V: in_channels=32, positions="rope+learned".
+    Diffusion as Shader: 5B-I2V with tracking_blocks=18.
+    """
+    in_channels: int = 16       # I2V: 32, the noisy latents and beside them those of the first frame
+    out_channels: int = 16
+    num_layers: int = 42
+    heads: int = 48
+    head_dim: int = 64
+    time_dim: int = 512         # width of the step's embedding
+    text_dim: int = 4096        # of T5
+    text_length: int = 226
+    positions: str = "rope"     # "sincos": a table, added; "rope+learned": rope and a learned table, added
+    size: tuple = (13, 60, 90)  # f, h, w of the latents in training: 49 frames of 480 x 720
+    tracking_blocks: int = 0    # the first so many blocks get a trained copy that sees the tracks
+
+
+PATCH = 2  # a token is 2 x 2 latent pixels of a frame
+
+
+def sincos_positions(f, h, w, dim, scale=1.875, device=None):
+    """(f h w, dim) float32: time in dim / 4 channels, then column, then row in 3 dim / 8 each.
+
+    Each as sines, then cosines. Rows and columns count in units of `scale`, as published.
+    """
+    def wave(n, d, unit):
+        freq = 10000 ** (-torch.arange(d // 2, dtype=torch.float64) / (d // 2))
+        angle = (torch.arange(n).float() / unit)[:, None] * freq  # positions in float32, as published
+        return torch.cat([angle.sin(), angle.cos()], dim=-1).float().to(device=device)
+    return spread(wave(f, dim // 4, 1), wave(h, 3 * dim // 8, scale), wave(w, 3 * dim // 8, scale), "twh")
+
+
+def spread(t, h, w, order="thw"):
+    """Vectors for time (f,a), row (h,b), column (w,c) -> one for each token (f h w, a + b + c)."""
+    size = len(t), len(h), len(w)
+    parts = {"t": t[:, None, None], "h": h[None, :, None], "w": w[None, None]}
+    return torch.cat([parts[axis].expand(*size, -1) for axis in order], dim=-1).flatten(0, 2)
+
+
+def crop_window(h, w, base_h, base_w):
+    """(top, left), (bottom, right): where an h x w grid lies in the base grid, scaled to fit and centred."""
+    if h / w > base_h / base_w:
+        rows, columns = base_h, round(base_h / h * w)
+    else:
+        rows, columns = round(base_w / w * h), base_w
+    top, left = round((base_h - rows) / 2), round((base_w - columns) / 2)
+    return (top, left), (top + rows, left + columns)
+
+
+def rope_positions(f, h, w, base_h, base_w, head_dim):
+    """cos, sin (f h w, head_dim / 2) of rotary positions: time gets a quarter of the channels, row and
+    column 3/8 each. A grid other than the base's is stretched over the part of it that crop_window gives.
+    """
+    def angle(position, dim):
+        return position[:, None] * (1 / 10000 ** (torch.arange(0, dim, 2).float() / dim))
+    (top, left), (bottom, right) = crop_window(h, w, base_h, base_w)
+    # the end point scales with the offset in it, as published; at the base's own size: 0, 1, ... h - 1
+    rows = torch.linspace(top, bottom * (h - 1) / h, h)
+    columns = torch.linspace(left, right * (w - 1) / w, w)
+    angles = spread(angle(torch.arange(f).float(), head_dim // 4), angle(rows, 3 * head_dim // 8),
+                    angle(columns, 3 * head_dim // 8))
+    return angles.cos(), angles.sin()
+
+
+class PatchEmbed(nn.Module):
+    """Text and latents as tokens of one width; adds the positions that are added."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        dim = cfg.heads * cfg.head_dim
+        self.positions = cfg.positions
+        self.proj = nn.Conv2d(cfg.in_channels, dim, PATCH, stride=PATCH)
+        self.text_proj = nn.Linear(cfg.text_dim, dim)
+        if cfg.positions == "rope+learned":  # text rows first; a buffer as in the public class
+            f, h, w = cfg.size
+            table = sincos_positions(f, h // PATCH, w // PATCH, dim)
+            self.register_buffer("pos_embedding", F.pad(table, (0, 0, cfg.text_length, 0))[None])
+
+    def forward(self, x, text):
+        """x (b,c,f,h,w), text (b,n,d) -> text tokens (b,n,dim), video tokens (b,f h/2 w/2,dim)."""
+        b, _, f, h, w = x.shape
+        text = self.text_proj(text)
+        video = self.proj(rearrange(x, "b c f h w -> (b f) c h w"))
+        video = rearrange(video, "(b f) d h w -> b (f h w) d", b=b)  # a frame, its rows, their columns
+        n, m = text.shape[1], video.shape[1]
+        if self.positions == "sincos":
+            table = sincos_positions(f, h // PATCH, w // PATCH, video.shape[-1], device=video.device)
+            video = video + table.to(video.dtype)
+        elif self.positions == "rope+learned":
+            # fewer frames: the table's first rows, as in the authors' own code (diffusers takes sincos then)
+            table = self.pos_embedding.to(video)
+            text, video = text + table[:, :n], video + table[:, n:n + m]
+        return text, video
+
+
+class AdaLayerNorm(nn.Module):
+    """LayerNorm of text and video tokens, scaled and shifted by the step's embedding, each in its own way."""
+
+    def __init__(self, dim, time_dim):
+        super().__init__()
+        self.linear = zero_init(nn.Linear(time_dim, 6 * dim))  # gates start at 0 (DiT, arXiv 2212.09748)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, text, video, emb):
+        """-> text and video as one sequence (b,n + m,dim), the gates of what is computed from each."""
+        shift, scale, gate, text_shift, text_scale, text_gate = self.linear(F.silu(emb))[:, None].chunk(6, -1)
+        text = self.norm(text) * (1 + text_scale) + text_shift
+        video = self.norm(video) * (1 + scale) + shift
+        return torch.cat([text, video], dim=1), text_gate, gate
+
+
+class JointAttention(nn.Module):
+    """Self-attention over text and video together, one set of weights; q and k normalised, then rotated."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm_q, self.norm_k = (nn.LayerNorm(dim // heads, eps=1e-6) for _ in range(2))
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
+        self.to_out = nn.Sequential(nn.Linear(dim, dim))  # key `to_out.0` as published
+
+    def forward(self, x, rope):
+        """x (b,l,dim), rope: cos, sin (l,d/2) or None -> (b,l,dim)."""
+        v = self.to_v(x)
+        q = self.norm_q(self.to_q(x).unflatten(-1, (self.heads, -1)))  # b l heads d
+        k = self.norm_k(self.to_k(x).unflatten(-1, (self.heads, -1)))
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        q, k = (y.flatten(2).to(v.dtype) for y in (q, k))
+        return self.to_out(attend(q, k, v, self.heads))
+
+
+class CogVideoXBlock(nn.Module):
+    """Joint attention, then an MLP, on text and video tokens; the step modulates what goes in and out."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        dim = cfg.heads * cfg.head_dim
+        self.norm1 = AdaLayerNorm(dim, cfg.time_dim)
+        self.attn1 = JointAttention(dim, cfg.heads)
+        self.norm2 = AdaLayerNorm(dim, cfg.time_dim)
+        self.ff = FeedForward(dim, GELU)
+
+    def forward(self, text, video, emb, rope):
+        """text (b,n,dim), video (b,m,dim), emb (b,time_dim), rope of both -> text, video."""
+        n = text.shape[1]
+        x, text_gate, gate = self.norm1(text, video, emb)
+        out = self.attn1(x, rope)
+        text, video = text + text_gate * out[:, :n], video + gate * out[:, n:]
+        x, text_gate, gate = self.norm2(text, video, emb)
+        out = self.ff(x)
+        return text + text_gate * out[:, :n], video + gate * out[:, n:]
+
+
+def cogvideox_misfit(cfg, f, h, w):
+    """What is wrong with f frames of h x w latents for this transformer, in words; None if they fit."""
+    if h % PATCH or w % PATCH:
+        return f"latent size {h}x{w}: height and width must be multiples of {PATCH} for this transformer"
+    if cfg.positions == "rope+learned" and ((h, w) != cfg.size[1:] or f > cfg.size[0]):
+        return (f"{f} latent frames of {h}x{w}: this base has learned positions for "
+                f"{cfg.size[1]}x{cfg.size[2]} and at most {cfg.size[0]} latent frames")
+    return None
+
+
+class CogVideoX(nn.Module):
+    """Diffusion transformer over text and video tokens in one sequence; CogVideoX-5B by default.
+
+    tracking_blocks adds Diffusion as Shader's branch: copies of the first blocks run on the tracks' tokens,
+    and each adds its answer, through a linear layer that starts at zero, to the video tokens.
+    """
+
+    def __init__(self, cfg=CogVideoXConfig()):
+        super().__init__()
+        self.cfg = cfg
+        self.grad_ckpt = False  # recompute each block in the backward pass
+        dim = cfg.heads * cfg.head_dim
+        self.patch_embed = PatchEmbed(cfg)
+        self.time_embedding = nn.Module()
+        self.time_embedding.linear_1 = nn.Linear(dim, cfg.time_dim)
+        self.time_embedding.linear_2 = nn.Linear(cfg.time_dim, cfg.time_dim)
+        self.transformer_blocks = nn.ModuleList(CogVideoXBlock(cfg) for _ in range(cfg.num_layers))
+        self.norm_final = nn.LayerNorm(dim)
+        self.norm_out = nn.Module()
+        self.norm_out.linear = zero_init(nn.Linear(cfg.time_dim, 2 * dim))
+        self.norm_out.norm = nn.LayerNorm(dim)
+        self.proj_out = zero_init(nn.Linear(dim, cfg.out_channels * PATCH ** 2))
+        if cfg.tracking_blocks:
+            copies = range(cfg.tracking_blocks)
+            self.transformer_blocks_copy = nn.ModuleList(CogVideoXBlock(cfg) for _ in copies)
+            self.combine_linears = nn.ModuleList(zero_init(nn.Linear(dim, dim)) for _ in copies)
+            self.initial_combine_linear = zero_init(nn.Linear(dim, dim))
+
+    def blocks(self):
+        """The modules to shard and to recompute one by one."""
+        return [m for m in self.modules() if isinstance(m, CogVideoXBlock)]
+
+    def rope(self, f, h, w, n):
+        """cos, sin of n text tokens, which are not rotated (angle 0), and of the video's; None if unused."""
+        if self.cfg.positions == "sincos":
+            return None
+        base = (size // PATCH for size in self.cfg.size[1:])
+        cos, sin = rope_positions(f, h // PATCH, w // PATCH, *base, self.cfg.head_dim)
+        device = self.proj_out.weight.device
+        return F.pad(cos, (0, 0, n, 0), value=1.0).to(device), F.pad(sin, (0, 0, n, 0)).to(device)
+
+    def beside(self, x, first, name):
+        """x (b,c,f,h,w) and `first` (b,d,k,h,w), zero after its k frames, or None -> (b,c + d,f,h,w)."""
+        if first is not None:
+            first = F.pad(first, (0, 0, 0, 0, 0, x.shape[2] - first.shape[2]))
+            x = torch.cat([x, first.to(x)], dim=1)
+        if x.shape[1] != self.cfg.in_channels:
+            wanted = "needs it" if x.shape[1] < self.cfg.in_channels else "takes none"
+            raise UserError(f"condition {name}: this base {wanted}; {x.shape[1]} channels of latents "
+                            f"instead of {self.cfg.in_channels}")
+        return x
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor, first_frame=None, tracks=None,
+                first_track=None) -> Tensor:
+        """x (b,c,f,h,w) noisy latents, t (b,) step 0..999, text (b,n,d) of T5 -> prediction (v) like x.
+
+        Conditions: first_frame (b,c,k,h,w), k <= f: latents of the first frame, k = 1 (I2V);
+        tracks (b,c,f,h,w), first_track (b,c,k,h,w): latents of the tracking video and of its first frame
+        (Diffusion as Shader; without tracks its branch rests).
+        """
+        cfg, (f, h, w), n = self.cfg, x.shape[2:], text.shape[1]
+        if fault := cogvideox_misfit(cfg, f, h, w):
+            raise UserError(fault)
+        if cfg.positions == "rope+learned" and n != cfg.text_length:
+            raise UserError(f"{n} text tokens: this base has learned positions for {cfg.text_length}")
+        if tracks is not None and not cfg.tracking_blocks:
+            raise UserError("condition tracks: unknown to this base")
+
+        def run(block, *args):
+            if self.grad_ckpt and torch.is_grad_enabled():
+                return checkpoint(block, *args, use_reentrant=False)
+            return block(*args)
+
+        emb = sinusoidal(t, cfg.heads * cfg.head_dim).to(self.proj_out.weight.dtype)
+        emb = self.time_embedding.linear_2(F.silu(self.time_embedding.linear_1(emb)))
+        rope = self.rope(f, h, w, n)
+        words, video = self.patch_embed(self.beside(x, first_frame, "first_frame"), text)
+        if tracks is not None:
+            _, tracking = self.patch_embed(self.beside(tracks, first_track, "first_track"), text)
+            side = self.initial_combine_linear(video + tracking)
+        for i, block in enumerate(self.transformer_blocks):
+            words, video = run(block, words, video, emb, rope)
+            if tracks is not None and i < cfg.tracking_blocks:
+                # in series: a copy reads what the linear layer of the one before answered
+                _, side = run(self.transformer_blocks_copy[i], words, side, emb, rope)
+                side = self.combine_linears[i](side)
+                video = video + side
+        shift, scale = self.norm_out.linear(F.silu(emb))[:, None].chunk(2, dim=-1)
+        video = self.norm_out.norm(self.norm_final(video)) * (1 + scale) + shift
+        return rearrange(self.proj_out(video), "b (f h w) (c p q) -> b c f (h p) (w q)",
+                         f=f, h=h // PATCH, p=PATCH, q=PATCH)
+
+
+def with_tracks(state, net):
+    """Weights of CogVideoX-5B-I2V -> those that Diffusion as Shader's training starts from, for `net`.
+
+    The branch's blocks are copies of the base's, its linear layers zero: the network is the base, exactly.
+    """
+    state = dict(state)
+    for key, value in net.state_dict().items():
+        if key.startswith("transformer_blocks_copy."):
+            state[key] = state[key.replace("_copy", "", 1)].clone()
+        elif key.startswith(("combine_linears.", "initial_combine_linear.")):
+            state[key] = torch.zeros(value.shape)
+    return state
 
 
 # ---- other names of the same weights

@@ -3,10 +3,10 @@
 OpenCLIPText is the text tower of OpenCLIP ViT-H-14 (encoder of ModelScope, VideoCrafter2, I2VGen-XL, DEMO),
 OpenCLIPVision its image tower (image prompts, CLIP rewards), Resampler what makes few tokens of its many.
 DINO is the image tower that tells subjects apart. The layers are written here; open_clip only brings the
-tokenizer. Keys are open_clip's: laion/CLIP-ViT-H-14-laion2B-s32B-b79K's
-open_clip_pytorch_model.bin (686 tensors) loads as it is; the `text_encoder` folder of diffusers repositories
-goes through text_from_hf. Textual inversion (words learned as vectors, Gal et al., arXiv 2208.01618)
-enters by the argument `learned` of OpenCLIPText.
+tokenizer. T5Text, CogVideoX's and Open-Sora's encoder, is transformers' T5. Keys of the CLIP towers are
+open_clip's: laion/CLIP-ViT-H-14-laion2B-s32B-b79K's open_clip_pytorch_model.bin (686 tensors) loads as it
+is; the `text_encoder` folder of diffusers repositories goes through text_from_hf. Textual inversion (words
+learned as vectors, Gal et al., arXiv 2208.01618) enters by the argument `learned` of OpenCLIPText.
 
     text = OpenCLIPText(CLIPConfig())(tokenize(["a red ball"]))  # (1, 77, 1024)
 """
@@ -354,6 +354,69 @@ class Resampler(nn.Module):
             latents = latents + attention(image, latents)
             latents = latents + feed_forward(latents)
         return self.norm_out(self.proj_out(latents))
+
+
+# ---- T5 (Raffel et al., arXiv 1910.10683), its encoder only
+
+@dataclass(frozen=True)
+class T5Config:
+    """Defaults: the encoder of T5 v1.1 XXL (4,762 M parameters), as CogVideoX reads it."""
+    length: int = 226    # tokens of a prompt, padded or cut to it (Open-Sora: 300)
+    mask: bool = False   # hide the padding from the words; CogVideoX was trained without (Open-Sora: with)
+    vocab_size: int = 32128
+    width: int = 4096
+    heads: int = 64
+    head_dim: int = 64
+    hidden: int = 10240  # of the gated MLP
+    layers: int = 24
+
+
+class T5Text(nn.Module):
+    """transformers' T5EncoderModel; keys as in the public files (text_encoder/model.safetensors.index.json).
+
+    bf16 or fp32: in fp16 its activations overflow.
+    """
+
+    def __init__(self, cfg=T5Config()):
+        super().__init__()
+        try:
+            import transformers  # slow to import: only where T5 is used
+        except ImportError:
+            raise UserError("this base's text encoder needs transformers: pip install transformers") from None
+        self.cfg = cfg
+        model = transformers.T5EncoderModel(transformers.T5Config(
+            vocab_size=cfg.vocab_size, d_model=cfg.width, num_heads=cfg.heads, d_kv=cfg.head_dim,
+            d_ff=cfg.hidden, num_layers=cfg.layers, feed_forward_proj="gated-gelu", dropout_rate=0.0,
+            is_encoder_decoder=False, use_cache=False))
+        self.shared, self.encoder = model.shared, model.encoder
+        self.encoder.embed_tokens = None  # `shared` under another name, which the public files leave out
+
+    def forward(self, ids):
+        """ids (b, n) long, 0 for padding -> (b, n, width). Without cfg.mask padding counts like words."""
+        mask = (ids != 0).long() if self.cfg.mask else torch.ones_like(ids)
+        return self.encoder(inputs_embeds=self.shared(ids), attention_mask=mask).last_hidden_state
+
+
+def t5_tokenizer(path, length):
+    """T5's public tokenizer/spiece.model -> fn(list of str): ids (b, length) long, [words, end, 0 ...].
+
+    The end token is 1; a longer text is cut before it.
+    """
+    try:
+        from sentencepiece import SentencePieceProcessor
+    except ImportError:
+        raise UserError("tokenizing prompts for T5 needs sentencepiece: pip install sentencepiece") from None
+    if not Path(path).exists():
+        raise UserError(f"{path}: no such file; T5's tokenizer is tokenizer/spiece.model of the base's files")
+    pieces = SentencePieceProcessor(model_file=str(path))
+
+    def tokenize(texts):
+        ids = torch.zeros(len(texts), length, dtype=torch.long)
+        for row, text in zip(ids, texts):
+            tokens = [*pieces.encode(text)[:length - 1], 1]
+            row[:len(tokens)] = torch.tensor(tokens)
+        return ids
+    return tokenize
 
 
 # ---- DINO

@@ -2,7 +2,9 @@
 
 AutoencoderKL is Stable Diffusion's (Rombach et al., arXiv 2112.10752), frame by frame. Keys are those of the
 SD checkpoint's `first_stage_model.`. Latents are scaled: encode multiplies by cfg.scale, decode divides.
-OpenSoraVAE is Open-Sora 1.2's: the same autoencoder, and one over time on its latents.
+OpenSoraVAE is Open-Sora 1.2's: the same autoencoder, and one over time on its latents. CogVideoXVAE (arXiv
+2408.06072) is causal in time and has 4 times fewer latent frames than the video; its keys are those of the
+public diffusers files.
 `python vae.py --train-tiny` trains the tiny world's autoencoder.
 """
 import argparse
@@ -408,6 +410,319 @@ def opensora_vae_name(key, levels=4):
     if part != "spatial_vae":
         return key
     return f"spatial_vae.module.{vae_diffusers_name(rest, levels)}"
+
+
+# ---- CogVideoX's autoencoder: causal in time (arXiv 2408.06072, section 2.1)
+
+@dataclass(frozen=True)
+class CogVideoXVAEConfig:
+    """Defaults: that of CogVideoX-5B and 5B-I2V (216 M parameters). 2B has the same but scale 1.15258426."""
+    widths: tuple = (128, 256, 256, 512)
+    layers: int = 3            # residual blocks a level; the decoder has one more
+    z_channels: int = 16
+    groups: int = 32           # of the GroupNorms
+    scale: float = 0.7
+
+    @property
+    def factor(self):
+        """Pixels per latent, along height and width."""
+        return 2 ** (len(self.widths) - 1)
+
+    @property
+    def time_factor(self):
+        """Frames per latent frame, after the first one, which stands alone."""
+        return 2 ** min(len(self.widths) - 1, TIME_LEVELS)
+
+
+TIME_LEVELS = 2  # only the first levels halve the frames
+# Frames pass in chunks: GroupNorm takes its statistics over a chunk, so the weights depend on these sizes.
+# What is left over joins the first chunk: 49 frames are 9 8 8 8 8 8, their 13 latents 3 2 2 2 2 2.
+ENCODE_CHUNK = 8
+DECODE_CHUNK = 2
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Pictures larger than a tile (in pixels) go through in overlapping tiles, blended where they meet.
+
+    Saves memory and differs a little from the whole. Defaults: diffusers' enable_tiling for 480 x 720, with
+    which Diffusion as Shader was trained. height (1 - overlap_height) must be a multiple of 8; width too.
+    """
+    height: int = 240
+    width: int = 360
+    overlap_height: float = 1 / 6
+    overlap_width: float = 1 / 5
+
+
+class CausalConv(nn.Module):
+    """3x3x3 convolution that sees no later frame. cache: {module: the last two frames of its last chunk}."""
+
+    def __init__(self, cin, cout):
+        super().__init__()
+        self.conv = nn.Conv3d(cin, cout, 3, padding=(0, 1, 1))
+
+    def forward(self, x, cache):
+        before = cache[self] if self in cache else x[:, :, :1].expand(-1, -1, 2, -1, -1)
+        x = torch.cat([before, x], dim=2)
+        cache[self] = x[:, :, -2:].clone()  # a view would keep all of x in memory
+        return self.conv(x)
+
+
+class Pointwise(nn.Module):
+    def __init__(self, cin, cout):
+        super().__init__()
+        self.conv = nn.Conv3d(cin, cout, 1)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+# In time, a chunk with an odd number of frames is the clip's first: its first frame stands alone, the others
+# are halved or doubled.
+
+def enlarge(z, like):
+    """z (b,c,f,h,w) -> frames, height and width of `like`, nearest."""
+    frames, h, w = like.shape[2:]
+    odd = frames % 2
+    parts = ((z[:, :, :odd], odd), (z[:, :, odd:], frames - odd))
+    return torch.cat([F.interpolate(part, (f, h, w)) for part, f in parts if f], dim=2)
+
+
+class LatentNorm(nn.Module):
+    """GroupNorm, scaled and shifted at each place by the latents there (MoVQ, arXiv 2209.09002)."""
+
+    def __init__(self, channels, cfg):
+        super().__init__()
+        self.norm_layer = nn.GroupNorm(cfg.groups, channels, eps=1e-6)
+        self.conv_y = Pointwise(cfg.z_channels, channels)
+        self.conv_b = Pointwise(cfg.z_channels, channels)
+
+    def forward(self, x, z):
+        # the original enlarges z first; a 1x1x1 convolution commutes with that and is far cheaper before it
+        return self.norm_layer(x) * enlarge(self.conv_y(z), x) + enlarge(self.conv_b(z), x)
+
+
+class CausalResnet(nn.Module):
+    """Encoder: plain GroupNorms (latent=False, z None); decoder: LatentNorms."""
+
+    def __init__(self, cin, cout, cfg, latent):
+        super().__init__()
+        def norm(channels):
+            return LatentNorm(channels, cfg) if latent else nn.GroupNorm(cfg.groups, channels, eps=1e-6)
+        self.norm1, self.conv1 = norm(cin), CausalConv(cin, cout)
+        self.norm2, self.conv2 = norm(cout), CausalConv(cout, cout)
+        self.conv_shortcut = nn.Identity() if cin == cout else nn.Conv3d(cin, cout, 1)
+
+    def forward(self, x, cache, z=None):
+        given = () if z is None else (z,)
+        h = self.conv1(F.silu(self.norm1(x, *given)), cache)
+        return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h, *given)), cache)
+
+
+def per_frame(conv, x):
+    out = conv(rearrange(x, "b c f h w -> (b f) c h w"))
+    return rearrange(out, "(b f) c h w -> b c f h w", b=len(x))
+
+
+class CausalDownsample(nn.Module):
+    """Half the height and width, with `time` also half the frames, as means of pairs."""
+
+    def __init__(self, channels, time):
+        super().__init__()
+        self.time = time
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x):
+        if self.time:
+            odd = x.shape[2] % 2
+            pairs = x[:, :, odd:]
+            x = torch.cat([x[:, :, :odd], (pairs[:, :, ::2] + pairs[:, :, 1::2]) / 2], dim=2)
+        return per_frame(self.conv, F.pad(x, (0, 1, 0, 1)))  # right and bottom only, as published
+
+
+class CausalUpsample(nn.Module):
+    """Twice the height and width, with `time` also twice the frames."""
+
+    def __init__(self, channels, time):
+        super().__init__()
+        self.time = time
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        if self.time:
+            odd = x.shape[2] % 2
+            x = torch.cat([x[:, :, :odd], x[:, :, odd:].repeat_interleave(2, dim=2)], dim=2)
+        return per_frame(self.conv, F.interpolate(x, scale_factor=(1, 2, 2)))
+
+
+def causal_levels(widths, layers, cfg, latent, resize):
+    """Levels of residual blocks; each but the last ends in resize(channels, time). -> what they hold."""
+    levels, cin = nn.ModuleList(), widths[0]
+    for i, width in enumerate(widths):
+        level = nn.Module()
+        level.resnets = nn.ModuleList()
+        for _ in range(layers):
+            level.resnets.append(CausalResnet(cin, width, cfg, latent))
+            cin = width
+        if i < len(widths) - 1:
+            name = "upsamplers" if latent else "downsamplers"
+            setattr(level, name, nn.ModuleList([resize(width, time=i < TIME_LEVELS)]))
+        levels.append(level)
+    return levels
+
+
+def causal_middle(channels, cfg, latent):
+    mid = nn.Module()
+    mid.resnets = nn.ModuleList(CausalResnet(channels, channels, cfg, latent) for _ in range(2))
+    return mid
+
+
+class CausalEncoder(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        last = cfg.widths[-1]
+        self.conv_in = CausalConv(3, cfg.widths[0])
+        self.down_blocks = causal_levels(cfg.widths, cfg.layers, cfg, False, CausalDownsample)
+        self.mid_block = causal_middle(last, cfg, False)
+        self.norm_out = nn.GroupNorm(cfg.groups, last, eps=1e-6)
+        self.conv_out = CausalConv(last, 2 * cfg.z_channels)
+
+    def forward(self, x, cache):
+        h = self.conv_in(x, cache)
+        for level in self.down_blocks:
+            for block in level.resnets:
+                h = block(h, cache)
+            for resize in getattr(level, "downsamplers", ()):
+                h = resize(h)
+        for block in self.mid_block.resnets:
+            h = block(h, cache)
+        return self.conv_out(F.silu(self.norm_out(h)), cache)
+
+
+class CausalDecoder(nn.Module):
+    def __init__(self, cfg):
+        super().__init__()
+        widths = cfg.widths[::-1]
+        self.conv_in = CausalConv(cfg.z_channels, widths[0])
+        self.mid_block = causal_middle(widths[0], cfg, True)
+        self.up_blocks = causal_levels(widths, cfg.layers + 1, cfg, True, CausalUpsample)
+        self.norm_out = LatentNorm(widths[-1], cfg)
+        self.conv_out = CausalConv(widths[-1], 3)
+
+    def forward(self, z, cache):
+        h = self.conv_in(z, cache)
+        for block in self.mid_block.resnets:
+            h = block(h, cache, z)
+        for level in self.up_blocks:
+            for block in level.resnets:
+                h = block(h, cache, z)
+            for resize in getattr(level, "upsamplers", ()):
+                h = resize(h)
+        return self.conv_out(F.silu(self.norm_out(h, z)), cache)
+
+
+def in_chunks(part, x, size, enough=None):
+    """part(chunk, cache) over the frames of x (b,c,f,h,w); `enough`: stop after so many frames of output."""
+    f, cache, out, done = x.shape[2], {}, [], 0
+    later = max(f // size - 1, 0)
+    for chunk in x.split([f - later * size] + [size] * later, dim=2):
+        out.append(part(chunk, cache))
+        done += out[-1].shape[2]
+        if enough is not None and done >= enough:
+            break
+    return torch.cat(out, dim=2)
+
+
+def blend(before, tile, extent, dim):
+    """Fade `before`, whose end overlaps the start of `tile`, into it along `dim` over `extent` places."""
+    size = tile.shape[dim]
+    extent = min(extent, before.shape[dim], size)
+    weight = torch.arange(extent, device=tile.device, dtype=tile.dtype) / max(extent, 1)
+    weight = weight[:, None] if dim == -2 else weight
+    end = before.narrow(dim, before.shape[dim] - extent, extent)
+    start, rest = tile.split([extent, size - extent], dim=dim)
+    return torch.cat([end * (1 - weight) + start * weight, rest], dim=dim)
+
+
+def in_tiles(part, x, tile, out_tile, overlap):
+    """part(x) put together from tiles of `tile` (rows, columns), which it turns into `out_tile`."""
+    step = [int(n * (1 - share)) for n, share in zip(tile, overlap)]
+    extent = [int(n * share) for n, share in zip(out_tile, overlap)]
+    keep_h, keep_w = (n - e for n, e in zip(out_tile, extent))
+    rows = []
+    for i in range(0, x.shape[3], step[0]):
+        row = []
+        for j in range(0, x.shape[4], step[1]):
+            y = part(x[..., i:i + tile[0], j:j + tile[1]])
+            if rows:  # the neighbours are blended already, as published
+                y = blend(rows[-1][len(row)], y, extent[0], -2)
+            if row:
+                y = blend(row[-1], y, extent[1], -1)
+            row.append(y)
+        rows.append(row)
+    return torch.cat([torch.cat([y[..., :keep_h, :keep_w] for y in row], -1) for row in rows], -2)
+
+
+class CogVideoXVAE(nn.Module):
+    """(b,3,f,h,w) <-> latents (b,16,1 + (f - 1) / 4,h / 8,w / 8) where f is 8 k + 1.
+
+    Other numbers of frames encode too, but come back as another: an even number f' of latents as 4 f' frames.
+    """
+
+    def __init__(self, cfg=CogVideoXVAEConfig()):
+        super().__init__()
+        self.cfg = cfg
+        self.tiles = None  # Tiles() to save memory
+        self.encoder, self.decoder = CausalEncoder(cfg), CausalDecoder(cfg)
+
+    def tile_sizes(self):
+        """(rows, columns) of a tile of pixels, of its latents, shares that overlap."""
+        t = self.tiles
+        pixels = t.height, t.width
+        return pixels, tuple(n // self.cfg.factor for n in pixels), (t.overlap_height, t.overlap_width)
+
+    def moments(self, video: Tensor) -> Tensor:
+        """video (b,3,f,h,w) in [-1,1] -> mean, then log variance of unscaled latents (b,2c,f',h',w')."""
+        def part(x):
+            return in_chunks(self.encoder, x, ENCODE_CHUNK)
+        if self.tiles is None or (video.shape[3] <= self.tiles.height and video.shape[4] <= self.tiles.width):
+            return part(video)
+        pixels, latents, overlap = self.tile_sizes()
+        return in_tiles(part, video, pixels, latents, overlap)
+
+    def decode_latents(self, z: Tensor, enough=None) -> Tensor:
+        """Unscaled latents z (b,c,f',h',w') -> video, about [-1,1], not clamped, at least `enough` frames."""
+        def part(z):
+            return in_chunks(self.decoder, z, DECODE_CHUNK, enough)
+        if self.tiles is None:
+            return part(z)
+        pixels, latents, overlap = self.tile_sizes()
+        if z.shape[3] <= latents[0] and z.shape[4] <= latents[1]:
+            return part(z)
+        return in_tiles(part, z, latents, pixels, overlap)
+
+    def encode(self, video: Tensor, noise: Tensor | None = None, chunk: int = 16) -> Tensor:
+        """video (b,3,f,h,w) in [-1,1] -> scaled latents (b,c,f',h',w').
+
+        The mean, or a sample when there is `noise` like the latents (CogVideoX trains on samples). As many
+        clips at a time as have `chunk` frames, at least one.
+        """
+        parts = [self.moments(part) for part in video.split(max(1, chunk // video.shape[2]))]
+        z, logvar = torch.cat(parts).chunk(2, dim=1)
+        if noise is not None:
+            z = z + logvar.clamp(-30, 20).mul(0.5).exp() * noise
+        return z * self.cfg.scale
+
+    def decode(self, latents: Tensor, frames=None, chunk: int = 16) -> Tensor:
+        """Scaled latents (b,c,f',h',w') -> video (b,3,f,h,w), differentiable.
+
+        frames: list of frame numbers, from 0, wanted instead of all. A frame needs those before it, but the
+        chunks after the last one cost nothing. As many clips at a time as have `chunk` frames, at least one.
+        """
+        enough = None if frames is None else max(frames) + 1
+        clips = max(1, chunk // (latents.shape[2] * self.cfg.time_factor))
+        video = torch.cat([self.decode_latents(z / self.cfg.scale, enough) for z in latents.split(clips)])
+        return video if frames is None else video[:, :, frames]
 
 
 # ---- the tiny world's autoencoder:  python vae.py --train-tiny

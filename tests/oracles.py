@@ -73,9 +73,11 @@ class Case:
             numbers = isinstance(value, list) and isinstance(first, (int, float))
             return torch.tensor(value) if numbers else value
         rule = spec["rule"]
-        if unknown := set(rule) - {"case", "name", "shape", "post"} or rule.get("post", "tanh") != "tanh":
+        known = {"case", "name", "shape", "post", "scale"}
+        if unknown := set(rule) - known or rule.get("post", "tanh") != "tanh":
             raise Unsupported(f"input rule {unknown}")
         x = normal(f"input:{rule.get('case', self.path.stem)}:{rule.get('name', name)}", rule["shape"])
+        x = x * rule.get("scale", 1.0)
         return torch.tanh(x) if "post" in rule else x
 
     def expected(self, name):
@@ -1152,6 +1154,285 @@ def rectified_flow(case):
             raise Unsupported(f"function {call['fn']}")
     return result
 
+# ---- CogVideoX and Diffusion as Shader. Their tensors are (b,f,c,h,w), ours (b,c,f,h,w)
+
+def swapped(x):
+    return x.transpose(1, 2)
+
+
+def cogvideox_config(config):
+    """Our CogVideoXConfig for the arguments of diffusers' CogVideoXTransformer3DModel, or DaS's."""
+    rotary, learned = (config[f"use_{kind}_positional_embeddings"] for kind in ("rotary", "learned"))
+    frames = (config["sample_frames"] - 1) // config["temporal_compression_ratio"] + 1
+    if config["patch_size"] != models.PATCH or (learned and not rotary):
+        raise Unsupported(f"patches of {config['patch_size']}, or learned positions alone")
+    return models.CogVideoXConfig(
+        in_channels=config["in_channels"], out_channels=config["out_channels"],
+        num_layers=config["num_layers"], heads=config["num_attention_heads"],
+        head_dim=config["attention_head_dim"], time_dim=config["time_embed_dim"],
+        text_dim=config["text_embed_dim"], text_length=config["max_text_seq_length"],
+        positions="rope+learned" if learned else "rope" if rotary else "sincos",
+        size=(frames, config["sample_height"], config["sample_width"]),
+        tracking_blocks=config.get("num_tracking_blocks", 0))
+
+
+def cogvideox_vae(config, params):
+    """The CogVideoXVAE of the arguments of diffusers' AutoencoderKLCogVideoX, filled."""
+    if config["temporal_compression_ratio"] != 4 or config["in_channels"] != 3:
+        raise Unsupported("an autoencoder of another time factor or other channels")
+    return fill(vae.CogVideoXVAE(vae.CogVideoXVAEConfig(
+        widths=tuple(config["block_out_channels"]), layers=config["layers_per_block"],
+        z_channels=config["latent_channels"], groups=config["norm_num_groups"],
+        scale=config["scaling_factor"])), params)
+
+
+def cogvideox_forward(case):
+    cfg = cogvideox_config(case.config)
+    net, result, seen = fill(models.CogVideoX(cfg), case.params, case.left_as_built), {}, {}
+    with torch.no_grad():
+        for name, factor in vars(case).get("param_scale", {}).items():
+            net.state_dict()[name].mul_(factor)
+
+    def watch(name, what):
+        """Keep what(arguments, answer) of a submodule's first call, a dictionary."""
+        if name in dict(net.named_modules()):
+            def hook(module, args, out):
+                seen.update(what(args, out) | seen)
+            net.get_submodule(name).register_forward_hook(hook)
+    watch("time_embedding.linear_2", lambda args, out: {"time_embedding": out})
+    watch("patch_embed", lambda args, out: {"patch_embed": torch.cat(out, dim=1)})
+    watch("transformer_blocks.0", lambda args, out: {"block0_text": out[0], "block0_video": out[1]})
+    watch("transformer_blocks.1", lambda args, out: {"block1_text_in": args[0], "block1_video_in": args[1]})
+    watch("norm_final", lambda args, out: {"norm_final": out})
+    watch("initial_combine_linear", lambda args, out: {"initial_combine": out})
+    watch("transformer_blocks_copy.0", lambda args, out: {"copy0_video": out[1]})
+    for i in range(2):
+        watch(f"combine_linears.{i}", lambda args, out, i=i: {f"combine{i}": out})
+    for run in case.call["runs"]:
+        seen.clear()
+
+        def given(name, run=run):
+            """An input's first channels, as many as the network answers with, and the others or None."""
+            x = case.input(run["prefix"] + name)
+            if x is None:
+                return None, None
+            x, beside = swapped(x).tensor_split([cfg.out_channels], dim=1)
+            return x, beside if beside.shape[1] else None
+        x, first_frame = given("x")
+        tracks, first_track = given("tracking")
+        text, t = (case.input(run["prefix"] + name) for name in ("text", "timestep"))
+        with torch.no_grad():
+            seen["out"] = swapped(net(x, t, text, first_frame, tracks, first_track))
+        rope = net.rope(*x.shape[2:], n=0)
+        if rope is not None:
+            seen["rope_cos"], seen["rope_sin"] = (table.repeat_interleave(2, dim=-1) for table in rope)
+        result |= {run["prefix"] + name: value for name, value in seen.items()}
+    return result
+
+
+def tables_of_rows(case, functions):
+    """Tables whose `expected` names outputs, or are literals, which are checked here. -> {output: value}"""
+    result = {}
+    for row in case.rows:
+        if row["what"] not in functions:
+            raise Unsupported(f"a table of {row['what']}")
+        ours = functions[row["what"]](case, **row["inputs"])
+        for name, expected in row["expected"].items():
+            if isinstance(expected, str):
+                result[expected] = ours[name]
+            elif np.asarray(ours[name]).tolist() != expected:
+                raise ValueError(f"{name} {ours[name]} instead of {expected}")
+    return result
+
+
+def rope_rows(case, head_dim, base_grid, grid, frames, at):
+    cos, sin = (table.repeat_interleave(2, dim=-1)
+                for table in models.rope_positions(frames, *grid, *base_grid, head_dim))
+    rows = slice(None) if at is None else case.input(at)
+    return {"cos": cos[rows], "sin": sin[rows], "colsum_cos": cos.double().sum(0),
+            "colsum_sin": sin.double().sum(0), "total_rows": len(cos),
+            "crop_start_stop": models.crop_window(*grid, *base_grid)}
+
+
+def sincos_rows(case, dim, grid, frames, spatial_interpolation_scale, temporal_interpolation_scale, at):
+    if temporal_interpolation_scale != 1:
+        raise Unsupported("scaled frame numbers")
+    table = models.sincos_positions(frames, *grid, dim, spatial_interpolation_scale)
+    return {"table": table if at is None else table[case.input(at)], "colsum": table.double().sum(0),
+            "total_rows": len(table)}
+
+
+def timestep_rows(case, dim, timestep):
+    return {"table": models.sinusoidal(torch.tensor(timestep), dim)}
+
+
+def position_table(case):
+    return tables_of_rows(
+        case, {"rope": rope_rows, "sincos": sincos_rows, "timestep_sinusoid": timestep_rows})
+
+
+def cogvideox_vae_steps(case):
+    net, done = cogvideox_vae(case.config, case.params), {}
+    if tiling := case.call["tiling"]:
+        net.tiles = vae.Tiles(
+            tiling["tile_sample_min_height"], tiling["tile_sample_min_width"],
+            tiling["tile_overlap_factor_height"], tiling["tile_overlap_factor_width"])
+    for step in case.call["steps"]:
+        source = step["from"]
+        if "input" in source:
+            x = case.input(source["input"])
+        else:
+            x = done[source["mean_of"]].chunk(2, dim=1)[0]
+        with torch.no_grad():
+            done[step["to"]] = net.moments(x) if step["op"] == "encode" else net.decode_latents(x)
+    return done
+
+
+def t5_forward(case):
+    c, alias = case.config, case.fill_alias
+    if c["feed_forward_proj"] != "gated-gelu":
+        raise Unsupported(f"T5 with {c['feed_forward_proj']}")
+    cfg = text_encoders.T5Config(vocab_size=c["vocab_size"], width=c["d_model"], heads=c["num_heads"],
+                                 head_dim=c["d_kv"], hidden=c["d_ff"], layers=c["num_layers"])
+    # two names of one tensor in the original, one here
+    params = {name: shape for name, shape in case.params.items() if name not in alias}
+    net = fill(text_encoders.T5Text(cfg), params, case.left_as_built, lambda name: alias.get(name, name))
+    result = {}
+    for run in case.call["runs"]:
+        net.cfg = dataclasses.replace(cfg, mask=run["mask"] == "nonzero_ids")
+        with torch.no_grad():
+            result[run["to"]] = net(case.input("input_ids"))
+    return result
+
+
+def cogvideox_schedule(config):
+    published = {"beta_schedule": "scaled_linear", "prediction_type": "v_prediction",
+                 "rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "clip_sample": False}
+    if other := {k: config[k] for k in published if config[k] != published[k]}:
+        raise Unsupported(f"schedule with {other}")
+    return diffusion.make_schedule(
+        "linear_sd_shifted", "v", zero_snr=True, num=config["num_train_timesteps"],
+        first=config["beta_start"], last=config["beta_end"], divisor=config["snr_shift_scale"])
+
+
+def cogvideox_guidance(rule, guidance, steps):
+    """What guided() takes as cfg: None, a number or a function of the step."""
+    if rule in ("none", "constant"):
+        return guidance
+    if rule not in ("dynamic_raw_timestep", "dynamic_step_index"):
+        raise Unsupported(f"guidance {rule}")
+    return diffusion.dynamic_guidance(guidance, steps, as_published=rule == "dynamic_raw_timestep")
+
+
+def guidance_values(cfg, steps):
+    return [cfg(t) if callable(cfg) else cfg for t in diffusion.ddim_timesteps(steps, spacing="trailing")]
+
+
+def affine_wave(toy):
+    """The toy net(x, t, text) and its text of a branch (b,1,4): a, b, period, 1 for cos."""
+    if toy["name"] != "affine_wave":
+        raise Unsupported(f"toy network {toy['name']}")
+
+    def net(x, t, text):
+        a, b, period, cosine, t = (v.view(-1, *[1] * (x.ndim - 1)) for v in (*text[:, 0].unbind(1), t))
+        angle = t / period
+        return a * x + b * torch.where(cosine > 0, angle.cos(), angle.sin())
+
+    def text(branch, b):
+        numbers = toy[branch]
+        values = [numbers["a"], numbers["b"], numbers["period"], float(numbers["wave"] == "cos")]
+        return torch.tensor(values).expand(b, 1, 4)
+    return net, text
+
+
+@torch.no_grad()
+def cogvideox_sampler(case):
+    call, x_T, noise = case.call, case.input("x"), case.input("noise")
+    steps, schedule = call["num_inference_steps"], cogvideox_schedule(case.config)
+    cfg = cogvideox_guidance(call["guidance_rule"], call["guidance"], steps)
+    net, text = affine_wave(case.toy)
+    if cfg is None:
+        fn = diffusion.guided(net, text("uncond", len(x_T)), None)
+    else:
+        fn = diffusion.guided(net, text("cond", len(x_T)), text("uncond", len(x_T)), cfg)
+    xs, x0s, ts = [], [], []
+
+    def record(x, t):
+        out = fn(x, t)
+        xs.append(x)
+        x0s.append(schedule.to_x0(out, x, t))
+        ts.append(int(t[0]))
+        return out
+    if call["sampler"] == "ddim":
+        last = diffusion.ddim(record, x_T, schedule, steps, spacing="cogvideox")
+    elif call["sampler"] == "dpm":
+        with mock.patch.object(diffusion, "randn_like", side_effect=noise):
+            last = diffusion.cogvideox_dpm(record, x_T, schedule, steps)
+    else:
+        raise Unsupported(f"sampler {call['sampler']}")
+    result = {"timesteps": ts, "xs": torch.stack([*xs[1:], last]), "x0s": torch.stack(x0s)}
+    return result if cfg is None else result | {"guidance": guidance_values(cfg, steps)}
+
+
+def cogvideox_tables(case):
+    def alphas_cumprod(case, config):
+        return {"alphas_cumprod": cogvideox_schedule(case.config[config]).alpha_bar}
+
+    def guidance(case, config, guidance, guidance_rule, num_inference_steps):
+        cfg = cogvideox_guidance(guidance_rule, guidance, num_inference_steps)
+        return {"guidance": guidance_values(cfg, num_inference_steps)}
+    return tables_of_rows(case, {"alphas_cumprod": alphas_cumprod, "guidance": guidance})
+
+
+def cogvideox_loss(case):
+    schedule, t = cogvideox_schedule(case.config), case.input("timestep")
+    x0, noise, out = (case.input(name) for name in ("latents", "noise", "model_output"))
+    out.requires_grad_()
+    x_t = schedule.add_noise(x0, noise, t)
+    per_sample = diffusion.diffusion_loss(lambda x, t: out, schedule, x0, noise, t)
+    per_sample.mean().backward()
+    return {"noisy": x_t, "v_target": schedule.target(x0, noise, t), "x0_pred": schedule.to_x0(out, x_t, t),
+            "loss": per_sample.mean()[None], "grad": out.grad, "loss_per_sample": per_sample,
+            "weights": 1 / (1 - schedule.alpha_bar[t])}
+
+
+@torch.no_grad()
+def das_pipeline(case):
+    call, steps = case.call, case.call["num_inference_steps"]
+    if call["sampler"] != "dpm" or call["tiling"] or call["tracking_video_posterior"] != "mean":
+        raise Unsupported("another sampler, tiling, or a sample of the tracking video's latents")
+    parts = {part: {k.removeprefix(f"{part}."): v for k, v in case.params.items() if k.startswith(f"{part}.")}
+             for part in ("transformer", "vae")}
+    net = fill(models.CogVideoX(cogvideox_config(case.config["transformer"])), parts["transformer"])
+    autoencoder = cogvideox_vae(case.config["vae"], parts["vae"])
+    schedule = cogvideox_schedule(case.config["scheduler"])
+
+    image, tracking = 2 * case.input("image")[:, :, None] - 1, swapped(case.input("tracking")[None])
+    tracks = autoencoder.encode(2 * tracking - 1 if call["tracking_range"] == "-1..1" else tracking)
+    first_frame = autoencoder.encode(image, case.input("image_noise"))
+    first_track = autoencoder.encode(2 * tracking[:, :, :1] - 1, case.input("tracking_image_noise"))
+    cfg = cogvideox_guidance(call["guidance_rule"], call["guidance"], steps)
+    fn = diffusion.guided(net, case.input("prompt_embeds"), case.input("negative_prompt_embeds"), cfg,
+                          first_frame=first_frame, tracks=tracks, first_track=first_track)
+
+    seen = {"tokens_of": [], "v": [], "t": []}
+
+    def watch(module, args, out):
+        seen["v"].append(out)
+        seen["t"].append(args[1])
+    net.register_forward_hook(watch)
+    net.patch_embed.register_forward_pre_hook(lambda module, args: seen["tokens_of"].append(args[0]))
+    noise = [swapped(x) for x in case.input("step_noise")]
+    with mock.patch.object(diffusion, "randn_like", side_effect=noise):
+        latents = diffusion.cogvideox_dpm(fn, swapped(case.input("init_noise")), schedule, steps)
+
+    def stored(x):  # there the unconditional half comes first
+        return swapped(x).flip(0)
+    return {"tracking_latents": swapped(tracks), "first_hidden_states": stored(seen["tokens_of"][0]),
+            "first_tracking_maps": stored(seen["tokens_of"][1]), "first_v": stored(seen["v"][0]),
+            "last_v": stored(seen["v"][-1]), "timesteps": torch.stack(seen["t"]),
+            "final_latents": swapped(latents), "video_t0": autoencoder.decode(latents, frames=[0])[:, :, 0]}
+
 
 # the same word may mean another computation in another system, so both choose the function
 KINDS = {
@@ -1201,6 +1482,16 @@ KINDS = {
     ("sampler_trajectory", "videolcm"): sampler_ops,
     ("schedule", "higen_unet"): appearance_schedule,
     ("pipeline", "vgen_ddim"): sr600_pipeline,
+    # CogVideoX and Diffusion as Shader
+    ("dit_forward", "cogvideox_dit"): cogvideox_forward,
+    ("dit_forward", "das_dit"): cogvideox_forward,
+    ("position_table", "cogvideox_dit"): position_table,
+    ("vae_encode_decode", "cogvideox_vae"): cogvideox_vae_steps,
+    ("text_forward", "cogvideox_t5"): t5_forward,
+    ("sampler_trajectory", "cogvideox_sampler"): cogvideox_sampler,
+    ("schedule", "cogvideox_sampler"): cogvideox_tables,
+    ("loss", "cogvideox_sampler"): cogvideox_loss,
+    ("pipeline", "das_pipeline"): das_pipeline,
 }
 
 

@@ -10,14 +10,17 @@ import oracles
 import pytest
 import torch
 
-from bases import BASES, text_state, unet_state, vae_state
-from common import load_pickle, looks_like, rename
+import diffusion
+from bases import BASES, local_file, text_state, unet_state, vae_state
+from common import load_pickle, load_strict, load_weights, looks_like, rename
 from data import clip_image_squeezed, clip_normalize
-from models import (STDiT3, STDiT3Config, UNet3D, UNetConfig, add_lora, instructvideo_lora_name,
-                    turbo_lora_layers, unet_diffusers_name, videocrafter_name)
-from text_encoders import (DINO, CLIPConfig, OpenCLIP, OpenCLIPText, OpenCLIPVision, Resampler,
-                           clip_text_only, dino_name, save_learned, text_from_hf, tokenize, vision_from_hf)
-from vae import AutoencoderKL, OpenSoraVAE, VAEConfig, opensora_vae_name, vae_diffusers_name
+from models import (CogVideoX, CogVideoXConfig, STDiT3, STDiT3Config, UNet3D, UNetConfig, add_lora,
+                    instructvideo_lora_name, turbo_lora_layers, unet_diffusers_name, videocrafter_name)
+from text_encoders import (DINO, CLIPConfig, OpenCLIP, OpenCLIPText, OpenCLIPVision, Resampler, T5Config,
+                           T5Text, clip_text_only, dino_name, save_learned, t5_tokenizer, text_from_hf,
+                           tokenize, vision_from_hf)
+from vae import (AutoencoderKL, CogVideoXVAE, CogVideoXVAEConfig, OpenSoraVAE, Tiles, VAEConfig,
+                 opensora_vae_name, vae_diffusers_name)
 
 DATA = Path(__file__).parent / "oracle_data"
 
@@ -44,6 +47,14 @@ OTHERS = {
     "demo_text/open_clip_vit_h_14": (OpenCLIP, CLIPConfig()),
     "demo_text/motion_encoder": (OpenCLIPText, CLIPConfig()),
     "stdit3/STDiT3-XL-2": (STDiT3, STDiT3Config()),
+    "cogvideox_dit/cogvideox_2b": (CogVideoX, CogVideoXConfig(num_layers=30, heads=30, positions="sincos")),
+    "cogvideox_dit/cogvideox_5b": (CogVideoX, CogVideoXConfig()),
+    "cogvideox_dit/cogvideox_5b_i2v": (
+        CogVideoX, CogVideoXConfig(in_channels=32, positions="rope+learned")),
+    "das_dit/das": (
+        CogVideoX, CogVideoXConfig(in_channels=32, positions="rope+learned", tracking_blocks=18)),
+    "cogvideox_vae/cogvideox_vae": (CogVideoXVAE, CogVideoXVAEConfig()),
+    "cogvideox_t5/t5_v1_1_xxl_encoder": (T5Text, T5Config()),
 }
 MAPS = {"modelscope_unet": ("modelscope_unet/modelscope_t2v", unet_diffusers_name),
         "i2vgen_unet": ("i2vgen_unet/i2vgen_xl", unet_diffusers_name),
@@ -381,3 +392,148 @@ def test_squeezed_image_equals_diffusers(size):
     images = torch.rand(2, 3, *size) * 2 - 1
     theirs = svd._resize_with_antialiasing(images, (28, 28))
     close(clip_image_squeezed(images, 28), clip_normalize(theirs / 2 + 0.5))
+
+
+# ---- CogVideoX
+
+SMALL_DIT = CogVideoXConfig(in_channels=4, out_channels=4, num_layers=2, heads=2, head_dim=32, time_dim=24,
+                            text_dim=40, text_length=6, size=(3, 8, 12))
+
+
+def cogvideox_peer(diffusers, cfg):
+    """diffusers' CogVideoXTransformer3DModel of a CogVideoXConfig."""
+    frames, height, width = cfg.size
+    return diffusers.CogVideoXTransformer3DModel(
+        in_channels=cfg.in_channels, out_channels=cfg.out_channels, num_layers=cfg.num_layers,
+        num_attention_heads=cfg.heads, attention_head_dim=cfg.head_dim, time_embed_dim=cfg.time_dim,
+        text_embed_dim=cfg.text_dim, max_text_seq_length=cfg.text_length, sample_frames=4 * frames - 3,
+        sample_height=height, sample_width=width, use_rotary_positional_embeddings="rope" in cfg.positions,
+        use_learned_positional_embeddings="learned" in cfg.positions).eval()
+
+
+# sincos and rope also with another size and another number of frames than the configured ones
+@pytest.mark.parametrize("positions, channels, size", [
+    ("sincos", 4, (3, 8, 12)), ("sincos", 4, (2, 6, 14)), ("rope", 4, (3, 8, 12)), ("rope", 4, (5, 8, 8)),
+    ("rope", 4, (1, 14, 6)), ("rope+learned", 8, (3, 8, 12))])
+def test_cogvideox_equals_diffusers(positions, channels, size):
+    diffusers = pytest.importorskip("diffusers")
+    theirs = pytest.importorskip("diffusers.pipelines.cogvideo.pipeline_cogvideox")
+    cfg = dataclasses.replace(SMALL_DIT, positions=positions, in_channels=channels)
+    net, peer = filled(CogVideoX(cfg)), cogvideox_peer(diffusers, cfg)
+    peer.load_state_dict(net.state_dict())
+    f, h, w = size
+    x, beside = torch.randn(2, 4, f, h, w), torch.randn(2, channels - 4, 1, h, w)
+    t, text = torch.tensor([7, 999]), torch.randn(2, cfg.text_length, cfg.text_dim)
+    rope, both = None, x
+    if "rope" in positions:
+        crop = theirs.get_resize_crop_region_for_grid((h // 2, w // 2), cfg.size[2] // 2, cfg.size[1] // 2)
+        rope = theirs.get_3d_rotary_pos_embed(cfg.head_dim, crop, (h // 2, w // 2), f)
+    if channels > 4:
+        both = torch.cat([x, torch.cat([beside, torch.zeros(2, 4, f - 1, h, w)], dim=2)], dim=1)
+    with torch.no_grad():
+        out = peer(both.transpose(1, 2), text, t, image_rotary_emb=rope).sample
+        close(net(x, t, text, first_frame=beside if channels > 4 else None), out.transpose(1, 2))
+
+
+@pytest.mark.parametrize("tiles", [None, Tiles(48, 64, 1 / 3, 1 / 4)])
+@pytest.mark.parametrize("frames", [1, 9, 17])
+def test_cogvideox_vae_equals_diffusers(frames, tiles):
+    diffusers = pytest.importorskip("diffusers")
+    cfg = CogVideoXVAEConfig(widths=(8, 8, 16, 16), layers=1, z_channels=4, groups=4)
+    net, levels = filled(CogVideoXVAE(cfg)), 4
+    peer = diffusers.AutoencoderKLCogVideoX(
+        block_out_channels=cfg.widths, layers_per_block=cfg.layers, latent_channels=cfg.z_channels,
+        norm_num_groups=cfg.groups, down_block_types=("CogVideoXDownBlock3D",) * levels,
+        up_block_types=("CogVideoXUpBlock3D",) * levels, sample_height=64, sample_width=96).eval()
+    peer.load_state_dict(net.state_dict())
+    video, noise = torch.rand(2, 3, frames, 72, 40) * 2 - 1, torch.randn(2, 4, (frames + 3) // 4, 9, 5)
+    if tiles is not None:
+        net.tiles = tiles
+        peer.enable_tiling(tiles.height, tiles.width, tiles.overlap_height, tiles.overlap_width)
+    with torch.no_grad():
+        posterior = peer.encode(video).latent_dist
+        close(net.encode(video), 0.7 * posterior.mean)
+        close(net.encode(video, noise), 0.7 * (posterior.mean + posterior.std * noise))
+        close(net.decode(net.encode(video)), peer.decode(posterior.mean).sample)
+
+
+def toy(x, t):
+    return 0.3 * x + 0.05 * torch.sin(t.view(-1, *[1] * (x.ndim - 1)) / 100)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpm"])
+@pytest.mark.parametrize("steps, divisor", [(25, 1.0), (50, 3.0), (48, 3.0), (30, 3.0), (7, 1.0)])
+def test_cogvideox_samplers_equal_diffusers(sampler, steps, divisor, monkeypatch):
+    diffusers = pytest.importorskip("diffusers")
+    kind = {"ddim": diffusers.CogVideoXDDIMScheduler, "dpm": diffusers.CogVideoXDPMScheduler}[sampler]
+    peer = kind(beta_schedule="scaled_linear", prediction_type="v_prediction", timestep_spacing="trailing",
+                rescale_betas_zero_snr=True, snr_shift_scale=divisor)
+    peer.set_timesteps(steps)
+    schedule = diffusion.make_schedule("linear_sd_shifted", "v", zero_snr=True, divisor=divisor)
+    close(schedule.alpha_bar, peer.alphas_cumprod)
+    x_T, noise = torch.randn(2, 4, 3, 4, 6), torch.randn(steps, 2, 4, 3, 4, 6)
+    x, old, back = x_T, None, None
+    for i, t in enumerate(peer.timesteps):
+        out = toy(x, t.expand(2))
+        if sampler == "ddim":
+            x = peer.step(out, t, x).prev_sample
+        else:
+            monkeypatch.setattr("diffusers.schedulers.scheduling_dpm_cogvideox.randn_tensor",
+                                lambda *args, **kw: noise[i])
+            x, old = peer.step(out, old, t, back, x, return_dict=False)
+            back = t
+    draws = iter(noise)
+    monkeypatch.setattr(diffusion, "randn_like", lambda x, generators: next(draws))
+    if sampler == "ddim":
+        close(diffusion.ddim(toy, x_T, schedule, steps, spacing="cogvideox"), x)
+    else:
+        close(diffusion.cogvideox_dpm(toy, x_T, schedule, steps), x)
+
+
+def test_sharded_files_of_diffusers(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    cfg = dataclasses.replace(SMALL_DIT, positions="rope+learned", in_channels=8)
+    peer = cogvideox_peer(diffusers, cfg)
+    peer.save_pretrained(tmp_path / "transformer", max_shard_size="100KB")
+    path = local_file(tmp_path, "hf:some/base:transformer/diffusion_pytorch_model.safetensors")
+    assert path.name.endswith(".index.json") and len(list(path.parent.glob("*.safetensors"))) > 2
+    state, net = load_weights(path), on_meta(lambda: CogVideoX(cfg))
+    assert looks_like(state) == "it looks like CogVideoX"
+    load_strict(net, state, "net")
+    assert all(torch.equal(value, peer.state_dict()[key]) for key, value in net.state_dict().items())
+
+
+SMALL_T5 = T5Config(length=9, vocab_size=60, width=32, heads=4, head_dim=8, hidden=48, layers=2)
+
+
+def test_t5_equals_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    peer = transformers.T5EncoderModel(transformers.T5Config(
+        vocab_size=60, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
+        feed_forward_proj="gated-gelu")).eval()
+    peer.save_pretrained(tmp_path / "text_encoder")  # the shared table stands there once
+    net = on_meta(lambda: T5Text(SMALL_T5))
+    load_strict(net, load_weights(tmp_path / "text_encoder" / "model.safetensors"), "text")
+    ids = torch.tensor([[5, 7, 1, 0, 0, 0, 0, 0, 0], [5, 7, 8, 9, 10, 11, 12, 13, 1]])
+    with torch.no_grad():
+        close(net(ids), peer(ids).last_hidden_state)
+        net.cfg = dataclasses.replace(SMALL_T5, mask=True)
+        close(net(ids), peer(ids, attention_mask=ids.ne(0)).last_hidden_state)
+
+
+def test_t5_tokenizer(tmp_path, message):
+    spm = pytest.importorskip("sentencepiece")
+    words = ["a red ball moves to the left", "two blue squares", "The green ball, then the red one"] * 20
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(words), model_prefix=str(tmp_path / "spiece"), vocab_size=60,
+        hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
+    tokenize = t5_tokenizer(tmp_path / "spiece.model", 9)
+    ids = tokenize(["a red ball", "", "two blue squares " * 9])
+    assert ids.shape == (3, 9) and ids.dtype == torch.long
+    end = ids[0].tolist().index(1)
+    assert (ids[0, :end] > 1).all() and (ids[0, end + 1:] == 0).all()
+    assert ids[1].tolist() == [1] + 8 * [0]  # the empty prompt: the end, then padding
+    assert (ids[2, :8] > 1).all() and ids[2, 8] == 1  # cut, but it ends
+    pieces = spm.SentencePieceProcessor(model_file=str(tmp_path / "spiece.model"))
+    assert pieces.decode(ids[0, :end].tolist()) == "a red ball"
+    assert "spiece.model" in message(t5_tokenizer, tmp_path / "nowhere" / "spiece.model", 9)
