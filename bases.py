@@ -5,6 +5,7 @@ fetches a base's files. A base's public files may be given as the folder that ho
 original or in the diffusers layout.
 """
 import argparse
+import json
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,11 +17,13 @@ from common import (UserError, load_checkpoint, load_strict, load_weights, looks
                     replace_part)
 from data import TINY_FPS, TINY_FRAMES, TINY_SIZE, TINY_WORDS
 from diffusion import make_schedule
-from models import (UNet3D, UNetConfig, add_lora, instructvideo_lora_name, merge_lora, misfit,
-                    turbo_lora_layers, unet_diffusers_name, videocrafter_name)
-from text_encoders import (CLIPConfig, OpenCLIPText, OpenCLIPVision, TinyText, clip_text_only, text_from_hf,
-                           tokenize, vision_from_hf)
-from vae import AutoencoderKL, VAEConfig, vae_diffusers_name
+from models import (CogVideoX, CogVideoXConfig, STDiT3, STDiT3Config, UNet3D, UNetConfig, add_lora,
+                    cogvideox_misfit, instructvideo_lora_name, merge_lora, misfit, rope_frequencies,
+                    turbo_lora_layers, unet_diffusers_name, videocrafter_name, with_tracks)
+from text_encoders import (CLIPConfig, OpenCLIPText, OpenCLIPVision, T5Config, T5Text, TinyText,
+                           clip_text_only, t5_tokenizer, text_from_hf, tokenize, vision_from_hf)
+from vae import (AutoencoderKL, CogVideoXVAE, CogVideoXVAEConfig, OpenSoraVAE, OpenSoraVAEConfig, VAEConfig,
+                 Tiles, opensora_vae_name, vae_diffusers_name)
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -30,16 +33,36 @@ class Row:
     """One base. sample: its published sampling; files: {layout: {part: url}}, a url is "hub:repo:file".
 
     Parts: "net", "vae", "text"; "image": CLIP image tower; "motion_text": a second text tower (DEMO);
-    "lora": merged into the network (T2V-Turbo).
+    "lora": merged into the network (T2V-Turbo); "tokenizer": T5's.
     """
     about: str
-    net: UNetConfig
-    vae: VAEConfig
-    text: CLIPConfig | None  # None: TinyText
-    schedule: dict
+    net: UNetConfig | CogVideoXConfig | STDiT3Config
+    vae: VAEConfig | CogVideoXVAEConfig | OpenSoraVAEConfig
+    text: CLIPConfig | T5Config | None  # None: TinyText
+    schedule: dict | None               # None: rectified flow has no table
     sample: dict
     files: dict = field(default_factory=dict)
     methods: tuple = ("t2v",)
+
+    @property
+    def unet(self) -> UNetConfig:
+        """The UNet's options; all off for a transformer."""
+        return self.net if isinstance(self.net, UNetConfig) else UNetConfig()
+
+    @property
+    def first_frame(self) -> bool:
+        """Does it make video from an image?"""
+        cog = isinstance(self.net, CogVideoXConfig) and self.net.in_channels > self.net.out_channels
+        return cog or self.unet.image_to_video
+
+    @property
+    def tracks(self) -> bool:
+        """Does it follow a tracking video (Diffusion as Shader)?"""
+        return bool(getattr(self.net, "tracking_blocks", 0))
+
+
+NETWORKS = {UNetConfig: UNet3D, CogVideoXConfig: CogVideoX, STDiT3Config: STDiT3}
+AUTOENCODERS = {VAEConfig: AutoencoderKL, CogVideoXVAEConfig: CogVideoXVAE, OpenSoraVAEConfig: OpenSoraVAE}
 
 
 def sampling(**changes):
@@ -74,6 +97,19 @@ V_ZERO_SNR = dict(name="linear_sd", prediction="v", zero_snr=True)
 VC2_EPS = EPS | dict(scale=(1.0, 0.7, 400))
 VC2_NET = dict(spatial_dropout=0.0, temporal_linear=True, use_fps_condition=True, default_fps=16)
 SIX_MAPS = ("masked", "depth", "sketch", "motion", "local_image", "single_sketch")
+# CogVideoX: the betas of linear_sd, their SNR divided, zero terminal SNR, v
+COGVIDEOX = dict(name="linear_sd_shifted", prediction="v", zero_snr=True)
+COGVIDEOX_5B = dict(positions="rope+learned", in_channels=32)
+
+
+def cogvideox_files(repo):
+    """Layout of CogVideoX's repositories (diffusers, the network and T5 in shards)."""
+    return {"diffusers": {"net": f"{repo}:transformer/diffusion_pytorch_model.safetensors",
+                          "vae": f"{repo}:vae/diffusion_pytorch_model.safetensors",
+                          "text": f"{repo}:text_encoder/model.safetensors",
+                          "tokenizer": f"{repo}:tokenizer/spiece.model"}}
+
+
 DREAMVIDEO = dict(
     spatial_adapters=(("cross_attention", "parallel"),),
     temporal_adapters=tuple(
@@ -194,6 +230,38 @@ BASES = {
                  suffix=SHARP.replace("no blur", "Unreal Engine 5, no blur")),
         {"original": VGEN | {"net": "ms:iic/tf-t2v:videolcm_t2v_non_ema_544000.pth"}},
         methods=()),
+    "cogvideox-2b": Row(
+        "CogVideoX-2B (arXiv 2408.06072), 49 frames of 480x720",
+        CogVideoXConfig(num_layers=30, heads=30, positions="sincos"), CogVideoXVAEConfig(scale=1.15258426),
+        T5Config(), COGVIDEOX | dict(divisor=3.0),
+        sampling(frames=49, height=480, width=720, spacing="cogvideox", cfg=6.0),
+        cogvideox_files("hf:THUDM/CogVideoX-2b"), methods=()),
+    "cogvideox-5b": Row(
+        "CogVideoX-5B, 49 frames of 480x720",
+        CogVideoXConfig(), CogVideoXVAEConfig(), T5Config(), COGVIDEOX | dict(divisor=1.0),
+        sampling(frames=49, height=480, width=720, sampler="dpm", cfg=6.0, dynamic_cfg=True),
+        cogvideox_files("hf:THUDM/CogVideoX-5b"), methods=()),
+    "cogvideox-5b-i2v": Row(
+        "CogVideoX-5B-I2V, image to video",
+        CogVideoXConfig(**COGVIDEOX_5B), CogVideoXVAEConfig(), T5Config(), COGVIDEOX | dict(divisor=1.0),
+        sampling(frames=49, height=480, width=720, sampler="dpm", cfg=6.0, dynamic_cfg=True),
+        cogvideox_files("hf:THUDM/CogVideoX-5b-I2V"), methods=()),
+    "das": Row(
+        "Diffusion as Shader (arXiv 2501.03847): CogVideoX-5B-I2V that follows a tracking video",
+        CogVideoXConfig(**COGVIDEOX_5B, tracking_blocks=18), CogVideoXVAEConfig(), T5Config(),
+        COGVIDEOX | dict(divisor=1.0),
+        sampling(frames=49, height=480, width=720, sampler="dpm", cfg=6.0, dynamic_cfg=True),
+        cogvideox_files("hf:EXCAI/Diffusion-As-Shader"), methods=()),
+    "opensora": Row(
+        "Open-Sora 1.2, 51 frames of 240x426, other sizes and lengths too",
+        STDiT3Config(), OpenSoraVAEConfig(), T5Config(length=300, mask=True), None,
+        sampling(frames=51, height=240, width=426, fps=24, save_fps=24, sampler="rflow", sample_steps=30,
+                 cfg=7.0, suffix=" aesthetic score: 6.5."),
+        {"original": {"net": "hf:hpcai-tech/OpenSora-STDiT-v3:model.safetensors",
+                      "vae": "hf:hpcai-tech/OpenSora-VAE-v1.2:model.safetensors",
+                      "text": "hf:DeepFloyd/t5-v1_1-xxl:pytorch_model.bin",
+                      "tokenizer": "hf:DeepFloyd/t5-v1_1-xxl:spiece.model"}},
+        methods=()),
 }
 
 
@@ -229,6 +297,12 @@ class Base:
                  "image encoder": self.image_encoder, "motion encoder": self.motion_encoder}
         return {name: module for name, module in named.items() if module is not None}
 
+    def freeze(self, dtype):
+        """All networks without gradients and in `dtype`; but T5 overflows in fp16 and takes bf16 for it."""
+        for module in self.parts().values():
+            half = dtype == torch.float16 and isinstance(module, T5Text)
+            module.requires_grad_(False).to(torch.bfloat16 if half else dtype)
+
     def encode_text(self, prompts, motion=False) -> Tensor:
         """List of str -> (b, n, d) tokens on the text tower's device; motion: by DEMO's motion encoder."""
         if all((prompt, motion) in self.encoded for prompt in prompts):
@@ -236,15 +310,24 @@ class Base:
             return torch.stack([self.encoded[prompt, motion] for prompt in prompts]).to(device)
         encoder = self.motion_encoder if motion else self.text_encoder
         ids = self.tokenize(prompts).to(next(encoder.parameters()).device)
+        if isinstance(self.row.text, T5Config):
+            with torch.autocast(ids.device.type, enabled=False):  # in its own precision, see freeze()
+                return encoder(ids)
         if self.row.text is None:
             return encoder(ids)
         # the tower was built without its last block: penultimate features
         return encoder(ids, layer="last", learned=self.learned)
 
+    def encode_null(self, negative, n) -> Tensor:
+        """(n, m, d) tokens of the unconditional branch; Open-Sora learned a text of its own for no words."""
+        if isinstance(self.net, STDiT3) and not negative:
+            return self.net.null_text(n)
+        return self.encode_text([negative] * n)
+
     def remember(self, prompts):
         """Encode these prompts now and let the text towers go (1.4 GB in half precision for DEMO's two)."""
         prompts = list(dict.fromkeys(prompts))
-        for motion in (False, True)[:1 + self.row.net.motion_blocks]:
+        for motion in (False, True)[:1 + self.row.unet.motion_blocks]:
             for i in range(0, len(prompts), 16):
                 part = prompts[i:i + 16]
                 for prompt, tokens in zip(part, self.encode_text(part, motion)):
@@ -256,6 +339,21 @@ class Base:
 def latent_shape(name, frames, height, width):
     """(c, f, h, w) of a clip's latents; a size that does not fit is a UserError that names the nearest."""
     row = base_row(name)
+    if isinstance(row.net, STDiT3Config):
+        if min(frames, height, width) < 1:
+            raise UserError(f"--frames {frames} --height {height} --width {width}: all must be positive")
+        factor = row.vae.factor  # any size: the network pads
+        return row.vae.z_channels, row.vae.latent_frames(frames), height // factor, width // factor
+    if isinstance(row.net, CogVideoXConfig):
+        if frames < 1 or frames % 8 != 1:
+            low = max(frames - 1, 0) // 8 * 8 + 1
+            raise UserError(f"--frames {frames}: {name} makes 8 k + 1 frames; nearest: {low} or {low + 8}")
+        shape = row.vae.z_channels, 1 + (frames - 1) // 4, height // row.vae.factor, width // row.vae.factor
+        fault = cogvideox_misfit(row.net, *shape[1:])
+        if fault or height % row.vae.factor or width % row.vae.factor:
+            raise UserError(f"--height {height} --width {width}: {fault or 'must be multiples of 16'} "
+                            f"({name} was trained at {row.sample['height']}x{row.sample['width']})")
+        return shape
     step = row.vae.factor * 2 ** (len(row.net.dim_mult) - 1)
     for flag, size in (("--height", height), ("--width", width)):
         if flag == "--height" and row.net.super_resolution:
@@ -289,7 +387,7 @@ def fill(args, name, run=None) -> dict:
     A size that does not fit is refused here, before anything is loaded.
     """
     row = base_row(name)
-    if getattr(args, "fps", None) is not None and not row.net.use_fps_condition:
+    if getattr(args, "fps", None) is not None and row.sample["fps"] is None:
         raise UserError(f"--fps {args.fps}: base {name} takes no frame rate as a condition")
     defaults = row.sample | {k: v for k, v in (run or {}).items() if v is not None}
     for k, v in defaults.items():
@@ -310,8 +408,10 @@ def load_base(name, weights=None, device="cpu", dtype=torch.float32, scratch=Fal
     files = public_files(name, row, weights)  # errors come here, before anything big is built
     tiny = row.text is None
     with torch.device("meta" if not scratch else "cpu"):
-        parts = {"net": UNet3D(row.net), "vae": AutoencoderKL(row.vae)}
-        if tiny:
+        parts = {"net": NETWORKS[type(row.net)](row.net), "vae": AUTOENCODERS[type(row.vae)](row.vae)}
+        if isinstance(row.text, T5Config):
+            parts["text"] = T5Text(row.text)
+        elif tiny:
             parts["text"] = TinyText(TINY_WORDS, row.net.context_dim)
         else:
             # the video networks read the features before the last block: it is neither built nor loaded
@@ -338,9 +438,19 @@ def load_base(name, weights=None, device="cpu", dtype=torch.float32, scratch=Fal
     if "lora" in files:
         merge_turbo_lora(parts["net"], files["lora"])
     for module in parts.values():
-        module.to(device, dtype).eval().requires_grad_(False)
-    return Base(name, row, parts["net"], parts["vae"], parts["text"], make_schedule(**row.schedule),
-                parts["text"].tokenize if tiny else tokenize, parts.get("image"), parts.get("motion_text"))
+        module.to(device).eval()
+    if row.tracks:
+        parts["vae"].tiles = Tiles()  # as the network was trained
+    words = tokenize
+    if tiny:
+        words = parts["text"].tokenize
+    elif "tokenizer" in files:
+        words = t5_tokenizer(files["tokenizer"], row.text.length)
+    schedule = None if row.schedule is None else make_schedule(**row.schedule)
+    base = Base(name, row, parts["net"], parts["vae"], parts["text"], schedule, words, parts.get("image"),
+                parts.get("motion_text"))
+    base.freeze(dtype)
+    return base
 
 
 # ---- public files
@@ -381,10 +491,9 @@ def local_file(root, url):
     in diffusers layout the index of a file in shards, and .bin for .safetensors.
     """
     _, repo, file = url.split(":", 2)
-    names = [Path(file)]
+    names = [Path(file), Path(f"{file}.index.json")]
     if names[0].suffix == ".safetensors":
-        names += [Path(f"{file}.index.json"), names[0].with_suffix(".bin"),
-                  names[0].with_name("pytorch_model.bin")]
+        names += [names[0].with_suffix(".bin"), names[0].with_name("pytorch_model.bin")]
     folders = (root / repo.split("/")[-1], root)
     return next((f / name for f in folders for name in names if (f / name).is_file()), None)
 
@@ -396,7 +505,14 @@ def fetch(url, name):
     try:
         if hub == "hf":
             from huggingface_hub import hf_hub_download
-            return Path(hf_hub_download(repo, file))
+            from huggingface_hub.errors import EntryNotFoundError
+            try:
+                return Path(hf_hub_download(repo, file))
+            except EntryNotFoundError:  # in shards
+                index = Path(hf_hub_download(repo, f"{file}.index.json"))
+                for shard in sorted(set(json.loads(index.read_text())["weight_map"].values())):
+                    hf_hub_download(repo, str(Path(file).with_name(shard)))
+                return index
         from modelscope import model_file_download  # optional: pip install modelscope
         return Path(model_file_download(repo, file))
     except Exception as e:  # offline, no such file, gated repository: all mean the same to the user
@@ -423,7 +539,12 @@ def below(state, prefix):
 
 
 def unet_state(state, net, source):
-    """Public UNet weights, named by VGen, VideoCrafter (bare or whole model) or diffusers -> UNet3D's."""
+    """Public network weights -> ours: the UNet's by VGen, VideoCrafter (bare or whole) or diffusers."""
+    if isinstance(net, STDiT3):
+        return {"rope.freqs": rope_frequencies(net.cfg.dim // net.cfg.num_heads)} | state  # not in every file
+    if isinstance(net, CogVideoX):  # Diffusion as Shader may start from CogVideoX-5B-I2V
+        started = not net.cfg.tracking_blocks or any(k.startswith("combine_linears.") for k in state)
+        return state if started else with_tracks(state, net)
     state = below(state, "model.diffusion_model.")
     if any(k.startswith("init_attn.") for k in state):
         turbo = net.cfg.guidance_dim and not net.cfg.motion_guidance_dim
@@ -452,7 +573,11 @@ def fresh_adapters(net):
 
 
 def vae_state(state, vae, source):
-    """Public autoencoder weights, bare, in a whole SD file or in diffusers naming -> AutoencoderKL's."""
+    """Public autoencoder weights -> ours: SD's bare, in a whole SD file or in diffusers naming."""
+    if isinstance(vae, OpenSoraVAE):
+        return rename(state, vae, opensora_vae_name, source)
+    if isinstance(vae, CogVideoXVAE):
+        return state
     state = below(state, "first_stage_model.")
     if any(k.startswith("encoder.down_blocks.") for k in state):
         # names of old diffusers files
@@ -463,7 +588,9 @@ def vae_state(state, vae, source):
 
 
 def text_state(state, tower, source):
-    """Public text weights, open_clip (both towers) or transformers naming -> those our short tower holds."""
+    """Public text weights -> ours: T5's, or OpenCLIP's (both towers) in its own or transformers' naming."""
+    if isinstance(tower, T5Text):
+        return {k: v for k, v in state.items() if k in tower.state_dict()}
     state = below(state, "cond_stage_model.model.")
     if any("encoder.layers." in k for k in state):
         state = text_from_hf(state)
@@ -567,12 +694,12 @@ def main(argv=None):
             print(f"{os.path.getsize(path) / 1e9:6.2f} GB  {path}")
         return
     methods = sorted({m for row in BASES.values() for m in row.methods})
-    print(f"{'base':14}{'parameters':>12}  {'methods':24}about")
+    print(f"{'base':17}{'parameters':>12}  {'methods':24}about")
     for name, row in BASES.items():
         with torch.device("meta"):
-            n = sum(q.numel() for q in UNet3D(row.net).parameters())
+            n = sum(q.numel() for q in NETWORKS[type(row.net)](row.net).parameters())
         runs = " ".join(m for m in methods if m in row.methods)
-        print(f"{name:14}{n / 1e6:>10.1f} M  {runs:24}{row.about}")
+        print(f"{name:17}{n / 1e6:>10.1f} M  {runs:24}{row.about}")
 
 
 if __name__ == "__main__":

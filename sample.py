@@ -31,12 +31,12 @@ from common import (Env, UserError, generator, load_checkpoint, memory_advice, n
 from data import (center_crop_wide, clip_image, contact_sheet, image_tensor, list_videos, open_image,
                   read_image_prompts, read_map, read_prompts, read_video, tiny_captions, video_info,
                   write_video)
-from diffusion import (appearance_matrix, ddim, ddim_invert, dpmpp_2m_sde, guided, lcm, make_schedule,
-                       offset_noise, randn)
+from diffusion import (appearance_matrix, cogvideox_dpm, ddim, ddim_invert, dpmpp_2m_sde, dynamic_guidance,
+                       guided, lcm, make_schedule, offset_noise, randn, rflow)
 from metrics import judge_captions
 from models import add_lora, guidance_embedding, merge_lora
 
-SAMPLERS = ("ddim", "lcm", "higen", "sr600")
+SAMPLERS = ("ddim", "lcm", "dpm", "rflow", "higen", "sr600")
 
 
 # ---- samplers that are more than one loop
@@ -94,11 +94,11 @@ def generate(base, env: Env, prompts, seeds, args, batch=8, progress=False, cond
         nulls, n = [args.negative] * len(texts), len(texts)
         generators = [generator("sample", s) for s in seeds[part]]
         with env.autocast():
-            text, null = base.encode_text(texts), base.encode_text(nulls)
+            text, null = base.encode_text(texts), base.encode_null(args.negative, n)
             c = {k: v[part].to(env.device) for k, v in (cond or {}).items()}
             u = {k: v[part].to(env.device) for k, v in (null_cond or {}).items()}
             c |= frame_rate(args, n, env.device)
-            if base.net.cfg.motion_blocks:
+            if base.row.unet.motion_blocks:
                 c["motion_text"] = base.encode_text(texts, motion=True)
                 u["motion_text"] = base.encode_text(nulls, motion=True)
 
@@ -122,12 +122,32 @@ def generate(base, env: Env, prompts, seeds, args, batch=8, progress=False, cond
             elif args.sampler == "lcm":
                 latents = lcm(distilled(base.net, text, c, args), x_T, base.schedule, args.sample_steps,
                               generators, args.origin, args.spacing, bar)
+            elif args.sampler == "rflow":
+                c |= {k: torch.full((n,), float(getattr(args, k)), device=env.device)
+                      for k in ("height", "width")}
+                c["text_mask"] = (base.tokenize(texts) != 0).to(env.device)  # in both branches, as published
+                fn = guided(base.net, text, null, args.cfg, sequential=sequential, **c)
+                latents = rflow(fn, x_T, args.sample_steps, (args.frames, args.height, args.width),
+                                generators=generators, progress=bar)
             else:
-                fn = guided(base.net, text, null, args.cfg, sequential=sequential, null_cond=u, **c)
-                latents = ddim(fn, x_T, base.schedule, args.sample_steps, args.eta, generators,
-                               spacing=args.spacing, progress=bar)
-            videos.append(base.vae.decode(latents, chunk=chunk).float().clamp(-1, 1).cpu())
+                cfg = args.cfg
+                if getattr(args, "dynamic_cfg", None):
+                    cfg = dynamic_guidance(cfg, args.sample_steps, as_published=True)
+                fn = guided(base.net, text, null, cfg, sequential=sequential, null_cond=u, **c)
+                if args.sampler == "dpm":
+                    latents = cogvideox_dpm(fn, x_T, base.schedule, args.sample_steps, generators, bar)
+                else:
+                    latents = ddim(fn, x_T, base.schedule, args.sample_steps, args.eta, generators,
+                                   spacing=args.spacing, progress=bar)
+            videos.append(decode(base, latents, args.frames, chunk).float().clamp(-1, 1).cpu())
     return torch.cat(videos)
+
+
+def decode(base, latents, frames, chunk):
+    """Latents -> video. Open-Sora's latents do not tell how many frames their last one stands for."""
+    if base.row.schedule is None:
+        return base.vae.decode(latents, chunk=chunk, num_frames=frames)
+    return base.vae.decode(latents, chunk=chunk)
 
 
 def frame_rate(args, n, device) -> dict:
@@ -164,20 +184,22 @@ def generate_split(base, env: Env, prompts, seeds, args):
 
 # ---- conditions from files
 
-FILE_FLAGS = ("image", "video", "mask", "depth", "sketch", "motion_vectors", "style_image",
+FILE_FLAGS = ("image", "tracks", "video", "mask", "depth", "sketch", "motion_vectors", "style_image",
               "appearance_image")
 
 
 def check_conditions(args, row):
     """Refuse what the base has no use for, and ask for what it needs, before anything is loaded."""
     takes = set()
-    if row.net.image_to_video:
+    if row.first_frame:
         takes |= {"image"}
-    if row.net.super_resolution:
+    if row.tracks:
+        takes |= {"tracks"}
+    if row.unet.super_resolution:
         takes |= {"video"}
-    if row.net.maps:
+    if row.unet.maps:
         takes |= {"image", "video", "mask", "depth", "sketch", "motion_vectors", "style_image"}
-    if row.net.adapter_image_dim:
+    if row.unet.adapter_image_dim:
         takes |= {"appearance_image"}
     for flag in FILE_FLAGS:
         value, option = getattr(args, flag), f"--{flag.replace('_', '-')}"
@@ -190,26 +212,28 @@ def check_conditions(args, row):
         if getattr(args, flag) is not None and flag not in row.sample:
             raise UserError(f"--{flag.replace('_', '-')}: this base has no such condition")
     own = row.sample["sampler"]
-    if args.sampler != own and {"higen", "sr600"} & {args.sampler, own}:
+    if args.sampler != own and {args.sampler, own} - {"ddim", "lcm"}:
         raise UserError(f"--sampler {args.sampler}: this base is sampled by {own}")
     if args.judge and row.text is not None:
         raise UserError("--judge: only clips of the tiny world can be judged; give --prompt or --prompts")
-    if row.net.image_to_video and not args.image and not args.prompts:
+    if row.first_frame and not args.image and not args.prompts:
         raise UserError("image to video: give --image FILE, or --prompts with lines image|||caption")
-    if row.net.super_resolution and not args.video:
+    if row.tracks and not args.tracks:
+        raise UserError("this base follows tracks: give the tracking video with --tracks")
+    if row.unet.super_resolution and not args.video:
         raise UserError("super-resolution: give the clip, or a folder of clips, with --video")
-    if bool(args.mask) != bool(args.video) and not row.net.super_resolution:
+    if bool(args.mask) != bool(args.video) and not row.unet.super_resolution:
         raise UserError("--mask and --video belong together: the part of the video that is hidden")
-    if not (args.prompt or args.prompts or args.judge or row.net.super_resolution):
+    if not (args.prompt or args.prompts or args.judge or row.unet.super_resolution):
         raise UserError("give one of --prompt TEXT, --prompts FILE, --judge N (tiny)")
-    if row.net.text_resampler and args.frames != 32:
+    if row.unet.text_resampler and args.frames != 32:
         raise UserError(f"--frames {args.frames}: HiGen makes clips of 32 frames")
 
 
 @torch.no_grad()
 def conditions(base, env, args, images, maps):
     """For a batch of clips -> (cond, null_cond) of generate(); images: a path each, maps: of read_maps()."""
-    cfg, n, size = base.net.cfg, len(images), (args.height, args.width)
+    row, n, size = base.row, len(images), (args.height, args.width)
     cond, null = {}, {}
 
     def clip_embedding(paths):
@@ -217,11 +241,18 @@ def conditions(base, env, args, images, maps):
         pixels = torch.stack([clip_image(open_image(p), (side, side)) for p in paths])
         return base.image_encoder(pixels.to(env.device, env.dtype))[:, None].float()  # n 1 d
 
-    if cfg.image_to_video:
+    if row.first_frame:
         pixels = torch.stack([image_tensor(center_crop_wide(open_image(p), size)) for p in images])
-        cond["first_frame"] = base.vae.encode(pixels[:, :, None].to(env.device, env.dtype))[:, :, 0].float()
+        cond["first_frame"] = base.vae.encode(pixels[:, :, None].to(env.device, env.dtype)).float()
+    if row.unet.image_to_video:
+        cond["first_frame"] = cond["first_frame"][:, :, 0]
         cond["image"] = clip_embedding(images)
         null["image"] = torch.zeros_like(cond["image"])
+    if row.tracks:
+        video, _ = read_video(args.tracks, args.frames, size=size)
+        video = video[None].to(env.device, env.dtype)
+        for name, part in (("tracks", video), ("first_track", video[:, :, :1])):
+            cond[name] = base.vae.encode(part).float().expand(n, -1, -1, -1, -1)
     if args.style_image:
         cond["image"] = clip_embedding([args.style_image]).expand(n, -1, -1)
         null["image"] = torch.zeros_like(cond["image"])
@@ -314,7 +345,8 @@ def get_args(argv=None):
     p.add_argument("--negative", help="negative prompt (default: the run's or the base's)")
     p.add_argument("--suffix", help="text put after every prompt (default: the base's)")
     # conditions
-    p.add_argument("--image", help="first frame (I2VGen-XL, VideoComposer)")
+    p.add_argument("--image", help="first frame (I2VGen-XL, CogVideoX-I2V, das, VideoComposer)")
+    p.add_argument("--tracks", help="tracking video (Diffusion as Shader)")
     p.add_argument("--video", help="clip or folder of clips (SR600); what --mask hides (VideoComposer)")
     p.add_argument("--mask", help="picture, white where the video is hidden (VideoComposer)")
     p.add_argument("--depth", help="depth maps: .npy or video (VideoComposer)")
@@ -360,7 +392,7 @@ def read_jobs(args, row):
         captions, rng = tiny_captions(), np.random.default_rng(args.seed)
         prompts = [captions[i] for i in rng.integers(len(captions), size=args.judge)]
         return prompts, [None] * len(prompts)
-    if row.net.super_resolution:
+    if row.unet.super_resolution:
         clips = list_videos(args.video)
         for clip in clips:
             video_info(clip)
@@ -374,11 +406,11 @@ def read_jobs(args, row):
             rows = [json.loads(line) for line in index.read_text().splitlines()]
             known = {row.get("file"): row.get("prompt", "") for row in rows}
         return [args.prompt or known.get(clip.name, "") for clip in clips], clips
-    if row.net.image_to_video and not args.image:
+    if row.first_frame and not args.image:
         pairs = read_image_prompts(args.prompts)
     else:
         prompts = [args.prompt] if args.prompt else read_prompts(args.prompts)
-        pairs = [(args.image if row.net.image_to_video else None, prompt) for prompt in prompts]
+        pairs = [(args.image if row.first_frame else None, prompt) for prompt in prompts]
     for image in dict.fromkeys(image for image, _ in pairs if image):
         open_image(image)
     return [caption for _, caption in pairs], [image for image, _ in pairs]
@@ -393,11 +425,11 @@ def main(argv=None):
         raise UserError(f"--ckpt {args.ckpt}: was trained on base {meta['base']}, not {args.base}")
     row = base_row(meta["base"])
     settings = fill(args, meta["base"], meta["sample"])
-    if row.net.super_resolution:
+    if row.unet.super_resolution:
         del settings["frames"]  # each clip keeps its own
     check_conditions(args, row)
     prompts, files = read_jobs(args, row)
-    maps = read_maps(args, (args.height, args.width)) if row.net.maps else {}
+    maps = read_maps(args, (args.height, args.width)) if row.unet.maps else {}
     loras = [lora_file(text) for text in args.lora]
     env = setup(args)
     if args.ckpt:
@@ -406,8 +438,7 @@ def main(argv=None):
         base = load_base(args.base, args.weights, env.device, torch.float32 if loras else env.dtype)
     for path, scale in loras:
         merge_public_lora(base.net, path, scale)
-    for module in base.parts().values():
-        module.requires_grad_(False).to(env.dtype)
+    base.freeze(env.dtype)
     with torch.no_grad(), env.autocast():
         base.remember([prompt + args.suffix for prompt in prompts] + [args.negative])
 
@@ -417,12 +448,12 @@ def main(argv=None):
     mine = list(range(env.rank, len(jobs), env.world))
     advice = memory_advice("--batch 1", "--sequential", "--decode-chunk 1", "--dtype bf16", "fewer --frames",
                            "a smaller --height and --width")
-    batch = 1 if row.net.super_resolution else args.batch
+    batch = 1 if row.unet.super_resolution else args.batch
     with advice:
         for i in range(0, len(mine), batch):
             part = [jobs[j] for j in mine[i:i + batch]]
             options, frames = dict(sequential=args.sequential, chunk=args.decode_chunk), None
-            if row.net.super_resolution:
+            if row.unet.super_resolution:
                 options["video"], frames = enlarge(part[0][1], args)
                 args.frames = options["video"].shape[2]
             else:
@@ -443,7 +474,7 @@ def main(argv=None):
     if env.main:
         adapters = ([args.ckpt] if args.ckpt else []) + args.lora
         given = {flag: getattr(args, flag) for flag in FILE_FLAGS if getattr(args, flag)}
-        own = "image" if row.net.image_to_video else "video"
+        own = "image" if row.first_frame else "video"
         rows = [dict(file=f"{j:04d}.mp4", prompt=prompt, seed=seed, base=base.name, adapters=adapters,
                      **(given | ({own: str(file)} if file else {})), **settings)
                 for j, (prompt, file, seed) in enumerate(jobs)]

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 
 import bases
-from models import (UNet3D, add_lora, instructvideo_lora_name, turbo_lora_layers, unet_diffusers_name,
-                    videocrafter_name)
+from models import (UNet3D, UNetConfig, add_lora, instructvideo_lora_name, turbo_lora_layers,
+                    unet_diffusers_name, videocrafter_name)
 from text_encoders import CLIPConfig, OpenCLIP, OpenCLIPText
 from vae import AutoencoderKL, VAEConfig, vae_diffusers_name
 
-PUBLIC = [name for name, row in bases.BASES.items() if row.files]
+PUBLIC = [name for name, row in bases.BASES.items() if row.files and isinstance(row.net, UNetConfig)]
 CLIP = CLIPConfig(
     embed_dim=32, vision_layers=1, vision_width=32, vision_head_width=16, patch_size=56, text_width=32,
     text_heads=2, text_layers=3)
