@@ -1,4 +1,4 @@
-"""The methods' own effects on the tiny world, with seeds and thresholds: run by hand, `pytest -m effect`.
+"""The methods' own effects on the tiny world, with seeds and thresholds: by hand, `pytest -m effect -n 0`.
 
 Minutes each. Each test writes results/NAME.json, whose "table" rows RESULTS.md repeats word for word
 (tests/test_readme.py compares).
