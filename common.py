@@ -505,6 +505,7 @@ KINDS = {  # part of a key that only this kind of file has -> the kind, in words
     "text_model.": "a transformers CLIP text model",
     "vision_model.": "a transformers CLIP image model",
     "transformer_blocks.0.norm1.linear": "CogVideoX",
+    "fusion1.layer1.": "MiDaS",
 }
 
 

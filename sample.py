@@ -6,6 +6,7 @@
     torchrun --nproc_per_node=4 sample.py --base modelscope --weights weights/modelscope --prompts prompts.txt
     python sample.py --base i2vgen-xl --image dog.png --prompt "a dog runs"  # or --prompts: image|||caption
     python sample.py --base vcomposer --depth depth.npy --style-image painting.png --prompt "a red car"
+    python sample.py --base vcomposer --depth drive.mp4 --midas midas_v3_dpt_large.pth --prompt "a red car"
     python sample.py --base sr600 --video out/sample       # every clip there, at 720x1280
     python sample.py --base modelscope-v1.4 --lora instructvideo.pth:0.8 --prompt "a fox in the snow"
 
@@ -23,18 +24,19 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
 from bases import BASES, base_row, fill, latent_shape, load_base, merge_public_lora
-from common import (Env, UserError, generator, load_checkpoint, memory_advice, net_and_text, setup,
-                    write_atomic)
+from common import (Env, UserError, generator, load_checkpoint, load_weights, memory_advice, net_and_text,
+                    rename, setup, write_atomic)
 from data import (center_crop_wide, clip_image, contact_sheet, image_tensor, list_videos, open_image,
                   read_image_prompts, read_map, read_prompts, read_video, tiny_captions, video_info,
                   write_video)
 from diffusion import (appearance_matrix, cogvideox_dpm, ddim, ddim_invert, dpmpp_2m_sde, dynamic_guidance,
                        guided, lcm, make_schedule, offset_noise, randn, rflow)
 from metrics import judge_captions
-from models import add_lora, guidance_embedding, merge_lora
+from models import UNetConfig, add_lora, guidance_embedding, merge_lora
 
 SAMPLERS = ("ddim", "lcm", "dpm", "rflow", "higen", "sr600")
 
@@ -184,7 +186,7 @@ def generate_split(base, env: Env, prompts, seeds, args):
 
 # ---- conditions from files
 
-FILE_FLAGS = ("image", "tracks", "video", "mask", "depth", "sketch", "motion_vectors", "style_image",
+FILE_FLAGS = ("image", "tracks", "video", "mask", "depth", "midas", "sketch", "motion_vectors", "style_image",
               "appearance_image")
 
 
@@ -198,7 +200,7 @@ def check_conditions(args, row):
     if row.unet.super_resolution:
         takes |= {"video"}
     if row.unet.maps:
-        takes |= {"image", "video", "mask", "depth", "sketch", "motion_vectors", "style_image"}
+        takes |= {"image", "video", "mask", "depth", "midas", "sketch", "motion_vectors", "style_image"}
     if row.unet.adapter_image_dim:
         takes |= {"appearance_image"}
     for flag in FILE_FLAGS:
@@ -212,7 +214,8 @@ def check_conditions(args, row):
         if getattr(args, flag) is not None and flag not in row.sample:
             raise UserError(f"--{flag.replace('_', '-')}: this base has no such condition")
     own = row.sample["sampler"]
-    if args.sampler != own and {args.sampler, own} - {"ddim", "lcm"}:
+    unet = isinstance(row.net, UNetConfig)
+    if args.sampler != own and (not unet or {args.sampler, own} - {"ddim", "lcm"}):
         raise UserError(f"--sampler {args.sampler}: this base is sampled by {own}")
     if args.judge and row.text is not None:
         raise UserError("--judge: only clips of the tiny world can be judged; give --prompt or --prompts")
@@ -224,6 +227,8 @@ def check_conditions(args, row):
         raise UserError("super-resolution: give the clip, or a folder of clips, with --video")
     if bool(args.mask) != bool(args.video) and not row.unet.super_resolution:
         raise UserError("--mask and --video belong together: the part of the video that is hidden")
+    if args.midas and not args.depth:
+        raise UserError("--midas: give the video whose depth it is to estimate with --depth")
     if not (args.prompt or args.prompts or args.judge or row.unet.super_resolution):
         raise UserError("give one of --prompt TEXT, --prompts FILE, --judge N (tiny)")
     if row.unet.text_resampler and args.frames != 32:
@@ -269,12 +274,15 @@ def conditions(base, env, args, images, maps):
 def read_maps(args, size):
     """VideoComposer's maps from ready files -> {name: (1,c,f,h,w)}.
 
-    depth: MiDaS's inverse depth / 20 in 0..10 (.npy; a video counts as 0..1); sketch: 0..1 (a picture is the
-    single sketch of the first frame); motion: .npy (2,f,h,w); image: the first frame, in 0..1; video and mask
-    (1: hidden).
+    depth: MiDaS's inverse depth / 20 in 0..10 (.npy; a video counts as 0..1), but with --midas a video in
+    [-1,1], whose depth estimate_depth() finds; sketch: 0..1 (a picture is the single sketch of the first
+    frame); motion: .npy (2,f,h,w); image: the first frame, in 0..1; video and mask (1: hidden).
     """
     f, maps = args.frames, {}
-    if args.depth:
+    if args.depth and args.midas:  # squeezed to the clip's size, not cropped: as published
+        video = read_video(args.depth, f)[0].transpose(0, 1)
+        maps["depth"] = F.interpolate(video, size, mode="bilinear", antialias=True).transpose(0, 1)
+    elif args.depth:
         maps["depth"] = read_map(args.depth, f, size, 1)
     if args.sketch:
         sketch = read_map(args.sketch, None, size, 1)
@@ -300,6 +308,82 @@ def enlarge(path, args, dtype=torch.float32):
     size = (args.height, args.width)
     video = F.interpolate(video.transpose(0, 1).float(), size, mode="bilinear", align_corners=False)
     return video.transpose(0, 1)[None].to(dtype), frames
+
+
+# ---- depth
+
+class MiDaS(nn.Module):
+    """Relative inverse depth of pictures: MiDaS v3 (arXiv 1907.01341), DPT-Large (2103.13413) by default.
+
+    The network is transformers'; from_public() takes the public file's tensors (midas_v3_dpt_large.pth).
+    """
+
+    def __init__(self, dim=1024, layers=24, heads=16, patch=16, image_size=384, neck=(256, 512, 1024, 1024),
+                 fusion=256):
+        super().__init__()
+        from transformers import DPTConfig, DPTForDepthEstimation
+        self.patch = patch
+        self.taps = [(k + 1) * layers // 4 - 1 for k in range(4)]  # the last block of each quarter
+        self.dpt = DPTForDepthEstimation(DPTConfig(
+            hidden_size=dim, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * dim,
+            hidden_act="gelu", layer_norm_eps=1e-5, image_size=image_size, patch_size=patch,
+            is_hybrid=False, readout_type="project", backbone_out_indices=self.taps,
+            neck_hidden_sizes=list(neck), fusion_hidden_size=fusion))
+        self.dpt.dpt.layernorm = nn.Identity()  # of the last block's output, which nothing reads
+
+    def from_public(self, state, source):
+        """Take the public file's tensors: none missing, none left over. -> self, in eval mode."""
+        split = {}
+        for key, value in state.items():
+            if ".to_qkv." in key:  # rows: q, then k, then v
+                split |= {key.replace("qkv", c): rows for c, rows in zip("qkv", value.chunk(3))}
+            else:
+                split[key] = value
+        # rename reshapes: the head's last layer is (32,1,1,1) there, a transposed convolution
+        self.dpt.load_state_dict(rename(split, self.dpt, midas_name, source), assign=True)
+        return self.eval()
+
+    def forward(self, images):
+        """images (n,3,h,w) in [-1,1], sides multiples of 2 patches (32) -> inverse depth (n,h,w) >= 0."""
+        rows, columns = (side // self.patch for side in images.shape[2:])
+        states = self.dpt.dpt(images, output_hidden_states=True).hidden_states  # embeddings, then blocks
+        # part by part: called as a whole it takes square pictures only
+        return self.dpt.head(self.dpt.neck([states[i + 1] for i in self.taps], rows, columns))
+
+
+MIDAS_NAMES = {
+    "dpt.embeddings.cls_token": "cls_embedding", "dpt.embeddings.position_embeddings": "pos_embedding",
+    "dpt.embeddings.patch_embeddings.projection": "patch_embedding", "dpt.encoder.layer": "blocks",
+    "layernorm_before": "norm1", "layernorm_after": "norm2", "attention.attention.query": "attn.to_q",
+    "attention.attention.key": "attn.to_k", "attention.attention.value": "attn.to_v",
+    "attention.output.dense": "attn.proj", "intermediate.dense": "mlp.0", "output.dense": "mlp.2",
+    **{f"neck.reassemble_stage.readout_projects.{k}": f"fc{k + 1}" for k in range(4)},
+    **{f"neck.reassemble_stage.layers.{k}.projection": f"conv{k + 1}.0" for k in range(4)},
+    **{f"neck.reassemble_stage.layers.{k}.resize": f"conv{k + 1}.1" for k in range(4)},
+    **{f"neck.convs.{k}": f"conv{k + 1}.{1 if k == 2 else 2}" for k in range(4)},  # the third has no resize
+    **{f"neck.fusion_stage.layers.{k}": f"fusion{4 - k}" for k in range(4)},
+    "residual_layer": "layer", "convolution1": "residual.1", "convolution2": "residual.3",
+    "projection": "conv_out", "head.head": "head"}
+
+
+def midas_name(key):
+    """transformers' key of DPTForDepthEstimation -> the public file's, q, k and v apart."""
+    for theirs, public in MIDAS_NAMES.items():
+        key = key.replace(theirs, public)
+    return key
+
+
+@torch.no_grad()
+def estimate_depth(path, video, device):
+    """Weights of MiDaS, video (1,3,f,h,w) in [-1,1] -> VideoComposer's depth (1,1,f,h,w) in 0..10, CPU.
+
+    Frame by frame, in float32 (published: float16).
+    """
+    with torch.device("meta"):  # no time for random weights
+        net = MiDaS()
+    net = net.from_public(load_weights(path), path).to(device, torch.float32)
+    depth = torch.cat([net(frame[None].to(device)).cpu() for frame in video[0].transpose(0, 1)])
+    return (depth / 20).clamp(0, 10)[None, None]
 
 
 # ---- runs and public adapters
@@ -349,7 +433,9 @@ def get_args(argv=None):
     p.add_argument("--tracks", help="tracking video (Diffusion as Shader)")
     p.add_argument("--video", help="clip or folder of clips (SR600); what --mask hides (VideoComposer)")
     p.add_argument("--mask", help="picture, white where the video is hidden (VideoComposer)")
-    p.add_argument("--depth", help="depth maps: .npy or video (VideoComposer)")
+    p.add_argument("--depth", help="depth maps: .npy or video; with --midas any video (VideoComposer)")
+    p.add_argument("--midas", metavar="FILE", help="estimate the depth of the video --depth with these "
+                   "weights (ModelScope hub iic/tf-t2v, models/midas_v3_dpt_large.pth)")
     p.add_argument("--sketch", help="sketches: .npy or video, or one picture (VideoComposer)")
     p.add_argument("--motion-vectors", help="motion vectors: .npy of shape 2 f h w (VideoComposer)")
     p.add_argument("--style-image", help="picture whose style and content to follow (VideoComposer)")
@@ -432,6 +518,8 @@ def main(argv=None):
     maps = read_maps(args, (args.height, args.width)) if row.unet.maps else {}
     loras = [lora_file(text) for text in args.lora]
     env = setup(args)
+    if args.midas:
+        maps["depth"] = estimate_depth(args.midas, maps["depth"], env.device)
     if args.ckpt:
         base = load_run(args.ckpt, tensors, meta, args.weights, env)
     else:

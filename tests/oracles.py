@@ -696,6 +696,20 @@ def image_tower(case):
         return {name: net(call["image"]) for name, call in calls(case)}
 
 
+def annotator(case):
+    """Depth by MiDaS. The two networks behind sketches, which we take ready, are passed over."""
+    config = case.config
+    if config["network"] in ("pidinet", "sketch_cleaner"):
+        return {}
+    if config["network"] != "midas":
+        raise Unsupported(f"network {config['network']}")
+    net = sample.MiDaS(config["dim"], config["num_layers"], config["num_heads"], config["patch_size"],
+                       config["image_size"], config["neck_dims"], config["fusion_dim"])
+    net.from_public({key: fill_tensor(key, shape) for key, shape in case.params.items()}, "case")
+    with torch.no_grad():
+        return {name: net(call["image"])[:, None] for name, call in calls(case)}
+
+
 def subject_metrics(case):
     result = {}
     for name, call in calls(case):
@@ -1441,6 +1455,7 @@ KINDS = {
     ("rectified_flow", "rflow"): rectified_flow,
     ("text_forward", "dreamvideo"): text_with_vectors,
     ("image_tower_forward", "dreamvideo"): image_tower,
+    ("annotator_forward", "tft2v_unet"): annotator,
     ("metric", "dreamvideo"): subject_metrics,
     ("image_transform", "dreamvideo"): image_steps,
     ("image_transform", "vgen_data"): image_items,

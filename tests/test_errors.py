@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import hub
@@ -178,6 +179,10 @@ def picture(folder, name="a.png"):
     ("vcomposer", ["--depth", "ARRAY"], "5 frame(s) instead of 16"),
     ("vcomposer", ["--motion-vectors", "ARRAY"], "expected 2 channel(s)"),
     ("vcomposer", ["--motion-vectors", "OBJECTS"], "not a .npy file of numbers"),
+    ("vcomposer", ["--midas", "PICTURE"], "estimate with --depth"),
+    ("vcomposer", ["--midas", "nowhere.pth", "--depth", "ARRAY"], "nowhere.pth: no such file"),
+    ("vcomposer", ["--midas", "PICTURE", "--depth", "ARRAY"], "array.npy"),
+    ("tft2v", ["--midas", "PICTURE"], "words alone"),
     ("tft2v", ["--style-image", "PICTURE"], "words alone"),
     ("dreamvideo", ["--image", "PICTURE"], "--appearance-image"),
     ("modelscope", ["--lora", "nowhere.pth:0.5"], "nowhere.pth: no such file")])
@@ -192,6 +197,18 @@ def test_conditions(base, flags, words, message, tmp_path):
              "BROKEN": str(tmp_path / ("broken.mp4" if base == "sr600" else "broken.png"))}
     text = message(sample.main, ["--base", base, "--prompt", "a", *(given.get(f, f) for f in flags)])
     assert words in text, text
+
+
+def test_wrong_file_of_midas(message, tmp_path):
+    clip, weights = tmp_path / "clip.mp4", tmp_path / "midas.pth"
+    write_video(clip, torch.zeros(3, 16, 16, 16))
+    call = partial(message, sample.main, ["--base", "vcomposer", "--prompt", "a", "--depth", str(clip),
+                                          "--midas", str(weights), "--device", "cpu"])
+    torch.save({"temopral_conv.weight": torch.zeros(1)}, weights)
+    text = call()
+    assert "midas.pth" in text and "a VGen or ModelScope UNet" in text
+    weights.write_bytes(b"no such thing")
+    assert "fetch it again" in call()
 
 
 def test_words(message, tmp_path):

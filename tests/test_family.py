@@ -3,17 +3,20 @@ import json
 import sys
 import types
 from functools import partial
+from pathlib import Path
 
 import hub
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import bases
+import oracles
 import sample
 from bases import load_base, merge_public_lora
-from data import video_info, write_video
+from data import read_video, video_info, write_video
 
 PROMPT = ["--prompt", "a fox in the snow"]
 
@@ -263,6 +266,32 @@ def test_videocomposer(play, files):
     everything = [*PROMPT, "--n", 2, *(x for args in conditions.values() for x in args)]
     clips, _ = play("vcomposer", *everything)
     assert far(clips, play("vcomposer", *everything, "--batch", 1, "--sequential")[0]) < 1e-4
+
+
+def test_depth_of_a_video(play, tmp_path, monkeypatch):
+    """--midas: as the maps that one makes oneself, with Pillow's resize, aspect not kept."""
+    case = oracles.Case(Path(__file__).parent / "oracle_data" / "tft2v_unet" / "midas_tiny.json")
+    state = {key: oracles.fill_tensor(key, shape) for key, shape in case.params.items()}
+    state["head.4.weight"] *= 200  # some of it beyond the clamp
+    state["head.4.bias"] += 20
+    torch.save(state, tmp_path / "midas.pth")
+    small = partial(sample.MiDaS, 32, 4, 4, 16, 64, (8, 16, 32, 32), 16)
+    monkeypatch.setattr(sample, "MiDaS", small)
+    write_video(tmp_path / "clip.mp4", F.interpolate(torch.rand(3, 4, 5, 6) * 2 - 1, (64, 80)))
+    frames = read_video(tmp_path / "clip.mp4", 3)[0].add(1).mul(127.5).round().byte().permute(1, 2, 3, 0)
+    frames = [np.asarray(Image.fromarray(f.numpy()).resize((64, 32), Image.BILINEAR)) for f in frames]
+    video = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2) / 127.5 - 1
+    with torch.no_grad():
+        depth = (small().from_public(state, "test")(video) / 20).clamp(0, 10)
+    assert depth.shape == (3, 32, 64) and depth.std() > 0.1 and (depth == 10).any() and (depth < 9).any()
+    np.save(tmp_path / "depth.npy", depth)
+
+    size = [*PROMPT, "--height", 32, "--width", 64]
+    ours, rows = play("vcomposer", *size, "--depth", tmp_path / "clip.mp4", "--midas", tmp_path / "midas.pth")
+    assert rows[0]["depth"].endswith("clip.mp4") and rows[0]["midas"].endswith("midas.pth")
+    theirs, _ = play("vcomposer", *size, "--depth", tmp_path / "depth.npy")
+    plain, _ = play("vcomposer", *size)
+    assert 10 * far(ours, theirs) < far(ours, plain) > 1e-3
 
 
 def test_appearance_image_and_adapters(play, public, files, tmp_path):

@@ -16,6 +16,7 @@ from common import load_pickle, load_strict, load_weights, looks_like, rename
 from data import clip_image_squeezed, clip_normalize
 from models import (CogVideoX, CogVideoXConfig, STDiT3, STDiT3Config, UNet3D, UNetConfig, add_lora,
                     instructvideo_lora_name, turbo_lora_layers, unet_diffusers_name, videocrafter_name)
+from sample import MiDaS, midas_name
 from text_encoders import (DINO, CLIPConfig, OpenCLIP, OpenCLIPText, OpenCLIPVision, Resampler, T5Config,
                            T5Text, clip_text_only, dino_name, save_learned, t5_tokenizer, text_from_hf,
                            tokenize, vision_from_hf)
@@ -111,6 +112,19 @@ def test_autoencoders_and_towers_of_the_table():
     for name, row in BASES.items():
         if row.files and isinstance(row.net, UNetConfig):
             assert (row.vae, row.text) == (VAEConfig(), CLIPConfig()), name
+
+
+def test_midas():
+    """Names through the map, and exact shapes but for the layers that are stored in another form."""
+    keys, expected = read("tft2v_unet/midas_v3_dpt_large.manifest")["keys"], {}
+    for key, (rows, *shape) in keys.items():
+        names = [key.replace("qkv", c) for c in "qkv"] if "qkv" in key else [key]
+        expected |= {name: [rows // len(names), *shape] for name in names}
+    expected["head.4.weight"] = [1, 32, 1, 1]  # a convolution for a transposed one
+    net = on_meta(MiDaS)
+    assert {midas_name(key): shape for key, shape in shapes(net.dpt).items()} == expected
+    assert looks_like(keys) == "it looks like MiDaS"
+    net.from_public({key: torch.empty(shape, device="meta") for key, shape in keys.items()}, "manifest")
 
 
 def test_videocrafter2_whole():
