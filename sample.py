@@ -13,7 +13,8 @@
 Writes OUT/0000.mp4 ..., OUT/sheet.png (contact sheet), OUT/index.jsonl (file, prompt, seed, base, adapters,
 settings).
 A clip depends on its prompt, its number and --seed alone: not on --batch, nor on the number of processes.
-Memory: texts are encoded first and the text towers freed; then --batch 1, --sequential, --decode-chunk 1.
+Memory: texts are encoded first and the text towers freed before the networks move to the GPU; then --batch 1,
+--sequential, --decode-chunk 1.
 """
 import argparse
 import json
@@ -388,9 +389,9 @@ def estimate_depth(path, video, device):
 
 # ---- runs and public adapters
 
-def load_run(path, tensors, meta, weights, env):
-    """What load_checkpoint(path) gave -> the run's base with its trained tensors put in, LoRA merged."""
-    base = load_base(meta["base"], weights or meta["args"].get("weights"), env.device, torch.float32)
+def load_run(path, tensors, meta, weights):
+    """What load_checkpoint(path) gave -> the run's base with its trained tensors put in, on the CPU."""
+    base = load_base(meta["base"], weights or meta["args"].get("weights"), "cpu", torch.float32)
     net, text = net_and_text(tensors)
     if meta["rank"]:
         add_lora(base.net, meta["rank"], meta["alpha"], meta["lora_targets"])
@@ -521,14 +522,19 @@ def main(argv=None):
     if args.midas:
         maps["depth"] = estimate_depth(args.midas, maps["depth"], env.device)
     if args.ckpt:
-        base = load_run(args.ckpt, tensors, meta, args.weights, env)
+        base = load_run(args.ckpt, tensors, meta, args.weights)
     else:
-        base = load_base(args.base, args.weights, env.device, torch.float32 if loras else env.dtype)
+        base = load_base(args.base, args.weights, "cpu", torch.float32 if loras else env.dtype)
     for path, scale in loras:
         merge_public_lora(base.net, path, scale)
     base.freeze(env.dtype)
+    # one after the other on the GPU: T5 and a 5B network together would not fit on 24 GB
+    for encoder in filter(None, (base.text_encoder, base.motion_encoder)):
+        encoder.to(env.device)
     with torch.no_grad(), env.autocast():
         base.remember([prompt + args.suffix for prompt in prompts] + [args.negative])
+    for module in base.parts().values():
+        module.to(env.device)
 
     jobs = [(prompt, file, f"{args.seed}-{i}-{k}")
             for i, (prompt, file) in enumerate(zip(prompts, files)) for k in range(args.n)]
