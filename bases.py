@@ -381,12 +381,16 @@ def latent_shape(name, frames, height, width):
     return row.vae.z_channels, frames, height // row.vae.factor, width // row.vae.factor
 
 
-def fill(args, name, run=None) -> dict:
+def fill(args, name, run=None, method=None) -> dict:
     """Fill the sampling options that args leaves open from the run, then the base. -> all, for metadata.
 
-    A size that does not fit is refused here, before anything is loaded.
+    A size that does not fit, or a base that the method does not know, is refused here, before anything is
+    loaded.
     """
     row = base_row(name)
+    if method and method not in row.methods:
+        known = ", ".join(n for n, r in BASES.items() if method in r.methods)
+        raise UserError(f"--base {name}: {method}.py does not run on it yet; it runs on {known}")
     if getattr(args, "fps", None) is not None and row.sample["fps"] is None:
         raise UserError(f"--fps {args.fps}: base {name} takes no frame rate as a condition")
     defaults = row.sample | {k: v for k, v in (run or {}).items() if v is not None}

@@ -126,7 +126,7 @@ def t2v_loss(net, schedule, x0, text, g, offset=0.0, **cond):
 
 def main(argv=None):
     args = get_args(argv)
-    settings = fill(args, args.base)
+    settings = fill(args, args.base, method="t2v")
     size = args.frames, args.height, args.width
     if args.data:
         data = VideoDataset(args.data, *size, args.read_fps, args.seed)

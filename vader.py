@@ -156,7 +156,7 @@ def main(argv=None):
         held_out = read_prompts(args.eval_prompts)
     else:
         held_out = prompts if args.prompts else tiny_prompts(held_out=True)
-    settings = fill(args, args.base)
+    settings = fill(args, args.base, method="vader")
     shape = latent_shape(args.base, args.frames, args.height, args.width)
     updates = len(ddim_timesteps(args.sample_steps, spacing=args.spacing))
     backprop_steps(args.backprop, updates, generator(0))  # a wrong word is refused now, not at the first step
