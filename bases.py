@@ -239,18 +239,18 @@ BASES = {
     "cogvideox-5b": Row(
         "CogVideoX-5B, 49 frames of 480x720",
         CogVideoXConfig(), CogVideoXVAEConfig(), T5Config(), COGVIDEOX | dict(divisor=1.0),
-        sampling(frames=49, height=480, width=720, sampler="dpm", cfg=6.0, dynamic_cfg=True),
+        sampling(frames=49, height=480, width=720, sampler="dpm", cfg=6.0, dynamic_cfg="published"),
         cogvideox_files("hf:THUDM/CogVideoX-5b"), methods=()),
     "cogvideox-5b-i2v": Row(
         "CogVideoX-5B-I2V, image to video",
         CogVideoXConfig(**COGVIDEOX_5B), CogVideoXVAEConfig(), T5Config(), COGVIDEOX | dict(divisor=1.0),
-        sampling(frames=49, height=480, width=720, sampler="dpm", cfg=6.0, dynamic_cfg=True),
+        sampling(frames=49, height=480, width=720, sampler="dpm", cfg=6.0, dynamic_cfg="published"),
         cogvideox_files("hf:THUDM/CogVideoX-5b-I2V"), methods=()),
     "das": Row(
         "Diffusion as Shader (arXiv 2501.03847): CogVideoX-5B-I2V that follows a tracking video",
         CogVideoXConfig(**COGVIDEOX_5B, tracking_blocks=18), CogVideoXVAEConfig(), T5Config(),
         COGVIDEOX | dict(divisor=1.0),
-        sampling(frames=49, height=480, width=720, sampler="dpm", cfg=6.0, dynamic_cfg=True),
+        sampling(frames=49, height=480, width=720, sampler="dpm", cfg=6.0, dynamic_cfg="published"),
         cogvideox_files("hf:EXCAI/Diffusion-As-Shader"), methods=()),
     "opensora": Row(
         "Open-Sora 1.2, 51 frames of 240x426, other sizes and lengths too",

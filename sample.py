@@ -32,12 +32,12 @@ from bases import BASES, base_row, fill, latent_shape, load_base, merge_public_l
 from common import (Env, UserError, generator, load_checkpoint, load_weights, memory_advice, net_and_text,
                     rename, setup, write_atomic)
 from data import (center_crop_wide, clip_image, contact_sheet, image_tensor, list_videos, open_image,
-                  read_image_prompts, read_map, read_prompts, read_video, tiny_captions, video_info,
-                  write_video)
+                  opensora_size, read_image_prompts, read_map, read_prompts, read_video, tiny_captions,
+                  video_info, write_video)
 from diffusion import (appearance_matrix, cogvideox_dpm, ddim, ddim_invert, dpmpp_2m_sde, dynamic_guidance,
                        guided, lcm, make_schedule, offset_noise, randn, rflow)
 from metrics import judge_captions
-from models import UNetConfig, add_lora, guidance_embedding, merge_lora
+from models import STDiT3Config, UNetConfig, add_lora, guidance_embedding, merge_lora
 
 SAMPLERS = ("ddim", "lcm", "dpm", "rflow", "higen", "sr600")
 
@@ -133,9 +133,9 @@ def generate(base, env: Env, prompts, seeds, args, batch=8, progress=False, cond
                 latents = rflow(fn, x_T, args.sample_steps, (args.frames, args.height, args.width),
                                 generators=generators, progress=bar)
             else:
-                cfg = args.cfg
-                if getattr(args, "dynamic_cfg", None):
-                    cfg = dynamic_guidance(cfg, args.sample_steps, as_published=True)
+                cfg, rule = args.cfg, getattr(args, "dynamic_cfg", None) or "off"
+                if rule != "off":
+                    cfg = dynamic_guidance(cfg, args.sample_steps, as_published=rule == "published")
                 fn = guided(base.net, text, null, cfg, sequential=sequential, null_cond=u, **c)
                 if args.sampler == "dpm":
                     latents = cogvideox_dpm(fn, x_T, base.schedule, args.sample_steps, generators, bar)
@@ -211,7 +211,7 @@ def check_conditions(args, row):
             raise UserError(f"{option}: this base has no such condition; it takes {known}")
         if value and not Path(value).exists():
             raise UserError(f"{option} {value}: no such file")
-    for flag in ("motion_factor", "appearance_factor", "motion_cfg"):
+    for flag in ("motion_factor", "appearance_factor", "motion_cfg", "dynamic_cfg"):
         if getattr(args, flag) is not None and flag not in row.sample:
             raise UserError(f"--{flag.replace('_', '-')}: this base has no such condition")
     own = row.sample["sampler"]
@@ -447,6 +447,8 @@ def get_args(argv=None):
     p.add_argument("--appearance-factor", type=float, help="HiGen: more is more change over the clip (1.0)")
     # pixels
     p.add_argument("--frames", type=int, help="frames a clip (default: the base's)")
+    p.add_argument("--size", metavar="LENGTH,RESOLUTION,ASPECT",
+                   help="Open-Sora: by name, 2s..16s, 144p..720p, height:width, such as 4s,240p,9:16")
     p.add_argument("--height", type=int, help="pixels (default: the base's)")
     p.add_argument("--width", type=int, help="pixels (default: the base's)")
     p.add_argument("--fps", type=int, help="frame rate as a condition, for bases that take one")
@@ -456,6 +458,8 @@ def get_args(argv=None):
     p.add_argument("--sample-steps", type=int, help="sampler steps (default: the base's)")
     p.add_argument("--eta", type=float, help="DDIM noise, 0 deterministic to 1 (default: the base's)")
     p.add_argument("--cfg", type=float, help="guidance u + cfg (c - u); 1 is off (default: the base's)")
+    p.add_argument("--dynamic-cfg", choices=("published", "meant", "off"),
+                   help="CogVideoX: guidance that grows over the steps, as published or as meant")
     p.add_argument("--motion-cfg", type=float, help="T2V-Turbo-v2: scale of motion guidance (0.05)")
     p.add_argument("--n", type=int, default=1, help="clips a prompt")
     p.add_argument("--batch", type=int, default=4, help="clips at a time on each process")
@@ -471,6 +475,15 @@ def get_args(argv=None):
     if sum(bool(x) for x in (args.prompt, args.prompts, args.judge)) > 1:
         raise UserError("give only one of --prompt TEXT, --prompts FILE, --judge N (tiny)")
     return args
+
+
+def apply_size(args, row):
+    """Open-Sora's --size by name -> --frames, --height, --width where these are not given."""
+    if not isinstance(row.net, STDiT3Config):
+        raise UserError("--size: only Open-Sora's sizes have names; give --frames, --height, --width")
+    for flag, value in zip(("frames", "height", "width"), opensora_size(*args.size.split(",")[:3])):
+        if getattr(args, flag) is None:
+            setattr(args, flag, value)
 
 
 def read_jobs(args, row):
@@ -511,6 +524,8 @@ def main(argv=None):
     if args.base and args.base != meta["base"]:
         raise UserError(f"--ckpt {args.ckpt}: was trained on base {meta['base']}, not {args.base}")
     row = base_row(meta["base"])
+    if args.size:
+        apply_size(args, row)
     settings = fill(args, meta["base"], meta["sample"])
     if row.unet.super_resolution:
         del settings["frames"]  # each clip keeps its own

@@ -56,3 +56,37 @@ def test_resume_on_two_processes_is_exact_and_goes_from_ddp_to_fsdp(tmp_path):
     other = launch(
         2, tmp_path / "fsdp", *VADER, "--steps", "3", "--batch", "2", "--resume", "--parallel", "fsdp")
     assert max(relative(other["weights"][k], v) for k, v in whole["weights"].items()) < 1e-4
+
+
+BRANCH = """
+import sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import torch, torch.distributed as dist
+from common import full
+from models import CogVideoX, parallelize
+from test_cogvideox import SMALL, filled, inputs
+torch.manual_seed(0)
+args, cond = inputs()
+dist.init_process_group("gloo")
+rank, one = dist.get_rank(), filled(CogVideoX(SMALL))
+one(*args, **cond).square().mean().backward()
+for mode in ("ddp", "fsdp"):
+    net = filled(CogVideoX(SMALL))
+    net.grad_ckpt = True
+    net = parallelize(net, mode, torch.device("cpu"))
+    mine = {{k: v[rank:rank + 1] for k, v in cond.items()}}
+    net(*(a[rank:rank + 1] for a in args), **mine).square().mean().backward()
+    pairs = [(full(p.grad), q.grad) for p, q in zip(net.parameters(), one.parameters())]
+    a, b = (torch.cat([g.flatten() for g in grads]) for grads in zip(*pairs))
+    assert (a - b).norm() < 3e-6 * b.norm(), (mode, (a - b).norm() / b.norm())
+dist.destroy_process_group()
+"""
+
+
+def test_cogvideox_gradients_of_two_processes(tmp_path):
+    """Diffusion as Shader's network whole and in shards, blocks recomputed: the one-process gradients."""
+    script = tmp_path / "branch.py"
+    script.write_text(BRANCH.format(root=str(ROOT), tests=str(ROOT / "tests")))
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*start, str(script)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]

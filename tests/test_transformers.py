@@ -152,6 +152,9 @@ def test_conditions_and_sizes(monkeypatch, message, tmp_path, picture):
     assert "learned positions" in message(
         sample.main, ["--base", "cogvideox-5b-i2v", "--height", "64", "--image",
                       str(picture / "image.png"), *word])
+    assert "--size" in message(sample.main, ["--base", "cogvideox-2b", "--size", "2s", *word])
+    assert "choose from 2s" in message(sample.main, ["--base", "opensora", "--size", "3s", *word])
+    assert "--dynamic-cfg" in message(sample.main, ["--base", "opensora", "--dynamic-cfg", "off", *word])
     assert "--fps 8" in message(sample.main, ["--base", "cogvideox-2b", "--fps", "8", *word])
     assert "spiece.model" in message(bases.load_base, "cogvideox-2b", str(tmp_path))
 
@@ -170,6 +173,24 @@ def test_opensora_vae_renames_both_ways():
     net = hub.on_meta(bases.OpenSoraVAE, cfg)
     theirs = {opensora_vae_name(k): v for k, v in net.state_dict().items()}
     assert rename(theirs, net, opensora_vae_name, "file").keys() == net.state_dict().keys()
+
+
+def test_opensora_sizes_by_name():
+    args = sample.get_args(["--base", "opensora", "--prompt", "a", "--size", "4s,240p,3:4", "--frames", "51"])
+    sample.apply_size(args, bases.BASES["opensora"])
+    assert (args.frames, args.height, args.width) == (51, 276, 368)  # what is given stays
+
+
+def test_dynamic_guidance_changes_the_clip(monkeypatch, tmp_path):
+    small(monkeypatch, "cogvideox-5b")
+    publish(tmp_path / "weights", "cogvideox-5b")
+    clips = []
+    for rule in ("published", "meant", "off"):
+        out = tmp_path / rule
+        sample.main(["--base", "cogvideox-5b", "--weights", str(tmp_path / "weights"), "--prompt",
+                     "a red ball", "--dynamic-cfg", rule, "--out", str(out)])
+        clips.append(sample.read_video(out / "0000.mp4")[0])
+    assert all((a - b).abs().mean() > 0.005 for a, b in zip(clips, clips[1:] + clips[:1]))
 
 
 def test_full_size_configs_are_the_published_ones():
