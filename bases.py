@@ -5,7 +5,6 @@ fetches a base's files. A base's public files may be given as the folder that ho
 original or in the diffusers layout.
 """
 import argparse
-import json
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from common import (UserError, load_checkpoint, load_strict, load_weights, looks_like, net_and_text, rename,
-                    replace_part)
+                    replace_part, shards_of)
 from data import TINY_FPS, TINY_FRAMES, TINY_SIZE, TINY_WORDS
 from diffusion import make_schedule
 from models import (CogVideoX, CogVideoXConfig, STDiT3, STDiT3Config, UNet3D, UNetConfig, add_lora,
@@ -42,7 +41,7 @@ class Row:
     schedule: dict | None               # None: rectified flow has no table
     sample: dict
     files: dict = field(default_factory=dict)
-    methods: tuple = ("t2v",)
+    methods: tuple = ()  # the training files that run on it
 
     @property
     def unet(self) -> UNetConfig:
@@ -155,15 +154,13 @@ BASES = {
         "v1.5 with adapters for a subject and a motion (arXiv 2312.04433), 32 frames; --lora fills them",
         UNetConfig(**DREAMVIDEO), VAEConfig(), CLIPConfig(), EPS,
         sampling(frames=32, start_offset=0.1),
-        {"original": VGEN | {"net": "ms:iic/dreamvideo-t2v:model_scope_v1-5_0632000.pth", "image": CLIP}},
-        methods=()),
+        {"original": VGEN | {"net": "ms:iic/dreamvideo-t2v:model_scope_v1-5_0632000.pth", "image": CLIP}}),
     "demo": Row(
         "ModelScope with a motion encoder and motion blocks (DEMO, arXiv 2410.05097)",
         UNetConfig(motion_blocks=True), VAEConfig(), CLIPConfig(), EPS, sampling(negative=NEGATIVE),
         {"original": {"net": "hf:Ryan-PR/DEMO:demo.pth", "motion_text": "hf:Ryan-PR/DEMO:motion_encoder.pth",
                       "vae": f"{MODELSCOPE}:VQGAN_autoencoder.pth",
-                      "text": f"{MODELSCOPE}:open_clip_pytorch_model.bin"}},
-        methods=()),
+                      "text": f"{MODELSCOPE}:open_clip_pytorch_model.bin"}}),
     "videocrafter2": Row(
         "VideoCrafter2 (arXiv 2401.09047), 16 frames of 320x512",
         UNetConfig(**VC2_NET), VAEConfig(), CLIPConfig(), VC2_EPS,
@@ -176,15 +173,13 @@ BASES = {
         sampling(height=320, width=512, fps=16, sampler="lcm", sample_steps=4, cfg=7.5, spacing="stride",
                  origin=50),
         {"original": {"net": VC2, "vae": VC2, "text": VC2,
-                      "lora": "hf:jiachenli-ucsb/T2V-Turbo-VC2:unet_lora.pt"}},
-        methods=()),
+                      "lora": "hf:jiachenli-ucsb/T2V-Turbo-VC2:unet_lora.pt"}}),
     "t2v-turbo-v2": Row(
         "T2V-Turbo-v2 with motion guidance (arXiv 2410.05677), 16 steps",
         UNetConfig(**VC2_NET, guidance_dim=256, motion_guidance_dim=256), VAEConfig(), CLIPConfig(), EPS,
         sampling(height=320, width=512, fps=16, sampler="lcm", sample_steps=16, cfg=7.5, spacing="stride",
                  origin=200, motion_cfg=0.05, motion_share=0.5),
-        {"original": {"net": "hf:jiachenli-ucsb/T2V-Turbo-v2:unet_mg.pt", "vae": VC2, "text": VC2}},
-        methods=()),
+        {"original": {"net": "hf:jiachenli-ucsb/T2V-Turbo-v2:unet_mg.pt", "vae": VC2, "text": VC2}}),
     "i2vgen-xl": Row(
         "image to video (I2VGen-XL, arXiv 2311.04145), 16 frames of 704x1280",
         UNetConfig(image_to_video=True, concat_dim=4, use_fps_condition=True), VAEConfig(), CLIPConfig(),
@@ -194,64 +189,58 @@ BASES = {
          "diffusers": {"net": f"{I2VGEN_DIFFUSERS}:unet/diffusion_pytorch_model.safetensors",
                        "vae": f"{I2VGEN_DIFFUSERS}:vae/diffusion_pytorch_model.safetensors",
                        "text": f"{I2VGEN_DIFFUSERS}:text_encoder/model.safetensors",
-                       "image": f"{I2VGEN_DIFFUSERS}:image_encoder/model.safetensors"}},
-        methods=()),
+                       "image": f"{I2VGEN_DIFFUSERS}:image_encoder/model.safetensors"}}),
     "sr600": Row(
         "video to video at 720x1280 (SR600, in VGen): any clip, sharper; needs --video",
         UNetConfig(super_resolution=True), VAEConfig(), CLIPConfig(),
         dict(name="logsnr_cosine_interp", prediction="v"),
         sampling(frames=32, height=720, width=1280, sampler="sr600", sample_steps=30, suffix=SR600_SUFFIX,
                  negative=SR600_NEGATIVE),
-        {"original": VGEN | {"net": "ms:iic/HiGen:sr_step_110000_ema.pth"}},
-        methods=()),
+        {"original": VGEN | {"net": "ms:iic/HiGen:sr_step_110000_ema.pth"}}),
     "higen": Row(
         "first an image, then the clip around it (HiGen, arXiv 2312.04483), 32 frames of 256x448",
         UNetConfig(text_resampler=2, num_tokens=16), VAEConfig(), CLIPConfig(), V_ZERO_SNR,
         sampling(frames=32, width=448, sampler="higen", cfg=12.0, start_offset=0.1, motion_factor=500,
                  appearance_factor=1.0),
-        {"original": VGEN | {"net": "ms:iic/HiGen:cvpr2024.t2v.e003.non_ema_0725000.pth"}},
-        methods=()),
+        {"original": VGEN | {"net": "ms:iic/HiGen:cvpr2024.t2v.e003.non_ema_0725000.pth"}}),
     "tft2v": Row(
         "TF-T2V (arXiv 2312.15770), 16 frames of 256x448",
         UNetConfig(concat_dim=8, style_image=True), VAEConfig(), CLIPConfig(), V_ZERO_SNR,
         sampling(width=448, negative=NEGATIVE, suffix=SHARP),
-        {"original": VGEN | {"net": "ms:iic/tf-t2v:tft2v_t2v_non_ema_512000.pth"}},
-        methods=()),
+        {"original": VGEN | {"net": "ms:iic/tf-t2v:tft2v_t2v_non_ema_512000.pth"}}),
     "vcomposer": Row(
         "VideoComposer by TF-T2V (arXiv 2306.02018): depth, sketch, motion, images as conditions",
         UNetConfig(concat_dim=8, style_image=True, maps=SIX_MAPS), VAEConfig(), CLIPConfig(), V_ZERO_SNR,
         sampling(width=448, negative=NEGATIVE, suffix=SHARP),
-        {"original": VGEN | {"net": "ms:iic/tf-t2v:tft2v_vcomposer_non_ema_254000.pth", "image": CLIP}},
-        methods=()),
+        {"original": VGEN | {"net": "ms:iic/tf-t2v:tft2v_vcomposer_non_ema_254000.pth", "image": CLIP}}),
     "videolcm": Row(
         "TF-T2V distilled to 4 steps (VideoLCM, arXiv 2312.09109)",
         UNetConfig(concat_dim=8), VAEConfig(), CLIPConfig(), V_ZERO_SNR,
         sampling(width=448, sampler="lcm", sample_steps=4, cfg=1.0, spacing="even", origin=50,
                  suffix=SHARP.replace("no blur", "Unreal Engine 5, no blur")),
-        {"original": VGEN | {"net": "ms:iic/tf-t2v:videolcm_t2v_non_ema_544000.pth"}},
-        methods=()),
+        {"original": VGEN | {"net": "ms:iic/tf-t2v:videolcm_t2v_non_ema_544000.pth"}}),
     "cogvideox-2b": Row(
         "CogVideoX-2B (arXiv 2408.06072), 49 frames of 480x720",
         CogVideoXConfig(num_layers=30, heads=30, positions="sincos"), CogVideoXVAEConfig(scale=1.15258426),
         T5Config(), COGVIDEOX | dict(divisor=3.0),
         sampling(frames=49, height=480, width=720, spacing="cogvideox", cfg=6.0),
-        cogvideox_files("hf:THUDM/CogVideoX-2b"), methods=()),
+        cogvideox_files("hf:THUDM/CogVideoX-2b")),
     "cogvideox-5b": Row(
         "CogVideoX-5B, 49 frames of 480x720",
         CogVideoXConfig(), CogVideoXVAEConfig(), T5Config(), COGVIDEOX | dict(divisor=1.0),
         sampling(frames=49, height=480, width=720, sampler="dpm", cfg=6.0, dynamic_cfg="published"),
-        cogvideox_files("hf:THUDM/CogVideoX-5b"), methods=()),
+        cogvideox_files("hf:THUDM/CogVideoX-5b")),
     "cogvideox-5b-i2v": Row(
         "CogVideoX-5B-I2V, image to video",
         CogVideoXConfig(**COGVIDEOX_5B), CogVideoXVAEConfig(), T5Config(), COGVIDEOX | dict(divisor=1.0),
         sampling(frames=49, height=480, width=720, sampler="dpm", cfg=6.0, dynamic_cfg="published"),
-        cogvideox_files("hf:THUDM/CogVideoX-5b-I2V"), methods=()),
+        cogvideox_files("hf:THUDM/CogVideoX-5b-I2V")),
     "das": Row(
         "Diffusion as Shader (arXiv 2501.03847): CogVideoX-5B-I2V that follows a tracking video",
         CogVideoXConfig(**COGVIDEOX_5B, tracking_blocks=18), CogVideoXVAEConfig(), T5Config(),
         COGVIDEOX | dict(divisor=1.0),
         sampling(frames=49, height=480, width=720, sampler="dpm", cfg=6.0, dynamic_cfg="published"),
-        cogvideox_files("hf:EXCAI/Diffusion-As-Shader"), methods=()),
+        cogvideox_files("hf:EXCAI/Diffusion-As-Shader")),
     "opensora": Row(
         "Open-Sora 1.2, 51 frames of 240x426, other sizes and lengths too",
         STDiT3Config(), OpenSoraVAEConfig(), T5Config(length=300, mask=True), None,
@@ -260,8 +249,7 @@ BASES = {
         {"original": {"net": "hf:hpcai-tech/OpenSora-STDiT-v3:model.safetensors",
                       "vae": "hf:hpcai-tech/OpenSora-VAE-v1.2:model.safetensors",
                       "text": "hf:DeepFloyd/t5-v1_1-xxl:pytorch_model.bin",
-                      "tokenizer": "hf:DeepFloyd/t5-v1_1-xxl:spiece.model"}},
-        methods=()),
+                      "tokenizer": "hf:DeepFloyd/t5-v1_1-xxl:spiece.model"}}),
 }
 
 
@@ -514,7 +502,7 @@ def fetch(url, name):
                 return Path(hf_hub_download(repo, file))
             except EntryNotFoundError:  # in shards
                 index = Path(hf_hub_download(repo, f"{file}.index.json"))
-                for shard in sorted(set(json.loads(index.read_text())["weight_map"].values())):
+                for shard in shards_of(index):
                     hf_hub_download(repo, str(Path(file).with_name(shard)))
                 return index
         from modelscope import model_file_download  # optional: pip install modelscope

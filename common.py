@@ -451,8 +451,7 @@ def load_weights(path, lists=False) -> dict:
     if not path.exists():
         raise UserError(f"{path}: no such file")
     if path.name.endswith(".index.json"):
-        shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-        return {k: v for shard in shards for k, v in load_weights(path.parent / shard).items()}
+        return {k: v for shard in shards_of(path) for k, v in load_weights(path.parent / shard).items()}
     state = load_safetensors(path)[0] if path.suffix == ".safetensors" else load_pickle(path, shells=True)
     if isinstance(state, list) and lists:
         return state
@@ -469,6 +468,11 @@ def load_weights(path, lists=False) -> dict:
     # DDP and DeepSpeed put their own names before every key
     return {k.removeprefix("module.").removeprefix("_forward_module."): v
             for k, v in state.items() if isinstance(v, Tensor)}
+
+
+def shards_of(index):
+    """Index of a file in shards (*.index.json) -> their names."""
+    return sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
 
 
 def replace_part(path, part, state):

@@ -9,7 +9,7 @@ misspellings included (`temopral_conv`); what VideoCrafter and diffusers name ot
 CogVideoX (2408.06072) makes video from text or an image, with the branch of Diffusion as Shader (2501.03847)
 as an option; its keys are those of the public diffusers files.
 Videos and latents are `b c f h w`; inside the UNet images travel as `(b f) c h w`, sample-major; inside
-STDiT3 tokens as `b f s d`, s the h w patches of a frame. (Some 70 lines over the budget of 1,400: three
+STDiT3 tokens as `b f s d`, s the h w patches of a frame. (Some 60 lines over the budget of 1,400: three
 families of networks share this file, and a second file would tear them from the parts they share.)
 """
 import math
@@ -449,6 +449,11 @@ class TextResampler(nn.Module):
 MAPS = {"depth": 1, "sketch": 1, "single_sketch": 1, "canny": 1, "motion": 2, "local_image": 3, "masked": 4}
 
 
+def after_name(name):
+    """A map's second encoder, by its published name."""
+    return f"{'mask' if name == 'masked' else name}_embedding_after"
+
+
 # ---- UNet3D
 
 @dataclass(frozen=True)
@@ -621,8 +626,7 @@ class UNet3D(nn.Module):
         for name in cfg.maps:
             n = cfg.concat_dim
             setattr(self, f"{name}_embedding", MapEncoder(MAPS[name], (4 * n, 4 * n), n))
-            after = "mask" if name == "masked" else name  # as published
-            setattr(self, f"{after}_embedding_after", TemporalEncoder(n, depth=cfg.map_encoder_depth))
+            setattr(self, after_name(name), TemporalEncoder(n, depth=cfg.map_encoder_depth))
         if cfg.histogram:
             self.hist_context_embedding = nn.Sequential(
                 nn.Linear(156, emb_dim), nn.SiLU(), nn.Linear(emb_dim, cfg.context_dim))
@@ -710,7 +714,7 @@ class UNet3D(nn.Module):
         if name not in self.cfg.maps:
             raise UserError(f"condition {name}: this base has no encoder for it; "
                             f"it has {', '.join(self.cfg.maps) or 'none'}")
-        after = getattr(self, f"{'mask' if name == 'masked' else name}_embedding_after")
+        after = getattr(self, after_name(name))
         frames = rearrange(value, "b c f h w -> (b f) c h w")
         return after(getattr(self, f"{name}_embedding")(frames, size), value.shape[2])
 

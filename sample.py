@@ -238,7 +238,10 @@ def check_conditions(args, row):
 
 @torch.no_grad()
 def conditions(base, env, args, images, maps):
-    """For a batch of clips -> (cond, null_cond) of generate(); images: a path each, maps: of read_maps()."""
+    """For a batch of clips -> (cond, null_cond) of generate(); images: a path each.
+
+    maps {name: (1,c,f,h,w)}: what all clips share, of read_maps() and encode_tracks().
+    """
     row, n, size = base.row, len(images), (args.height, args.width)
     cond, null = {}, {}
 
@@ -254,11 +257,6 @@ def conditions(base, env, args, images, maps):
         cond["first_frame"] = cond["first_frame"][:, :, 0]
         cond["image"] = clip_embedding(images)
         null["image"] = torch.zeros_like(cond["image"])
-    if row.tracks:
-        video, _ = read_video(args.tracks, args.frames, size=size)
-        video = video[None].to(env.device, env.dtype)
-        for name, part in (("tracks", video), ("first_track", video[:, :, :1])):
-            cond[name] = base.vae.encode(part).float().expand(n, -1, -1, -1, -1)
     if args.style_image:
         cond["image"] = clip_embedding([args.style_image]).expand(n, -1, -1)
         null["image"] = torch.zeros_like(cond["image"])
@@ -270,6 +268,14 @@ def conditions(base, env, args, images, maps):
     for name, value in maps.items():
         cond[name] = value.expand(n, -1, -1, -1, -1)
     return cond, null
+
+
+@torch.no_grad()
+def encode_tracks(base, env, video):
+    """Tracking video (3,f,h,w) in [-1,1] -> latents of it and of its first frame (Diffusion as Shader)."""
+    video = video[None].to(env.device, env.dtype)
+    parts = {"tracks": video, "first_track": video[:, :, :1]}
+    return {name: base.vae.encode(part).float() for name, part in parts.items()}
 
 
 def read_maps(args, size):
@@ -472,6 +478,8 @@ def get_args(argv=None):
     args = p.parse_args(argv)
     if not args.base and not args.ckpt:
         raise UserError("give --base NAME or --ckpt FOLDER")
+    if args.decode_chunk < 1:
+        raise UserError(f"--decode-chunk {args.decode_chunk}: give 1 frame or more")
     if sum(bool(x) for x in (args.prompt, args.prompts, args.judge)) > 1:
         raise UserError("give only one of --prompt TEXT, --prompts FILE, --judge N (tiny)")
     return args
@@ -481,7 +489,10 @@ def apply_size(args, row):
     """Open-Sora's --size by name -> --frames, --height, --width where these are not given."""
     if not isinstance(row.net, STDiT3Config):
         raise UserError("--size: only Open-Sora's sizes have names; give --frames, --height, --width")
-    for flag, value in zip(("frames", "height", "width"), opensora_size(*args.size.split(",")[:3])):
+    names = args.size.split(",")
+    if len(names) > 3:
+        raise UserError(f"--size {args.size}: more than length,resolution,aspect, such as 4s,240p,9:16")
+    for flag, value in zip(("frames", "height", "width"), opensora_size(*names)):
         if getattr(args, flag) is None:
             setattr(args, flag, value)
 
@@ -531,7 +542,9 @@ def main(argv=None):
         del settings["frames"]  # each clip keeps its own
     check_conditions(args, row)
     prompts, files = read_jobs(args, row)
-    maps = read_maps(args, (args.height, args.width)) if row.unet.maps else {}
+    size = args.height, args.width
+    maps = read_maps(args, size) if row.unet.maps else {}
+    tracks = read_video(args.tracks, args.frames, size=size)[0] if args.tracks else None
     loras = [lora_file(text) for text in args.lora]
     env = setup(args)
     if args.midas:
@@ -559,6 +572,9 @@ def main(argv=None):
                            "a smaller --height and --width")
     batch = 1 if row.unet.super_resolution else args.batch
     with advice:
+        if tracks is not None:
+            with env.autocast():
+                maps |= encode_tracks(base, env, tracks)
         for i in range(0, len(mine), batch):
             part = [jobs[j] for j in mine[i:i + batch]]
             options, frames = dict(sequential=args.sequential, chunk=args.decode_chunk), None

@@ -837,6 +837,19 @@ def videocrafter_schedule(case):
     return result
 
 
+def recorder(fn, schedule):
+    """fn(x, t) of a sampler -> the same, and lists of what passes: states, predictions of x0, steps."""
+    xs, x0s, ts = [], [], []
+
+    def record(x, t):
+        out = fn(x, t)
+        xs.append(x)
+        x0s.append(schedule.to_x0(out, x, t))
+        ts.append(int(t[0]))
+        return out
+    return record, xs, x0s, ts
+
+
 def linear_sine(toy):
     """net(x, t, text); the scalar condition c travels as text (b, 1, 1)."""
     def net(x, t, text):
@@ -864,16 +877,8 @@ def videocrafter_network(case, b):
 @torch.no_grad()
 def videocrafter_sampler(case):
     config, x_T, noise = case.config, case.input("x_T"), case.input("step_noise")
-    fn, xs, x0s, ts = videocrafter_network(case, len(x_T)), [], [], []
     schedule = sqrt_linear(config, PREDICTIONS[config.get("prediction_type", "epsilon")], config["use_scale"])
-
-    def record(x, t):
-        out = fn(x, t)
-        xs.append(x)
-        x0s.append(schedule.to_x0(out, x, t))
-        ts.append(int(t[0]))
-        return out
-
+    record, xs, x0s, ts = recorder(videocrafter_network(case, len(x_T)), schedule)
     with mock.patch.object(diffusion, "randn_like", side_effect=noise):
         if config["sampler"] == "ddim_vc2":
             final = diffusion.ddim(record, x_T, schedule, config["S"], config["eta"])
@@ -1369,14 +1374,7 @@ def cogvideox_sampler(case):
         fn = diffusion.guided(net, text("uncond", len(x_T)), None)
     else:
         fn = diffusion.guided(net, text("cond", len(x_T)), text("uncond", len(x_T)), cfg)
-    xs, x0s, ts = [], [], []
-
-    def record(x, t):
-        out = fn(x, t)
-        xs.append(x)
-        x0s.append(schedule.to_x0(out, x, t))
-        ts.append(int(t[0]))
-        return out
+    record, xs, x0s, ts = recorder(fn, schedule)
     if call["sampler"] == "ddim":
         last = diffusion.ddim(record, x_T, schedule, steps, spacing="cogvideox")
     elif call["sampler"] == "dpm":

@@ -3,7 +3,7 @@ import dataclasses
 
 import pytest
 import torch
-from test_models import gaussian
+from test_models import check_gradients, gaussian
 
 import oracles
 from diffusion import (cogvideox_dpm, ddim, ddim_timesteps, ddim_updates, dynamic_guidance, guided,
@@ -43,17 +43,7 @@ def test_every_trained_parameter_gets_the_same_gradient_with_recomputation(train
     if trained == "branch":
         for key, p in net.named_parameters():
             p.requires_grad_(key.startswith(("transformer_blocks_copy.", "combine_linears.", "initial_")))
-    grads = []
-    for net.grad_ckpt in (False, True):
-        net.zero_grad()
-        net(*args, **cond).square().mean().backward()
-        grads.append({key: p.grad for key, p in net.named_parameters()})
-    for key, p in net.named_parameters():
-        if not p.requires_grad:
-            assert grads[0][key] is None and grads[1][key] is None
-            continue
-        assert torch.allclose(grads[0][key], grads[1][key], rtol=1e-4, atol=1e-7), key
-        assert grads[1][key].abs().max() > 0, key
+    check_gradients(net, lambda: net(*args, **cond))
 
 
 def test_merged_lora_gives_the_same_prediction():

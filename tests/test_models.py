@@ -21,6 +21,21 @@ def small_unet():
     return net.eval()
 
 
+def check_gradients(net, run):
+    """run() -> prediction: each trained parameter has the same gradient with and without recomputation."""
+    grads = []
+    for net.grad_ckpt in (False, True):
+        net.zero_grad()
+        run().square().mean().backward()
+        grads.append({k: p.grad for k, p in net.named_parameters()})
+    for k, p in net.named_parameters():
+        if not p.requires_grad:
+            assert grads[0][k] is None and grads[1][k] is None
+        else:
+            assert grads[1][k].abs().max() > 0, k
+            assert torch.allclose(grads[0][k], grads[1][k], rtol=1e-4, atol=1e-7), k
+
+
 def inputs(b=2, f=3):
     return torch.randn(b, 4, f, 8, 8), torch.randint(1000, (b,)), torch.randn(b, 5, 24)
 
@@ -57,17 +72,7 @@ def test_every_trained_parameter_gets_the_same_gradient_with_recomputation(lora)
         for k, p in net.named_parameters():
             if "lora_B" in k:
                 torch.nn.init.normal_(p, std=0.1)
-    grads = []
-    for net.grad_ckpt in (False, True):
-        net.zero_grad()
-        net(*args, fps=torch.tensor([8, 16])).square().mean().backward()
-        grads.append({k: p.grad for k, p in net.named_parameters()})
-    for k, p in net.named_parameters():
-        if not p.requires_grad:
-            assert grads[0][k] is None and grads[1][k] is None
-        else:
-            assert grads[1][k].abs().max() > 0, k
-            assert torch.allclose(grads[0][k], grads[1][k], rtol=1e-4, atol=1e-7), k
+    check_gradients(net, lambda: net(*args, fps=torch.tensor([8, 16])))
 
 
 def test_frames_see_one_another_and_samples_do_not():
@@ -241,17 +246,8 @@ def test_stdit3_gradients_are_the_same_with_recomputation(lora):
         for k, p in net.named_parameters():
             if "lora_B" in k:
                 torch.nn.init.normal_(p, std=0.1)
-    frame_mask, grads = torch.tensor([[1, 1, 0], [0, 1, 1]]), []
-    for net.grad_ckpt in (False, True):
-        net.zero_grad()
-        net(*args, frame_mask=frame_mask, **cond).square().mean().backward()
-        grads.append({k: p.grad for k, p in net.named_parameters()})
-    for k, p in net.named_parameters():
-        if not p.requires_grad:
-            assert grads[0][k] is None and grads[1][k] is None
-        else:
-            assert grads[1][k].abs().max() > 0, k
-            assert torch.allclose(grads[0][k], grads[1][k], rtol=1e-4, atol=1e-7), k
+    frame_mask = torch.tensor([[1, 1, 0], [0, 1, 1]])
+    check_gradients(net, lambda: net(*args, frame_mask=frame_mask, **cond))
 
 
 def test_stdit3_sees_its_own_sample_and_tokens_only():

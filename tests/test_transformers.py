@@ -153,6 +153,12 @@ def test_conditions_and_sizes(monkeypatch, message, tmp_path, picture):
         sample.main, ["--base", "cogvideox-5b-i2v", "--height", "64", "--image",
                       str(picture / "image.png"), *word])
     assert "--size" in message(sample.main, ["--base", "cogvideox-2b", "--size", "2s", *word])
+    assert "more than" in message(sample.main, ["--base", "opensora", "--size", "2s,240p,9:16,x", *word])
+    assert "--decode-chunk 0" in message(sample.main, ["--base", "opensora", "--decode-chunk", "0", *word])
+    bad = tmp_path / "bad.mp4"
+    bad.write_bytes(b"no video")
+    assert "bad.mp4" in message(  # before anything is loaded: there are no weights
+        sample.main, ["--base", "das", "--image", str(picture / "image.png"), "--tracks", str(bad), *word])
     assert "choose from 2s" in message(sample.main, ["--base", "opensora", "--size", "3s", *word])
     assert "--dynamic-cfg" in message(sample.main, ["--base", "opensora", "--dynamic-cfg", "off", *word])
     assert "--fps 8" in message(sample.main, ["--base", "cogvideox-2b", "--fps", "8", *word])
