@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # One launcher for every method:  ./torchrun.sh vader.py --base modelscope --weights W ...
-# GPUs of this machine by default; NPROC=2 picks another number of processes. Two machines (same line on both, NODE 0 and 1):
-#   NODES=2 NODE=0 MASTER=10.0.0.1 ./torchrun.sh t2v.py --base modelscope --weights W --data clips.csv --rank 0 --parallel fsdp
+# GPUs of this machine by default; NPROC=2 picks another number of processes. Several machines: the same line on
+# each; they meet at HOST, the address of one of them (port 29500 unless given), in any order:
+#   NODES=2 HOST=10.0.0.1 ./torchrun.sh t2v.py --base modelscope --weights W --data clips.csv --rank 0 --parallel fsdp
+# RESTARTS=3 starts all again when a process dies (give --resume as well: it goes on from the last checkpoint).
 #
 #   ./torchrun.sh t2v.py   --base modelscope --weights W --data clips.csv --rank 16 --lr 1e-4
 #   ./torchrun.sh vader.py --base modelscope --weights W --prompts animals.txt --reward my_reward.py:fn
@@ -10,6 +12,7 @@ set -euo pipefail
 GPUS=$(nvidia-smi -L 2>/dev/null | wc -l || true)
 NPROC=${NPROC:-$(( GPUS > 0 ? GPUS : 1 ))}
 if [ "${NODES:-1}" -gt 1 ]; then
-  exec torchrun --nproc_per_node="$NPROC" --nnodes="$NODES" --node_rank="$NODE" --master_addr="$MASTER" --master_port="${PORT:-29500}" "$@"
+  exec torchrun --nproc_per_node="$NPROC" --nnodes="$NODES" --max_restarts="${RESTARTS:-0}" \
+    --rdzv_backend=c10d --rdzv_id="${JOB:-nanovideo}" --rdzv_endpoint="${HOST:?give the address of one machine}" "$@"
 fi
-exec torchrun --standalone --nproc_per_node="$NPROC" "$@"
+exec torchrun --standalone --nproc_per_node="$NPROC" --max_restarts="${RESTARTS:-0}" "$@"
