@@ -360,7 +360,7 @@ def latent_shape(name, frames, height, width):
             step = unit * PATCH
             if own and size != own * unit:
                 only = f"{fixed[1] * unit}x{fixed[2] * unit}"
-                raise UserError(f"{flag} {size}: {name} makes clips of {only} pixels only")
+                raise UserError(f"{flag} {size}: {name} has learned positions for {only} pixels only")
             if size < step or size % step:
                 low = max(step, size // step * step)
                 raise UserError(f"{flag} {size}: {name} needs a multiple of {step}; nearest: {low} or "
