@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from common import UserError, generator, write_atomic
+from common import UserError, generator, warn, write_atomic
 
 # ---- the tiny world: one coloured shape on a plain background that moves, grows, shrinks or stands still
 
@@ -267,6 +267,7 @@ def encode_once(folder, data, encode, about, env, workers=0):
 
 VIDEOS = (".mp4", ".avi", ".mov", ".webm", ".gif")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+FAR = 300         # frames ahead from which a long film is searched by time, not decoded up to there
 FOLDER_FPS = 8.0  # a folder of pictures has no rate of its own
 MP4_CRF = "12"    # x264's default, 23, cost 8 dB on a real 256x256 clip
 
@@ -489,8 +490,17 @@ def _opened(path):
                 first = file.metadata(index=0, constant_framerate=False) if count else {}
                 turns = _turns(first["DISPLAYMATRIX"]) if "DISPLAYMATRIX" in first else 0
 
+                at = 0
+
                 def get(i):
-                    return np.rot90(file.read(index=i, constant_framerate=False), turns)
+                    nonlocal at
+                    # far ahead: by its time, from the key frame before it; exact where the rate is constant
+                    far, at = i - at > FAR, i
+                    try:
+                        frame = file.read(index=i, constant_framerate=far)
+                    except (StopIteration, IndexError, EOFError):
+                        frame = file.read(index=i, constant_framerate=False)
+                    return np.rot90(frame, turns)
                 yield count, fps, (w, h) if turns % 2 else (h, w), get
     except ImportError:
         raise UserError(f"{path}: reading it needs PyAV: pip install av (gif and pictures do not)") from None
@@ -818,6 +828,11 @@ class VideoDataset(torch.utils.data.Dataset):
     def __init__(self, source, frames, height, width, fps=None, seed=0):
         self.source, self.rows = _clip_rows(source)
         self.frames, self.size, self.fps, self.seed = frames, (height, width), fps, seed
+        known = {}
+        twice = [n for n, *clip in self.rows if known.setdefault(tuple(clip), n) != n]
+        if twice:
+            warn(f"{self.source} row {twice[0]}: clip and caption stand in an earlier row, too "
+                 f"({len(twice)} such rows): they count double")
         for n, path, _ in self.rows:
             if not path.exists():
                 raise UserError(f"{self.source} row {n}: {path}: no such clip")
