@@ -5,7 +5,7 @@ SD checkpoint's `first_stage_model.`. Latents are scaled: encode multiplies by c
 OpenSoraVAE is Open-Sora 1.2's: the same autoencoder, and one over time on its latents. CogVideoXVAE (arXiv
 2408.06072) is causal in time and has 4 times fewer latent frames than the video; its keys are those of the
 public diffusers files.
-`python vae.py --train-tiny` trains the tiny world's autoencoder.
+`python vae.py --train-tiny [--base tiny-cogvideox --device cuda]` trains a tiny world's autoencoder.
 """
 import argparse
 import time
