@@ -16,9 +16,9 @@ from common import (UserError, load_checkpoint, load_strict, load_weights, looks
                     replace_part, shards_of)
 from data import TINY_FPS, TINY_FRAMES, TINY_SIZE, TINY_WORDS
 from diffusion import make_schedule
-from models import (CogVideoX, CogVideoXConfig, STDiT3, STDiT3Config, UNet3D, UNetConfig, add_lora,
-                    cogvideox_misfit, instructvideo_lora_name, merge_lora, misfit, rope_frequencies,
-                    turbo_lora_layers, unet_diffusers_name, videocrafter_name, with_tracks)
+from models import (PATCH, CogVideoX, CogVideoXConfig, STDiT3, STDiT3Config, UNet3D, UNetConfig, add_lora,
+                    instructvideo_lora_name, merge_lora, misfit, rope_frequencies, turbo_lora_layers,
+                    unet_diffusers_name, videocrafter_name, with_tracks)
 from text_encoders import (CLIPConfig, OpenCLIPText, OpenCLIPVision, T5Config, T5Text, TinyText,
                            clip_text_only, t5_tokenizer, text_from_hf, tokenize, vision_from_hf)
 from vae import (AutoencoderKL, CogVideoXVAE, CogVideoXVAEConfig, OpenSoraVAE, OpenSoraVAEConfig, VAEConfig,
@@ -37,11 +37,12 @@ class Row:
     about: str
     net: UNetConfig | CogVideoXConfig | STDiT3Config
     vae: VAEConfig | CogVideoXVAEConfig | OpenSoraVAEConfig
-    text: CLIPConfig | T5Config | None  # None: TinyText
+    text: CLIPConfig | T5Config | None  # None: TinyText, which knows `words`
     schedule: dict | None               # None: rectified flow has no table
     sample: dict
     files: dict = field(default_factory=dict)
     methods: tuple = ()  # the training files that run on it
+    words: tuple = tuple(TINY_WORDS)
 
     @property
     def unet(self) -> UNetConfig:
@@ -130,6 +131,20 @@ BASES = {
         sampling(frames=TINY_FRAMES, height=TINY_SIZE, width=TINY_SIZE, save_fps=TINY_FPS, sample_steps=25,
                  cfg=1.5, spacing="trailing"),
         methods=("t2v", "vader")),
+    # a CogVideoX-I2V of 9 frames: latents 2x smaller in time, height and width, so that a frame still has
+    # 8 x 8 tokens; positions and schedule as of 5B-I2V, but for a shift by which the noise hides an object's
+    # path as in tiny (left against right, over the noise at the sampler's second step: 0.3; tiny: 0.5).
+    "tiny-cogvideox": Row(
+        "image to video in the tiny world, CogVideoX's classes, 9 frames of 32x32; in assets/",
+        CogVideoXConfig(
+            in_channels=16, out_channels=8, num_layers=6, heads=4, head_dim=32, time_dim=32, text_dim=64,
+            text_length=10, positions="rope+learned", size=(5, 16, 16)),
+        CogVideoXVAEConfig(widths=(16, 24), layers=1, z_channels=8, groups=8, scale=1.0),
+        None,
+        COGVIDEOX | dict(divisor=1.0, shift=0.7),
+        sampling(frames=9, height=TINY_SIZE, width=TINY_SIZE, save_fps=TINY_FPS, sample_steps=25, cfg=2.0,
+                 spacing="trailing"),
+        words=(*TINY_WORDS, "zigzagging", "circling")),
     "modelscope": Row(
         "ModelScope text-to-video (arXiv 2308.06571), 16 frames of 256x256",
         UNetConfig(), VAEConfig(), CLIPConfig(), EPS, sampling(),
@@ -333,15 +348,25 @@ def latent_shape(name, frames, height, width):
         factor = row.vae.factor  # any size: the network pads
         return row.vae.z_channels, row.vae.latent_frames(frames), height // factor, width // factor
     if isinstance(row.net, CogVideoXConfig):
-        if frames < 1 or frames % 8 != 1:
-            low = max(frames - 1, 0) // 8 * 8 + 1
-            raise UserError(f"--frames {frames}: {name} makes 8 k + 1 frames; nearest: {low} or {low + 8}")
-        shape = row.vae.z_channels, 1 + (frames - 1) // 4, height // row.vae.factor, width // row.vae.factor
-        fault = cogvideox_misfit(row.net, *shape[1:])
-        if fault or height % row.vae.factor or width % row.vae.factor:
-            raise UserError(f"--height {height} --width {width}: {fault or 'must be multiples of 16'} "
-                            f"({name} was trained at {row.sample['height']}x{row.sample['width']})")
-        return shape
+        time, unit = row.vae.time_factor, row.vae.factor
+        # a table of positions: no other size, no more frames
+        fixed = row.net.size if row.net.positions == "rope+learned" else None
+        most = 1 + (fixed[0] - 1) * time if fixed else None
+        if frames < 1 or frames % 8 != 1 or (most and frames > most):
+            low = max(min(frames, most or frames) - 1, 0) // 8 * 8 + 1
+            near = f"{low}" if low == most else f"{low} or {low + 8}"
+            limit = f", at most {most}" if most else ""
+            raise UserError(f"--frames {frames}: {name} makes 8 k + 1 frames{limit}; nearest: {near}")
+        for flag, size, own in zip(("--height", "--width"), (height, width), (fixed or (0, 0, 0))[1:]):
+            step = unit * PATCH
+            if own and size != own * unit:
+                only = f"{fixed[1] * unit}x{fixed[2] * unit}"
+                raise UserError(f"{flag} {size}: {name} has learned positions for {only} pixels only")
+            if size < step or size % step:
+                low = max(step, size // step * step)
+                raise UserError(f"{flag} {size}: {name} needs a multiple of {step}; nearest: {low} or "
+                                f"{low + step} (it was trained at {row.sample[flag[2:]]})")
+        return row.vae.z_channels, 1 + (frames - 1) // time, height // unit, width // unit
     step = row.vae.factor * 2 ** (len(row.net.dim_mult) - 1)
     for flag, size in (("--height", height), ("--width", width)):
         if flag == "--height" and row.net.super_resolution:
@@ -404,7 +429,8 @@ def load_base(name, weights=None, device="cpu", dtype=torch.float32, scratch=Fal
         if isinstance(row.text, T5Config):
             parts["text"] = T5Text(row.text)
         elif tiny:
-            parts["text"] = TinyText(TINY_WORDS, row.net.context_dim)
+            width = row.net.text_dim if isinstance(row.net, CogVideoXConfig) else row.net.context_dim
+            parts["text"] = TinyText(row.words, width)
         else:
             # the video networks read the features before the last block: it is neither built nor loaded
             tower = replace(row.text, embed_dim=0, text_layers=row.text.text_layers - 1)
@@ -666,12 +692,15 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--download", metavar="NAME", help="fetch the public files of this base")
     p.add_argument("--pack", metavar="NAME",
-                   help="put network and text encoder of a t2v.py --scratch run into assets/NAME.safetensors")
+                   help="put network and text encoder of a --scratch run into assets/NAME.safetensors")
     p.add_argument("--ckpt", help="with --pack: folder of that run")
     args = p.parse_args(argv)
     if args.pack:
         tensors, _ = load_checkpoint(args.ckpt)
         net, text = net_and_text(tensors)
+        row = base_row(args.pack)
+        if net:  # a run holds what it trained: tables of positions are no part of that
+            net = dict(NETWORKS[type(row.net)](row.net).named_buffers()) | net
         for part, state in (("net", net), ("text", text)):
             if state:  # a run that did not start from scratch left the text encoder as it was
                 replace_part(ASSETS / f"{args.pack}.safetensors", part, state)

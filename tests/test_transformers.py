@@ -148,7 +148,8 @@ def test_conditions_and_sizes(monkeypatch, message, tmp_path, picture):
     assert "no such condition" in message(
         sample.main, ["--base", "cogvideox-2b", "--tracks", str(picture / "tracks.mp4"), *word])
     assert "9 or 17" in message(sample.main, ["--base", "cogvideox-2b", "--frames", "12", *word])
-    assert "multiples" in message(sample.main, ["--base", "cogvideox-2b", "--height", "40", *word])
+    assert "nearest: 32 or 48" in message(
+        sample.main, ["--base", "cogvideox-2b", "--height", "40", *word])
     assert "learned positions" in message(
         sample.main, ["--base", "cogvideox-5b-i2v", "--height", "64", "--image",
                       str(picture / "image.png"), *word])
