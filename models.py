@@ -781,7 +781,7 @@ class UNet3D(nn.Module):
             x = torch.cat([x, skip], dim=1)
             for layer in entry:
                 x = run(layer, x)
-        x = rearrange(self.out(x), "(b f) c h w -> b c f h w", f=f)
+        x = rearrange(self.out(x), "(b f) c h w -> b c f h w", f=f).contiguous()  # FSDP2 warns of views
         return (x, eot_maps) if eot is not None else x
 
 
