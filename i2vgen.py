@@ -1,0 +1,363 @@
+"""Train image to video by denoising: I2VGen-XL (arXiv 2311.04145), whose trainer was never released, and
+CogVideoX-I2V (arXiv 2408.06072). LoRA, full fine-tuning, or from scratch.
+
+    L = E_{x0, text, image, eps, t} || net(x_t, t, text, image) - v ||^2,    v = sqrt(ab_t) eps - sqrt(1 - ab_t) x0
+    (arXiv 2202.00512; x_t = sqrt(ab_t) x0 + sqrt(1 - ab_t) eps; the image is the clip's own first frame)
+
+I2VGen-XL sees the image three times: its latent beside the noise, 64 tokens of that latent, 4 tokens of its CLIP
+embedding. CogVideoX-I2V sees its latent beside the noise, a little noise in the pixels (log sigma ~ N(-3, 0.5)):
+else it would learn to copy. Its published loss, w_t |x0_pred - x0|^2 with w_t = 1 / (1 - ab_t), is the one above.
+
+    python i2vgen.py --base tiny-i2v                        # teaches it to zigzag: minutes in README
+    python i2vgen.py --base tiny-i2v --motion circling --out out/circling
+    python i2vgen.py --base tiny-i2v --scratch --out out/tiny-i2v               # made assets/tiny-i2v.safetensors
+    python i2vgen.py --base i2vgen-xl --weights W --data clips.csv --rank 16 --lr 1e-4           # LoRA, 1 GPU
+    torchrun --nproc_per_node=4 i2vgen.py --base i2vgen-xl --weights MODELSCOPE --data clips.csv --rank 0 --parallel fsdp
+    python i2vgen.py --base cogvideox-5b-i2v --weights W --data clips.csv       # LoRA as published
+    python i2vgen.py ... --resume                           # goes on bit for bit
+    python sample.py --ckpt out/i2vgen --image first.png --prompt "a red circle zigzagging" --continue 2
+
+--weights with ModelScope's files instead of I2VGen-XL's starts there: the layers that read the image are new, the
+rest learns v instead of eps (needs --rank 0).
+
+Differences from the original
+ - I2VGen-XL: the published configuration names a trainer that is not in the code. lr, schedule, offset noise, the
+   moving average and the frame rate as a condition are its own. It has p_zero 0, but the published sampler's second
+   branch has the negative prompt and an image embedding of zeros, which only dropout can have taught: 0.1 each here.
+ - Clips are read at --fps, which is also what the network is told; images join as clips of one frame.
+ - CogVideoX: noise and dropout of the image are drawn for each clip (its trainer: for each batch).
+ - All that is random is keyed by (seed, step, number of the clip in the effective batch): a run does not depend on
+   how the batch is split over processes and micro-steps.
+"""
+import argparse
+import json
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from bases import BASES, base_row, fill, load_base
+from common import (
+    FiniteGuard, Log, UserError, agree_to_stop, apply_defaults, catch_signals, check_out, clip_gradients,
+    draw_curve, generator, keep_lines, load_state, lr_at, memory_advice, save_checkpoint, setup, trained)
+from data import (
+    MOTIONS, NEW_MOTIONS, TinyWorld, VideoDataset, batch_indices, contact_sheet, image_tensor, open_image,
+    read_image_prompts, tiny_pairs, write_video)
+from diffusion import diffusion_loss, offset_noise, randn
+from metrics import judge_captions
+from models import CogVideoXConfig, add_lora, parallelize, sync_gradients
+from sample import conditions, first_frame_kept, frame_picture, frame_rate, generate_split, tower_image
+
+# CogVideo's finetune/ (SAT's full fine-tuning: --rank 0 --lr 1e-5 --betas 0.9 0.95 --wd 1e-4 --clip 0.1 --drop-text 0.1)
+COGVIDEOX = dict(rank=128, alpha=64.0, lr=2e-5, warmup=100, ema=0.0, drop_text=0.0, drop_image=0.05,
+                 image_share=0.0, offset_noise=0.0, read_fps=8.0)
+TINY = dict(
+    steps=200, batch=16, lr=5e-4, lr_schedule="cosine", warmup=20, betas=(0.9, 0.99), wd=0.01, ema=0.99, rank=0,
+    motion="zigzagging", image_share=0.0, offset_noise=0.0, drop_text=0.1, read_fps=None, cache_latents=True,
+    workers=0, grad_ckpt=False, log_every=20, eval_n=64)
+SCRATCH = TINY | dict(steps=4000, batch=64, lr=1.5e-3, warmup=50, ema=0.995, motion=None, preview_every=1000,
+                      log_every=50)
+TINY_CLIPS = 4096
+
+
+def get_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    yes_no = argparse.BooleanOptionalAction
+    # what
+    p.add_argument("--base", default="i2vgen-xl", help="base network (python bases.py lists them)")
+    p.add_argument("--weights", help="folder with the base's public weights (default: its hub)")
+    p.add_argument("--scratch", action="store_true", help="start from random weights (needs --rank 0)")
+    p.add_argument("--out", default="out/i2vgen", help="run folder")
+    p.add_argument("--resume", action="store_true", help="continue the run in --out")
+    # data
+    p.add_argument("--data", help="clips and captions: folder, csv, jsonl or VGen list (tiny: procedural)")
+    p.add_argument("--motion", choices=MOTIONS + NEW_MOTIONS, help="tiny world: motion of all clips")
+    p.add_argument("--frames", type=int, help="frames a clip (default: the base's)")
+    p.add_argument("--height", type=int, help="pixels (default: the base's)")
+    p.add_argument("--width", type=int, help="pixels (default: the base's)")
+    p.add_argument("--fps", type=int, help="frame rate as a condition, for bases that take one")
+    p.add_argument("--read-fps", type=float, help="frame rate at which clips are read (default: --fps, or every frame)")
+    p.add_argument("--image-share", type=float, default=0.125, help="share of steps on single frames")
+    p.add_argument("--cache-latents", action=yes_no, default=False, help="encode once, keep in memory")
+    p.add_argument("--negative", help="text of dropped captions and of the unconditional branch")
+    p.add_argument("--drop-text", type=float, default=0.1, help="share of captions dropped")
+    p.add_argument("--drop-image", type=float, default=0.1, help="share of image embeddings (CogVideoX: latents) zeroed")
+    # optimisation
+    p.add_argument("--steps", type=int, default=10000, help="optimizer steps")
+    p.add_argument("--batch", type=int, default=1, help="clips a process and micro-step")
+    p.add_argument("--accum", type=int, default=1, help="micro-steps a step")
+    p.add_argument("--lr", type=float, default=3e-5, help="learning rate")
+    p.add_argument("--wd", type=float, default=0.0, help="weight decay")
+    p.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.999), help="AdamW betas")
+    p.add_argument("--lr-schedule", choices=("constant", "cosine", "cosine-restarts"), default="constant")
+    p.add_argument("--warmup", type=int, default=10, help="steps of linear warm-up")
+    p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
+    p.add_argument("--ema", type=float, default=0.9999, help="decay of the weights' moving average; 0: off")
+    p.add_argument("--rank", type=int, default=16, help="LoRA rank; 0 trains all weights")
+    p.add_argument("--alpha", type=float, default=16.0, help="LoRA branches are scaled by alpha / rank")
+    p.add_argument("--lora-targets", nargs="+", default=["to_q", "to_k", "to_v", "to_out.0"], help="layers")
+    p.add_argument("--offset-noise", type=float, default=0.1, help="noise shared by a frame (VGen: 0.1)")
+    # machine
+    p.add_argument("--workers", type=int, default=2, help="processes that read clips")
+    p.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
+    p.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 on GPU, fp32 on CPU")
+    p.add_argument("--grad-ckpt", action=yes_no, default=True, help="recompute blocks backward: less memory")
+    p.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp", help="full copies, or shards")
+    # run
+    p.add_argument("--seed", type=int, default=0, help="seed")
+    p.add_argument("--prompts", help="file of image|||caption lines to evaluate on (default: the first clip; tiny: held-out)")
+    p.add_argument("--eval-n", type=int, default=4, help="first frames and captions used for evaluation")
+    p.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
+    p.add_argument("--keep", type=int, default=1, help="checkpoints kept")
+    p.add_argument("--preview-every", type=int, default=0, help="steps between evaluations; 0: start and end")
+    p.add_argument("--log-every", type=int, default=1, help="steps between log lines on the screen")
+    p.add_argument("--tensorboard", action="store_true", help="log to TensorBoard too")
+    p.add_argument("--wandb", action="store_true", help="log to Weights & Biases too")
+    scratch = p.parse_known_args(argv)[0].scratch
+    presets = {}
+    for name, row in BASES.items():
+        own = COGVIDEOX if isinstance(row.net, CogVideoXConfig) else {}
+        presets[name] = own if row.text else own | (SCRATCH if scratch else TINY)
+    args = apply_defaults(p, argv, presets)
+    tiny = base_row(args.base).text is None
+    if args.scratch and args.rank:
+        raise UserError("--scratch: LoRA on random weights cannot learn; add --rank 0")
+    if not tiny and not args.data:
+        raise UserError("--data: give a folder, csv, jsonl or list of clips with captions")
+    if args.motion and (not tiny or args.data):
+        args.motion = None if tiny and "--motion" not in (argv or []) else args.motion
+        if args.motion:
+            raise UserError(f"--motion {args.motion}: only the tiny world's own clips have motions by name")
+    return args
+
+
+# ---- the method
+
+def image_condition(base, x0, picture, keep, generators):
+    """What the network is told of the first frame, {name: tensor}.
+
+    x0 (b,c,f,h,w) latents of the clips; picture: of load_batches(); keep (b,) 1, or 0 where it is dropped.
+    """
+    if base.row.unet.image_to_video:  # dropped: the embedding alone, as in the second branch of guidance
+        image = base.image_encoder(picture)[:, None].float() * keep.view(-1, 1, 1)
+        return {"first_frame": x0[:, :, 0], "image": image}
+    sigma = (0.5 * randn((len(x0), 1, 1, 1), generators) - 3).exp()
+    picture = picture + (sigma * randn(picture.shape, generators)).to(picture)
+    noise = randn((*x0.shape[:2], 1, *x0.shape[3:]), generators).to(picture)  # the latent is a sample, too
+    with torch.no_grad():
+        latent = base.vae.encode(picture[:, :, None], noise).float()
+    return {"first_frame": latent * keep.view(-1, 1, 1, 1, 1)}
+
+
+def i2v_loss(net, base, x0, picture, captions, generators, args):
+    """The denoising loss of each clip, (b,). x0 (b,c,f,h,w) latents, picture: of load_batches().
+
+    generators: one a clip, for all that is random about it, so that its loss does not depend on its neighbours.
+    """
+    def uniform():
+        return torch.stack([torch.rand((), generator=g) for g in generators])
+    t = (uniform() * len(base.schedule.alpha_bar)).long().to(x0.device)
+    shared = randn((*x0.shape[:3], 1, 1), generators)  # the mean brightness is noised too (VGen: noise_strength)
+    noise = offset_noise(randn(x0.shape, generators), shared, args.offset_noise).to(x0.device)
+    dropped = uniform() < args.drop_text
+    text = base.encode_text([args.negative if d else c for c, d in zip(captions, dropped)])
+    keep = (uniform() >= args.drop_image).float().to(x0.device)
+    cond = image_condition(base, x0, picture, keep, generators) | frame_rate(args, len(x0), x0.device)
+    return diffusion_loss(lambda x, t: net(x, t, text, **cond), base.schedule, x0, noise, t)
+
+
+def main(argv=None):
+    args = get_args(argv)
+    settings = fill(args, args.base, method="i2vgen")
+    size = args.frames, args.height, args.width
+    args.read_fps = args.read_fps or args.fps
+    if args.data:
+        data = VideoDataset(args.data, *size, args.read_fps, args.seed)
+    else:
+        data = TinyWorld(TINY_CLIPS, args.frames, args.seed, args.motion)
+    pairs = read_pairs(args, data)
+    state = check_out(args, "i2vgen")
+    env = setup(args)
+    dtype = env.dtype if args.rank else torch.float32  # trained weights are kept in fp32
+    base = load_base(args.base, args.weights, env.device, dtype, args.scratch, start=not args.rank)
+
+    # ---- what is trained: LoRA branches, or the network; from scratch the tiny encoders as well
+    parts = {"": base.net, "text_encoder.": base.text_encoder, "image_encoder.": base.image_encoder}
+    parts = {prefix: module for prefix, module in parts.items() if module is not None}
+    if args.rank:
+        add_lora(base.net, args.rank, args.alpha, args.lora_targets)
+    else:
+        for prefix, module in parts.items():
+            module.requires_grad_(not prefix or (args.scratch and base.row.text is None))
+    for module in {"vae": base.vae, **{k: m for k, m in parts.items() if k and not args.scratch}}.values():
+        module.to(env.dtype)
+    base.net.grad_ckpt = args.grad_ckpt
+    base.net.train()
+    net = parallelize(base.net, args.parallel, env.device)
+    if args.scratch:
+        base.text_encoder = parallelize(base.text_encoder, "ddp", env.device)
+        base.image_encoder = base.image_encoder and parallelize(base.image_encoder, "ddp", env.device)
+    params = trained(parts)
+    opt = torch.optim.AdamW(params.values(), args.lr, args.betas, weight_decay=args.wd)
+    scaler = torch.amp.GradScaler(env.device.type, enabled=env.dtype == torch.float16)
+    ema = {k: p.detach().clone() for k, p in params.items()} if args.ema else None
+    start = load_state(state, params, opt, ema, scaler) if state else 0
+    meta = dict(
+        method="i2vgen", base=args.base, rank=args.rank, alpha=args.alpha, lora_targets=args.lora_targets,
+        sample=settings)
+    batches = load_batches(args, env, data, base, start)
+    log = Log(args, env, base.parts(), start)
+    guard = FiniteGuard()
+    catch_signals(env)
+    if env.main:
+        keep_lines(Path(args.out, "eval.jsonl"), min(start + 1, args.steps) if state else 0)
+    if not state and not args.scratch:
+        evaluate(args, env, base, pairs, 0, "before")
+
+    for step in range(start, args.steps):
+        for group in opt.param_groups:
+            group["lr"] = lr_at(step, args)
+        # drawn from the step alone: all clips of a step are videos, or all are images
+        image = torch.rand((), generator=generator(args.seed, step, "image")).item() < args.image_share
+        total = 0.0
+        for micro in range(args.accum):
+            first = (micro * env.world + env.rank) * args.batch
+            generators = [generator(args.seed, step, first + i) for i in range(args.batch)]
+            torch.manual_seed(generators[0].initial_seed())  # the networks' dropout
+            x0, picture, captions = next(batches)(generators)
+            x0 = x0[:, :, :1] if image else x0
+            advice = memory_advice("--grad-ckpt", "--batch 1", "--parallel fsdp", "fewer --frames", "a smaller --height and --width")
+            with sync_gradients(net, micro == args.accum - 1), env.autocast(), advice:
+                loss = i2v_loss(net, base, x0, picture, captions, generators, args).mean()
+                scaler.scale(loss / args.accum).backward()
+            total += loss.detach() / args.accum
+        scaler.unscale_(opt)
+        norm = clip_gradients(params.values(), args.clip)
+        if guard.ok(env, loss=total, gradient=norm):
+            scaler.step(opt)
+        scaler.update()
+        opt.zero_grad()
+        if ema:  # warmed up, so that the start is forgotten
+            decay = min(args.ema, (step + 1) / (step + 10))
+            torch._foreach_lerp_(list(ema.values()), [p.detach() for p in params.values()], 1 - decay)
+        log.step(step, loss=total, grad=norm, lr=opt.param_groups[0]["lr"])
+
+        done, stop = step + 1, agree_to_stop(env)
+        if stop or done % args.save_every == 0 or done == args.steps:
+            save_checkpoint(args, env, done, params, meta, opt, ema, scaler)
+        if stop:
+            break
+        if done == args.steps or (args.preview_every and done % args.preview_every == 0):
+            with averaged(params, ema):
+                evaluate(args, env, base, pairs, done, "after" if done == args.steps else f"step-{done}")
+    if env.main:
+        draw_curve(log.path, Path(args.out, "curve.png"), ["loss", "grad"], f"i2vgen on {args.base}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# ---- batches of latents
+
+def load_batches(args, env, data, base, start):
+    """For each micro-step from step `start` on: a function(generators) -> latents (b,c,f,h,w), picture, captions.
+
+    Latents are samples of the encoder's Gaussian (as VGen and CogVideoX train). picture: what else of the first
+    frame is needed: the image tower's input (b,3,s,s), or for CogVideoX its pixels (b,3,h,w).
+    """
+    order = [batch_indices(len(data), i, args.batch, env.rank, env.world, args.seed)
+             for i in range(start * args.accum, args.steps * args.accum)]
+    row = base.row
+
+    def pictures(video):
+        if not row.unet.image_to_video:
+            return video[:, :, 0]
+        size = (row.image or row.text).image_size
+        return torch.stack([tower_image(frame_picture(clip[:, 0]), args.width, size) for clip in video])
+
+    @torch.no_grad()
+    def gaussian(video):  # (b,3,f,h,w) -> mean, std of its latents, on the CPU
+        video = video.to(env.device, env.dtype)
+        if isinstance(row.net, CogVideoXConfig):
+            moments = torch.cat([base.vae.moments(clip[None]) for clip in video])
+            mean, logvar = moments.chunk(2, dim=1)
+        else:  # each clip as (f,3,h,w): its frames are the batch
+            parts = [base.vae.moments(clip.transpose(0, 1)) for clip in video]
+            mean, logvar = (torch.stack([x.transpose(0, 1) for x in column]) for column in zip(*parts))
+        return mean.float().cpu(), (0.5 * logvar.float().clamp(-30, 20)).exp().cpu()
+
+    def sampled(mean, std, picture, captions):
+        def draw(generators):
+            z = mean.float() + std.float() * randn(mean.shape, generators)
+            return (z * base.vae.cfg.scale).to(env.device), picture.to(env.device, base.vae.post_dtype), captions
+        return draw
+
+    def read(sampler):
+        workers = dict(num_workers=args.workers, prefetch_factor=2 if args.workers else None)
+        loader = torch.utils.data.DataLoader(data, batch_sampler=sampler, **workers)
+        return ((torch.as_tensor(x["video"]), x["text"]) for x in loader)
+
+    if not args.cache_latents:
+        return (sampled(*gaussian(video), pictures(video), captions) for video, captions in read(order))
+    kept, texts = [], []
+    chunks = [list(range(i, min(i + 8, len(data)))) for i in range(0, len(data), 8)]
+    for video, captions in tqdm(read(chunks), "latents", len(chunks), disable=not env.main, mininterval=5):
+        kept.append([x.half() for x in (*gaussian(video), pictures(video))])
+        texts += captions
+    mean, std, picture = (torch.cat(column) for column in zip(*kept))
+    return (sampled(mean[i], std[i], picture[i], [texts[k] for k in i]) for i in order)
+
+
+# ---- evaluation
+
+def read_pairs(args, data):
+    """-> [(first frame, a Pillow image; caption)] to evaluate on, with what the judge knows of the tiny world."""
+    if args.prompts:
+        return [(open_image(path), caption) for path, caption in read_image_prompts(args.prompts)[:args.eval_n]]
+    if args.data:
+        return [(frame_picture(data[0]["video"][:, 0]), data[0]["text"])]
+    clips, captions = tiny_pairs(args.seed, args.eval_n, args.frames, args.motion)
+    return [(frame_picture(clip[:, 0]), caption) for clip, caption in zip(clips, captions)]
+
+
+@contextmanager
+def averaged(params, ema):
+    """The moving average in the place of the weights."""
+    kept = {k: p.detach().clone() for k, p in params.items()} if ema else {}
+    for k in kept:
+        params[k].data.copy_(ema[k])
+    yield
+    for k, weights in kept.items():
+        params[k].data.copy_(weights)
+
+
+@torch.no_grad()
+def evaluate(args, env, base, pairs, step, name):
+    """Clips from held-out first frames, always from the same noise -> a line in eval.jsonl, NAME.png, NAME/*.mp4."""
+    images, captions = zip(*pairs)
+    base.net.eval()
+    with env.autocast():
+        cond, null = conditions(base, env, args, images)
+    seeds = [f"eval-{i}" for i in range(len(pairs))]
+    videos = generate_split(base, env, list(captions), seeds, args, cond, null)
+    base.net.train()
+    if not env.main:
+        return
+    sizes = {image.size for image in images} == {(args.width, args.height)}
+    row = dict(step=step)
+    if sizes:
+        row |= first_frame_kept(videos, [image_tensor(image) for image in images])
+    if base.row.text is None and not args.data:
+        row["judge"] = judge_captions(videos, captions)
+    with open(Path(args.out, "eval.jsonl"), "a") as f:
+        f.write(json.dumps(row) + "\n")
+    words = " ".join(f"{k} {v:.3f}" for k, v in row.get("judge", {}).items())
+    print(f"held-out, {name}: first frame {row.get('psnr', float('nan')):.1f} dB {words}", flush=True)
+    contact_sheet(list(videos[:16]), Path(args.out, f"{name}.png"), captions[:16])
+    for i, video in enumerate(videos[:16]):
+        write_video(Path(args.out, name, f"{i:04d}.mp4"), video, args.save_fps)
+
+
+if __name__ == "__main__":
+    main()
