@@ -1,16 +1,20 @@
-"""The plumbing, all of it: processes, seeds, log, checkpoints, exact resume, weight files."""
+"""The plumbing, all of it: processes, seeds, options, log, checkpoints, exact resume, weight files."""
+import argparse
 import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
 import platform
 import resource
+import shutil
 import signal
 import struct
 import sys
 import time
 import zipfile
+import zlib
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,7 +30,13 @@ class UserError(SystemExit):
     """The user's mistake: one line that names the thing and the remedy; Python prints it and exits with 1."""
 
     def __init__(self, message):
-        super().__init__(f"error: {message}")
+        super().__init__("error: " + " ".join(str(message).split("\n")))
+
+
+def warn(message):
+    """A line on stderr, from one process of a run only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 # ---- processes and seeds
@@ -38,44 +48,75 @@ class Env:
     world: int
     device: torch.device
     dtype: torch.dtype   # of frozen weights and of autocast
+    offload: bool = False
     stop: bool = False
 
     @property
     def main(self):
         return self.rank == 0
 
+    @contextlib.contextmanager
     def autocast(self):
-        """Autocast for network calls; off in fp32."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        """For network calls: autocast, off in fp32; with --offload what backward needs waits on the CPU."""
+        pinned = self.device.type == "cuda"
+        waits = torch.autograd.graph.save_on_cpu(pinned) if self.offload else contextlib.nullcontext()
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32), waits:
+            yield
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def setup(args) -> Env:
-    """Start this process, plain `python x.py` or under torchrun (gloo on CPU, nccl on GPUs), and seed it."""
+    """Start this process, plain `python x.py` or under torchrun (gloo on CPU, nccl on GPUs), and seed it.
+
+    Every process seeds torch alike, so that all build the same network.
+    """
     wanted = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if wanted.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {wanted}: PyTorch {torch.__version__} sees no GPU here; try --device cpu")
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise UserError(f"--device {wanted}: no such device; give cuda, cuda:0, mps or cpu") from None
     variables = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     rank, world, local = (int(os.environ.get(k, default)) for k, default in variables)
-    device = torch.device(f"cuda:{local}" if wanted == "cuda" else wanted)
     if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"--device {wanted}: PyTorch {torch.__version__} sees no GPU; try --device cpu")
+        device = torch.device("cuda", local if device.index is None else device.index)
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"--device {device}: this machine has {torch.cuda.device_count()} GPU(s); "
+                            "torchrun's --nproc_per_node must not be larger")
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    elif device.type not in ("cpu", "mps"):
+        raise UserError(f"--device {wanted}: not supported; give cuda, cuda:0, mps or cpu")
+    # two backends: with --offload, shards and gradients are on the CPU
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    torch.manual_seed(args.seed)  # the same on every process, so that all build the same network
-    return Env(rank, world, device, DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")])
+        try:
+            dist.init_process_group(backend)
+        except (RuntimeError, ValueError) as e:
+            raise UserError(f"the {world} processes cannot reach each other ({e}); start them with torchrun "
+                            "(see torchrun.sh)") from e
+    elif getattr(args, "parallel", "ddp") == "fsdp" and not dist.is_initialized():
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # FSDP of one process
+    torch.manual_seed(args.seed)
+    dtype = DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
+    return Env(rank, world, device, dtype, getattr(args, "offload", False))
 
 
 def catch_signals(env):
     """For training runs: SIGTERM (pre-emption) or Ctrl-C sets env.stop, so that the loop saves and leaves."""
+    asked = []
+
     def on_signal(signum, frame):
-        if env.stop:  # asked twice: leave at once
-            raise SystemExit(1)
+        # torchrun hands on what the terminal has sent to all of us already: that is the same request
+        if asked and time.monotonic() - asked[0] > 2:
+            raise SystemExit(1)  # asked twice: leave at once
+        if not asked:
+            print("stopping after this step: saving first (again to leave at once)", flush=True)
         env.stop = True
-        print("stopping after this step: saving first (again to leave at once)", flush=True)
+        asked.append(time.monotonic())
     for s in (signal.SIGTERM, signal.SIGINT):
         signal.signal(s, on_signal)
 
@@ -105,6 +146,18 @@ def generator(*numbers) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(*numbers))
 
 
+def my_samples(args, env, start, seen) -> list:
+    """For each micro-step from update `start` on, the numbers of this process's samples in the whole run.
+
+    seen: samples that the run has read before. What is random about a sample (its place in the data, its
+    noise) comes from its number alone.
+    """
+    together = args.batch * env.world
+    end = seen + (args.steps - start) * args.accum * together
+    firsts = range(seen + env.rank * args.batch, end, together)
+    return [list(range(first, first + args.batch)) for first in firsts]
+
+
 def mean_over_ranks(values: dict, env) -> dict:
     """{name: float} -> the same, averaged over the processes (each must call it, with the same names)."""
     if env.world == 1:
@@ -115,6 +168,39 @@ def mean_over_ranks(values: dict, env) -> dict:
 
 
 # ---- options
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line; `doc` is the file's docstring. No abbreviated options."""
+
+    def __init__(self, doc):
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=doc, formatter_class=raw, allow_abbrev=False)
+
+    def error(self, message):
+        raise UserError(f"{message.removeprefix('argument ')} ({self.prog} --help lists the options)")
+
+
+def _checked(kind, low, high, words):
+    """An argparse type: text -> number of `kind` within low..high (NaN is not)."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {words}")
+        return value
+    return parse
+
+
+COUNT = _checked(int, 1, 10 ** 9, "a whole number of 1 or more")
+NATURAL = _checked(int, 0, 10 ** 15, "a whole number of 0 or more")
+REAL = _checked(float, -1e9, 1e9, "a number")
+POSITIVE = _checked(float, 1e-12, 1e9, "a number above 0")
+UNSIGNED = _checked(float, 0, 1e9, "a number of 0 or more")
+SHARE = _checked(float, 0, 1, "a number from 0 to 1")
+DECAY = _checked(float, 0, 1 - 1e-9, "a number from 0 to below 1")
+
 
 def apply_defaults(parser, argv, presets, option="base"):
     """Parse argv; presets[value of --base] replaces the parser's defaults, given flags win. -> args"""
@@ -150,7 +236,6 @@ class Log:
         self.writers = []
         if not env.main:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         keep_lines(self.path, start)
         arguments = json.dumps(vars(args), indent=1, default=str)
         write_atomic(Path(args.out, "args.json"), lambda p: p.write_text(arguments))
@@ -178,8 +263,7 @@ class Log:
         self.clock = now
         if not self.env.main:
             return
-        with open(self.path, "a") as f:
-            f.write(json.dumps({"step": step, **values, "seconds": round(seconds, 3)}) + "\n")
+        append_line(self.path, {"step": step, **values, "seconds": round(seconds, 3)})
         for write in self.writers:
             write(step, values)
         if step % self.args.log_every == 0 or step == self.args.steps - 1:
@@ -191,11 +275,28 @@ class Log:
                   f"peak memory {peak_memory(self.env.device):.2f} GB", flush=True)
 
 
+def append_line(path, row):
+    """One more line of a jsonl file."""
+    try:
+        with open(path, "a") as f:
+            f.write(json.dumps(row) + "\n")
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written ({e.strerror}); the last checkpoint is whole: make room, "
+                        "then --resume") from e
+
+
+def read_lines(path) -> list:
+    """A jsonl file's rows; a last line that a kill cut off is left out."""
+    path, rows = Path(path), []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
 def keep_lines(path, before):
     """Keep a jsonl file's lines whose "step" is below `before`: a resumed run repeats what came after."""
-    path = Path(path)
-    lines = path.read_text().splitlines() if before and path.exists() else []
-    kept = [x + "\n" for x in lines if json.loads(x)["step"] < before]
+    kept = [json.dumps(x) + "\n" for x in read_lines(path) if x["step"] < before] if before else []
     write_atomic(path, lambda p: p.write_text("".join(kept)))
 
 
@@ -226,7 +327,7 @@ def draw_curve(log_path, png, keys, title=""):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    rows = [json.loads(x) for x in Path(log_path).read_text().splitlines()]
+    rows = read_lines(log_path)
     fig, axes = plt.subplots(1, len(keys), figsize=(5 * len(keys), 3.4), squeeze=False)
     for ax, key in zip(axes[0], keys):
         points = [(r["step"] + 1, r[key]) for r in rows if key in r]
@@ -248,52 +349,110 @@ def draw_curve(log_path, png, keys, title=""):
 
 
 class FiniteGuard:
-    """Skip steps whose loss is not finite; after 10 in a row stop, the last good checkpoint kept."""
+    """The optimizer's step; left out where a loss term is not finite, and the end after 10 such in a row."""
 
-    def __init__(self):
-        self.bad = 0
+    def __init__(self, env):
+        self.env, self.bad = env, 0
 
-    def ok(self, env, **terms) -> bool:
-        """terms: the named loss terms of this step (0-d tensors). The same answer on every process."""
-        wrong = [k for k, v in terms.items() if not torch.isfinite(v).all()]
-        if not on_any(wrong, env):
+    def step(self, opt, scaler, params, clip, **terms) -> Tensor:
+        """Unscale (fp16), clip the gradients to a norm of `clip`, step, clear them. -> their norm before.
+
+        terms: the named loss terms of this step (0-d tensors). Every process decides the same.
+        """
+        scaler.unscale_(opt)
+        norm = clip_gradients(params, clip)
+        wrong = [k for k, v in (terms | {"gradient": norm}).items() if not torch.isfinite(v).all()]
+        loss_is_wrong = on_any(wrong and wrong != ["gradient"], self.env)
+        if not on_any(wrong, self.env):
+            scaler.step(opt)
+            scaler.update()
             self.bad = 0
-            return True
-        self.bad += 1
-        if wrong:
-            print(f"warning: {wrong[0]} is not finite: step skipped ({self.bad} in a row)", flush=True)
-        if self.bad >= 10:
-            raise UserError(f"{(wrong or ['a loss term'])[0]} was not finite 10 steps in a row; the last "
-                            "checkpoint is kept: try a lower --lr, a smaller --clip, or --dtype fp32")
-        return False
+        elif not loss_is_wrong and scaler.get_scale() > 1:  # 1 without fp16
+            scaler.update(scaler.get_scale() / 2)  # fp16 looks for its scale by overflowing
+        else:
+            self.bad += 1
+            if wrong:
+                print(f"warning: {wrong[0]} is not finite: step skipped ({self.bad} in a row)", flush=True)
+            if self.bad >= 10:
+                raise UserError(f"{(wrong or ['a loss term'])[0]} was not finite 10 steps in a row; the last "
+                                "checkpoint is kept: try a lower --lr, a smaller --clip, or --dtype fp32")
+        opt.zero_grad()
+        return norm
 
 
 def clip_gradients(params, largest):
-    """Scale the gradients to a norm of at most `largest`. -> the norm before, a plain tensor (FSDP2 too)."""
-    norm = torch.nn.utils.clip_grad_norm_(params, largest)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    """Scale the gradients to a norm of at most `largest`. -> the norm before, a plain tensor.
+
+    Whole tensors and FSDP2's shards may stand beside each other (a network and its text encoder).
+    """
+    grads = [p.grad for p in params if p.grad is not None]
+    kinds = [[g for g in grads if type(g) is kind] for kind in {type(g): None for g in grads}]
+    norms = [torch.nn.utils.get_total_norm(part) for part in kinds]
+    norm = torch.stack([n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]).norm()
+    factor = largest / (norm.item() + 1e-6)
+    for part in kinds if factor < 1 else ():
+        torch._foreach_mul_(part, factor)
+    return norm
 
 
 @contextlib.contextmanager
 def memory_advice(*dials):
-    """Turn a CUDA out-of-memory error into one line that lists the dials to turn, in that order."""
+    """Turn an out-of-memory error into one line that lists the dials to turn, in that order.
+
+    A decorator, too: `@memory_advice("--batch 1")` above a main().
+    """
     try:
         yield
-    except torch.cuda.OutOfMemoryError as e:
-        raise UserError(f"the GPU is out of memory; try, in this order: {', '.join(dials)}") from e
+    except (MemoryError, RuntimeError) as e:
+        known = isinstance(e, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(e)
+        if not known:
+            raise
+        reason = (str(e).splitlines() or ["no memory"])[0][:120]
+        raise UserError(f"out of memory ({reason}); try, in this order: {', '.join(dials)}") from e
 
 
 # ---- checkpoints: ckpt.safetensors is what one samples from, state.pt what one resumes from
 
+UMASK = os.umask(0)
+os.umask(UMASK)
+
+
 def write_atomic(path, write):
-    """write(temporary path), fsync, rename: a kill at any moment leaves the old file or the new, whole."""
+    """write(temporary path), fsync, rename: a kill at any moment leaves the old file or the new, whole.
+
+    Where it cannot be written (disk full, no permission) the old file stays, and a UserError says so.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.stem}.tmp{path.suffix}")  # the same suffix: some writers go by it
-    write(tmp)
-    with open(tmp, "rb") as f:
-        os.fsync(f.fileno())
-    os.replace(tmp, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(tmp)
+        os.chmod(tmp, 0o666 & ~UMASK)  # safetensors writes files that only their owner may read
+        for name in (tmp, path.parent):  # the folder after the rename: that, too, must outlive a power cut
+            handle = os.open(name, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+            if name == tmp:
+                os.replace(tmp, path)
+    except (OSError, SafetensorError) as e:
+        with contextlib.suppress(OSError):
+            tmp.unlink()
+        reason = getattr(e, "strerror", None) or str(e)
+        raise UserError(f"{path}: cannot be written ({reason}); what was there is kept: make room on the "
+                        "disk, or give another folder") from e
+
+
+def check_writable(folder):
+    """Refuse, before any work and without leaving a trace, an --out in which nothing can be written."""
+    folder = Path(folder)
+    try:
+        nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    except OSError as e:
+        raise UserError(f"--out {str(folder)[:60]}: {e.strerror}; give another folder") from None
+    if not nearest.is_dir():
+        raise UserError(f"--out {folder}: {nearest} is a file; give another folder")
+    if not os.access(nearest, os.W_OK):
+        raise UserError(f"--out {folder}: {nearest} cannot be written to; give another folder")
 
 
 def full(t: Tensor) -> Tensor:
@@ -312,11 +471,13 @@ def trained(parts: dict) -> dict:
     return found
 
 
-def save_checkpoint(args, env, step, params, meta, opt, ema=None, scaler=None):
+def save_checkpoint(args, env, step, seen, params, meta, opt, ema=None, scaler=None):
     """Write out/ckpt.safetensors (averaged weights if `ema`) and out/state.pt after `step` updates.
 
-    params: {key: parameter} from trained(); ema: {key: tensor} or None; meta: what sample.py needs to know,
-    plain types. Every process must call this; rank 0 writes.
+    seen: samples read so far, all processes together; params: {key: parameter} from trained(); ema: {key:
+    tensor} or None; meta: what sample.py needs to know, plain types. Every process must call this; rank 0
+    writes. Kept beside them: the last --keep of ckpt-<step>.safetensors, and the state before this one, for
+    the day that a disk loses a file.
     """
     weights = {k: full(p).contiguous() for k, p in params.items()}
     moments = {k: {n: full(v) for n, v in opt.state[p].items()} for k, p in params.items()}
@@ -327,43 +488,107 @@ def save_checkpoint(args, env, step, params, meta, opt, ema=None, scaler=None):
     given = {k: v for k, v in vars(args).items() if v is not None}
     meta = dict(meta, step=step, args=given, versions=versions())
     product = averaged or weights
-    text = {"nanovideo": json.dumps(meta, default=str)}
+    text = {"nanovideo": json.dumps(meta, default=str), "crc32": str(crc32(product))}
     write_atomic(out / f"ckpt-{step}.safetensors", lambda p: save_file(product, p, text))
     write_atomic(out / "ckpt.safetensors", lambda p: save_file(product, p, text))
     # all that resume needs is in this one file: the two files need not be of the same moment
     state = dict(
-        step=step, weights=weights, moments=moments, ema=averaged, meta=json.loads(text["nanovideo"]),
-        scaler=scaler.state_dict() if scaler else None)
-    write_atomic(out / "state.pt", lambda p: torch.save(state, p))
-    steps = sorted(int(p.stem.split("-")[1]) for p in out.glob("ckpt-*.safetensors"))
-    for old in steps[:max(0, len(steps) - args.keep)]:
+        step=step, seen=seen, weights=weights, moments=moments, ema=averaged,
+        meta=json.loads(text["nanovideo"]), scaler=scaler.state_dict() if scaler else None)
+    if (out / STATES[0]).exists():  # a second name first, so that at any moment one of the two is whole
+        with contextlib.suppress(FileNotFoundError):
+            (out / STATES[1]).unlink()
+        try:
+            os.link(out / STATES[0], out / STATES[1])
+        except OSError:  # a file system without links
+            os.replace(out / STATES[0], out / STATES[1])
+
+    def write(path):
+        try:
+            torch.save(state, path)
+        except RuntimeError as e:  # torch's own writer hides the reason
+            free = shutil.disk_usage(out).free / 1e9
+            raise OSError(errno.ENOSPC, f"{free:.2f} GB free; {str(e).splitlines()[0][:80]}") from e
+    write_atomic(out / STATES[0], write)
+    for old in steps_saved(out)[args.keep:]:
         (out / f"ckpt-{old}.safetensors").unlink()
 
 
-# what a resumed run may not change
-SAME = ("base", "rank", "alpha", "lora_targets", "seed", "batch", "accum")
+STATES = "state.pt", "state-previous.pt"
+
+
+def crc32(tensors) -> int:
+    """Checksum of {key: tensor}: safetensors has none, and a disk may lose bytes in the middle of a file."""
+    value = 0
+    for k in sorted(tensors):
+        value = zlib.crc32(tensors[k].contiguous().reshape(-1).view(torch.uint8).numpy(), value)
+    return value
+
+
+def steps_saved(out):
+    """Steps of the ckpt-<step>.safetensors in a run's folder, the newest first."""
+    found = (p.stem.removeprefix("ckpt-") for p in Path(out).glob("ckpt-*.safetensors"))
+    return sorted((int(k) for k in found if k.isdigit()), reverse=True)
+
+
+# what a resumed run may not change; the number of processes, --batch and --accum may
+SAME = ("base", "rank", "alpha", "lora_targets", "seed")
 
 
 def check_out(args, method):
     """Refuse to overwrite a run or to resume one with other options. -> the state to resume from, or None."""
-    path = Path(args.out, "state.pt")
-    if not path.exists():
+    check_writable(args.out)
+    files = [Path(args.out, name) for name in STATES if Path(args.out, name).exists()]
+    if not files:
         return None
     if not args.resume:
         raise UserError(
             f"{args.out} already holds a run: --resume continues it, --out FOLDER starts a new one")
-    state = load_pickle(path)
+    for file in files:
+        try:
+            state = load_state_file(file)
+            break
+        except UserError as e:
+            warn(f"{str(e).removeprefix('error: ')}; trying the one before it")
+    else:
+        raise UserError(f"--resume: no whole state in {args.out}; its ckpt.safetensors can still be sampled "
+                        "from: train anew with another --out")
     then, now = state["meta"]["args"] | {"method": state["meta"]["method"]}, vars(args) | {"method": method}
     for k in ("method", *SAME):
         if then.get(k) != now.get(k):
             raise UserError(f"--resume: the run in {args.out} has {k} {then.get(k)}, not {now.get(k)}: "
                             "give the same, or another --out")
+    if state["step"] > args.steps:
+        raise UserError(f"--resume: the run in {args.out} is at step {state['step']}: give a larger --steps")
     return state
 
 
-def load_state(state, params, opt, ema=None, scaler=None) -> int:
-    """Put check_out()'s state back into all that trains, plain, DDP or FSDP2. -> updates done."""
+def load_state_file(path):
+    """state.pt, its checksums compared (torch.load does not)."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            broken = file.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, zlib.error) as e:
+        broken = str(e)
+    if broken:
+        raise UserError(f"{path}: corrupt ({broken})")
+    return load_pickle(path)
+
+
+def load_state(args, state, params, opt, ema=None, scaler=None) -> tuple[int, int]:
+    """Put check_out()'s state (None: a new run) back into all that trains, plain, DDP or FSDP2.
+
+    -> updates done, samples seen. Here, where the size of what trains is known, a disk too small is refused.
+    """
     from torch.distributed.tensor import DTensor, distribute_tensor
+    copies = args.keep + 1 + 2 * (3 + bool(ema))  # checkpoints, two states of weights and two moments
+    needed, out = copies * sum(4 * p.numel() for p in params.values()), Path(args.out).absolute()
+    free = shutil.disk_usage(next(p for p in (out, *out.parents) if p.exists())).free
+    if not state and needed > free:
+        raise UserError(f"--out {args.out}: checkpoints need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are "
+                        "free; give a folder on a larger disk")
+    if not state:
+        return 0, 0
 
     def like(value, p):
         if isinstance(p, DTensor):
@@ -381,16 +606,31 @@ def load_state(state, params, opt, ema=None, scaler=None) -> int:
                 ema[k].copy_(like(state["ema"][k], p))
     if scaler and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
-    return state["step"]
+    return state["step"], state["seen"]
 
 
 def load_checkpoint(path):
-    """One of our own runs (folder, or a ckpt*.safetensors in it) -> ({key: tensor}, meta)."""
+    """One of our own runs (folder, or a ckpt*.safetensors in it) -> ({key: tensor}, meta).
+
+    In a folder whose ckpt.safetensors is corrupt, the newest ckpt-<step>.safetensors that is whole.
+    """
     path = Path(path)
-    file = path / "ckpt.safetensors" if path.is_dir() else path
-    if not file.exists():
+    files = [path]
+    if path.is_dir():
+        files = [path / "ckpt.safetensors"] + [path / f"ckpt-{k}.safetensors" for k in steps_saved(path)]
+        files = [f for f in files if f.exists()]
+    if not files or not files[0].exists():
         raise UserError(f"--ckpt {path}: no ckpt.safetensors there; give the --out folder of a finished run")
-    tensors, text = load_safetensors(file)
+    for file in files:
+        try:
+            tensors, text = load_safetensors(file)
+            if "crc32" in text and int(text["crc32"]) != crc32(tensors):
+                raise UserError(f"{file}: corrupt (its checksum differs)")
+            break
+        except UserError as e:
+            if file == files[-1]:
+                raise
+            warn(f"{str(e).removeprefix('error: ')}; trying the one before it")
     if "nanovideo" not in text:
         raise UserError(f"--ckpt {path}: not a nanovideo checkpoint ({looks_like(tensors)}); "
                         "public weights go to --weights, public LoRA files to --lora")

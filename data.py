@@ -21,8 +21,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
 
-from common import UserError, generator, write_atomic
+from common import UserError, generator, warn, write_atomic
 
 # ---- the tiny world: one coloured shape on a plain background that moves, grows, shrinks or stands still
 
@@ -151,6 +154,9 @@ def tiny_batch(seed, n, frames=TINY_FRAMES, drop_background=0.2, motion=None):
     return torch.stack([render(s) for s in scenes]), captions, scenes
 
 
+TRAINING, HELD_OUT = 10 ** 6, 10 ** 6 + 1  # in the seeds of clips: the two never meet
+
+
 def tiny_pairs(seed, n, frames=TINY_FRAMES, motion=None):
     """Held-out (first frame, caption) pairs -> (clips (n,3,f,32,32), captions); no TinyWorld holds them."""
     return tiny_batch((seed, HELD_OUT), n, frames, drop_background=0.0, motion=motion)[:2]
@@ -164,13 +170,12 @@ def _shuffled(n, seed, epoch):
     return np.random.default_rng((seed, epoch)).permutation(n)
 
 
-def batch_indices(n, step, batch, rank=0, world=1, seed=0):
-    """What process `rank` reads at `step`: a list of `batch` indices, disjoint between processes.
+def batch_indices(n, first, batch, seed=0):
+    """Which of n items are the samples number first .. first + batch - 1 of a run: a list of indices.
 
     Each epoch over the n items has its own order. All depends on the arguments alone: a resumed run reads on
-    where it stopped.
+    where it stopped, on any number of processes.
     """
-    first = (step * world + rank) * batch
     picked = []
     for i in range(first, first + batch):
         epoch, position = divmod(i, n)
@@ -178,11 +183,8 @@ def batch_indices(n, step, batch, rank=0, world=1, seed=0):
     return picked
 
 
-TRAINING, HELD_OUT = 10 ** 6, 10 ** 6 + 1  # in the seeds of clips: the two never meet
-
-
 class TinyWorld(torch.utils.data.Dataset):
-    """`n` fixed clips of the tiny world: item i -> {"video" (3,f,32,32), "text"}; f = 1 gives images.
+    """`n` fixed clips of the tiny world: item (i, _) -> {"video" (3,f,32,32), "text"}; f = 1 gives images.
 
     motion: of all clips; None: any of MOTIONS.
     """
@@ -193,15 +195,106 @@ class TinyWorld(torch.utils.data.Dataset):
     def __len__(self):
         return self.n
 
-    def __getitem__(self, i):
+    def __getitem__(self, item):
+        i, _ = item
         video, captions, _ = tiny_batch((self.seed, TRAINING, i), 1, self.frames, motion=self.motion)
         return {"video": video[0], "text": captions[0]}
+
+
+def load(data, order, workers=0):
+    """Batches of a data set, read by `workers` processes; order: a list of items for each batch."""
+    loader = torch.utils.data.DataLoader(data, batch_sampler=order, num_workers=workers,
+                                         prefetch_factor=2 if workers else None)
+    try:
+        yield from loader
+    except RuntimeError as e:
+        if not workers:
+            raise
+        reason = str(e).strip().splitlines()[-1].removeprefix("RuntimeError: ")  # the rest is its traceback
+        raise UserError(f"{reason} (in a process that reads clips; --workers 0 reads without them)") from e
+
+
+def read_batches(data, numbers, seed=0, workers=0):
+    """Samples by their numbers in a run, a list for each batch -> batches {"video" (b,3,f,h,w), "text" list}.
+
+    data[i, number] is item i, its random part drawn for that number.
+    """
+    return load(data, [list(zip(batch_indices(len(data), part[0], len(part), seed), part))
+                       for part in numbers], workers)
+
+
+SHARD = 64  # clips a file of encoded clips
+
+
+class EncodedClips(torch.utils.data.Dataset):
+    """A data set encoded once (--cache-latents): files of SHARD clips, read as needed, not kept in memory.
+
+    item (i, _) -> {"text", NAME: tensor ...}, what `encode` made of clip i.
+    """
+
+    def __init__(self, files, n):
+        self.files, self.n, self.open = files, n, {}
+
+    def __len__(self):
+        return self.n
+
+    def texts(self):
+        """All captions, in order."""
+        return [text for k in range(len(self.files)) for text in self.shard(k)[1]]
+
+    def shard(self, k):
+        if k not in self.open:
+            file = safe_open(self.files[k], "pt")  # memory-mapped
+            self.open[k] = file, json.loads(file.metadata()["texts"]), sorted(file.keys())
+        return self.open[k]
+
+    def __getitem__(self, item):
+        k, i = divmod(item[0], SHARD)
+        file, texts, names = self.shard(k)
+        return {"text": texts[i], **{name: file.get_slice(name)[i] for name in names}}
+
+
+def encode_once(folder, data, encode, about, env, workers=0):
+    """Encode every clip of `data` once, into files below `folder` -> EncodedClips.
+
+    encode({"video": (b,3,f,h,w), "text": list}) -> {name: tensor (b, ...)}; about: plain values that tell
+    whether files of an earlier run are the same. Processes share the work; what is there already is kept.
+    """
+    files = [Path(folder, f"{k:06d}.safetensors") for k in range(-(-len(data) // SHARD))]
+    about = json.dumps([about, len(data)], default=str)
+
+    def whole(file):
+        try:
+            with safe_open(file, "pt") as f:
+                return f.metadata()["about"] == about
+        except (OSError, SafetensorError, KeyError, TypeError):
+            return False
+    mine = [k for k in range(env.rank, len(files), env.world) if not whole(files[k])]
+    for k in tqdm(mine, "encoding clips", disable=not env.main or not mine, mininterval=5):
+        parts, texts = {}, []
+        rows = range(k * SHARD, min((k + 1) * SHARD, len(data)))
+        order = [[(i, i) for i in rows[j:j + 8]] for j in range(0, len(rows), 8)]
+        for batch in load(data, order, workers):
+            texts += batch["text"]
+            for name, value in encode(batch).items():
+                parts.setdefault(name, []).append(value.cpu())
+        tensors = {name: torch.cat(values).contiguous() for name, values in parts.items()}
+        text = {"texts": json.dumps(texts), "about": about}
+        write_atomic(files[k], lambda p: save_file(tensors, p, text))
+    if env.world > 1:
+        torch.distributed.barrier()
+    absent = [file for file in files if not whole(file)]
+    if absent:
+        raise UserError(f"--cache-latents: {absent[0]} is not there; --out must be a folder that all nodes "
+                        "share")
+    return EncodedClips(files, len(data))
 
 
 # ---- pixels
 
 VIDEOS = (".mp4", ".avi", ".mov", ".webm", ".gif")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+FAR = 300         # frames ahead from which a long film is searched by time, not decoded up to there
 FOLDER_FPS = 8.0  # a folder of pictures has no rate of its own
 MP4_CRF = "12"    # x264's default, 23, cost 8 dB on a real 256x256 clip
 
@@ -424,8 +517,17 @@ def _opened(path):
                 first = file.metadata(index=0, constant_framerate=False) if count else {}
                 turns = _turns(first["DISPLAYMATRIX"]) if "DISPLAYMATRIX" in first else 0
 
+                at = 0
+
                 def get(i):
-                    return np.rot90(file.read(index=i, constant_framerate=False), turns)
+                    nonlocal at
+                    # far ahead: by its time, from the key frame before it; exact where the rate is constant
+                    far, at = i - at > FAR, i
+                    try:
+                        frame = file.read(index=i, constant_framerate=far)
+                    except (StopIteration, IndexError, EOFError):
+                        frame = file.read(index=i, constant_framerate=False)
+                    return np.rot90(frame, turns)
                 yield count, fps, (w, h) if turns % 2 else (h, w), get
     except ImportError:
         raise UserError(f"{path}: reading it needs PyAV: pip install av (gif and pictures do not)") from None
@@ -747,47 +849,47 @@ class VideoDataset(torch.utils.data.Dataset):
     VGen's lines `video|||caption`; paths are relative to the list. The list is checked here, a clip when it
     is read: a bad one (corrupt, empty, too short, changing size) is named, counted, and replaced by the next
     row; past 1 % of the rows, and more than one, the run stops.
-    Pictures count as clips when frames == 1. The start of a clip is drawn from (seed, epoch, index) alone."""
+    Pictures count as clips when frames == 1. Item (i, number) is row i, its start drawn for `number` alone: a
+    clip that comes again starts elsewhere."""
 
     def __init__(self, source, frames, height, width, fps=None, seed=0):
         self.source, self.rows = _clip_rows(source)
         self.frames, self.size, self.fps, self.seed = frames, (height, width), fps, seed
+        known = {}
+        twice = [n for n, *clip in self.rows if known.setdefault(tuple(clip), n) != n]
+        if twice:
+            warn(f"{self.source} row {twice[0]}: clip and caption stand in an earlier row, too "
+                 f"({len(twice)} such rows): they count double")
         for n, path, _ in self.rows:
             if not path.exists():
                 raise UserError(f"{self.source} row {n}: {path}: no such clip")
             if path.suffix.lower() in IMAGES and frames != 1:
                 raise UserError(f"{self.source} row {n}: {path}: a picture is one frame; use --frames 1")
-        # In shared memory: the workers of a loader see a new epoch, and count their bad clips together.
-        self.epoch = torch.zeros((), dtype=torch.long).share_memory_()
+        # in shared memory: the workers of a loader count their bad clips together
         self.bad = torch.zeros(len(self.rows), dtype=torch.bool).share_memory_()
         gc.freeze()  # imageio collects garbage at every close: 0.3 s a clip when transformers is loaded
         atexit.register(gc.unfreeze)
 
-    def set_epoch(self, epoch):
-        """Call it between two passes over the loader."""
-        self.epoch.fill_(epoch)
-
     def __len__(self):
         return len(self.rows)
 
-    def load(self, row, index):
-        """The clip of rows[row], its start drawn for `index`. A bad clip raises UserError."""
+    def load(self, row, number):
+        """The clip of rows[row], its start drawn for `number`. A bad clip raises UserError."""
         _, path, text = self.rows[row]
         if path.suffix.lower() in IMAGES:
             video = read_image(path, self.size)[:, None]
         else:
-            start = generator(self.seed, "clip", int(self.epoch), index)
+            start = generator(self.seed, "clip", number)
             video, _ = read_video(path, self.frames, self.fps, start, self.size)
         return {"video": video, "text": text, "path": str(path)}
 
-    def __getitem__(self, index):
-        if not 0 <= index < len(self):  # ends a plain `for item in dataset`
-            raise IndexError(index)
+    def __getitem__(self, item):
+        index, number = item
         for row in [*range(index, len(self)), *range(index)]:  # the next row stands in for a bad one
             if self.bad[row]:
                 continue
             try:
-                return self.load(row, index)
+                return self.load(row, number)
             except UserError as e:
                 self.bad[row] = True
                 print(f"bad clip: {self.source} row {self.rows[row][0]}: {_reason(e)}", file=sys.stderr)

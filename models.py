@@ -1439,19 +1439,21 @@ def turbo_lora_layers(net):
 
 # ---- many GPUs
 
-def parallelize(net, mode, device):
+def parallelize(net, mode, device, offload=False):
     """Wrap a network for data parallel training; call the returned network in rollouts and losses.
 
-    mode: "ddp" (a full copy on each GPU) or "fsdp" (FSDP2, parameters sharded). With one process the network
-    comes back as it is.
+    mode: "ddp" (a full copy on each GPU) or "fsdp" (FSDP2: block by block, then the rest; frozen weights may
+    be of another type than trained ones). offload: FSDP's shards, their gradients and the optimizer's state
+    stay in CPU memory. A single process without FSDP gets its network back as it is.
     """
     if not torch.distributed.is_initialized():
         return net
     if mode == "fsdp":
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+        policy = dict(offload_policy=CPUOffloadPolicy(pin_memory=device.type == "cuda")) if offload else {}
         for block in net.blocks():
-            fully_shard(block)
-        return fully_shard(net)
+            fully_shard(block, **policy)
+        return fully_shard(net, **policy)
     ids = [device.index] if device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False)
 

@@ -18,7 +18,6 @@ A clip depends on its prompt, its number and --seed alone: not on --batch, nor o
 Memory: texts are encoded first and the text towers freed before the networks move to the GPU; then --batch 1,
 --sequential, --decode-chunk 1.
 """
-import argparse
 import json
 import time
 from pathlib import Path
@@ -32,8 +31,8 @@ from torch import nn
 from tqdm import tqdm
 
 from bases import BASES, base_row, fill, latent_shape, load_base, merge_public_lora, run_parts
-from common import (Env, UserError, generator, load_checkpoint, load_weights, memory_advice, rename, setup,
-                    write_atomic)
+from common import (COUNT, NATURAL, REAL, SHARE, Env, Parser, UserError, check_writable, generator,
+                    load_checkpoint, load_weights, memory_advice, rename, setup, write_atomic)
 from data import (MOTIONS, NEW_MOTIONS, center_crop_wide, clip_image, contact_sheet, image_tensor,
                   list_videos, open_image, opensora_size, parse, read_image_prompts, read_map, read_prompts,
                   read_video, tiny_captions, tiny_pairs, to_uint8, video_info, write_video)
@@ -225,8 +224,6 @@ def check_conditions(args, row):
         raise UserError(f"--sampler {args.sampler}: this base is sampled by {own}")
     if args.judge and row.text is not None:
         raise UserError("--judge: only clips of the tiny world can be judged; give --prompt or --prompts")
-    if args.more < 0:
-        raise UserError(f"--continue {args.more}: give the number of further clips")
     if args.more and (not row.first_frame or row.tracks):
         raise UserError("--continue: only a base that makes video from an image alone goes on from a frame")
     if row.first_frame and args.judge and args.image:
@@ -460,7 +457,7 @@ def lora_file(text):
 
 
 def get_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     # what
     p.add_argument("--base", help=f"base to sample from: {', '.join(BASES)} (default: the run's)")
     p.add_argument("--weights", help="folder with the base's public weights (default: its hub)")
@@ -470,14 +467,14 @@ def get_args(argv=None):
     p.add_argument("--out", default="out/sample", help="folder to write")
     p.add_argument("--prompt", help="one prompt")
     p.add_argument("--prompts", help="file of prompts: txt, csv, jsonl, json; I2VGen-XL: image|||caption")
-    p.add_argument("--judge", type=int, metavar="N",
+    p.add_argument("--judge", type=COUNT, metavar="N",
                    help="tiny world: N random captions (and held-out first frames), judged")
     p.add_argument("--motion", choices=MOTIONS + NEW_MOTIONS, help="tiny world: motion of all clips")
     p.add_argument("--negative", help="negative prompt (default: the run's or the base's)")
     p.add_argument("--suffix", help="text put after every prompt (default: the base's)")
     # conditions
     p.add_argument("--image", help="first frame (I2VGen-XL, CogVideoX-I2V, das, VideoComposer)")
-    p.add_argument("--continue", dest="more", type=int, default=0, metavar="K",
+    p.add_argument("--continue", dest="more", type=NATURAL, default=0, metavar="K",
                    help="image to video: K further clips, each from the last frame of the one before, joined")
     p.add_argument("--tracks", help="tracking video (Diffusion as Shader)")
     p.add_argument("--video", help="clip or folder of clips (SR600); what --mask hides (VideoComposer)")
@@ -489,34 +486,34 @@ def get_args(argv=None):
     p.add_argument("--motion-vectors", help="motion vectors: .npy of shape 2 f h w (VideoComposer)")
     p.add_argument("--style-image", help="picture whose style and content to follow (VideoComposer)")
     p.add_argument("--appearance-image", help="picture that guides the motion adapter (DreamVideo)")
-    p.add_argument("--strength", type=float, nargs=2, default=(1.0, 1.0), metavar=("COND", "UNCOND"),
+    p.add_argument("--strength", type=REAL, nargs=2, default=(1.0, 1.0), metavar=("COND", "UNCOND"),
                    help="of the appearance image in the two branches of guidance")
-    p.add_argument("--motion-factor", type=int, help="HiGen: more is more motion (500)")
-    p.add_argument("--appearance-factor", type=float, help="HiGen: more is more change over the clip (1.0)")
+    p.add_argument("--motion-factor", type=NATURAL, help="HiGen: more is more motion (500)")
+    p.add_argument("--appearance-factor", type=REAL, help="HiGen: more is more change over the clip (1.0)")
     # pixels
-    p.add_argument("--frames", type=int, help="frames a clip (default: the base's)")
+    p.add_argument("--frames", type=COUNT, help="frames a clip (default: the base's)")
     p.add_argument("--size", metavar="LENGTH,RESOLUTION,ASPECT",
                    help="Open-Sora: by name, 2s..16s, 144p..720p, height:width, such as 4s,240p,9:16")
-    p.add_argument("--height", type=int, help="pixels (default: the base's)")
-    p.add_argument("--width", type=int, help="pixels (default: the base's)")
-    p.add_argument("--fps", type=int, help="frame rate as a condition, for bases that take one")
-    p.add_argument("--save-fps", type=int, help="frame rate of the files")
+    p.add_argument("--height", type=COUNT, help="pixels (default: the base's)")
+    p.add_argument("--width", type=COUNT, help="pixels (default: the base's)")
+    p.add_argument("--fps", type=COUNT, help="frame rate as a condition, for bases that take one")
+    p.add_argument("--save-fps", type=COUNT, help="frame rate of the files")
     # sampling
     p.add_argument("--sampler", choices=SAMPLERS, help="default: the base's")
-    p.add_argument("--sample-steps", type=int, help="sampler steps (default: the base's)")
-    p.add_argument("--eta", type=float, help="DDIM noise, 0 deterministic to 1 (default: the base's)")
-    p.add_argument("--cfg", type=float, help="guidance u + cfg (c - u); 1 is off (default: the base's)")
+    p.add_argument("--sample-steps", type=COUNT, help="sampler steps (default: the base's)")
+    p.add_argument("--eta", type=SHARE, help="DDIM noise, 0 deterministic to 1 (default: the base's)")
+    p.add_argument("--cfg", type=REAL, help="guidance u + cfg (c - u); 1 is off (default: the base's)")
     p.add_argument("--dynamic-cfg", choices=("published", "meant", "off"),
                    help="CogVideoX: guidance that grows over the steps, as published or as meant")
-    p.add_argument("--motion-cfg", type=float, help="T2V-Turbo-v2: scale of motion guidance (0.05)")
-    p.add_argument("--n", type=int, default=1, help="clips a prompt")
-    p.add_argument("--batch", type=int, default=4, help="clips at a time on each process")
-    p.add_argument("--seed", type=int, default=0, help="seed")
+    p.add_argument("--motion-cfg", type=REAL, help="T2V-Turbo-v2: scale of motion guidance (0.05)")
+    p.add_argument("--n", type=COUNT, default=1, help="clips a prompt")
+    p.add_argument("--batch", type=COUNT, default=4, help="clips at a time on each process")
+    p.add_argument("--seed", type=NATURAL, default=0, help="seed")
     # machine
     p.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
     p.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 on GPU, fp32 on CPU")
     p.add_argument("--sequential", action="store_true", help="the two branches of guidance one by one")
-    p.add_argument("--decode-chunk", type=int, default=16, help="frames the autoencoder takes at a time")
+    p.add_argument("--decode-chunk", type=COUNT, default=16, help="frames the autoencoder takes at a time")
     args = p.parse_args(argv)
     if not args.base and not args.ckpt:
         raise UserError("give --base NAME or --ckpt FOLDER")
@@ -587,6 +584,7 @@ def main(argv=None):
     if row.unet.super_resolution:
         del settings["frames"]  # each clip keeps its own
     check_conditions(args, row)
+    check_writable(args.out)
     prompts, files = read_jobs(args, row)
     size = args.height, args.width
     maps = read_maps(args, size) if row.unet.maps else {}

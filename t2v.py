@@ -6,7 +6,7 @@ As VGen trains ModelScopeT2V (arXiv 2308.06571):
     (Ho et al., arXiv 2006.11239, eq. 14; target: the base's, eps or v = sqrt(ab) eps - sqrt(1 - ab) x0)
 
 What it does beside: caption dropout (for guidance), steps on single images among the videos (they keep the
-spatial layers sharp), offset noise, a moving average of the weights, latents encoded once and kept.
+spatial layers sharp), offset noise, a moving average of the weights, latents and texts encoded once.
 
     python t2v.py --base tiny --scratch --out out/tiny      # made assets/tiny.safetensors; minutes in README
     python t2v.py --base tiny --steps 50                    # fine-tune the tiny base a little
@@ -32,16 +32,16 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from bases import fill, load_base
 from common import (
-    FiniteGuard, Log, UserError, agree_to_stop, apply_defaults, catch_signals, check_out, clip_gradients,
-    draw_curve, generator, load_state, lr_at, memory_advice, save_checkpoint, seed_of, setup, trained)
-from data import TinyWorld, VideoDataset, batch_indices, contact_sheet, read_prompts
-from diffusion import diffusion_loss, offset_noise
+    COUNT, DECAY, NATURAL, POSITIVE, SHARE, UNSIGNED, FiniteGuard, Log, Parser, UserError, agree_to_stop,
+    apply_defaults, catch_signals, check_out, draw_curve, generator, load_state, lr_at, memory_advice,
+    my_samples, save_checkpoint, seed_of, setup, trained)
+from data import TinyWorld, VideoDataset, contact_sheet, encode_once, read_batches, read_prompts
+from diffusion import diffusion_loss, offset_noise, randn
 from models import add_lora, parallelize, sync_gradients
-from sample import frame_rate, generate
+from sample import frame_rate, generate_split
 
 TINY = dict(
     steps=2000, batch=16, lr=1.5e-3, lr_schedule="cosine", warmup=50, betas=(0.9, 0.99), wd=0.01, ema=0.995,
@@ -53,7 +53,7 @@ PREVIEWS = [
 
 
 def get_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     yes_no = argparse.BooleanOptionalAction
     # what
     p.add_argument("--base", default="modelscope", help="base network (python bases.py lists them)")
@@ -63,43 +63,44 @@ def get_args(argv=None):
     p.add_argument("--resume", action="store_true", help="continue the run in --out")
     # data
     p.add_argument("--data", help="clips and captions: folder, csv, jsonl or VGen list (tiny: procedural)")
-    p.add_argument("--frames", type=int, help="frames a clip (default: the base's)")
-    p.add_argument("--height", type=int, help="pixels (default: the base's)")
-    p.add_argument("--width", type=int, help="pixels (default: the base's)")
-    p.add_argument("--fps", type=int, help="frame rate as a condition, for bases that take one")
-    p.add_argument("--read-fps", type=float, help="frame rate at which clips are read (default: every frame)")
-    p.add_argument("--image-share", type=float, default=0.125, help="share of steps on single frames")
-    p.add_argument("--cache-latents", action=yes_no, default=False, help="encode once, keep in memory")
+    p.add_argument("--frames", type=COUNT, help="frames a clip (default: the base's)")
+    p.add_argument("--height", type=COUNT, help="pixels (default: the base's)")
+    p.add_argument("--width", type=COUNT, help="pixels (default: the base's)")
+    p.add_argument("--fps", type=COUNT, help="frame rate as a condition, for bases that take one")
+    p.add_argument("--read-fps", type=POSITIVE, help="rate at which clips are read (default: every frame)")
+    p.add_argument("--image-share", type=SHARE, default=0.125, help="share of steps on single frames")
+    p.add_argument("--cache-latents", action=yes_no, default=False, help="encode once, into --out")
     p.add_argument("--negative", help="text of dropped captions and of the unconditional branch")
-    p.add_argument("--drop-text", type=float, default=0.1, help="share of captions dropped")
+    p.add_argument("--drop-text", type=SHARE, default=0.1, help="share of captions dropped")
     # optimisation
-    p.add_argument("--steps", type=int, default=10000, help="optimizer steps")
-    p.add_argument("--batch", type=int, default=1, help="clips a process and micro-step")
-    p.add_argument("--accum", type=int, default=1, help="micro-steps a step")
-    p.add_argument("--lr", type=float, default=3e-5, help="learning rate")
-    p.add_argument("--wd", type=float, default=0.0, help="weight decay")
-    p.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.999), help="AdamW betas")
+    p.add_argument("--steps", type=COUNT, default=10000, help="optimizer steps")
+    p.add_argument("--batch", type=COUNT, default=1, help="clips a process and micro-step")
+    p.add_argument("--accum", type=COUNT, default=1, help="micro-steps a step")
+    p.add_argument("--lr", type=POSITIVE, default=3e-5, help="learning rate")
+    p.add_argument("--wd", type=UNSIGNED, default=0.0, help="weight decay")
+    p.add_argument("--betas", type=DECAY, nargs=2, default=(0.9, 0.999), help="AdamW betas")
     p.add_argument("--lr-schedule", choices=("constant", "cosine", "cosine-restarts"), default="constant")
-    p.add_argument("--warmup", type=int, default=10, help="steps of linear warm-up")
-    p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
-    p.add_argument("--ema", type=float, default=0.0, help="decay of the weights' moving average; 0: off")
-    p.add_argument("--rank", type=int, default=16, help="LoRA rank; 0 trains all weights")
-    p.add_argument("--alpha", type=float, default=16.0, help="LoRA branches are scaled by alpha / rank")
+    p.add_argument("--warmup", type=NATURAL, default=10, help="steps of linear warm-up")
+    p.add_argument("--clip", type=POSITIVE, default=1.0, help="largest gradient norm")
+    p.add_argument("--ema", type=DECAY, default=0.0, help="decay of the weights' moving average; 0: off")
+    p.add_argument("--rank", type=NATURAL, default=16, help="LoRA rank; 0 trains all weights")
+    p.add_argument("--alpha", type=POSITIVE, default=16.0, help="LoRA branches are scaled by alpha / rank")
     p.add_argument("--lora-targets", nargs="+", default=["to_q", "to_k", "to_v", "to_out.0"], help="layers")
-    p.add_argument("--offset-noise", type=float, default=0.1, help="noise shared by a frame (VGen: 0.1)")
+    p.add_argument("--offset-noise", type=UNSIGNED, default=0.1, help="noise shared by a frame (VGen: 0.1)")
     # machine
-    p.add_argument("--workers", type=int, default=2, help="processes that read clips")
+    p.add_argument("--workers", type=NATURAL, default=2, help="processes that read clips")
     p.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
     p.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 on GPU, fp32 on CPU")
     p.add_argument("--grad-ckpt", action=yes_no, default=True, help="recompute blocks backward: less memory")
     p.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp", help="full copies, or shards")
+    p.add_argument("--offload", action="store_true", help="activations (fsdp: weights too) wait on the CPU")
     # run
-    p.add_argument("--seed", type=int, default=0, help="seed")
+    p.add_argument("--seed", type=NATURAL, default=0, help="seed")
     p.add_argument("--prompts", help="file of preview prompts (default: the first clip's caption)")
-    p.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
-    p.add_argument("--keep", type=int, default=1, help="checkpoints kept")
-    p.add_argument("--preview-every", type=int, default=500, help="steps between previews; 0: none")
-    p.add_argument("--log-every", type=int, default=1, help="steps between log lines on the screen")
+    p.add_argument("--save-every", type=COUNT, default=500, help="steps between checkpoints")
+    p.add_argument("--keep", type=COUNT, default=1, help="checkpoints kept")
+    p.add_argument("--preview-every", type=NATURAL, default=500, help="steps between previews; 0: none")
+    p.add_argument("--log-every", type=COUNT, default=1, help="steps between log lines on the screen")
     p.add_argument("--tensorboard", action="store_true", help="log to TensorBoard too")
     p.add_argument("--wandb", action="store_true", help="log to Weights & Biases too")
     args = apply_defaults(p, argv, {"tiny": TINY})
@@ -112,26 +113,32 @@ def get_args(argv=None):
 
 # ---- the method
 
-def t2v_loss(net, schedule, x0, text, g, offset=0.0, **cond):
-    """The denoising loss at random steps, (b,). x0 (b,c,f,h,w) latents, text (b,n,d), g: CPU generator.
+def t2v_loss(net, schedule, x0, text, generators, offset=0.0, **cond):
+    """The denoising loss at random steps, (b,). x0 (b,c,f,h,w) latents, text (b,n,d).
 
-    cond: other conditions of the network, such as fps (b,).
+    generators: a CPU generator a sample, for its step and noise; cond: other conditions of the network, such
+    as fps (b,).
     """
-    t = torch.randint(len(schedule.alpha_bar), (len(x0),), generator=g).to(x0.device)
-    noise = torch.randn(x0.shape, generator=g)
+    t = torch.stack([torch.randint(len(schedule.alpha_bar), (), generator=g) for g in generators])
     # the mean brightness is noised too (VGen: noise_strength)
-    noise = offset_noise(noise, torch.randn(*x0.shape[:3], 1, 1, generator=g), offset).to(x0.device)
-    return diffusion_loss(lambda x, t: net(x, t, text, **cond), schedule, x0, noise, t)
+    noise = offset_noise(randn(x0.shape, generators), randn((*x0.shape[:3], 1, 1), generators), offset)
+    return diffusion_loss(
+        lambda x, t: net(x, t, text, **cond), schedule, x0, noise.to(x0.device), t.to(x0.device))
 
 
+@memory_advice("--grad-ckpt", "--batch 1", "--offload", "--parallel fsdp", "smaller --height and --width")
 def main(argv=None):
     args = get_args(argv)
     settings = fill(args, args.base, method="t2v")
     size = args.frames, args.height, args.width
     if args.data:
         data = VideoDataset(args.data, *size, args.read_fps, args.seed)
+        rows, previews = data.rows, [data.rows[0][2]]
     else:
         data = TinyWorld(4096, args.frames, args.seed)
+        rows, previews = "tiny", PREVIEWS
+    if args.prompts:
+        previews = read_prompts(args.prompts)
     state = check_out(args, "t2v")
     env = setup(args)
     dtype = env.dtype if args.rank else torch.float32  # trained weights are kept in fp32
@@ -147,49 +154,57 @@ def main(argv=None):
     base.net.grad_ckpt = args.grad_ckpt
     base.net.train()
     parts = {"": base.net, "text_encoder.": base.text_encoder}
-    net = parallelize(base.net, args.parallel, env.device)
+    net = parallelize(base.net, args.parallel, env.device, args.offload)
     if any(p.requires_grad for p in base.text_encoder.parameters()):
         base.text_encoder = parallelize(base.text_encoder, "ddp", env.device)
     params = trained(parts)
     opt = torch.optim.AdamW(params.values(), args.lr, args.betas, weight_decay=args.wd)
     scaler = torch.amp.GradScaler(env.device.type, enabled=env.dtype == torch.float16)
     ema = {k: p.detach().clone() for k, p in params.items()} if args.ema else None
-    start = load_state(state, params, opt, ema, scaler) if state else 0
+    start, seen = load_state(args, state, params, opt, ema, scaler)
     meta = dict(
         method="t2v", base=args.base, rank=args.rank, alpha=args.alpha, lora_targets=args.lora_targets,
         sample=settings)
-    batches = load_batches(args, env, data, base.vae, start)
     log = Log(args, env, {"net": base.net, "text encoder": base.text_encoder, "vae": base.vae}, start)
-    guard = FiniteGuard()
+    if args.cache_latents:
+        about = dict(base=args.base, size=size, fps=args.read_fps, seed=args.seed, rows=seed_of(rows))
+        data = encode_once(Path(args.out, "latents"), data, lambda batch: {
+            k: v.half() for k, v in moments(base.vae, batch["video"], env).items()}, about, env, args.workers)
+        if not args.scratch:  # the text tower is done, too
+            with torch.no_grad(), env.autocast():
+                base.remember([*data.texts(), args.negative, *previews])
+    numbers = my_samples(args, env, start, seen)
+    batches = read_batches(data, numbers, args.seed, args.workers)
+    guard = FiniteGuard(env)
     catch_signals(env)
 
     for step in range(start, args.steps):
         torch.manual_seed(seed_of(args.seed, env.rank, step, "dropout"))
         for group in opt.param_groups:
             group["lr"] = lr_at(step, args)
+        # drawn from the step alone: all processes train on images, or all on videos
+        images = torch.rand((), generator=generator(args.seed, step, "image")).item() < args.image_share
         total = 0.0
         for micro in range(args.accum):
-            g = generator(args.seed, step, micro * env.world + env.rank)
-            x0, captions = next(batches)(g)
-            # drawn from the step alone: all processes train on images, or all on videos
-            if torch.rand((), generator=generator(args.seed, step, "image")).item() < args.image_share:
-                frame = int(torch.randint(args.frames, (), generator=g))
-                x0 = x0[:, :, frame:frame + 1]
-            dropped = torch.rand(len(captions), generator=g) < args.drop_text
-            captions = [args.negative if d else c for c, d in zip(captions, dropped)]
-            advice = memory_advice("--grad-ckpt", "--batch 1", "--parallel fsdp")
-            with sync_gradients(net, micro == args.accum - 1), env.autocast(), advice:
+            batch = next(batches)
+            # all that is random about a sample comes from its number: however the samples are dealt to
+            # processes and micro-steps, the run is the same
+            mine = numbers[(step - start) * args.accum + micro]
+            generators = [generator(args.seed, "sample", i) for i in mine]
+            x0 = draw_latents(base.vae, batch, generators, env)
+            if images:
+                frame = [int(torch.randint(args.frames, (), generator=g)) for g in generators]
+                x0 = torch.stack([x[:, i:i + 1] for x, i in zip(x0, frame)])
+            captions = [args.negative if torch.rand((), generator=g) < args.drop_text else text
+                        for text, g in zip(batch["text"], generators)]
+            with sync_gradients(net, micro == args.accum - 1), env.autocast():
                 text = base.encode_text(captions)
                 cond = frame_rate(args, len(x0), env.device)
-                loss = t2v_loss(net, base.schedule, x0, text, g, args.offset_noise, **cond).mean()
+                loss = t2v_loss(net, base.schedule, x0, text, generators, args.offset_noise, **cond).mean()
                 scaler.scale(loss / args.accum).backward()
             total += loss.detach() / args.accum
-        scaler.unscale_(opt)
-        norm = clip_gradients(params.values(), args.clip)
-        if guard.ok(env, loss=total, gradient=norm):
-            scaler.step(opt)
-        scaler.update()
-        opt.zero_grad()
+        norm = guard.step(opt, scaler, params.values(), args.clip, loss=total)
+        seen += args.batch * args.accum * env.world
         if ema:  # warmed up, so that the random start is forgotten
             decay = min(args.ema, (step + 1) / (step + 10))
             torch._foreach_lerp_(list(ema.values()), [p.detach() for p in params.values()], 1 - decay)
@@ -197,69 +212,42 @@ def main(argv=None):
 
         done, stop = step + 1, agree_to_stop(env)
         if stop or done % args.save_every == 0 or done == args.steps:
-            save_checkpoint(args, env, done, params, meta, opt, ema, scaler)
-        if args.preview_every and (done % args.preview_every == 0 or done == args.steps):
-            preview(args, env, base, params, ema, done, data)
+            save_checkpoint(args, env, done, seen, params, meta, opt, ema, scaler)
         if stop:
             break
+        if args.preview_every and (done % args.preview_every == 0 or done == args.steps):
+            preview(args, env, base, params, ema, done, previews)
     if env.main:
         draw_curve(log.path, Path(args.out, "curve.png"), ["loss", "grad"], f"t2v on {args.base}")
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-# ---- batches of latents, previews
+# ---- latents, previews
 
-def load_batches(args, env, data, vae, start):
-    """For each micro-step from step `start` on: a function(generator) -> latents (b,c,f,h,w), captions.
-
-    Latents are samples of the encoder's Gaussian (as VGen trains), drawn by that generator.
-    """
-    order = [batch_indices(len(data), i, args.batch, env.rank, env.world, args.seed)
-             for i in range(start * args.accum, args.steps * args.accum)]
-
-    def sampled(mean, std, captions):
-        def draw(g):
-            z = mean.float() + std.float() * torch.randn(mean.shape, generator=g)
-            return z.to(env.device) * vae.cfg.scale, captions
-        return draw
-
-    @torch.no_grad()
-    def moments(video):  # (b,3,f,h,w) -> mean, std (b,c,f,h,w) on the CPU
-        # each clip as (f,3,h,w): its frames are the batch
-        parts = [vae.moments(clip.transpose(0, 1).to(env.device, env.dtype)) for clip in video]
-        return (torch.stack([x.transpose(0, 1).cpu() for x in column]) for column in
-                zip(*((mean, (0.5 * logvar).exp()) for mean, logvar in parts)))
-
-    def read(sampler):
-        workers = dict(num_workers=args.workers, prefetch_factor=2 if args.workers else None)
-        loader = torch.utils.data.DataLoader(data, batch_sampler=sampler, **workers)
-        return ((torch.as_tensor(x["video"]), x["text"]) for x in loader)
-
-    if not args.cache_latents:
-        return (sampled(*moments(video), captions) for video, captions in read(order))
-    means, stds, texts = [], [], []
-    chunks = [list(range(i, min(i + 8, len(data)))) for i in range(0, len(data), 8)]
-    for video, captions in tqdm(read(chunks), "latents", len(chunks), disable=not env.main, mininterval=5):
-        mean, std = moments(video)
-        means.append(mean.half())
-        stds.append(std.half())
-        texts += captions
-    means, stds = torch.cat(means), torch.cat(stds)
-    return (sampled(means[i], stds[i], [texts[k] for k in i]) for i in order)
+@torch.no_grad()
+def moments(vae, video, env):
+    """video (b,3,f,h,w) -> {"mean", "std"} (b,c,f,h,w) of the encoder's Gaussian, on the CPU."""
+    # each clip as (f,3,h,w): its frames are the batch
+    parts = [vae.moments(clip.transpose(0, 1).to(env.device, env.dtype)) for clip in video]
+    mean, logvar = (torch.stack([x.transpose(0, 1).cpu() for x in column]) for column in zip(*parts))
+    return {"mean": mean, "std": (0.5 * logvar).exp()}
 
 
-def preview(args, env, base, params, ema, done, data):
+def draw_latents(vae, batch, generators, env):
+    """A batch of clips, encoded already or not -> samples of the encoder's Gaussian, as VGen trains."""
+    m = batch if "mean" in batch else moments(vae, batch["video"], env)
+    z = m["mean"].float() + m["std"].float() * randn(m["mean"].shape, generators)
+    return z.to(env.device) * vae.cfg.scale
+
+
+def preview(args, env, base, params, ema, done, prompts):
     """Sample the preview prompts (averaged weights, always the same noise) -> out/preview-<step>.png."""
-    if args.prompts:
-        prompts = read_prompts(args.prompts)
-    else:
-        prompts = PREVIEWS if args.base == "tiny" else [data[0]["text"]]
     base.net.eval()
     kept = {k: p.detach().clone() for k, p in params.items()} if ema else {}
     for k in kept:
         params[k].data.copy_(ema[k])
-    videos = generate(base, env, prompts, [f"preview-{i}" for i in range(len(prompts))], args)
+    videos = generate_split(base, env, prompts, [f"preview-{i}" for i in range(len(prompts))], args)
     for k, weights in kept.items():
         params[k].data.copy_(weights)
     base.net.train()

@@ -33,7 +33,6 @@ Differences from the original code
  - Evaluation is before, after and every --preview-every optimizer steps: once, not once per micro-step.
 """
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -41,8 +40,9 @@ import torch.distributed as dist
 
 from bases import fill, latent_shape, load_base
 from common import (
-    FiniteGuard, Log, UserError, agree_to_stop, apply_defaults, catch_signals, check_out, clip_gradients,
-    draw_curve, generator, keep_lines, load_state, lr_at, memory_advice, save_checkpoint, setup, trained)
+    COUNT, DECAY, NATURAL, POSITIVE, REAL, SHARE, UNSIGNED, FiniteGuard, Log, Parser, UserError,
+    agree_to_stop, append_line, apply_defaults, catch_signals, check_out, draw_curve, generator, keep_lines,
+    load_state, lr_at, memory_advice, my_samples, save_checkpoint, setup, trained)
 from data import batch_indices, contact_sheet, read_prompts, tiny_prompts, write_video
 from diffusion import ddim, ddim_timesteps, guided, randn
 from metrics import judge_captions
@@ -58,7 +58,7 @@ TINY_SIMPLE = TINY | dict(steps=30, lr=3e-4, sample_steps=10)
 
 
 def get_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     yes_no = argparse.BooleanOptionalAction
     # what
     p.add_argument("--base", default="modelscope", help="base network (python bases.py lists them)")
@@ -71,40 +71,41 @@ def get_args(argv=None):
     p.add_argument("--decode", default="random", help="frames to reward: random (one), all, alt, or a number")
     p.add_argument("--prompts", help="file of training prompts (tiny: 440 captions)")
     p.add_argument("--eval-prompts", help="file of held-out prompts (default: the training ones; tiny: 64)")
-    p.add_argument("--eval-n", type=int, default=8, help="held-out prompts used")
+    p.add_argument("--eval-n", type=COUNT, default=8, help="held-out prompts used")
     p.add_argument("--negative", help="text of the unconditional branch (default: the base's)")
     # pixels and sampling
-    p.add_argument("--frames", type=int, help="frames a clip (default: the base's)")
-    p.add_argument("--height", type=int, help="pixels (default: the base's)")
-    p.add_argument("--width", type=int, help="pixels (default: the base's)")
-    p.add_argument("--fps", type=int, help="frame rate as a condition, for bases that take one")
-    p.add_argument("--sample-steps", type=int, default=25, help="sampler steps of a rollout")
-    p.add_argument("--eta", type=float, default=0.0, help="DDIM noise, 0 deterministic to 1")
-    p.add_argument("--cfg", type=float, help="guidance u + cfg (c - u) (default: the base's)")
+    p.add_argument("--frames", type=COUNT, help="frames a clip (default: the base's)")
+    p.add_argument("--height", type=COUNT, help="pixels (default: the base's)")
+    p.add_argument("--width", type=COUNT, help="pixels (default: the base's)")
+    p.add_argument("--fps", type=COUNT, help="frame rate as a condition, for bases that take one")
+    p.add_argument("--sample-steps", type=COUNT, default=25, help="sampler steps of a rollout")
+    p.add_argument("--eta", type=SHARE, default=0.0, help="DDIM noise, 0 deterministic to 1")
+    p.add_argument("--cfg", type=REAL, help="guidance u + cfg (c - u) (default: the base's)")
     # optimisation
-    p.add_argument("--steps", type=int, default=450, help="optimizer steps")
-    p.add_argument("--batch", type=int, default=1, help="prompts a process and micro-step")
-    p.add_argument("--accum", type=int, default=16, help="micro-steps a step")
-    p.add_argument("--lr", type=float, default=2e-4, help="learning rate")
-    p.add_argument("--wd", type=float, default=0.0, help="weight decay")
-    p.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.999), help="AdamW betas")
+    p.add_argument("--steps", type=COUNT, default=450, help="optimizer steps")
+    p.add_argument("--batch", type=COUNT, default=1, help="prompts a process and micro-step")
+    p.add_argument("--accum", type=COUNT, default=16, help="micro-steps a step")
+    p.add_argument("--lr", type=POSITIVE, default=2e-4, help="learning rate")
+    p.add_argument("--wd", type=UNSIGNED, default=0.0, help="weight decay")
+    p.add_argument("--betas", type=DECAY, nargs=2, default=(0.9, 0.999), help="AdamW betas")
     p.add_argument("--lr-schedule", choices=("constant", "cosine", "cosine-restarts"), default="constant")
-    p.add_argument("--warmup", type=int, default=0, help="steps of linear warm-up")
-    p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
-    p.add_argument("--rank", type=int, default=16, help="LoRA rank")
-    p.add_argument("--alpha", type=float, default=16.0, help="LoRA branches are scaled by alpha / rank")
+    p.add_argument("--warmup", type=NATURAL, default=0, help="steps of linear warm-up")
+    p.add_argument("--clip", type=POSITIVE, default=1.0, help="largest gradient norm")
+    p.add_argument("--rank", type=NATURAL, default=16, help="LoRA rank")
+    p.add_argument("--alpha", type=POSITIVE, default=16.0, help="LoRA branches are scaled by alpha / rank")
     p.add_argument("--lora-targets", nargs="+", default=["to_q", "to_k", "to_v", "to_out.0"], help="layers")
     # machine
     p.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
     p.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 on GPU, fp32 on CPU")
     p.add_argument("--grad-ckpt", action=yes_no, default=True, help="recompute blocks backward: less memory")
     p.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp", help="full copies, or shards")
+    p.add_argument("--offload", action="store_true", help="activations (fsdp: weights too) wait on the CPU")
     # run
-    p.add_argument("--seed", type=int, default=0, help="seed")
-    p.add_argument("--save-every", type=int, default=50, help="steps between checkpoints")
-    p.add_argument("--keep", type=int, default=1, help="checkpoints kept")
-    p.add_argument("--preview-every", type=int, default=0, help="steps between evaluations; 0: start and end")
-    p.add_argument("--log-every", type=int, default=1, help="steps between log lines on the screen")
+    p.add_argument("--seed", type=NATURAL, default=0, help="seed")
+    p.add_argument("--save-every", type=COUNT, default=50, help="steps between checkpoints")
+    p.add_argument("--keep", type=COUNT, default=1, help="checkpoints kept")
+    p.add_argument("--preview-every", type=NATURAL, default=0, help="steps between evaluations (0: two)")
+    p.add_argument("--log-every", type=COUNT, default=1, help="steps between log lines on the screen")
     p.add_argument("--tensorboard", action="store_true", help="log to TensorBoard too")
     p.add_argument("--wandb", action="store_true", help="log to Weights & Biases too")
     simple = p.parse_known_args(argv)[0].reward not in (None, "tiny")
@@ -149,6 +150,7 @@ def vader_loss(net, base, reward, prompts, x_T, generators, args, grad_last, fra
     return -score(reward, base.vae.decode(x_0, frames=frames), prompts)
 
 
+@memory_advice("--decode random", "--backprop last", "--grad-ckpt", "--offload", "smaller --height --width")
 def main(argv=None):
     args = get_args(argv)
     prompts = read_prompts(args.prompts) if args.prompts else tiny_prompts()
@@ -171,16 +173,19 @@ def main(argv=None):
     base = load_base(args.base, args.weights, env.device, env.dtype)
     add_lora(base.net, args.rank, args.alpha, args.lora_targets)
     base.net.grad_ckpt = args.grad_ckpt
-    net = parallelize(base.net, args.parallel, env.device)
+    net = parallelize(base.net, args.parallel, env.device, args.offload)
     params = trained({"": net})
     opt = torch.optim.AdamW(params.values(), args.lr, args.betas, weight_decay=args.wd)
     scaler = torch.amp.GradScaler(env.device.type, enabled=env.dtype == torch.float16)
-    start = load_state(state, params, opt, scaler=scaler) if state else 0
+    start, seen = load_state(args, state, params, opt, scaler=scaler)
     meta = dict(
         method="vader", base=args.base, rank=args.rank, alpha=args.alpha, lora_targets=args.lora_targets,
         sample=settings)
     log = Log(args, env, {"net": net, "vae": base.vae, "text encoder": base.text_encoder}, start)
-    guard = FiniteGuard()
+    with torch.no_grad(), env.autocast():  # every text once; then the text tower goes
+        base.remember([*prompts, *(p + args.suffix for p in held_out[:args.eval_n]), args.negative])
+    numbers = my_samples(args, env, start, seen)
+    guard = FiniteGuard(env)
     catch_signals(env)
     if env.main:
         keep_lines(Path(args.out, "eval.jsonl"), min(start + 1, args.steps) if state else 0)
@@ -196,30 +201,23 @@ def main(argv=None):
             g = generator(args.seed, step, micro)  # the same on every process: all do the same amount of work
             grad_last = backprop_steps(args.backprop, updates, g)
             frames = pick_frames(args.decode, args.frames, g)
-            picked = batch_indices(
-                len(prompts), step * args.accum + micro, args.batch, env.rank, env.world, args.seed)
-            texts = [prompts[i] for i in picked]
-            # noise by the sample's number in the effective batch: however that is split, the run is the same
-            first = (micro * env.world + env.rank) * args.batch
-            generators = [generator(args.seed, step, "noise", first + i) for i in range(args.batch)]
+            # prompts and noise by the sample's number in the run: however the samples are dealt to processes
+            # and micro-steps, the run is the same
+            mine = numbers[(step - start) * args.accum + micro]
+            texts = [prompts[i] for i in batch_indices(len(prompts), mine[0], args.batch, args.seed)]
+            generators = [generator(args.seed, "sample", i) for i in mine]
             x_T = randn((args.batch, *shape), generators, env.device)
-            advice = memory_advice(
-                "--decode random", "--backprop last", "--grad-ckpt", "smaller --height --width")
-            with sync_gradients(net, micro == args.accum - 1), env.autocast(), advice:
+            with sync_gradients(net, micro == args.accum - 1), env.autocast():
                 loss = vader_loss(net, base, reward, texts, x_T, generators, args, grad_last, frames)
                 scaler.scale(loss.mean() / args.accum).backward()
             total += loss.detach().mean() / args.accum
-        scaler.unscale_(opt)
-        norm = clip_gradients(params.values(), args.clip)
-        if guard.ok(env, reward=total, gradient=norm):
-            scaler.step(opt)
-        scaler.update()
-        opt.zero_grad()
+        norm = guard.step(opt, scaler, params.values(), args.clip, reward=total)
+        seen += args.batch * args.accum * env.world
         log.step(step, reward=-total, grad=norm, lr=opt.param_groups[0]["lr"])
 
         done, stop = step + 1, agree_to_stop(env)
         if stop or done % args.save_every == 0 or done == args.steps:
-            save_checkpoint(args, env, done, params, meta, opt, scaler=scaler)
+            save_checkpoint(args, env, done, seen, params, meta, opt, scaler=scaler)
         if stop:
             break
         if args.preview_every and done % args.preview_every == 0 and done < args.steps:
@@ -246,8 +244,7 @@ def evaluate(args, env, base, reward, prompts, step, name):
     row = dict(step=step, reward=rewards.mean().item(), reward_sd=rewards.std(unbiased=False).item())
     if args.base == "tiny":
         row["judge"] = judge_captions(videos, prompts)
-    with open(Path(args.out, "eval.jsonl"), "a") as f:
-        f.write(json.dumps(row) + "\n")
+    append_line(Path(args.out, "eval.jsonl"), row)
     words = " ".join(f"{k} {v:.3f}" for k, v in row.get("judge", {}).items())
     print(f"held-out, {name}: reward {row['reward']:.4f} (sd {row['reward_sd']:.4f}) {words}", flush=True)
     contact_sheet(list(videos[:16]), Path(args.out, f"{name}.png"), prompts[:16])

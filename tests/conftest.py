@@ -6,6 +6,7 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a missing file must be an error at once, not a time-out
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # a worker a core: more threads would only wait for each other
+os.environ.setdefault("MKL_CBWR", "COMPATIBLE")  # see tests/oracles.py
 
 import torch  # noqa: E402
 

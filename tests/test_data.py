@@ -3,7 +3,9 @@ import builtins
 import json
 import subprocess
 import sys
+from fractions import Fraction
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -228,6 +230,71 @@ def test_bad_videos(tmp_path):
     fails(["b.mp4"], read_video, put(tmp_path / "b.mp4", raw[:len(raw) // 2]))
 
 
+def encode(path, frames, codec="libx264", fmt="yuv420p", source="rgb24", rate=8, times=None):
+    """Frames (numpy, pixel format `source`) -> a video file; times: when each is shown, in 1/rate s."""
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream(codec, rate=rate)
+        stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], fmt
+        stream.codec_context.time_base = stream.time_base = Fraction(1, rate)
+        for i, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(pixels, source)
+            frame.pts, frame.time_base = times[i] if times else i, Fraction(1, rate)
+            for packet in stream.encode(frame):
+                file.mux(packet)
+        for packet in stream.encode():
+            file.mux(packet)
+    return path
+
+
+def levels(n, *shape):
+    return [np.full(shape, (20 + 10 * i) % 256, np.uint8) for i in range(n)]
+
+
+def test_hard_videos(tmp_path):
+    """Gray, with alpha, of odd size, of changing frame rate: read as any other."""
+    gray = encode(tmp_path / "gray.avi", levels(12, 32, 48), "ffv1", "gray", "gray")
+    alpha = encode(tmp_path / "alpha.mov", levels(12, 32, 48, 4), "png", "rgba", "rgba")
+    odd = encode(tmp_path / "odd.avi", levels(12, 31, 47), "ffv1", "gray", "gray")
+    times = [0, 1, 2, 3, 10, 11, 12, 40, 41, 42, 43, 44]
+    uneven = encode(tmp_path / "uneven.mp4", levels(12, 32, 48, 3), rate=24, times=times)
+    for path in (gray, alpha, odd, uneven):
+        video, _ = read_video(path, 6, start=3, size=(16, 24))
+        seen = (video.mean((0, 2, 3)) + 1) * 127.5
+        assert video.shape == (3, 6, 16, 24)
+        torch.testing.assert_close(seen, 50 + 10.0 * torch.arange(6), atol=3, rtol=0)
+
+
+def test_cut_off_and_empty_videos(tmp_path):
+    whole = encode(tmp_path / "whole.mp4", levels(40, 64, 64, 3)).read_bytes()
+    noise = np.random.default_rng(0).integers(0, 255, (40, 64, 64, 3), np.uint8)
+    stream = encode(tmp_path / "noise.avi", list(noise), "mpeg4").read_bytes()
+    for name, content in (("half.mp4", whole[:len(whole) // 2]), ("zero.mp4", b""), ("text.mp4", b"<html>"),
+                          ("half.avi", stream[:len(stream) // 2])):
+        fails([name], read_video, put(tmp_path / name, content), 40)
+    assert read_video(tmp_path / "half.avi", 8)[0].shape == (3, 8, 64, 64)  # what is there can be used
+
+
+def test_a_long_film_is_searched_by_time(tmp_path):
+    """Each frame shows its number as stripes."""
+    stripes = [np.array([255 * (i >> b & 1) for b in range(12)], np.uint8) for i in range(2100)]
+    frames = [np.kron(s, np.ones((32, 8), np.uint8))[..., None].repeat(3, -1) for s in stripes]
+    path = encode(tmp_path / "film.mp4", frames, rate=30)
+    for start in (0, 299, 301, 1250, 2092):
+        video, _ = read_video(path, 8, start=start)
+        bits = (video[0, :, 16, 4::8] > 0).long()
+        assert (bits << torch.arange(12)).sum(1).tolist() == list(range(start, start + 8))
+
+
+def test_rows_that_stand_twice(clips, capfd):
+    put(clips / "a.csv", "video,caption\nc0.mp4,x\nc1.mp4,y\nc0.mp4,x\nc0.mp4,z\n")
+    assert len(VideoDataset(clips / "a.csv", 4, 16, 24)) == 4
+    assert "row 4" in (err := capfd.readouterr().err) and "1 such" in err
+    put(clips / "b.csv", 'video,caption\nc0.mp4,"ein Käse, größer"\nc1.mp4,"猫が走る"\n')
+    seen = items(VideoDataset(clips / "b.csv", 4, 16, 24))
+    assert [x["text"] for x in seen] == ["ein Käse, größer", "猫が走る"]
+    assert not capfd.readouterr().err
+
+
 def test_without_pyav(tmp_path, monkeypatch):
     write_video(tmp_path / "a.mp4", ramp(3))
     real = builtins.__import__
@@ -330,56 +397,64 @@ def clips(tmp_path):
     return tmp_path
 
 
-def starts(dataset):
-    return [indices(item["video"])[0] for item in dataset]
+def items(dataset, epoch=0):
+    """Each clip once, as numbers epoch n ... of a run."""
+    return [dataset[i, epoch * len(dataset) + i] for i in range(len(dataset))]
+
+
+def starts(dataset, epoch=0):
+    return [indices(item["video"])[0] for item in items(dataset, epoch)]
 
 
 def test_sources_agree(clips):
     captions = [f"clip {i}" for i in range(3)]
     folder = VideoDataset(clips, 4, 16, 24)
-    assert [x["text"] for x in folder] == captions
-    assert folder[0]["video"].shape == (3, 4, 16, 24) and folder[1]["path"] == str(clips / "c1.mp4")
+    assert [x["text"] for x in items(folder)] == captions
+    assert folder[0, 0]["video"].shape == (3, 4, 16, 24) and folder[1, 1]["path"] == str(clips / "c1.mp4")
     lists = {"a.csv": "video,caption\n" + "".join(f'c{i}.mp4,"clip {i}"\n' for i in range(3)),
              "b.csv": "text,path\n" + "".join(f"clip {i},c{i}.mp4\n" for i in range(3)),
              "c.jsonl": "".join(f'{{"video": "c{i}.mp4", "caption": "clip {i}"}}\n' for i in range(3)),
              "d.txt": "".join(f"c{i}.mp4|||clip {i}\n" for i in range(3))}
     for name, text in lists.items():
         other = VideoDataset(put(clips / name, text), 4, 16, 24)
-        assert [x["text"] for x in other] == captions
+        assert [x["text"] for x in items(other)] == captions
         assert starts(other) == starts(folder)
         (clips / name).unlink()
     put(clips / "metadata.csv", "file_name,text\nc2.mp4,only this\n")
-    assert [x["text"] for x in VideoDataset(clips, 4, 16, 24)] == ["only this"]
+    assert [x["text"] for x in items(VideoDataset(clips, 4, 16, 24))] == ["only this"]
 
 
-def test_starts_depend_on_seed_epoch_index_alone(clips):
+def test_starts_depend_on_seed_and_number_alone(clips):
     make = lambda seed: VideoDataset(clips, 4, 16, 24, fps=8, seed=seed)
     a = make(0)
-    first = starts(a)
-    assert starts(a) == first == starts(make(0)) and starts(make(1)) != first
-    a.set_epoch(1)
-    assert starts(a) != first
+    assert starts(a) == starts(a) == starts(make(0)) and starts(make(1)) != starts(a)
+    assert starts(a, epoch=1) != starts(a)
     seen = []
-    for epoch in range(30):
-        a.set_epoch(epoch)
-        video = a[0]["video"]
+    for number in range(100):
+        video = a[0, number]["video"]
         assert np.diff(indices(video)).tolist() == [1, 1, 1]
         seen.append(indices(video)[0])
     assert min(seen) == 0 and max(seen) == 16                            # the whole range, both ends
-    a.set_epoch(7)
-    loader = torch.utils.data.DataLoader(a, batch_size=3, num_workers=2, persistent_workers=True)
-    for epoch in (7, 8):                                                 # workers see the new epoch
-        a.set_epoch(epoch)
-        batch = next(iter(loader))
-        assert [indices(v)[0] for v in batch["video"]] == starts(a)
-        assert batch["text"] == ["clip 0", "clip 1", "clip 2"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_go_on_where_a_run_stopped(clips, workers):
+    """Samples 0, 1, 2 ... of a run, by one process or two, or after a resume: the same clips and starts."""
+    def read(*numbers):
+        batches = data.read_batches(VideoDataset(clips, 4, 16, 24), list(numbers), seed=5, workers=workers)
+        return [(text, indices(v)[0]) for b in batches for text, v in zip(b["text"], b["video"])]
+    whole = read([0, 1, 2, 3], [4, 5, 6, 7])
+    assert len(set(whole)) > 4 and sorted(t for t, _ in whole[:3]) == ["clip 0", "clip 1", "clip 2"]
+    assert read([4, 5], [6, 7]) == whole[4:]
+    one, two = read([0, 1], [4, 5]), read([2, 3], [6, 7])
+    assert one[:2] + two[:2] + one[2:] + two[2:] == whole
 
 
 def test_pictures_are_clips_of_one_frame(clips):
     Image.new("RGB", (20, 30), "white").save(clips / "d.jpg")
     put(clips / "d.txt", "white")
-    items = list(VideoDataset(clips, 1, 16, 24))
-    assert [x["video"].shape for x in items] == [(3, 1, 16, 24)] * 4 and items[3]["video"].min() > 0.9
+    seen = items(VideoDataset(clips, 1, 16, 24))
+    assert [x["video"].shape for x in seen] == [(3, 1, 16, 24)] * 4 and seen[3]["video"].min() > 0.9
     fails(["d.jpg", "--frames 1"], VideoDataset, clips, 4, 16, 24)
 
 
@@ -389,7 +464,7 @@ def test_folder_of_frames_as_clip(tmp_path):
     for i, frame in enumerate(data.to_uint8(ramp(6))):
         Image.fromarray(frame).save(tmp_path / "frames" / f"{i}.png")
     put(tmp_path / "frames.txt", "six frames")
-    (item,) = VideoDataset(tmp_path, 6, 16, 24)
+    (item,) = items(VideoDataset(tmp_path, 6, 16, 24))
     assert item["text"] == "six frames" and indices(item["video"]) == list(range(6))
 
 
@@ -416,19 +491,20 @@ def test_bad_folders(tmp_path):
 def test_bad_clips_are_named_skipped_counted_and_limited(clips, capfd):
     put(clips / "c1.mp4", "corrupt")
     a = VideoDataset(clips, 4, 16, 24)
-    assert [x["text"] for x in a] == ["clip 0", "clip 2", "clip 2"]      # the next one stands in
+    assert [x["text"] for x in items(a)] == ["clip 0", "clip 2", "clip 2"]      # the next one stands in
     assert int(a.bad.sum()) == 1
     err = capfd.readouterr().err
     assert err.count("bad clip") == 1 and "row 2" in err and "c1.mp4" in err and err.count("\n") == 1
     write_video(clips / "c2.mp4", ramp(3))                               # too short
     b = VideoDataset(clips, 4, 16, 24)
-    fails(["2 of 3", "--check", "--frames 4"], lambda: b[1])
-    loader = torch.utils.data.DataLoader(VideoDataset(clips, 4, 16, 24), num_workers=1)
-    with pytest.raises(RuntimeError, match="2 of 3 clips are bad"):      # the text survives the worker
-        list(loader)
-    assert int(loader.dataset.bad.sum()) == 2                            # and the count
+    fails(["2 of 3", "--check", "--frames 4"], lambda: b[1, 1])
+    c = VideoDataset(clips, 4, 16, 24)
+    with pytest.raises(UserError, match="2 of 3 clips are bad") as e:    # the text survives the worker
+        list(data.read_batches(c, [[0, 1, 2]], workers=1))
+    assert "Traceback" not in str(e.value) and "\n" not in str(e.value)
+    assert int(c.bad.sum()) == 2                                         # and the count
     put(clips / "one.txt", "c1.mp4|||x\n")
-    fails(["1 of 1"], lambda: VideoDataset(clips / "one.txt", 4, 16, 24)[0])
+    fails(["1 of 1"], lambda: VideoDataset(clips / "one.txt", 4, 16, 24)[0, 0])
 
 
 def test_check(clips, capsys):

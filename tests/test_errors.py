@@ -64,7 +64,7 @@ def test_prompts(message, tmp_path):
 
 @pytest.mark.parametrize("flag,size,hint", [
     ("--height", "30", "24 or 32"), ("--width", "40", "at most 32"),
-    ("--frames", "9", "1 to 8"), ("--frames", "0", "1 to 8")])
+    ("--frames", "9", "1 to 8"), ("--frames", "0", "1 or more")])
 def test_sizes_name_the_nearest_that_fit(flag, size, hint, message, tmp_path):
     args = ["--base", "tiny", "--prompt", "a red circle", flag, size, "--out", str(tmp_path)]
     assert hint in message(sample.main, args)
