@@ -432,7 +432,8 @@ def load_base(name, weights=None, device="cpu", dtype=torch.float32, scratch=Fal
         if isinstance(row.text, T5Config):
             parts["text"] = T5Text(row.text)
         elif tiny:
-            parts["text"] = TinyText(row.words, row.net.context_dim)
+            width = row.net.text_dim if isinstance(row.net, CogVideoXConfig) else row.net.context_dim
+            parts["text"] = TinyText(row.words, width)
         else:
             # the video networks read the features before the last block: it is neither built nor loaded
             tower = replace(row.text, embed_dim=0, text_layers=row.text.text_layers - 1)
@@ -553,11 +554,14 @@ def tiny_state(name, part):
     A base whose file has no autoencoder has tiny's.
     """
     path = ASSETS / f"{name}.safetensors"
-    if not path.exists():
+    tensors = load_weights(path) if path.exists() else {}
+    state = {k.removeprefix(part + "."): v for k, v in tensors.items() if k.startswith(part + ".")}
+    if not state and part == "vae" and name != "tiny":
+        return tiny_state("tiny", part)
+    if not state:
         raise UserError(
             f"{path} is missing: check out the repository whole, or train it (README, 'The tiny world')")
-    state = {k.removeprefix(part + "."): v for k, v in load_weights(path).items() if k.startswith(part + ".")}
-    return tiny_state("tiny", part) if part == "vae" and not state else state
+    return state
 
 
 def run_parts(tensors):

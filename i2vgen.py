@@ -1,69 +1,67 @@
 """Train image to video by denoising: I2VGen-XL (arXiv 2311.04145), whose trainer was never released, and
-CogVideoX-I2V (arXiv 2408.06072). LoRA, full fine-tuning, or from scratch.
+CogVideoX-I2V (arXiv 2408.06072); LoRA, full fine-tuning, or from scratch.
 
-    L = E_{x0, text, image, eps, t} || net(x_t, t, text, image) - v ||^2,    v = sqrt(ab_t) eps - sqrt(1 - ab_t) x0
+    L = E_{x0, eps, t} || net(x_t, t, text, image) - v ||^2,      v = sqrt(ab_t) eps - sqrt(1 - ab_t) x0
     (arXiv 2202.00512; x_t = sqrt(ab_t) x0 + sqrt(1 - ab_t) eps; the image is the clip's own first frame)
 
-I2VGen-XL sees the image three times: its latent beside the noise, 64 tokens of that latent, 4 tokens of its CLIP
-embedding. CogVideoX-I2V sees its latent beside the noise, a little noise in the pixels (log sigma ~ N(-3, 0.5)):
-else it would learn to copy. Its published loss, w_t |x0_pred - x0|^2 with w_t = 1 / (1 - ab_t), is the one above.
+I2VGen-XL sees the image three times: its latent beside the noise, 64 tokens of that latent, 4 tokens of its
+CLIP embedding. CogVideoX-I2V sees its latent beside the noise, after a little noise on its pixels
+(log sigma ~ N(-3, 0.5)), so that motion does not freeze. CogVideoX's loss, |x0_pred - x0|^2 / (1 - ab_t), is
+the one above.
 
-    python i2vgen.py --base tiny-i2v                        # teaches it to zigzag: minutes in README
-    python i2vgen.py --base tiny-i2v --motion circling --out out/circling
-    python i2vgen.py --base tiny-i2v --scratch --out out/tiny-i2v               # made assets/tiny-i2v.safetensors
-    python i2vgen.py --base i2vgen-xl --weights W --data clips.csv --rank 16 --lr 1e-4           # LoRA, 1 GPU
-    torchrun --nproc_per_node=4 i2vgen.py --base i2vgen-xl --weights MODELSCOPE --data clips.csv --rank 0 --parallel fsdp
-    python i2vgen.py --base cogvideox-5b-i2v --weights W --data clips.csv       # LoRA as published
-    python i2vgen.py ... --resume                           # goes on bit for bit
+    python i2vgen.py --base tiny-i2v                                          # learns to zigzag
+    python i2vgen.py --base tiny-i2v --scratch --out out/tiny-i2v             # made assets/tiny-i2v.safetensors
+    python i2vgen.py --base i2vgen-xl --weights W --data clips.csv --lr 1e-4  # LoRA, 1 GPU
+    torchrun --nproc_per_node=4 i2vgen.py --weights W --data clips.csv --rank 0 --parallel fsdp
+    python i2vgen.py --base cogvideox-5b-i2v --weights W --data clips.csv     # LoRA as published
+    python i2vgen.py ... --resume                                             # goes on bit for bit
     python sample.py --ckpt out/i2vgen --image first.png --prompt "a red circle zigzagging" --continue 2
 
---weights with ModelScope's files instead of I2VGen-XL's starts there: the layers that read the image are new, the
-rest learns v instead of eps (needs --rank 0).
+With ModelScope's files in --weights and --rank 0, I2VGen-XL's training starts there: the layers that read the
+image are new, and the rest learns v instead of eps.
 
-Differences from the original
- - I2VGen-XL: the published configuration names a trainer that is not in the code. lr, schedule, offset noise, the
-   moving average and the frame rate as a condition are its own. It has p_zero 0, but the published sampler's second
-   branch has the negative prompt and an image embedding of zeros, which only dropout can have taught: 0.1 each here.
- - Clips are read at --fps, which is also what the network is told; images join as clips of one frame.
- - CogVideoX: noise and dropout of the image are drawn for each clip (its trainer: for each batch).
- - All that is random is keyed by (seed, step, number of the clip in the effective batch): a run does not depend on
-   how the batch is split over processes and micro-steps.
+Differences from the original code
+ - I2VGen-XL's published configuration names a trainer that is not in the code; lr, schedule, offset noise,
+   moving average and frame rate are the configuration's. It has p_zero 0, but the sampler's second branch has
+   a negative prompt and an image embedding of zeros, which only dropout can have taught: 0.1 each here.
+ - Clips are read at --fps, which the network is told; images (--image-share) are clips of one frame.
+ - CogVideoX: sigma and the image's dropout are drawn for each clip, not for each batch.
+ - All that is random is keyed by (seed, number of the sample): a run does not depend on how the batch is
+   split over processes and micro-steps.
 """
 import argparse
-import json
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from bases import BASES, base_row, fill, load_base
 from common import (
-    FiniteGuard, Log, UserError, agree_to_stop, apply_defaults, catch_signals, check_out, clip_gradients,
-    draw_curve, generator, keep_lines, load_state, lr_at, memory_advice, save_checkpoint, setup, trained)
+    COUNT, DECAY, NATURAL, POSITIVE, SHARE, UNSIGNED, FiniteGuard, Log, Parser, UserError, agree_to_stop,
+    append_line, apply_defaults, catch_signals, check_out, draw_curve, generator, keep_lines, load_state,
+    lr_at, memory_advice, my_samples, save_checkpoint, seed_of, setup, trained)
 from data import (
-    MOTIONS, NEW_MOTIONS, TinyWorld, VideoDataset, batch_indices, contact_sheet, image_tensor, open_image,
-    read_image_prompts, tiny_pairs, write_video)
+    MOTIONS, NEW_MOTIONS, TinyWorld, VideoDataset, center_crop_wide, contact_sheet, encode_once, image_tensor,
+    open_image, read_batches, read_image_prompts, tiny_pairs, write_video)
 from diffusion import diffusion_loss, offset_noise, randn
 from metrics import judge_captions
 from models import CogVideoXConfig, add_lora, parallelize, sync_gradients
 from sample import conditions, first_frame_kept, frame_picture, frame_rate, generate_split, tower_image
 
-# CogVideo's finetune/ (SAT's full fine-tuning: --rank 0 --lr 1e-5 --betas 0.9 0.95 --wd 1e-4 --clip 0.1 --drop-text 0.1)
+# CogVideo's finetune/; its SAT: --rank 0 --lr 1e-5 --betas 0.9 0.95 --wd 1e-4 --clip 0.1 --drop-text 0.1
 COGVIDEOX = dict(rank=128, alpha=64.0, lr=2e-5, warmup=100, ema=0.0, drop_text=0.0, drop_image=0.05,
                  image_share=0.0, offset_noise=0.0, read_fps=8.0)
 TINY = dict(
-    steps=200, batch=16, lr=5e-4, lr_schedule="cosine", warmup=20, betas=(0.9, 0.99), wd=0.01, ema=0.99, rank=0,
-    motion="zigzagging", image_share=0.0, offset_noise=0.0, drop_text=0.1, read_fps=None, cache_latents=True,
-    workers=0, grad_ckpt=False, log_every=20, eval_n=64)
+    steps=200, batch=16, lr=5e-4, lr_schedule="cosine", warmup=20, betas=(0.9, 0.99), wd=0.01, ema=0.99,
+    rank=0, motion="zigzagging", image_share=0.0, offset_noise=0.0, drop_text=0.1, read_fps=None,
+    cache_latents=True, workers=0, grad_ckpt=False, log_every=20, eval_n=64)
 SCRATCH = TINY | dict(steps=4000, batch=64, lr=1.5e-3, warmup=50, ema=0.995, motion=None, preview_every=1000,
                       log_every=50)
 TINY_CLIPS = 4096
 
 
 def get_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     yes_no = argparse.BooleanOptionalAction
     # what
     p.add_argument("--base", default="i2vgen-xl", help="base network (python bases.py lists them)")
@@ -74,45 +72,46 @@ def get_args(argv=None):
     # data
     p.add_argument("--data", help="clips and captions: folder, csv, jsonl or VGen list (tiny: procedural)")
     p.add_argument("--motion", choices=MOTIONS + NEW_MOTIONS, help="tiny world: motion of all clips")
-    p.add_argument("--frames", type=int, help="frames a clip (default: the base's)")
-    p.add_argument("--height", type=int, help="pixels (default: the base's)")
-    p.add_argument("--width", type=int, help="pixels (default: the base's)")
-    p.add_argument("--fps", type=int, help="frame rate as a condition, for bases that take one")
-    p.add_argument("--read-fps", type=float, help="frame rate at which clips are read (default: --fps, or every frame)")
-    p.add_argument("--image-share", type=float, default=0.125, help="share of steps on single frames")
-    p.add_argument("--cache-latents", action=yes_no, default=False, help="encode once, keep in memory")
+    p.add_argument("--frames", type=COUNT, help="frames a clip (default: the base's)")
+    p.add_argument("--height", type=COUNT, help="pixels (default: the base's)")
+    p.add_argument("--width", type=COUNT, help="pixels (default: the base's)")
+    p.add_argument("--fps", type=COUNT, help="frame rate as a condition, for bases that take one")
+    p.add_argument("--read-fps", type=POSITIVE, help="rate at which clips are read (default: --fps, or all)")
+    p.add_argument("--image-share", type=SHARE, default=0.125, help="share of steps on single frames")
+    p.add_argument("--cache-latents", action=yes_no, default=False, help="encode once, into --out")
     p.add_argument("--negative", help="text of dropped captions and of the unconditional branch")
-    p.add_argument("--drop-text", type=float, default=0.1, help="share of captions dropped")
-    p.add_argument("--drop-image", type=float, default=0.1, help="share of image embeddings (CogVideoX: latents) zeroed")
+    p.add_argument("--drop-text", type=SHARE, default=0.1, help="share of captions dropped")
+    p.add_argument("--drop-image", type=SHARE, default=0.1, help="share of images dropped")
     # optimisation
-    p.add_argument("--steps", type=int, default=10000, help="optimizer steps")
-    p.add_argument("--batch", type=int, default=1, help="clips a process and micro-step")
-    p.add_argument("--accum", type=int, default=1, help="micro-steps a step")
-    p.add_argument("--lr", type=float, default=3e-5, help="learning rate")
-    p.add_argument("--wd", type=float, default=0.0, help="weight decay")
-    p.add_argument("--betas", type=float, nargs=2, default=(0.9, 0.999), help="AdamW betas")
+    p.add_argument("--steps", type=COUNT, default=10000, help="optimizer steps")
+    p.add_argument("--batch", type=COUNT, default=1, help="clips a process and micro-step")
+    p.add_argument("--accum", type=COUNT, default=1, help="micro-steps a step")
+    p.add_argument("--lr", type=POSITIVE, default=3e-5, help="learning rate")
+    p.add_argument("--wd", type=UNSIGNED, default=0.0, help="weight decay")
+    p.add_argument("--betas", type=DECAY, nargs=2, default=(0.9, 0.999), help="AdamW betas")
     p.add_argument("--lr-schedule", choices=("constant", "cosine", "cosine-restarts"), default="constant")
-    p.add_argument("--warmup", type=int, default=10, help="steps of linear warm-up")
-    p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm")
-    p.add_argument("--ema", type=float, default=0.9999, help="decay of the weights' moving average; 0: off")
-    p.add_argument("--rank", type=int, default=16, help="LoRA rank; 0 trains all weights")
-    p.add_argument("--alpha", type=float, default=16.0, help="LoRA branches are scaled by alpha / rank")
+    p.add_argument("--warmup", type=NATURAL, default=10, help="steps of linear warm-up")
+    p.add_argument("--clip", type=POSITIVE, default=1.0, help="largest gradient norm")
+    p.add_argument("--ema", type=DECAY, default=0.9999, help="decay of the weights' moving average; 0: off")
+    p.add_argument("--rank", type=NATURAL, default=16, help="LoRA rank; 0 trains all weights")
+    p.add_argument("--alpha", type=POSITIVE, default=16.0, help="LoRA branches are scaled by alpha / rank")
     p.add_argument("--lora-targets", nargs="+", default=["to_q", "to_k", "to_v", "to_out.0"], help="layers")
-    p.add_argument("--offset-noise", type=float, default=0.1, help="noise shared by a frame (VGen: 0.1)")
+    p.add_argument("--offset-noise", type=UNSIGNED, default=0.1, help="noise shared by a frame (VGen: 0.1)")
     # machine
-    p.add_argument("--workers", type=int, default=2, help="processes that read clips")
+    p.add_argument("--workers", type=NATURAL, default=2, help="processes that read clips")
     p.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
     p.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 on GPU, fp32 on CPU")
     p.add_argument("--grad-ckpt", action=yes_no, default=True, help="recompute blocks backward: less memory")
     p.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp", help="full copies, or shards")
+    p.add_argument("--offload", action="store_true", help="activations (fsdp: weights too) wait on the CPU")
     # run
-    p.add_argument("--seed", type=int, default=0, help="seed")
-    p.add_argument("--prompts", help="file of image|||caption lines to evaluate on (default: the first clip; tiny: held-out)")
-    p.add_argument("--eval-n", type=int, default=4, help="first frames and captions used for evaluation")
-    p.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
-    p.add_argument("--keep", type=int, default=1, help="checkpoints kept")
-    p.add_argument("--preview-every", type=int, default=0, help="steps between evaluations; 0: start and end")
-    p.add_argument("--log-every", type=int, default=1, help="steps between log lines on the screen")
+    p.add_argument("--seed", type=NATURAL, default=0, help="seed")
+    p.add_argument("--prompts", help="image|||caption lines to evaluate on (default: a clip; tiny: held-out)")
+    p.add_argument("--eval-n", type=COUNT, default=4, help="first frames and captions used for evaluation")
+    p.add_argument("--save-every", type=COUNT, default=500, help="steps between checkpoints")
+    p.add_argument("--keep", type=COUNT, default=1, help="checkpoints kept")
+    p.add_argument("--preview-every", type=NATURAL, default=0, help="steps between evaluations; 0: two only")
+    p.add_argument("--log-every", type=COUNT, default=1, help="steps between log lines on the screen")
     p.add_argument("--tensorboard", action="store_true", help="log to TensorBoard too")
     p.add_argument("--wandb", action="store_true", help="log to Weights & Biases too")
     scratch = p.parse_known_args(argv)[0].scratch
@@ -126,10 +125,8 @@ def get_args(argv=None):
         raise UserError("--scratch: LoRA on random weights cannot learn; add --rank 0")
     if not tiny and not args.data:
         raise UserError("--data: give a folder, csv, jsonl or list of clips with captions")
-    if args.motion and (not tiny or args.data):
-        args.motion = None if tiny and "--motion" not in (argv or []) else args.motion
-        if args.motion:
-            raise UserError(f"--motion {args.motion}: only the tiny world's own clips have motions by name")
+    if args.motion and not tiny:
+        raise UserError(f"--motion {args.motion}: only the tiny world's own clips have motions by name")
     return args
 
 
@@ -138,28 +135,29 @@ def get_args(argv=None):
 def image_condition(base, x0, picture, keep, generators):
     """What the network is told of the first frame, {name: tensor}.
 
-    x0 (b,c,f,h,w) latents of the clips; picture: of load_batches(); keep (b,) 1, or 0 where it is dropped.
+    x0 (b,c,f,h,w) latents of the clips; picture: of encode(); keep (b,) 1, or 0 where it is dropped.
     """
     if base.row.unet.image_to_video:  # dropped: the embedding alone, as in the second branch of guidance
         image = base.image_encoder(picture)[:, None].float() * keep.view(-1, 1, 1)
         return {"first_frame": x0[:, :, 0], "image": image}
     sigma = (0.5 * randn((len(x0), 1, 1, 1), generators) - 3).exp()
-    picture = picture + (sigma * randn(picture.shape, generators)).to(picture)
-    noise = randn((*x0.shape[:2], 1, *x0.shape[3:]), generators).to(picture)  # the latent is a sample, too
+    pixels = picture + (sigma * randn(picture.shape, generators)).to(picture)
+    noise = randn((*x0.shape[:2], 1, *x0.shape[3:]), generators)  # the latent is a sample, too
+    dtype = next(base.vae.parameters()).dtype
     with torch.no_grad():
-        latent = base.vae.encode(picture[:, :, None], noise).float()
-    return {"first_frame": latent * keep.view(-1, 1, 1, 1, 1)}
+        latent = base.vae.encode(pixels[:, :, None].to(dtype), noise.to(picture.device, dtype))
+    return {"first_frame": latent.float() * keep.view(-1, 1, 1, 1, 1)}
 
 
 def i2v_loss(net, base, x0, picture, captions, generators, args):
-    """The denoising loss of each clip, (b,). x0 (b,c,f,h,w) latents, picture: of load_batches().
+    """The denoising loss of each clip, (b,). x0 (b,c,f,h,w) latents, picture: of encode().
 
-    generators: one a clip, for all that is random about it, so that its loss does not depend on its neighbours.
+    generators: one a clip, for all that is random about it: its loss does not depend on its neighbours.
     """
     def uniform():
         return torch.stack([torch.rand((), generator=g) for g in generators])
     t = (uniform() * len(base.schedule.alpha_bar)).long().to(x0.device)
-    shared = randn((*x0.shape[:3], 1, 1), generators)  # the mean brightness is noised too (VGen: noise_strength)
+    shared = randn((*x0.shape[:3], 1, 1), generators)  # noise of the brightness (VGen: noise_strength)
     noise = offset_noise(randn(x0.shape, generators), shared, args.offset_noise).to(x0.device)
     dropped = uniform() < args.drop_text
     text = base.encode_text([args.negative if d else c for c, d in zip(captions, dropped)])
@@ -168,6 +166,7 @@ def i2v_loss(net, base, x0, picture, captions, generators, args):
     return diffusion_loss(lambda x, t: net(x, t, text, **cond), base.schedule, x0, noise, t)
 
 
+@memory_advice("--grad-ckpt", "--batch 1", "--offload", "--parallel fsdp", "smaller --height and --width")
 def main(argv=None):
     args = get_args(argv)
     settings = fill(args, args.base, method="i2vgen")
@@ -175,8 +174,10 @@ def main(argv=None):
     args.read_fps = args.read_fps or args.fps
     if args.data:
         data = VideoDataset(args.data, *size, args.read_fps, args.seed)
+        rows = data.rows
     else:
         data = TinyWorld(TINY_CLIPS, args.frames, args.seed, args.motion)
+        rows = args.motion
     pairs = read_pairs(args, data)
     state = check_out(args, "i2vgen")
     env = setup(args)
@@ -184,61 +185,66 @@ def main(argv=None):
     base = load_base(args.base, args.weights, env.device, dtype, args.scratch, start=not args.rank)
 
     # ---- what is trained: LoRA branches, or the network; from scratch the tiny encoders as well
-    parts = {"": base.net, "text_encoder.": base.text_encoder, "image_encoder.": base.image_encoder}
-    parts = {prefix: module for prefix, module in parts.items() if module is not None}
+    encoders = {k: getattr(base, k) for k in ("text_encoder", "image_encoder") if getattr(base, k)}
+    jointly = args.scratch and base.row.text is None
     if args.rank:
         add_lora(base.net, args.rank, args.alpha, args.lora_targets)
     else:
-        for prefix, module in parts.items():
-            module.requires_grad_(not prefix or (args.scratch and base.row.text is None))
-    for module in {"vae": base.vae, **{k: m for k, m in parts.items() if k and not args.scratch}}.values():
-        module.to(env.dtype)
+        base.net.requires_grad_(True)
+    base.vae.to(env.dtype)
     base.net.grad_ckpt = args.grad_ckpt
     base.net.train()
-    net = parallelize(base.net, args.parallel, env.device)
-    if args.scratch:
-        base.text_encoder = parallelize(base.text_encoder, "ddp", env.device)
-        base.image_encoder = base.image_encoder and parallelize(base.image_encoder, "ddp", env.device)
-    params = trained(parts)
+    net = parallelize(base.net, args.parallel, env.device, args.offload)
+    for k, module in encoders.items():
+        module.requires_grad_(jointly)
+        if jointly:
+            setattr(base, k, parallelize(module, "ddp", env.device))
+    params = trained({"": base.net} | {f"{k}.": module for k, module in encoders.items()})
     opt = torch.optim.AdamW(params.values(), args.lr, args.betas, weight_decay=args.wd)
     scaler = torch.amp.GradScaler(env.device.type, enabled=env.dtype == torch.float16)
     ema = {k: p.detach().clone() for k, p in params.items()} if args.ema else None
-    start = load_state(state, params, opt, ema, scaler) if state else 0
+    start, seen = load_state(args, state, params, opt, ema, scaler)
     meta = dict(
         method="i2vgen", base=args.base, rank=args.rank, alpha=args.alpha, lora_targets=args.lora_targets,
         sample=settings)
-    batches = load_batches(args, env, data, base, start)
     log = Log(args, env, base.parts(), start)
-    guard = FiniteGuard()
+    if args.cache_latents:
+        about = dict(base=args.base, size=size, fps=args.read_fps, seed=args.seed, rows=seed_of(rows))
+        data = encode_once(Path(args.out, "latents"), data, lambda batch: {
+            k: v.half() for k, v in encode(base, batch["video"], env).items()}, about, env, args.workers)
+        if not jointly:  # the text tower is done, too
+            with torch.no_grad(), env.autocast():
+                base.remember([*data.texts(), args.negative, *(caption for _, caption in pairs)])
+    numbers = my_samples(args, env, start, seen)
+    batches = read_batches(data, numbers, args.seed, args.workers)
+    guard = FiniteGuard(env)
     catch_signals(env)
     if env.main:
         keep_lines(Path(args.out, "eval.jsonl"), min(start + 1, args.steps) if state else 0)
     if not state and not args.scratch:
-        evaluate(args, env, base, pairs, 0, "before")
+        evaluate(args, env, base, pairs, params, ema, 0, "before")
 
     for step in range(start, args.steps):
+        torch.manual_seed(seed_of(args.seed, env.rank, step, "dropout"))
         for group in opt.param_groups:
             group["lr"] = lr_at(step, args)
         # drawn from the step alone: all clips of a step are videos, or all are images
-        image = torch.rand((), generator=generator(args.seed, step, "image")).item() < args.image_share
+        images = torch.rand((), generator=generator(args.seed, step, "image")).item() < args.image_share
         total = 0.0
         for micro in range(args.accum):
-            first = (micro * env.world + env.rank) * args.batch
-            generators = [generator(args.seed, step, first + i) for i in range(args.batch)]
-            torch.manual_seed(generators[0].initial_seed())  # the networks' dropout
-            x0, picture, captions = next(batches)(generators)
-            x0 = x0[:, :, :1] if image else x0
-            advice = memory_advice("--grad-ckpt", "--batch 1", "--parallel fsdp", "fewer --frames", "a smaller --height and --width")
-            with sync_gradients(net, micro == args.accum - 1), env.autocast(), advice:
-                loss = i2v_loss(net, base, x0, picture, captions, generators, args).mean()
+            batch = next(batches)
+            # all that is random about a sample comes from its number: however the samples are dealt to
+            # processes and micro-steps, the run is the same
+            mine = numbers[(step - start) * args.accum + micro]
+            generators = [generator(args.seed, "sample", i) for i in mine]
+            x0, picture = draw_latents(base, batch, generators, env)
+            x0 = x0[:, :, :1] if images else x0
+            with sync_gradients(net, micro == args.accum - 1), env.autocast():
+                loss = i2v_loss(net, base, x0, picture, batch["text"], generators, args).mean()
                 scaler.scale(loss / args.accum).backward()
             total += loss.detach() / args.accum
-        scaler.unscale_(opt)
-        norm = clip_gradients(params.values(), args.clip)
-        if guard.ok(env, loss=total, gradient=norm):
-            scaler.step(opt)
-        scaler.update()
-        opt.zero_grad()
+        norm = guard.step(opt, scaler, params.values(), args.clip, loss=total)
+        seen += args.batch * args.accum * env.world
         if ema:  # warmed up, so that the start is forgotten
             decay = min(args.ema, (step + 1) / (step + 10))
             torch._foreach_lerp_(list(ema.values()), [p.detach() for p in params.values()], 1 - decay)
@@ -246,114 +252,85 @@ def main(argv=None):
 
         done, stop = step + 1, agree_to_stop(env)
         if stop or done % args.save_every == 0 or done == args.steps:
-            save_checkpoint(args, env, done, params, meta, opt, ema, scaler)
+            save_checkpoint(args, env, done, seen, params, meta, opt, ema, scaler)
         if stop:
             break
         if done == args.steps or (args.preview_every and done % args.preview_every == 0):
-            with averaged(params, ema):
-                evaluate(args, env, base, pairs, done, "after" if done == args.steps else f"step-{done}")
+            name = "after" if done == args.steps else f"step-{done}"
+            evaluate(args, env, base, pairs, params, ema, done, name)
     if env.main:
         draw_curve(log.path, Path(args.out, "curve.png"), ["loss", "grad"], f"i2vgen on {args.base}")
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-# ---- batches of latents
+# ---- latents
 
-def load_batches(args, env, data, base, start):
-    """For each micro-step from step `start` on: a function(generators) -> latents (b,c,f,h,w), picture, captions.
+@torch.no_grad()
+def encode(base, video, env):
+    """video (b,3,f,h,w) -> {"mean", "std"} (b,c,f',h',w') of its latents and "picture", on the CPU.
 
-    Latents are samples of the encoder's Gaussian (as VGen and CogVideoX train). picture: what else of the first
-    frame is needed: the image tower's input (b,3,s,s), or for CogVideoX its pixels (b,3,h,w).
+    picture: what else of the first frame is needed: the image tower's input (b,3,s,s), CogVideoX: its pixels.
     """
-    order = [batch_indices(len(data), i, args.batch, env.rank, env.world, args.seed)
-             for i in range(start * args.accum, args.steps * args.accum)]
-    row = base.row
+    row, x = base.row, video.to(env.device, env.dtype)
+    if isinstance(row.net, CogVideoXConfig):
+        mean, logvar = torch.cat([base.vae.moments(clip[None]) for clip in x]).chunk(2, dim=1)
+        picture = video[:, :, 0]
+    else:  # each clip as (f,3,h,w): its frames are the batch
+        parts = [base.vae.moments(clip.transpose(0, 1)) for clip in x]
+        mean, logvar = (torch.stack([m.transpose(0, 1) for m in column]) for column in zip(*parts))
+        size, width = (row.image or row.text).image_size, video.shape[4]
+        picture = torch.stack([tower_image(frame_picture(clip[:, 0]), width, size) for clip in video])
+    std = (0.5 * logvar.clamp(-30, 20)).exp()
+    return {"mean": mean.cpu(), "std": std.cpu(), "picture": picture}
 
-    def pictures(video):
-        if not row.unet.image_to_video:
-            return video[:, :, 0]
-        size = (row.image or row.text).image_size
-        return torch.stack([tower_image(frame_picture(clip[:, 0]), args.width, size) for clip in video])
 
-    @torch.no_grad()
-    def gaussian(video):  # (b,3,f,h,w) -> mean, std of its latents, on the CPU
-        video = video.to(env.device, env.dtype)
-        if isinstance(row.net, CogVideoXConfig):
-            moments = torch.cat([base.vae.moments(clip[None]) for clip in video])
-            mean, logvar = moments.chunk(2, dim=1)
-        else:  # each clip as (f,3,h,w): its frames are the batch
-            parts = [base.vae.moments(clip.transpose(0, 1)) for clip in video]
-            mean, logvar = (torch.stack([x.transpose(0, 1) for x in column]) for column in zip(*parts))
-        return mean.float().cpu(), (0.5 * logvar.float().clamp(-30, 20)).exp().cpu()
-
-    def sampled(mean, std, picture, captions):
-        def draw(generators):
-            z = mean.float() + std.float() * randn(mean.shape, generators)
-            return (z * base.vae.cfg.scale).to(env.device), picture.to(env.device, base.vae.post_dtype), captions
-        return draw
-
-    def read(sampler):
-        workers = dict(num_workers=args.workers, prefetch_factor=2 if args.workers else None)
-        loader = torch.utils.data.DataLoader(data, batch_sampler=sampler, **workers)
-        return ((torch.as_tensor(x["video"]), x["text"]) for x in loader)
-
-    if not args.cache_latents:
-        return (sampled(*gaussian(video), pictures(video), captions) for video, captions in read(order))
-    kept, texts = [], []
-    chunks = [list(range(i, min(i + 8, len(data)))) for i in range(0, len(data), 8)]
-    for video, captions in tqdm(read(chunks), "latents", len(chunks), disable=not env.main, mininterval=5):
-        kept.append([x.half() for x in (*gaussian(video), pictures(video))])
-        texts += captions
-    mean, std, picture = (torch.cat(column) for column in zip(*kept))
-    return (sampled(mean[i], std[i], picture[i], [texts[k] for k in i]) for i in order)
+def draw_latents(base, batch, generators, env):
+    """A batch of clips, encoded already or not -> samples of the encoder's Gaussian, the pictures."""
+    m = batch if "mean" in batch else encode(base, batch["video"], env)
+    z = m["mean"].float() + m["std"].float() * randn(m["mean"].shape, generators)
+    return z.to(env.device) * base.vae.cfg.scale, m["picture"].float().to(env.device)
 
 
 # ---- evaluation
 
 def read_pairs(args, data):
-    """-> [(first frame, a Pillow image; caption)] to evaluate on, with what the judge knows of the tiny world."""
+    """-> [(first frame, a Pillow image; its caption)] to evaluate on."""
     if args.prompts:
-        return [(open_image(path), caption) for path, caption in read_image_prompts(args.prompts)[:args.eval_n]]
+        rows = read_image_prompts(args.prompts)[:args.eval_n]
+        return [(open_image(path), caption) for path, caption in rows]
     if args.data:
-        return [(frame_picture(data[0]["video"][:, 0]), data[0]["text"])]
+        clip = data[0, 0]
+        return [(frame_picture(clip["video"][:, 0]), clip["text"])]
     clips, captions = tiny_pairs(args.seed, args.eval_n, args.frames, args.motion)
     return [(frame_picture(clip[:, 0]), caption) for clip, caption in zip(clips, captions)]
 
 
-@contextmanager
-def averaged(params, ema):
-    """The moving average in the place of the weights."""
+@torch.no_grad()
+def evaluate(args, env, base, pairs, params, ema, step, name):
+    """Clips of the averaged weights, always from the same noise -> eval.jsonl, NAME.png, NAME/*.mp4."""
+    images, captions = zip(*pairs)
+    base.net.eval()
     kept = {k: p.detach().clone() for k, p in params.items()} if ema else {}
     for k in kept:
         params[k].data.copy_(ema[k])
-    yield
-    for k, weights in kept.items():
-        params[k].data.copy_(weights)
-
-
-@torch.no_grad()
-def evaluate(args, env, base, pairs, step, name):
-    """Clips from held-out first frames, always from the same noise -> a line in eval.jsonl, NAME.png, NAME/*.mp4."""
-    images, captions = zip(*pairs)
-    base.net.eval()
     with env.autocast():
         cond, null = conditions(base, env, args, images)
     seeds = [f"eval-{i}" for i in range(len(pairs))]
     videos = generate_split(base, env, list(captions), seeds, args, cond, null)
+    for k, weights in kept.items():
+        params[k].data.copy_(weights)
     base.net.train()
     if not env.main:
         return
-    sizes = {image.size for image in images} == {(args.width, args.height)}
-    row = dict(step=step)
-    if sizes:
-        row |= first_frame_kept(videos, [image_tensor(image) for image in images])
+    size = args.height, args.width
+    pictures = [image_tensor(center_crop_wide(image, size)) for image in images]
+    row = dict(step=step, **first_frame_kept(videos, pictures))
     if base.row.text is None and not args.data:
         row["judge"] = judge_captions(videos, captions)
-    with open(Path(args.out, "eval.jsonl"), "a") as f:
-        f.write(json.dumps(row) + "\n")
+    append_line(Path(args.out, "eval.jsonl"), row)
     words = " ".join(f"{k} {v:.3f}" for k, v in row.get("judge", {}).items())
-    print(f"held-out, {name}: first frame {row.get('psnr', float('nan')):.1f} dB {words}", flush=True)
+    print(f"held-out, {name}: first frame {row['psnr']:.1f} dB {words}", flush=True)
     contact_sheet(list(videos[:16]), Path(args.out, f"{name}.png"), captions[:16])
     for i, video in enumerate(videos[:16]):
         write_video(Path(args.out, name, f"{i:04d}.mp4"), video, args.save_fps)
