@@ -4,30 +4,25 @@ CogVideoX-I2V (arXiv 2408.06072); LoRA, full fine-tuning, or from scratch.
     L = E_{x0, eps, t} || net(x_t, t, text, image) - v ||^2,      v = sqrt(ab_t) eps - sqrt(1 - ab_t) x0
     (arXiv 2202.00512; x_t = sqrt(ab_t) x0 + sqrt(1 - ab_t) eps; the image is the clip's own first frame)
 
-I2VGen-XL sees the image three times: its latent beside the noise, 64 tokens of that latent, 4 tokens of its
-CLIP embedding. CogVideoX-I2V sees its latent beside the noise, after a little noise on its pixels
-(log sigma ~ N(-3, 0.5)), so that motion does not freeze. CogVideoX's loss, |x0_pred - x0|^2 / (1 - ab_t), is
-the one above.
+I2VGen-XL sees the image as a latent beside the noise, 64 tokens of that latent and 4 of its CLIP embedding;
+CogVideoX as a latent beside the noise, its pixels noised a little (log sigma ~ N(-3, 0.5)); its published
+loss, |x0_pred - x0|^2 / (1 - ab_t), is the one above.
 
     python i2vgen.py --base tiny-i2v                                          # learns to zigzag
-    python i2vgen.py --base tiny-i2v --scratch --out out/tiny-i2v             # made assets/tiny-i2v.safetensors
+    python i2vgen.py --base tiny-i2v --scratch --out out/tiny-i2v             # made the tiny base
     python i2vgen.py --base i2vgen-xl --weights W --data clips.csv --lr 1e-4  # LoRA, 1 GPU
     torchrun --nproc_per_node=4 i2vgen.py --weights W --data clips.csv --rank 0 --parallel fsdp
     python i2vgen.py --base cogvideox-5b-i2v --weights W --data clips.csv     # LoRA as published
     python i2vgen.py ... --resume                                             # goes on bit for bit
     python sample.py --ckpt out/i2vgen --image first.png --prompt "a red circle zigzagging" --continue 2
 
-With ModelScope's files in --weights and --rank 0, I2VGen-XL's training starts there: the layers that read the
-image are new, and the rest learns v instead of eps.
+With ModelScope's files as --weights and --rank 0, I2VGen-XL starts from them: what reads the image is new.
 
 Differences from the original code
- - I2VGen-XL's published configuration names a trainer that is not in the code; lr, schedule, offset noise,
-   moving average and frame rate are the configuration's. It has p_zero 0, but the sampler's second branch has
-   a negative prompt and an image embedding of zeros, which only dropout can have taught: 0.1 each here.
- - Clips are read at --fps, which the network is told; images (--image-share) are clips of one frame.
+ - I2VGen-XL's configuration names a trainer that is not in the code; lr, schedule, offset noise and moving
+   average are the configuration's. It drops nothing, but its sampler's second branch (negative prompt, image
+   embedding of zeros) must have been taught: 0.1 each. Clips are read at --fps, which the network is told.
  - CogVideoX: sigma and the image's dropout are drawn for each clip, not for each batch.
- - All that is random is keyed by (seed, number of the sample): a run does not depend on how the batch is
-   split over processes and micro-steps.
 """
 import argparse
 from pathlib import Path
@@ -114,18 +109,15 @@ def get_args(argv=None):
     p.add_argument("--log-every", type=COUNT, default=1, help="steps between log lines on the screen")
     p.add_argument("--tensorboard", action="store_true", help="log to TensorBoard too")
     p.add_argument("--wandb", action="store_true", help="log to Weights & Biases too")
-    scratch = p.parse_known_args(argv)[0].scratch
-    presets = {}
-    for name, row in BASES.items():
-        own = COGVIDEOX if isinstance(row.net, CogVideoXConfig) else {}
-        presets[name] = own if row.text else own | (SCRATCH if scratch else TINY)
-    args = apply_defaults(p, argv, presets)
-    tiny = base_row(args.base).text is None
+    tiny = SCRATCH if p.parse_known_args(argv)[0].scratch else TINY
+    args = apply_defaults(p, argv, {
+        name: (COGVIDEOX if isinstance(row.net, CogVideoXConfig) else {}) | ({} if row.text else tiny)
+        for name, row in BASES.items()})
     if args.scratch and args.rank:
         raise UserError("--scratch: LoRA on random weights cannot learn; add --rank 0")
-    if not tiny and not args.data:
+    if base_row(args.base).text and not args.data:
         raise UserError("--data: give a folder, csv, jsonl or list of clips with captions")
-    if args.motion and not tiny:
+    if base_row(args.base).text and args.motion:
         raise UserError(f"--motion {args.motion}: only the tiny world's own clips have motions by name")
     return args
 
@@ -133,35 +125,28 @@ def get_args(argv=None):
 # ---- the method
 
 def image_condition(base, x0, picture, keep, generators):
-    """What the network is told of the first frame, {name: tensor}.
-
-    x0 (b,c,f,h,w) latents of the clips; picture: of encode(); keep (b,) 1, or 0 where it is dropped.
-    """
+    """What the network is told of the first frame, {name: tensor}; keep (b,): 1, or 0 where it is dropped."""
     if base.row.unet.image_to_video:  # dropped: the embedding alone, as in the second branch of guidance
         image = base.image_encoder(picture)[:, None].float() * keep.view(-1, 1, 1)
         return {"first_frame": x0[:, :, 0], "image": image}
     sigma = (0.5 * randn((len(x0), 1, 1, 1), generators) - 3).exp()
-    pixels = picture + (sigma * randn(picture.shape, generators)).to(picture)
+    pixels = picture.cpu() + sigma * randn(picture.shape, generators)
     noise = randn((*x0.shape[:2], 1, *x0.shape[3:]), generators)  # the latent is a sample, too
-    dtype = next(base.vae.parameters()).dtype
+    pixels, noise = (x.to(picture.device, next(base.vae.parameters()).dtype) for x in (pixels, noise))
     with torch.no_grad():
-        latent = base.vae.encode(pixels[:, :, None].to(dtype), noise.to(picture.device, dtype))
-    return {"first_frame": latent.float() * keep.view(-1, 1, 1, 1, 1)}
+        latent = base.vae.encode(pixels[:, :, None], noise).float()
+    return {"first_frame": latent * keep.view(-1, 1, 1, 1, 1)}
 
 
 def i2v_loss(net, base, x0, picture, captions, generators, args):
-    """The denoising loss of each clip, (b,). x0 (b,c,f,h,w) latents, picture: of encode().
-
-    generators: one a clip, for all that is random about it: its loss does not depend on its neighbours.
-    """
-    def uniform():
-        return torch.stack([torch.rand((), generator=g) for g in generators])
-    t = (uniform() * len(base.schedule.alpha_bar)).long().to(x0.device)
+    """The denoising loss (b,). x0 (b,c,f,h,w) latents, picture: of encode(), generators: one a clip."""
+    luck = torch.stack([torch.rand(3, generator=g) for g in generators])
+    t = (luck[:, 0] * len(base.schedule.alpha_bar)).long().to(x0.device)
     shared = randn((*x0.shape[:3], 1, 1), generators)  # noise of the brightness (VGen: noise_strength)
     noise = offset_noise(randn(x0.shape, generators), shared, args.offset_noise).to(x0.device)
-    dropped = uniform() < args.drop_text
+    dropped = luck[:, 1] < args.drop_text
     text = base.encode_text([args.negative if d else c for c, d in zip(captions, dropped)])
-    keep = (uniform() >= args.drop_image).float().to(x0.device)
+    keep = (luck[:, 2] >= args.drop_image).float().to(x0.device)
     cond = image_condition(base, x0, picture, keep, generators) | frame_rate(args, len(x0), x0.device)
     return diffusion_loss(lambda x, t: net(x, t, text, **cond), base.schedule, x0, noise, t)
 
@@ -172,12 +157,9 @@ def main(argv=None):
     settings = fill(args, args.base, method="i2vgen")
     size = args.frames, args.height, args.width
     args.read_fps = args.read_fps or args.fps
+    data = TinyWorld(TINY_CLIPS, args.frames, args.seed, args.motion)
     if args.data:
         data = VideoDataset(args.data, *size, args.read_fps, args.seed)
-        rows = data.rows
-    else:
-        data = TinyWorld(TINY_CLIPS, args.frames, args.seed, args.motion)
-        rows = args.motion
     pairs = read_pairs(args, data)
     state = check_out(args, "i2vgen")
     env = setup(args)
@@ -209,7 +191,8 @@ def main(argv=None):
         sample=settings)
     log = Log(args, env, base.parts(), start)
     if args.cache_latents:
-        about = dict(base=args.base, size=size, fps=args.read_fps, seed=args.seed, rows=seed_of(rows))
+        about = dict(base=args.base, size=size, fps=args.read_fps, seed=args.seed,
+                     rows=seed_of(data.rows if args.data else args.motion))
         data = encode_once(Path(args.out, "latents"), data, lambda batch: {
             k: v.half() for k, v in encode(base, batch["video"], env).items()}, about, env, args.workers)
         if not jointly:  # the text tower is done, too
@@ -222,7 +205,7 @@ def main(argv=None):
     if env.main:
         keep_lines(Path(args.out, "eval.jsonl"), min(start + 1, args.steps) if state else 0)
     if not state and not args.scratch:
-        evaluate(args, env, base, pairs, params, ema, 0, "before")
+        evaluate(args, env, base, pairs, params, ema, 0)
 
     for step in range(start, args.steps):
         torch.manual_seed(seed_of(args.seed, env.rank, step, "dropout"))
@@ -233,9 +216,7 @@ def main(argv=None):
         total = 0.0
         for micro in range(args.accum):
             batch = next(batches)
-            # all that is random about a sample comes from its number: however the samples are dealt to
-            # processes and micro-steps, the run is the same
-            mine = numbers[(step - start) * args.accum + micro]
+            mine = numbers[(step - start) * args.accum + micro]  # all that is random comes from these
             generators = [generator(args.seed, "sample", i) for i in mine]
             x0, picture = draw_latents(base, batch, generators, env)
             x0 = x0[:, :, :1] if images else x0
@@ -256,8 +237,7 @@ def main(argv=None):
         if stop:
             break
         if done == args.steps or (args.preview_every and done % args.preview_every == 0):
-            name = "after" if done == args.steps else f"step-{done}"
-            evaluate(args, env, base, pairs, params, ema, done, name)
+            evaluate(args, env, base, pairs, params, ema, done)
     if env.main:
         draw_curve(log.path, Path(args.out, "curve.png"), ["loss", "grad"], f"i2vgen on {args.base}")
     if dist.is_initialized():
@@ -299,16 +279,15 @@ def read_pairs(args, data):
     if args.prompts:
         rows = read_image_prompts(args.prompts)[:args.eval_n]
         return [(open_image(path), caption) for path, caption in rows]
-    if args.data:
-        clip = data[0, 0]
-        return [(frame_picture(clip["video"][:, 0]), clip["text"])]
-    clips, captions = tiny_pairs(args.seed, args.eval_n, args.frames, args.motion)
+    clips, captions = (([data[0, 0][k]] for k in ("video", "text")) if args.data else
+                       tiny_pairs(args.seed, args.eval_n, args.frames, args.motion))
     return [(frame_picture(clip[:, 0]), caption) for clip, caption in zip(clips, captions)]
 
 
 @torch.no_grad()
-def evaluate(args, env, base, pairs, params, ema, step, name):
+def evaluate(args, env, base, pairs, params, ema, step):
     """Clips of the averaged weights, always from the same noise -> eval.jsonl, NAME.png, NAME/*.mp4."""
+    name = {0: "before", args.steps: "after"}.get(step, f"step-{step}")
     images, captions = zip(*pairs)
     base.net.eval()
     kept = {k: p.detach().clone() for k, p in params.items()} if ema else {}
@@ -323,8 +302,7 @@ def evaluate(args, env, base, pairs, params, ema, step, name):
     base.net.train()
     if not env.main:
         return
-    size = args.height, args.width
-    pictures = [image_tensor(center_crop_wide(image, size)) for image in images]
+    pictures = [image_tensor(center_crop_wide(image, (args.height, args.width))) for image in images]
     row = dict(step=step, **first_frame_kept(videos, pictures))
     if base.row.text is None and not args.data:
         row["judge"] = judge_captions(videos, captions)
