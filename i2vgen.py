@@ -208,7 +208,6 @@ def main(argv=None):
         evaluate(args, env, base, pairs, params, ema, 0)
 
     for step in range(start, args.steps):
-        torch.manual_seed(seed_of(args.seed, env.rank, step, "dropout"))
         for group in opt.param_groups:
             group["lr"] = lr_at(step, args)
         # drawn from the step alone: all clips of a step are videos, or all are images
@@ -218,6 +217,7 @@ def main(argv=None):
             batch = next(batches)
             mine = numbers[(step - start) * args.accum + micro]  # all that is random comes from these
             generators = [generator(args.seed, "sample", i) for i in mine]
+            torch.manual_seed(seed_of(args.seed, "dropout", mine[0]))  # here: a new loader draws a seed, too
             x0, picture = draw_latents(base, batch, generators, env)
             x0 = x0[:, :, :1] if images else x0
             with sync_gradients(net, micro == args.accum - 1), env.autocast():

@@ -4,6 +4,7 @@
 #   NODES=2 NODE=0 MASTER=10.0.0.1 ./torchrun.sh t2v.py --base modelscope --weights W --data clips.csv --rank 0 --parallel fsdp
 #
 #   ./torchrun.sh t2v.py   --base modelscope --weights W --data clips.csv --rank 16 --lr 1e-4
+#   ./torchrun.sh i2vgen.py --base i2vgen-xl --weights W --data clips.csv --lr 1e-4
 #   ./torchrun.sh vader.py --base modelscope --weights W --prompts animals.txt --reward my_reward.py:fn
 #   ./torchrun.sh sample.py --ckpt out/vader --prompts prompts.txt --n 4
 set -euo pipefail

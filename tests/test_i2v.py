@@ -1,6 +1,7 @@
-"""Image to video: i2vgen.py on its bases at small width, --continue, --judge with first frames, new motions."""
+"""Image to video: i2vgen.py on its bases at small width, --continue, --judge with images, new motions."""
 import json
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,13 @@ SCRATCH = ["--base", "tiny-i2v", "--scratch", "--batch", "2", "--no-cache-latent
 # captions of our own; not every clip need be there
 CAPTIONS = {"cactus_blooming": "a cactus opens its flowers", "car_turn": "a car turns on a road",
             "cat_walking": "a cat walks through grass", "eagle": "an eagle flies over water"}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Two sampler steps."""
+    row = bases.BASES["tiny-i2v"]
+    monkeypatch.setitem(bases.BASES, "tiny-i2v", replace(row, sample=row.sample | {"sample_steps": 2}))
 
 
 def train(out, steps, *more):
@@ -64,7 +72,8 @@ def test_resume_equals_the_uninterrupted_run(more, tmp_path, monkeypatch):
     assert {k.split(".")[0] for k in whole} > {"text_encoder", "image_encoder", "local_image_concat"}
 
 
-def test_accumulation_equals_a_large_batch(tmp_path):
+def test_accumulation_equals_a_large_batch(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.nn.Dropout, "forward", lambda self, x: x)  # drawn for a micro-step, not a clip
     grads = []
     for batch, accum in ((4, 1), (1, 4)):
         out = tmp_path / f"{batch}x{accum}"
@@ -90,12 +99,12 @@ def test_from_scratch_to_packed_base_to_fine_tuning(tmp_path, monkeypatch):
     assert list(base.text_encoder.words) == [*TINY_WORDS, *NEW_MOTIONS]
 
     Image.new("RGB", (50, 40), (230, 40, 40)).save(tmp_path / "first.png")
-    out, quick = tmp_path / "s", ["--sample-steps", "2"]
+    out = tmp_path / "s"
     sample.main(["--base", "tiny-i2v", "--image", str(tmp_path / "first.png"), "--prompt",
-                 "a red circle circling", "--continue", "2", "--out", str(out), *quick])
+                 "a red circle circling", "--continue", "2", "--out", str(out)])
     assert video_info(out / "0000.mp4")[0] == 8 + 7 + 7
     for command in (["--base", "tiny-i2v"], ["--ckpt", str(tmp_path / "run")]):
-        sample.main([*command, "--judge", "3", "--motion", "circling", "--out", str(tmp_path / "j"), *quick])
+        sample.main([*command, "--judge", "3", "--motion", "circling", "--out", str(tmp_path / "j")])
         verdict = json.loads((tmp_path / "j" / "judge.json").read_text())
         assert {"psnr", "psnr_worst", "motion", "joint"} <= set(verdict) and verdict["clips"] == 3
         rows = [json.loads(x) for x in (tmp_path / "j" / "index.jsonl").read_text().splitlines()]
@@ -107,7 +116,7 @@ def test_from_scratch_to_packed_base_to_fine_tuning(tmp_path, monkeypatch):
     rows = [json.loads(x) for x in (tmp_path / "tuned" / "eval.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == [0, 1] and "motion" in rows[0]["judge"]
     assert (tmp_path / "tuned" / "before.png").exists() and (tmp_path / "tuned" / "after.png").exists()
-    sample.main(["--ckpt", str(tmp_path / "tuned"), "--judge", "1", "--out", str(tmp_path / "t"), *quick])
+    sample.main(["--ckpt", str(tmp_path / "tuned"), "--judge", "1", "--out", str(tmp_path / "t")])
 
 
 def test_a_continued_clip_starts_where_the_last_one_ended(tmp_path, monkeypatch):
