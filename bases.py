@@ -10,11 +10,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import (UserError, load_checkpoint, load_strict, load_weights, looks_like, net_and_text, rename,
                     replace_part, shards_of)
-from data import TINY_FPS, TINY_FRAMES, TINY_SIZE, TINY_WORDS
+from data import NEW_MOTIONS, TINY_FPS, TINY_FRAMES, TINY_SIZE, TINY_WORDS
 from diffusion import make_schedule
 from models import (PATCH, CogVideoX, CogVideoXConfig, STDiT3, STDiT3Config, UNet3D, UNetConfig, add_lora,
                     instructvideo_lora_name, merge_lora, misfit, rope_frequencies, turbo_lora_layers,
@@ -43,6 +44,7 @@ class Row:
     files: dict = field(default_factory=dict)
     methods: tuple = ()  # the training files that run on it
     words: tuple = tuple(TINY_WORDS)
+    image: CLIPConfig | None = None  # the image tower, if it is not the public one that goes with `text`
 
     @property
     def unet(self) -> UNetConfig:
@@ -76,6 +78,7 @@ MODELSCOPE_DIFFUSERS = "hf:ali-vilab/text-to-video-ms-1.7b"
 I2VGEN_DIFFUSERS = "hf:ali-vilab/i2vgen-xl"
 CLIP = "hf:laion/CLIP-ViT-H-14-laion2B-s32B-b79K:open_clip_pytorch_model.bin"
 VC2 = "hf:VideoCrafter/VideoCrafter2:model.ckpt"
+START = "modelscope"  # the layout of i2vgen-xl that is not its own weights
 # what all of VGen's own networks come with
 VGEN = {"vae": "hf:stabilityai/stable-diffusion-2-1-base:v2-1_512-ema-pruned.ckpt", "text": CLIP}
 NEGATIVE = ("Distorted, discontinuous, Ugly, blurry, low resolution, motionless, static, disfigured, "
@@ -131,6 +134,23 @@ BASES = {
         sampling(frames=TINY_FRAMES, height=TINY_SIZE, width=TINY_SIZE, save_fps=TINY_FPS, sample_steps=25,
                  cfg=1.5, spacing="trailing"),
         methods=("t2v", "vader")),
+    # I2VGen-XL's network and conditioning; tiny's autoencoder, and its schedule for tiny's reason. Words have
+    # 32 numbers, not 64, to make room for the layers that read the image (the file stays below 4 MB).
+    "tiny-i2v": Row(
+        "image to video in the tiny world, built like I2VGen-XL, 8 frames of 32x32; in assets/",
+        UNetConfig(
+            dim=32, dim_mult=(1, 2), num_res_blocks=1, attn_scales=(1.0, 0.5), head_dim=32, num_heads=1,
+            context_dim=32, dropout=0.0, frame_pos=TINY_FRAMES, pooled_text=True, spatial_pos=8,
+            image_to_video=True, concat_dim=4),
+        VAEConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, patch=2, scale=0.64),
+        None,
+        dict(name="cosine", prediction="v", zero_snr=True, shift=0.15),
+        sampling(frames=TINY_FRAMES, height=TINY_SIZE, width=TINY_SIZE, save_fps=TINY_FPS, sample_steps=25,
+                 cfg=1.5, spacing="trailing"),
+        methods=("i2vgen",),
+        words=(*TINY_WORDS, *NEW_MOTIONS),
+        image=CLIPConfig(embed_dim=32, image_size=TINY_SIZE, vision_layers=1, vision_width=32,
+                         vision_head_width=16, patch_size=8)),
     # a CogVideoX-I2V of 9 frames: latents 2x smaller in time, height and width, so that a frame still has
     # 8 x 8 tokens; positions and schedule as of 5B-I2V, but for a shift by which the noise hides an object's
     # path as in tiny (left against right, over the noise at the sampler's second step: 0.3; tiny: 0.5).
@@ -144,7 +164,8 @@ BASES = {
         COGVIDEOX | dict(divisor=1.0, shift=0.7),
         sampling(frames=9, height=TINY_SIZE, width=TINY_SIZE, save_fps=TINY_FPS, sample_steps=25, cfg=2.0,
                  spacing="trailing"),
-        words=(*TINY_WORDS, "zigzagging", "circling")),
+        methods=("i2vgen",),
+        words=(*TINY_WORDS, *NEW_MOTIONS)),
     "modelscope": Row(
         "ModelScope text-to-video (arXiv 2308.06571), 16 frames of 256x256",
         UNetConfig(), VAEConfig(), CLIPConfig(), EPS, sampling(),
@@ -204,7 +225,13 @@ BASES = {
          "diffusers": {"net": f"{I2VGEN_DIFFUSERS}:unet/diffusion_pytorch_model.safetensors",
                        "vae": f"{I2VGEN_DIFFUSERS}:vae/diffusion_pytorch_model.safetensors",
                        "text": f"{I2VGEN_DIFFUSERS}:text_encoder/model.safetensors",
-                       "image": f"{I2VGEN_DIFFUSERS}:image_encoder/model.safetensors"}}),
+                       "image": f"{I2VGEN_DIFFUSERS}:image_encoder/model.safetensors"},
+         # what i2vgen.py may start from instead; OpenCLIP's file holds both towers
+         START: {"net": f"{MODELSCOPE}:text2video_pytorch_model.pth",
+                 "vae": f"{MODELSCOPE}:VQGAN_autoencoder.pth",
+                 "text": f"{MODELSCOPE}:open_clip_pytorch_model.bin",
+                 "image": f"{MODELSCOPE}:open_clip_pytorch_model.bin"}},
+        methods=("i2vgen",)),
     "sr600": Row(
         "video to video at 720x1280 (SR600, in VGen): any clip, sharper; needs --video",
         UNetConfig(super_resolution=True), VAEConfig(), CLIPConfig(),
@@ -249,7 +276,8 @@ BASES = {
         "CogVideoX-5B-I2V, image to video",
         CogVideoXConfig(**COGVIDEOX_5B), CogVideoXVAEConfig(), T5Config(), COGVIDEOX | dict(divisor=1.0),
         sampling(frames=49, height=480, width=720, sampler="dpm", cfg=6.0, dynamic_cfg="published"),
-        cogvideox_files("hf:THUDM/CogVideoX-5b-I2V")),
+        cogvideox_files("hf:THUDM/CogVideoX-5b-I2V"),
+        methods=("i2vgen",)),
     "das": Row(
         "Diffusion as Shader (arXiv 2501.03847): CogVideoX-5B-I2V that follows a tracking video",
         CogVideoXConfig(**COGVIDEOX_5B, tracking_blocks=18), CogVideoXVAEConfig(), T5Config(),
@@ -414,15 +442,15 @@ def fill(args, name, run=None, method=None) -> dict:
     return {k: getattr(args, k) for k in row.sample}
 
 
-def load_base(name, weights=None, device="cpu", dtype=torch.float32, scratch=False) -> Base:
+def load_base(name, weights=None, device="cpu", dtype=torch.float32, scratch=False, start=False) -> Base:
     """Build a base and load its public weights, all parts frozen, in eval mode and in `dtype`.
 
     weights: folder of the public files (original or diffusers layout); None: assets/ (tiny) or the hub's
-    local copy, fetched if need be. scratch: leave network and tiny text encoder at their random start, load
-    the autoencoder only.
+    local copy, fetched if need be. scratch: leave network and tiny encoders at their random start, load the
+    autoencoder only. start: image to video may start from ModelScope's files (start_from_text_to_video).
     """
     row = base_row(name)
-    files = public_files(name, row, weights)  # errors come here, before anything big is built
+    files = public_files(name, row, weights, start)  # errors come here, before anything big is built
     tiny = row.text is None
     with torch.device("meta" if not scratch else "cpu"):
         parts = {"net": NETWORKS[type(row.net)](row.net), "vae": AUTOENCODERS[type(row.vae)](row.vae)}
@@ -437,11 +465,11 @@ def load_base(name, weights=None, device="cpu", dtype=torch.float32, scratch=Fal
             parts["text"] = OpenCLIPText(tower)
             if "motion_text" in files:
                 parts["motion_text"] = OpenCLIPText(tower)
-        if "image" in files:
-            parts["image"] = OpenCLIPVision(row.text)
+        if "image" in files or row.image:
+            parts["image"] = OpenCLIPVision(row.image or row.text)
     opened = {}  # one file may hold several parts
     for part, module in parts.items():
-        if scratch and (part == "net" or (part == "text" and tiny)):
+        if scratch and (part == "net" or (part in ("text", "image") and tiny)):
             continue
         where = f"{name} {part}"
         if row.files:
@@ -449,6 +477,8 @@ def load_base(name, weights=None, device="cpu", dtype=torch.float32, scratch=Fal
             where += f", {file}"
             opened = opened if file in opened else {file: load_weights(file)}
             state = CONVERT[part](opened[file], module, where)
+            if start and part == "net" and START in row.files and not any("local_image" in k for k in state):
+                state = start_from_text_to_video(state, module)
         else:
             state = tiny_state(name, part)
         load_strict(module, state, where)
@@ -473,8 +503,11 @@ def load_base(name, weights=None, device="cpu", dtype=torch.float32, scratch=Fal
 
 # ---- public files
 
-def public_files(name, row, weights):
-    """-> {part: path}; what is missing is an error here, before long work. Empty for a base of assets/."""
+def public_files(name, row, weights, start=False):
+    """-> {part: path}; what is missing is an error here, before long work. Empty for a base of assets/.
+
+    start: a folder of the layout START will do.
+    """
     if not row.files:
         if weights is not None:
             raise UserError(f"--weights {weights}: base {name} has its weights in assets/")
@@ -488,7 +521,7 @@ def public_files(name, row, weights):
         expected = ", ".join(names_of(row, next(iter(row.files))))
         raise UserError(f"--weights {weights}: give the folder that holds {expected}")
     found = {layout: {p: local_file(root, url) for p, url in files.items()}
-             for layout, files in row.files.items()}
+             for layout, files in row.files.items() if start or layout != START}
     layout = max(found, key=lambda k: sum(v is not None for v in found[k].values()))
     missing = [row.files[layout][p].split(":", 2)[2] for p, path in found[layout].items() if path is None]
     if missing:
@@ -541,13 +574,27 @@ def fetch(url, name):
 
 
 def tiny_state(name, part):
-    """A part of a tiny base's file in assets/ (fp16, keys "net.*", "vae.*", "text.*")."""
+    """A part of a tiny base's file in assets/ (fp16, keys "net.*", "vae.*", "text.*", "image.*").
+
+    A base whose file has no autoencoder has tiny's.
+    """
     path = ASSETS / f"{name}.safetensors"
-    if not path.exists():
+    tensors = load_weights(path) if path.exists() else {}
+    state = {k.removeprefix(part + "."): v for k, v in tensors.items() if k.startswith(part + ".")}
+    if not state and part == "vae" and name != "tiny":
+        return tiny_state("tiny", part)
+    if not state:
         raise UserError(
             f"{path} is missing: check out the repository whole, or train it (README, 'The tiny world')")
-    state = load_weights(path)
-    return {k.removeprefix(part + "."): v for k, v in state.items() if k.startswith(part + ".")}
+    return state
+
+
+def run_parts(tensors):
+    """The tensors of one of our runs -> {part: state} of what it trained, under bare keys."""
+    prefix = "image_encoder."
+    image = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    net, text = net_and_text({k: v for k, v in tensors.items() if not k.startswith(prefix)})
+    return {"net": net, "text": text, "image": image}
 
 
 def below(state, prefix):
@@ -582,6 +629,21 @@ def unet_state(state, net, source):
     if fresh and state.keys() | fresh.keys() == net.state_dict().keys():
         return fresh | state  # the base's file has none: they start here
     return state
+
+
+def start_from_text_to_video(state, net):
+    """ModelScope's weights -> what I2VGen-XL's training starts from: its own layers are new, as published
+    (drawn; the frame rate's last layer zero); the first convolution does not see the image's channels yet."""
+    new = ("fps_embedding.", "local_image_concat.", "local_temporal_encoder.", "local_image_embedding.",
+           "context_embedding.")
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # the same on every process
+        torch.manual_seed(0)
+        small = UNet3D(replace(net.cfg, dim_mult=(1,), num_res_blocks=0, attn_scales=()))
+    fresh = {k: v for k, v in small.state_dict().items() if k.startswith(new)}
+    first = "input_blocks.0.0.weight"
+    if first in state and state[first].shape[1] == net.cfg.in_dim:
+        fresh[first] = F.pad(state[first], (0, 0, 0, 0, 0, net.cfg.concat_dim))
+    return state | fresh
 
 
 def fresh_adapters(net):
@@ -692,17 +754,17 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--download", metavar="NAME", help="fetch the public files of this base")
     p.add_argument("--pack", metavar="NAME",
-                   help="put network and text encoder of a --scratch run into assets/NAME.safetensors")
+                   help="put network and encoders of a --scratch run into assets/NAME.safetensors")
     p.add_argument("--ckpt", help="with --pack: folder of that run")
     args = p.parse_args(argv)
     if args.pack:
         tensors, _ = load_checkpoint(args.ckpt)
-        net, text = net_and_text(tensors)
-        row = base_row(args.pack)
-        if net:  # a run holds what it trained: tables of positions are no part of that
-            net = dict(NETWORKS[type(row.net)](row.net).named_buffers()) | net
-        for part, state in (("net", net), ("text", text)):
-            if state:  # a run that did not start from scratch left the text encoder as it was
+        parts = run_parts(tensors)
+        if parts["net"]:  # a run holds what it trained: tables of positions are no part of that
+            row = base_row(args.pack)
+            parts["net"] = dict(NETWORKS[type(row.net)](row.net).named_buffers()) | parts["net"]
+        for part, state in parts.items():
+            if state:  # a run that did not start from scratch left the encoders as they were
                 replace_part(ASSETS / f"{args.pack}.safetensors", part, state)
         return
     if args.download:

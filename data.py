@@ -36,6 +36,7 @@ COLOURS = {
 BACKGROUNDS = {"black": (15, 15, 20), "gray": (70, 70, 75), "brown": (95, 55, 30)}
 MOTIONS = (
     "moving left", "moving right", "moving up", "moving down", "growing", "shrinking", "standing still")
+NEW_MOTIONS = ("zigzagging", "circling")  # no base is trained on them: for fine-tuning
 TINY_WORDS = sorted({
     w for part in (SHAPES, COLOURS, BACKGROUNDS, MOTIONS, ("a on background",))
     for p in part for w in p.split()})
@@ -66,7 +67,7 @@ def tiny_captions():
 
 def parse(caption) -> dict:
     """A tiny-world prompt -> {attribute: word} for the attributes that it mentions."""
-    choices = {"shape": SHAPES, "colour": COLOURS, "background": BACKGROUNDS, "motion": MOTIONS}
+    choices = {"shape": SHAPES, "colour": COLOURS, "background": BACKGROUNDS, "motion": MOTIONS + NEW_MOTIONS}
     text = f" {caption.lower()} "
     return {attribute: word for attribute, words in choices.items() for word in words if f" {word} " in text}
 
@@ -76,6 +77,17 @@ def tiny_prompts(held_out=False):
     captions = tiny_captions()
     order = np.random.default_rng(0).permutation(len(captions))
     return [captions[i] for i in (order[-64:] if held_out else order[:-64])]
+
+
+def new_path(rng, motion, travel, time):
+    """Path of one of NEW_MOTIONS about its middle, (x, y) in pixels; time (f,) from -0.5 to 0.5."""
+    if motion == "circling":  # once around, clockwise, from anywhere
+        radius, angle = rng.uniform(4.5, 5.5), rng.uniform(0, 2 * np.pi) + 2 * np.pi * time
+        return radius * np.cos(angle), radius * np.sin(angle)
+    # from one side to the other, in three strokes up and down
+    side, first, height = rng.choice((-1, 1)), rng.choice((-1, 1)), rng.uniform(3.5, 4.5)
+    strokes = 1 - 2 * abs(3 * (time + 0.5) % 2 - 1)  # -1, 1, -1, 1
+    return side * travel * time, first * height * strokes
 
 
 def tiny_scene(rng, shape=None, colour=None, background=None, motion=None, frames=TINY_FRAMES):
@@ -101,6 +113,10 @@ def tiny_scene(rng, shape=None, colour=None, background=None, motion=None, frame
             for room in [max(0.0, TINY_SIZE / 2 - reach - travel / 2 * abs(d))])
     x = TINY_SIZE / 2 + u + dx * travel * time
     y = TINY_SIZE / 2 + v + dy * travel * time
+    if motion in NEW_MOTIONS:  # drawn last: the other motions' scenes stay as they were
+        paths = new_path(rng, motion, travel, time)
+        x, y = (TINY_SIZE / 2 + np.clip(offset, -room, room) + path for offset, path in zip((u, v), paths)
+                for room in [max(0.0, TINY_SIZE / 2 - reach - abs(path).max())])
     return Scene(shape, colour, background, motion, x, y, np.broadcast_to(r, x.shape))
 
 
@@ -130,12 +146,20 @@ def render(scene):
     return torch.from_numpy((back + (front - back) * alpha).astype(np.float32))
 
 
-def tiny_batch(seed, n, frames=TINY_FRAMES, drop_background=0.2):
+def tiny_batch(seed, n, frames=TINY_FRAMES, drop_background=0.2, motion=None):
     """-> (videos (n,3,f,32,32) in [-1,1], captions, scenes), from the seed (int or tuple of ints) alone."""
     rng = np.random.default_rng(seed)
-    scenes = [tiny_scene(rng, frames=frames) for _ in range(n)]
+    scenes = [tiny_scene(rng, motion=motion, frames=frames) for _ in range(n)]
     captions = [s.caption(with_background=rng.random() >= drop_background) for s in scenes]
     return torch.stack([render(s) for s in scenes]), captions, scenes
+
+
+TRAINING, HELD_OUT = 10 ** 6, 10 ** 6 + 1  # in the seeds of clips: the two never meet
+
+
+def tiny_pairs(seed, n, frames=TINY_FRAMES, motion=None):
+    """Held-out (first frame, caption) pairs -> (clips (n,3,f,32,32), captions); no TinyWorld holds them."""
+    return tiny_batch((seed, HELD_OUT), n, frames, drop_background=0.0, motion=motion)[:2]
 
 
 # ---- which clips make which batch
@@ -160,24 +184,28 @@ def batch_indices(n, first, batch, seed=0):
 
 
 class TinyWorld(torch.utils.data.Dataset):
-    """`n` fixed clips of the tiny world: item (i, _) -> {"video" (3,f,32,32), "text"}; f = 1 gives images."""
+    """`n` fixed clips of the tiny world: item (i, _) -> {"video" (3,f,32,32), "text"}; f = 1 gives images.
 
-    def __init__(self, n, frames=TINY_FRAMES, seed=0):
-        self.n, self.frames, self.seed = n, frames, seed
+    motion: of all clips; None: any of MOTIONS.
+    """
+
+    def __init__(self, n, frames=TINY_FRAMES, seed=0, motion=None):
+        self.n, self.frames, self.seed, self.motion = n, frames, seed, motion
 
     def __len__(self):
         return self.n
 
     def __getitem__(self, item):
         i, _ = item
-        video, captions, _ = tiny_batch((self.seed, 10 ** 6, i), 1, self.frames)
+        video, captions, _ = tiny_batch((self.seed, TRAINING, i), 1, self.frames, motion=self.motion)
         return {"video": video[0], "text": captions[0]}
 
 
 def load(data, order, workers=0):
     """Batches of a data set, read by `workers` processes; order: a list of items for each batch."""
-    loader = torch.utils.data.DataLoader(data, batch_sampler=order, num_workers=workers,
-                                         prefetch_factor=2 if workers else None)
+    loader = torch.utils.data.DataLoader(
+        data, batch_sampler=order, num_workers=workers, prefetch_factor=2 if workers else None,
+        generator=torch.Generator())  # its own: a loader draws a seed, which must not shift the run's dropout
     try:
         yield from loader
     except RuntimeError as e:

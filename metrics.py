@@ -34,6 +34,11 @@ def temporal_consistency(frames):
     return float(F.cosine_similarity(frames[:-1], frames[1:], dim=-1).mean())
 
 
+def psnr(a, b):
+    """Peak signal-to-noise ratio of two pictures or clips in [-1,1], in dB."""
+    return float(10 * (4 / (a.float() - b.float()).square().mean().clamp(min=1e-10)).log10())
+
+
 # ---- the tiny world's judge
 
 def _nearest(rgb, palette):
@@ -54,6 +59,17 @@ def _coverage(shape, size, cx, cy, area, sub=4):
         height = side * np.sqrt(3) / 2
         inside = (y < height / 3) & (y > abs(x) * np.sqrt(3) - 2 * height / 3)
     return inside.reshape(size, sub, size, sub).mean((1, 3))
+
+
+def _enclosed(x, y):
+    """Area in square pixels that a path, closed by the line back to its start, goes around."""
+    return abs(np.sum(x * np.roll(y, -1) - y * np.roll(x, -1))) / 2
+
+
+def _turns(path):
+    """How often a path (f,) turns back, by steps of more than half a pixel."""
+    steps = [d for d in np.diff(path) if abs(d) > 0.5]
+    return sum(a * b < 0 for a, b in zip(steps, steps[1:]))
 
 
 def judge(video: Tensor) -> dict:
@@ -85,10 +101,17 @@ def judge(video: Tensor) -> dict:
     cy = (mask.sum(2) * grid).sum(1) / np.maximum(area, 1e-6)
 
     # motion: straight lines through centroids and log radius, over the frames that show the object
+    # (the new motions bend: round a closed area, or to and fro across the line)
     k = np.arange(f)[shown]
     slope = [np.polyfit(k, y, 1) for y in (cx[shown], cy[shown], 0.5 * np.log(np.maximum(area[shown], 1e-6)))]
     dx, dy, growth = (s[0] * (f - 1) for s in slope)
-    if max(abs(dx), abs(dy)) > 4:
+    residual = [np.polyval(s, k) - y for s, y in zip(slope[:2], (cx[shown], cy[shown]))]
+    bend = float(np.sqrt(np.mean(np.square(residual).sum(0))))
+    if _enclosed(cx[shown], cy[shown]) > 20:
+        seen["motion"] = "circling"
+    elif bend > 1.5 and _turns((cy if abs(dx) > abs(dy) else cx)[shown]) >= 2:
+        seen["motion"] = "zigzagging"
+    elif max(abs(dx), abs(dy)) > 4:
         horizontal = "moving right" if dx > 0 else "moving left"
         vertical = "moving down" if dy > 0 else "moving up"
         seen["motion"] = horizontal if abs(dx) > abs(dy) else vertical
@@ -100,9 +123,8 @@ def judge(video: Tensor) -> dict:
               for s in SHAPES}
     best = min(errors, key=errors.get)
     seen["shape"] = best if errors[best] < 0.6 * area[k].sum() else "none"  # noise fits no template
-    residual = [np.polyval(s, k) - y for s, y in zip(slope[:2], (cx[shown], cy[shown]))]
     return seen | {"speed": float(np.hypot(slope[0][0], slope[1][0])), "size": float(area.mean()),
-                   "smoothness": float(np.sqrt(np.mean(np.square(residual).sum(0))))}
+                   "smoothness": bend}
 
 
 def judge_captions(videos, captions) -> dict:

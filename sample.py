@@ -7,6 +7,8 @@
     python sample.py --base i2vgen-xl --image dog.png --prompt "a dog runs"  # or --prompts: image|||caption
     python sample.py --base vcomposer --depth depth.npy --style-image painting.png --prompt "a red car"
     python sample.py --base vcomposer --depth drive.mp4 --midas midas_v3_dpt_large.pth --prompt "a red car"
+    python sample.py --base tiny-i2v --image frame.png --prompt "a red circle moving left" --continue 2
+    python sample.py --base tiny-i2v --judge 256           # 256 held-out first frames and captions
     python sample.py --base sr600 --video out/sample       # every clip there, at 720x1280
     python sample.py --base modelscope-v1.4 --lora instructvideo.pth:0.8 --prompt "a fox in the snow"
 
@@ -24,18 +26,19 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from bases import BASES, base_row, fill, latent_shape, load_base, merge_public_lora
+from bases import BASES, base_row, fill, latent_shape, load_base, merge_public_lora, run_parts
 from common import (COUNT, NATURAL, REAL, SHARE, Env, Parser, UserError, check_writable, generator,
-                    load_checkpoint, load_weights, memory_advice, net_and_text, rename, setup, write_atomic)
-from data import (center_crop_wide, clip_image, contact_sheet, image_tensor, list_videos, open_image,
-                  opensora_size, read_image_prompts, read_map, read_prompts, read_video, tiny_captions,
-                  video_info, write_video)
+                    load_checkpoint, load_weights, memory_advice, rename, setup, write_atomic)
+from data import (MOTIONS, NEW_MOTIONS, center_crop_wide, clip_image, contact_sheet, image_tensor,
+                  list_videos, open_image, opensora_size, parse, read_image_prompts, read_map, read_prompts,
+                  read_video, tiny_captions, tiny_pairs, to_uint8, video_info, write_video)
 from diffusion import (appearance_matrix, cogvideox_dpm, ddim, ddim_invert, dpmpp_2m_sde, dynamic_guidance,
                        guided, lcm, make_schedule, offset_noise, randn, rflow)
-from metrics import judge_captions
+from metrics import judge_captions, psnr
 from models import STDiT3Config, UNetConfig, add_lora, guidance_embedding, merge_lora
 
 SAMPLERS = ("ddim", "lcm", "dpm", "rflow", "higen", "sr600")
@@ -172,11 +175,13 @@ def distilled(net, text, cond, args):
     return fn
 
 
-def generate_split(base, env: Env, prompts, seeds, args):
+def generate_split(base, env: Env, prompts, seeds, args, cond=None, null_cond=None):
     """generate(), the prompts shared out over the processes: each must call it, and each gets all videos."""
     per = -(-len(prompts) // env.world)  # the same number on each (FSDP needs it): the last may repeat some
     mine = [i % len(prompts) for i in range(env.rank * per, (env.rank + 1) * per)]
-    videos = generate(base, env, [prompts[i] for i in mine], [seeds[i] for i in mine], args)
+    cond, null_cond = ({k: v[mine] for k, v in (c or {}).items()} for c in (cond, null_cond))
+    videos = generate(base, env, [prompts[i] for i in mine], [seeds[i] for i in mine], args, cond=cond,
+                      null_cond=null_cond)
     if env.world == 1:
         return videos
     parts = [None] * env.world
@@ -219,7 +224,11 @@ def check_conditions(args, row):
         raise UserError(f"--sampler {args.sampler}: this base is sampled by {own}")
     if args.judge and row.text is not None:
         raise UserError("--judge: only clips of the tiny world can be judged; give --prompt or --prompts")
-    if row.first_frame and not args.image and not args.prompts:
+    if args.more and (not row.first_frame or row.tracks):
+        raise UserError("--continue: only a base that makes video from an image alone goes on from a frame")
+    if row.first_frame and args.judge and args.image:
+        raise UserError("--judge: brings its own first frames; leave --image out")
+    if row.first_frame and not args.image and not args.prompts and not args.judge:
         raise UserError("image to video: give --image FILE, or --prompts with lines image|||caption")
     if row.tracks and not args.tracks:
         raise UserError("this base follows tracks: give the tracking video with --tracks")
@@ -235,38 +244,60 @@ def check_conditions(args, row):
         raise UserError(f"--frames {args.frames}: HiGen makes clips of 32 frames")
 
 
+def tower_image(image, width, tower_size):
+    """Pillow image -> (3, s, s), s = tower_size: what the image tower reads beside a clip so wide.
+
+    VGen crops to a square, as wide as the clip but at least as the tower's input, before it scales.
+    """
+    side = max(tower_size, width)
+    return clip_image(image, (side, side), (tower_size, tower_size))
+
+
+def frame_picture(frame):
+    """A frame (3,h,w) in [-1,1] -> Pillow image, as a picture file would hold it."""
+    return Image.fromarray(to_uint8(frame[:, None])[0])
+
+
 @torch.no_grad()
-def conditions(base, env, args, images, maps):
-    """For a batch of clips -> (cond, null_cond) of generate(); images: a path each.
+def conditions(base, env, args, images, maps=None):
+    """For a batch of clips -> (cond, null_cond) of generate(); images: a path or Pillow image each.
 
     maps {name: (1,c,f,h,w)}: what all clips share, of read_maps() and encode_tracks().
     """
     row, n, size = base.row, len(images), (args.height, args.width)
     cond, null = {}, {}
+    images = [image if image is None or isinstance(image, Image.Image) else open_image(image)
+              for image in images]
 
-    def clip_embedding(paths):
-        side = max(224, args.width)
-        pixels = torch.stack([clip_image(open_image(p), (side, side)) for p in paths])
+    def clip_embedding(pictures):
+        s = (row.image or row.text).image_size
+        pixels = torch.stack([tower_image(p, args.width, s) for p in pictures])
         return base.image_encoder(pixels.to(env.device, env.dtype))[:, None].float()  # n 1 d
 
     if row.first_frame:
-        pixels = torch.stack([image_tensor(center_crop_wide(open_image(p), size)) for p in images])
+        pixels = torch.stack([image_tensor(center_crop_wide(p, size)) for p in images])
         cond["first_frame"] = base.vae.encode(pixels[:, :, None].to(env.device, env.dtype)).float()
     if row.unet.image_to_video:
         cond["first_frame"] = cond["first_frame"][:, :, 0]
         cond["image"] = clip_embedding(images)
         null["image"] = torch.zeros_like(cond["image"])
-    if args.style_image:
-        cond["image"] = clip_embedding([args.style_image]).expand(n, -1, -1)
+    if getattr(args, "style_image", None):
+        cond["image"] = clip_embedding([open_image(args.style_image)]).expand(n, -1, -1)
         null["image"] = torch.zeros_like(cond["image"])
-    if args.appearance_image:
-        cond["appearance"] = clip_embedding([args.appearance_image]).expand(n, -1, -1)
+    if getattr(args, "appearance_image", None):
+        cond["appearance"] = clip_embedding([open_image(args.appearance_image)]).expand(n, -1, -1)
         null["appearance"] = torch.zeros_like(cond["appearance"])
         for branch, strength in zip((cond, null), args.strength):
             branch["strength"] = torch.full((n,), strength)
-    for name, value in maps.items():
+    for name, value in (maps or {}).items():
         cond[name] = value.expand(n, -1, -1, -1, -1)
     return cond, null
+
+
+def first_frame_kept(videos, images):
+    """Clips (3,f,h,w) and the pictures (3,h,w) they began with -> psnr in dB, the mean and the worst."""
+    found = [psnr(video[:, 0], image) for video, image in zip(videos, images)]
+    return {"psnr": sum(found) / len(found), "psnr_worst": min(found)}
 
 
 @torch.no_grad()
@@ -396,12 +427,17 @@ def estimate_depth(path, video, device):
 
 def load_run(path, tensors, meta, weights):
     """What load_checkpoint(path) gave -> the run's base with its trained tensors put in, on the CPU."""
-    base = load_base(meta["base"], weights or meta["args"].get("weights"), "cpu", torch.float32)
-    net, text = net_and_text(tensors)
+    # a run of all weights holds the whole network, whatever it started from
+    whole = not meta["rank"]
+    base = load_base(meta["base"], weights or meta["args"].get("weights"), "cpu", torch.float32,
+                     scratch=bool(whole and meta["args"].get("scratch")), start=whole)
     if meta["rank"]:
         add_lora(base.net, meta["rank"], meta["alpha"], meta["lora_targets"])
-    for module, state in ((base.net, net), (base.text_encoder, text)):
-        unexpected = module.load_state_dict(state, strict=False).unexpected_keys
+    modules = {"net": base.net, "text": base.text_encoder, "image": base.image_encoder}
+    for part, state in run_parts(tensors).items():
+        if not state:
+            continue
+        unexpected = modules[part].load_state_dict(state, strict=False).unexpected_keys
         if unexpected:
             raise UserError(f"--ckpt {path}: does not fit base {base.name}: unexpected {unexpected[0]}")
     merge_lora(base.net)
@@ -431,11 +467,15 @@ def get_args(argv=None):
     p.add_argument("--out", default="out/sample", help="folder to write")
     p.add_argument("--prompt", help="one prompt")
     p.add_argument("--prompts", help="file of prompts: txt, csv, jsonl, json; I2VGen-XL: image|||caption")
-    p.add_argument("--judge", type=COUNT, metavar="N", help="tiny world: N random captions, judged")
+    p.add_argument("--judge", type=COUNT, metavar="N",
+                   help="tiny world: N random captions (and held-out first frames), judged")
+    p.add_argument("--motion", choices=MOTIONS + NEW_MOTIONS, help="tiny world: motion of all clips")
     p.add_argument("--negative", help="negative prompt (default: the run's or the base's)")
     p.add_argument("--suffix", help="text put after every prompt (default: the base's)")
     # conditions
     p.add_argument("--image", help="first frame (I2VGen-XL, CogVideoX-I2V, das, VideoComposer)")
+    p.add_argument("--continue", dest="more", type=NATURAL, default=0, metavar="K",
+                   help="image to video: K further clips, each from the last frame of the one before, joined")
     p.add_argument("--tracks", help="tracking video (Diffusion as Shader)")
     p.add_argument("--video", help="clip or folder of clips (SR600); what --mask hides (VideoComposer)")
     p.add_argument("--mask", help="picture, white where the video is hidden (VideoComposer)")
@@ -498,8 +538,12 @@ def apply_size(args, row):
 
 def read_jobs(args, row):
     """-> prompts, and for each its first frame (I2VGen-XL), its clip (SR600), both readable, or None."""
+    if args.judge and row.first_frame:
+        clips, prompts = tiny_pairs(args.seed, args.judge, args.frames, args.motion)
+        return prompts, [frame_picture(clip[:, 0]) for clip in clips]
     if args.judge:
         captions, rng = tiny_captions(), np.random.default_rng(args.seed)
+        captions = [c for c in captions if args.motion in (None, parse(c)["motion"])]
         prompts = [captions[i] for i in rng.integers(len(captions), size=args.judge)]
         return prompts, [None] * len(prompts)
     if row.unet.super_resolution:
@@ -585,12 +629,22 @@ def main(argv=None):
                 with env.autocast():
                     images = [image for _, image, _ in part]
                     options["cond"], options["null_cond"] = conditions(base, env, args, images, maps)
-            videos = generate(base, env, [p[0] for p in part], [p[2] for p in part], args, batch,
-                              env.main and env.device.type == "cuda", **options)
+            prompt, seed = [p[0] for p in part], [p[2] for p in part]
+            bar = env.main and env.device.type == "cuda"
+            videos = generate(base, env, prompt, seed, args, batch, bar, **options)
+            for k in range(args.more):
+                with env.autocast():
+                    images = [frame_picture(video[:, -1]) for video in videos]
+                    options["cond"], options["null_cond"] = conditions(base, env, args, images)
+                seeds = [f"{s}-{k + 1}" for s in seed]
+                later = generate(base, env, prompt, seeds, args, batch, bar, **options)
+                videos = torch.cat([videos, later[:, :, 1:]], dim=2)  # its first frame is there already
             if frames is not None and frames < videos.shape[2]:
                 videos = videos[:, :, ::2]  # every frame went in twice
             for j, video in zip(mine[i:i + batch], videos):
                 write_video(out / f"{j:04d}.mp4", video, args.save_fps)
+                if isinstance(jobs[j][1], Image.Image):
+                    write_atomic(out / f"{j:04d}.png", jobs[j][1].save)
             if env.main:
                 done = min(len(jobs), (i + len(part)) * env.world)
                 print(f"{done}/{len(jobs)} clips, {time.time() - start:.1f} s", flush=True)
@@ -600,6 +654,8 @@ def main(argv=None):
         adapters = ([args.ckpt] if args.ckpt else []) + args.lora
         given = {flag: getattr(args, flag) for flag in FILE_FLAGS if getattr(args, flag)}
         own = "image" if row.first_frame else "video"
+        if args.judge and row.first_frame:
+            jobs = [(prompt, out / f"{j:04d}.png", seed) for j, (prompt, _, seed) in enumerate(jobs)]
         rows = [dict(file=f"{j:04d}.mp4", prompt=prompt, seed=seed, base=base.name, adapters=adapters,
                      **(given | ({own: str(file)} if file else {})), **settings)
                 for j, (prompt, file, seed) in enumerate(jobs)]
@@ -609,7 +665,9 @@ def main(argv=None):
         contact_sheet(clips, out / "sheet.png", [r["prompt"] for r in shown])
         if args.judge:  # on the files, as one would look at them
             files = [read_video(out / r["file"])[0] for r in rows]
-            verdict = judge_captions(files, [r["prompt"] for r in rows])
+            verdict = judge_captions([video[:, :args.frames] for video in files], [r["prompt"] for r in rows])
+            if row.first_frame:
+                verdict |= first_frame_kept(files, [image_tensor(open_image(r["image"])) for r in rows])
             print("judge:", " ".join(f"{k} {v:.3f}" for k, v in verdict.items()))
             text = json.dumps(dict(clips=len(rows), **settings, **verdict), indent=1)
             write_atomic(out / "judge.json", lambda p: p.write_text(text))

@@ -179,7 +179,6 @@ def main(argv=None):
     catch_signals(env)
 
     for step in range(start, args.steps):
-        torch.manual_seed(seed_of(args.seed, env.rank, step, "dropout"))
         for group in opt.param_groups:
             group["lr"] = lr_at(step, args)
         # drawn from the step alone: all processes train on images, or all on videos
@@ -191,6 +190,7 @@ def main(argv=None):
             # processes and micro-steps, the run is the same
             mine = numbers[(step - start) * args.accum + micro]
             generators = [generator(args.seed, "sample", i) for i in mine]
+            torch.manual_seed(seed_of(args.seed, "dropout", mine[0]))
             x0 = draw_latents(base.vae, batch, generators, env)
             if images:
                 frame = [int(torch.randint(args.frames, (), generator=g)) for g in generators]

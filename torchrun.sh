@@ -6,6 +6,7 @@
 # RESTARTS=3 starts all again when a process dies (give --resume as well: it goes on from the last checkpoint).
 #
 #   ./torchrun.sh t2v.py   --base modelscope --weights W --data clips.csv --rank 16 --lr 1e-4
+#   ./torchrun.sh i2vgen.py --base i2vgen-xl --weights W --data clips.csv --lr 1e-4
 #   ./torchrun.sh vader.py --base modelscope --weights W --prompts animals.txt --reward my_reward.py:fn
 #   ./torchrun.sh sample.py --ckpt out/vader --prompts prompts.txt --n 4
 set -euo pipefail
