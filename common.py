@@ -370,6 +370,7 @@ class FiniteGuard:
         elif not loss_is_wrong and scaler.get_scale() > 1:  # 1 without fp16
             scaler.update(scaler.get_scale() / 2)  # fp16 looks for its scale by overflowing
         else:
+            scaler.update(scaler.get_scale())
             self.bad += 1
             if wrong:
                 print(f"warning: {wrong[0]} is not finite: step skipped ({self.bad} in a row)", flush=True)

@@ -9,6 +9,7 @@ import gc
 import io
 import json
 import re
+import signal
 import struct
 import sys
 from contextlib import contextmanager
@@ -201,11 +202,18 @@ class TinyWorld(torch.utils.data.Dataset):
         return {"video": video[0], "text": captions[0]}
 
 
+def leave_signals(worker):
+    """A reading process ignores SIGTERM and Ctrl-C: both go to the whole group, and only the run answers."""
+    for s in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(s, signal.SIG_IGN)
+
+
 def load(data, order, workers=0):
     """Batches of a data set, read by `workers` processes; order: a list of items for each batch."""
+    # a generator of its own: a loader draws a seed, which must not shift the run's dropout
     loader = torch.utils.data.DataLoader(
         data, batch_sampler=order, num_workers=workers, prefetch_factor=2 if workers else None,
-        generator=torch.Generator())  # its own: a loader draws a seed, which must not shift the run's dropout
+        worker_init_fn=leave_signals, generator=torch.Generator())
     try:
         yield from loader
     except RuntimeError as e:

@@ -204,7 +204,7 @@ def test_cogvideox_noises_the_pixels_of_the_first_frame(small):
 def test_starts_from_modelscope(small, message, tmp_path):
     """Layers that ModelScope lacks are new, the others its own; only training of all weights starts so."""
     args = small("i2vgen-xl")
-    own = torch.load(Path(args[3]) / "i2vgen_xl_00854500.pth")["state_dict"]
+    own = torch.load(Path(args[3]) / "i2vgen_xl_00854500.pth", weights_only=True)["state_dict"]
     new = ("fps_embedding.", "local_image", "local_temporal_encoder.", "context_embedding.")
     plain = {k: v for k, v in own.items() if not k.startswith(new)}
     plain["input_blocks.0.0.weight"] = own["input_blocks.0.0.weight"][:, :4].clone()
