@@ -4,7 +4,6 @@
 fetches a base's files. A base's public files may be given as the folder that holds them (--weights), in the
 original or in the diffusers layout.
 """
-import argparse
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import (UserError, load_checkpoint, load_strict, load_weights, looks_like, net_and_text, rename,
-                    replace_part, shards_of)
+from common import (Parser, UserError, load_checkpoint, load_strict, load_weights, looks_like, net_and_text,
+                    rename, replace_part, shards_of)
 from data import NEW_MOTIONS, TINY_FPS, TINY_FRAMES, TINY_SIZE, TINY_WORDS
 from diffusion import make_schedule
 from models import (PATCH, CogVideoX, CogVideoXConfig, STDiT3, STDiT3Config, UNet3D, UNetConfig, add_lora,
@@ -751,13 +750,17 @@ def fill_adapters(net, state, path, scale):
 # ---- the table
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     p.add_argument("--download", metavar="NAME", help="fetch the public files of this base")
     p.add_argument("--pack", metavar="NAME",
                    help="put network and encoders of a --scratch run into assets/NAME.safetensors")
     p.add_argument("--ckpt", help="with --pack: folder of that run")
     args = p.parse_args(argv)
+    if bool(args.pack) != bool(args.ckpt):
+        raise UserError("--pack NAME and --ckpt FOLDER belong together: the base, and the run that made it")
     if args.pack:
+        if base_row(args.pack).files:
+            raise UserError(f"--pack {args.pack}: only the tiny bases have their weights in assets/")
         tensors, _ = load_checkpoint(args.ckpt)
         parts = run_parts(tensors)
         if parts["net"]:  # a run holds what it trained: tables of positions are no part of that

@@ -2,7 +2,6 @@
 
 `python data.py --check LIST --frames 16 --height 256 --width 256` reads each clip, names the bad ones.
 """
-import argparse
 import atexit
 import csv
 import gc
@@ -26,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from common import UserError, generator, warn, write_atomic
+from common import COUNT, POSITIVE, Parser, UserError, generator, warn, write_atomic
 
 # ---- the tiny world: one coloured shape on a plain background that moves, grows, shrinks or stands still
 
@@ -214,13 +213,21 @@ def load(data, order, workers=0):
     loader = torch.utils.data.DataLoader(
         data, batch_sampler=order, num_workers=workers, prefetch_factor=2 if workers else None,
         worker_init_fn=leave_signals, generator=torch.Generator())
+    batches = iter(loader)
+    close = getattr(batches, "_shutdown_workers", None)  # they would not heed the SIGTERM of Python's exit
+    if close:
+        atexit.register(close)
     try:
-        yield from loader
+        yield from batches
     except RuntimeError as e:
         if not workers:
             raise
         reason = str(e).strip().splitlines()[-1].removeprefix("RuntimeError: ")  # the rest is its traceback
         raise UserError(f"{reason} (in a process that reads clips; --workers 0 reads without them)") from e
+    finally:
+        if close:
+            close()
+            atexit.unregister(close)
 
 
 def read_batches(data, numbers, seed=0, workers=0):
@@ -590,7 +597,7 @@ def read_map(path, frames, size, channels):
     if kind == ".npy":
         try:
             value = torch.from_numpy(np.load(path)).float()
-        except (ValueError, TypeError, OSError) as e:
+        except (ValueError, TypeError, OSError, EOFError) as e:
             raise UserError(f"{path}: not a .npy file of numbers ({_reason(e)})") from None
         value = value[None] if value.dim() == 3 else value
     elif kind in IMAGES:
@@ -925,12 +932,16 @@ def check_dataset(source, frames, height, width, fps=None):
     return bad
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="read every clip of a data set once and name the bad ones")
-    parser.add_argument("--check", metavar="LIST", required=True, help="folder, .csv, .jsonl or .txt list")
-    parser.add_argument("--frames", type=int, default=16)
-    parser.add_argument("--height", type=int, default=256)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--fps", type=float, help="wanted sampling rate (default: every frame)")
-    args = parser.parse_args()
+def main(argv=None):
+    p = Parser("Read every clip of a data set once and name the bad ones.")
+    p.add_argument("--check", metavar="LIST", required=True, help="folder, .csv, .jsonl or .txt list")
+    p.add_argument("--frames", type=COUNT, default=16, help="frames a clip")
+    p.add_argument("--height", type=COUNT, default=256, help="pixels")
+    p.add_argument("--width", type=COUNT, default=256, help="pixels")
+    p.add_argument("--fps", type=POSITIVE, help="wanted sampling rate (default: every frame)")
+    args = p.parse_args(argv)
     sys.exit(1 if check_dataset(args.check, args.frames, args.height, args.width, args.fps) else 0)
+
+
+if __name__ == "__main__":
+    main()

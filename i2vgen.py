@@ -165,6 +165,7 @@ def main(argv=None):
     env = setup(args)
     dtype = env.dtype if args.rank else torch.float32  # trained weights are kept in fp32
     base = load_base(args.base, args.weights, env.device, dtype, args.scratch, start=not args.rank)
+    base.tokenize([*(caption for _, caption in pairs), args.negative])  # an unknown word is refused now
 
     # ---- what is trained: LoRA branches, or the network; from scratch the tiny encoders as well
     encoders = {k: getattr(base, k) for k in ("text_encoder", "image_encoder") if getattr(base, k)}

@@ -8,7 +8,6 @@ REWARDS maps a name to a function(device) that builds the reward; `--reward my_f
 
 `python rewards.py --train-tiny` trains the tiny world's learned scorer (assets/tiny-scorer.safetensors).
 """
-import argparse
 import importlib.util
 import time
 from pathlib import Path
@@ -16,9 +15,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
-from common import UserError, load_safetensors
+from common import COUNT, Parser, UserError, load_safetensors
 from data import TINY_WORDS, tiny_batch
 
 SCORER_FILE = Path(__file__).parent / "assets" / "tiny-scorer.safetensors"
@@ -141,7 +140,10 @@ def get_reward(name, device):
         raise UserError(f"--reward {name}: no file {file}")
     spec = importlib.util.spec_from_file_location("user_reward", file)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as e:  # the user's own code
+        raise UserError(f"--reward {name}: {file} cannot be imported ({type(e).__name__}: {e})") from e
     if not callable(getattr(module, function, None)):
         raise UserError(f"--reward {name}: {file} has no function {function}(frames, prompts)")
     return getattr(module, function)
@@ -150,17 +152,22 @@ def get_reward(name, device):
 def score(reward, videos, prompts):
     """Videos (b,3,f,h,w) in [-1,1] -> rewards (b,): of the clip, or the mean of its frames' own."""
     clips = videos.float().clamp(-1, 1) / 2 + 0.5
-    if getattr(reward, "clip", False):
-        return reward(clips, prompts)
     b, f = clips.shape[0], clips.shape[2]
-    frames = clips.transpose(1, 2).flatten(0, 1)  # (b f) 3 h w
-    return reward(frames, [p for p in prompts for _ in range(f)]).view(b, f).mean(1)
+    n = b if getattr(reward, "clip", False) else b * f
+    if n == b * f:
+        clips = clips.transpose(1, 2).flatten(0, 1)  # (b f) 3 h w
+        prompts = [p for p in prompts for _ in range(f)]
+    out = reward(clips, prompts)
+    if not isinstance(out, Tensor) or out.shape != (n,):
+        found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise UserError(f"the reward gave {found} for {n} pictures or clips: it must return a tensor ({n},)")
+    return out.view(b, -1).mean(1)
 
 
 if __name__ == "__main__":
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     p.add_argument("--train-tiny", action="store_true", required=True, help="train the tiny world's scorer")
     p.add_argument("--out", default=str(SCORER_FILE), help="file to write")
-    p.add_argument("--steps", type=int, default=400, help="optimizer steps of 64 clips")
+    p.add_argument("--steps", type=COUNT, default=400, help="optimizer steps of 64 clips")
     args = p.parse_args()
     train_tiny(args.out, args.steps)

@@ -33,7 +33,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from bases import fill, load_base
+from bases import base_row, fill, load_base
 from common import (
     COUNT, DECAY, NATURAL, POSITIVE, SHARE, UNSIGNED, FiniteGuard, Log, Parser, UserError, agree_to_stop,
     apply_defaults, catch_signals, check_out, draw_curve, generator, load_state, lr_at, memory_advice,
@@ -106,7 +106,7 @@ def get_args(argv=None):
     args = apply_defaults(p, argv, {"tiny": TINY})
     if args.scratch and args.rank:
         raise UserError("--scratch: LoRA on random weights cannot learn; add --rank 0")
-    if args.base != "tiny" and not args.data:
+    if base_row(args.base).text and not args.data:
         raise UserError("--data: give a folder, csv, jsonl or list of clips with captions")
     return args
 
@@ -143,6 +143,7 @@ def main(argv=None):
     env = setup(args)
     dtype = env.dtype if args.rank else torch.float32  # trained weights are kept in fp32
     base = load_base(args.base, args.weights, env.device, dtype, scratch=args.scratch)
+    base.tokenize([*previews, args.negative])  # a word that it does not know is refused now
 
     # ---- what is trained: LoRA branches, or the network; from scratch the tiny text encoder as well
     if args.rank:

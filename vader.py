@@ -181,9 +181,10 @@ def main(argv=None):
     meta = dict(
         method="vader", base=args.base, rank=args.rank, alpha=args.alpha, lora_targets=args.lora_targets,
         sample=settings)
-    log = Log(args, env, {"net": net, "vae": base.vae, "text encoder": base.text_encoder}, start)
+    parts = base.parts()
     with torch.no_grad(), env.autocast():  # every text once; then the text tower goes
         base.remember([*prompts, *(p + args.suffix for p in held_out[:args.eval_n]), args.negative])
+    log = Log(args, env, parts, start)
     numbers = my_samples(args, env, start, seen)
     guard = FiniteGuard(env)
     catch_signals(env)

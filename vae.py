@@ -7,7 +7,6 @@ OpenSoraVAE is Open-Sora 1.2's: the same autoencoder, and one over time on its l
 public diffusers files.
 `python vae.py --train-tiny [--base tiny-cogvideox --device cuda]` trains a tiny world's autoencoder.
 """
-import argparse
 import time
 from dataclasses import dataclass, replace
 
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from common import COUNT, NATURAL, Parser, UserError
 from models import attend
 
 
@@ -840,15 +840,17 @@ def train_tiny(base, out, steps, decoder_steps, batch, lr=2e-3, seed=0, device="
 
 
 if __name__ == "__main__":
-    p = argparse.ArgumentParser(description=__doc__)
+    p = Parser(__doc__)
     p.add_argument("--train-tiny", action="store_true", required=True,
                    help="train a tiny world's autoencoder")
     p.add_argument("--base", choices=TINY_VAES, default="tiny", help="tiny base")
     p.add_argument("--out", help="file whose autoencoder is replaced (default: assets/BASE.safetensors)")
-    p.add_argument("--steps", type=int, default=2000, help="optimizer steps; 0: only the decoder, from --out")
-    p.add_argument("--decoder-steps", type=int, default=1000, help="further steps with the encoder frozen")
-    p.add_argument("--batch", type=int, help="a step's frames (tiny: 64) or clips (tiny-cogvideox: 8)")
+    p.add_argument("--steps", type=NATURAL, default=2000, help="optimizer steps; 0: decoder only, of --out")
+    p.add_argument("--decoder-steps", type=NATURAL, default=1000, help="further steps, encoder frozen")
+    p.add_argument("--batch", type=COUNT, help="a step's frames (tiny: 64) or clips (tiny-cogvideox: 8)")
     p.add_argument("--device", default="cpu", help="cuda or cpu")
     args = p.parse_args()
+    if args.device != "cpu" and not torch.cuda.is_available():
+        raise UserError(f"--device {args.device}: PyTorch sees no GPU; try --device cpu")
     train_tiny(args.base, args.out or f"assets/{args.base}.safetensors", args.steps, args.decoder_steps,
                args.batch or {"tiny": 64}.get(args.base, 8), device=args.device)

@@ -208,7 +208,7 @@ class Weight:
 
 def test_a_step_without_numbers_is_left_out_and_named(capsys):
     w, fine, nan = Weight(False), torch.tensor(1.0), torch.tensor(float("nan"))
-    assert w.step(2.0, reward=fine) == 2 and w.p.item() == pytest.approx(0, abs=1e-5)  # clipped to a norm of 1
+    assert w.step(2.0, reward=fine) == 2 and w.p.item() == pytest.approx(0, abs=1e-5)  # clipped
     w.step(1.0, flow=fine, text_motion=nan)
     w.step(float("inf"), flow=fine)
     assert w.p.item() == pytest.approx(0, abs=1e-5) and w.guard.bad == 2

@@ -1,0 +1,340 @@
+"""Bad input, each tried: a one-line error that names the thing, exit code not 0, nothing written.
+
+BAD is the table: file, command line (run in a folder that `place` fills), words of the message. Below it
+hypothesis makes up command lines and files: whatever they hold, no traceback reaches the user.
+"""
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import save_file
+
+import bases
+import common
+import data
+import i2vgen
+import rewards
+import sample
+import t2v
+import vader
+from data import VideoDataset, read_image_prompts, read_prompts, write_video
+
+ROOT = Path(__file__).parent.parent
+MAINS = {"sample": sample.main, "vader": vader.main, "t2v": t2v.main, "i2vgen": i2vgen.main,
+         "bases": bases.main, "data": data.main}
+TINY = "--base tiny --prompt 'a red circle'"
+
+BAD = [
+    # numbers
+    ("t2v", "--base tiny --steps 0", "--steps: '0' is not a whole number of 1 or more"),
+    ("t2v", "--base tiny --steps -5", "--steps"),
+    ("t2v", "--base tiny --steps 1.5", "--steps: '1.5'"),
+    ("t2v", "--base tiny --steps many", "--steps: 'many'"),
+    ("t2v", "--base tiny --batch 0", "--batch"),
+    ("t2v", "--base tiny --accum 0", "--accum"),
+    ("t2v", "--base tiny --lr -1", "--lr: '-1' is not a number above 0"),
+    ("t2v", "--base tiny --lr nan", "--lr: 'nan'"),
+    ("t2v", "--base tiny --lr inf", "--lr: 'inf'"),
+    ("t2v", "--base tiny --lr 1e-4x", "--lr"),
+    ("t2v", "--base tiny --wd -0.1", "--wd"),
+    ("t2v", "--base tiny --betas 0.9", "--betas: expected 2 arguments"),
+    ("t2v", "--base tiny --betas 0.9 1.0", "--betas: '1.0' is not a number from 0 to below 1"),
+    ("t2v", "--base tiny --ema 1", "--ema"),
+    ("t2v", "--base tiny --clip 0", "--clip"),
+    ("t2v", "--base tiny --drop-text 1.5", "--drop-text: '1.5' is not a number from 0 to 1"),
+    ("t2v", "--base tiny --image-share -0.1", "--image-share"),
+    ("t2v", "--base tiny --offset-noise -1", "--offset-noise"),
+    ("t2v", "--base tiny --save-every 0", "--save-every"),
+    ("t2v", "--base tiny --log-every 0", "--log-every"),
+    ("t2v", "--base tiny --keep 0", "--keep"),
+    ("t2v", "--base tiny --preview-every -1", "--preview-every"),
+    ("t2v", "--base tiny --workers -1", "--workers"),
+    ("t2v", "--base tiny --seed -1", "--seed"),
+    ("t2v", "--base tiny --rank -1", "--rank"),
+    ("t2v", "--base tiny --alpha 0", "--alpha"),
+    ("t2v", "--base tiny --read-fps 0", "--read-fps"),
+    ("t2v", "--base tiny --warmup -2", "--warmup"),
+    ("vader", "--base tiny --rank 0", "--rank 0: VADER trains LoRA"),
+    ("vader", "--base tiny --eta 2", "--eta"),
+    ("vader", "--base tiny --cfg much", "--cfg: 'much' is not a number"),
+    ("vader", "--base tiny --sample-steps 0", "--sample-steps"),
+    ("vader", "--base tiny --eval-n 0", "--eval-n"),
+    ("i2vgen", "--base tiny-i2v --drop-image 2", "--drop-image"),
+    ("sample", f"{TINY} --n 0", "--n: '0'"),
+    ("sample", f"{TINY} --batch -1", "--batch"),
+    ("sample", f"{TINY} --save-fps 0", "--save-fps"),
+    ("sample", f"{TINY} --decode-chunk 0", "--decode-chunk"),
+    ("sample", "--base tiny --judge 0", "--judge"),
+    # words
+    ("t2v", "--base tinny", "--base tinny: unknown; choose from tiny"),
+    ("vader", "--base tinny --prompts good.txt", "--base tinny: unknown"),
+    ("i2vgen", "--base tinny", "--base tinny: unknown"),
+    ("sample", "--base tinny --prompt a", "--base tinny: unknown"),
+    ("t2v", "--base das --data clips", "does not run on it yet; it runs on tiny"),
+    ("vader", "--base higen --prompts good.txt", "does not run on it yet"),
+    ("i2vgen", "--base tiny", "does not run on it yet"),
+    ("t2v", "--base tiny --step 5", "unrecognized arguments: --step 5"),
+    ("t2v", "--base tiny --steps", "--steps: expected one argument"),
+    ("t2v", "--base tiny extra", "unrecognized arguments: extra"),
+    ("t2v", "--base tiny --dtype int8", "--dtype: invalid choice: 'int8'"),
+    ("t2v", "--base tiny --parallel zero", "--parallel: invalid choice"),
+    ("t2v", "--base tiny --lr-schedule linear", "--lr-schedule: invalid choice"),
+    ("t2v", "--base tiny --scratch --rank 4", "--scratch: LoRA on random weights"),
+    ("t2v", "--base tiny --rank 4 --lora-targets to_x", "--lora-targets to_x: no layer"),
+    ("t2v", "--base modelscope", "--data: give a folder"),
+    ("t2v", "--base tiny --device tpu", "--device tpu"),
+    ("t2v", "--base tiny --device xla", "--device xla"),
+    ("t2v", "--base tiny --device cuda:99", "--device cuda:99"),
+    ("vader", "--base modelscope", "--prompts: give a file"),
+    ("vader", "--base tiny --reward nice", "--reward nice: unknown; choose from"),
+    ("vader", "--base tiny --reward none.py:fn", "no file none.py"),
+    ("vader", "--base tiny --reward mine.py:fn", "mine.py has no function fn"),
+    ("vader", "--base tiny --reward broken.py:fn", "broken.py cannot be imported (SyntaxError"),
+    ("vader", "--base tiny --reward wrong.py:fn --steps 1 --batch 1 --sample-steps 1 --eval-n 1 --out wrong",
+     "the reward gave"),
+    ("vader", "--base tiny --backprop first", "--backprop first: choose last, rand, or last-K"),
+    ("vader", "--base tiny --backprop last-99", "1..5"),
+    ("vader", "--base tiny --reward size --decode 8", "0..7"),
+    ("vader", "--base tiny --reward size --decode odd", "--decode odd"),
+    ("vader", "--base tiny --decode 0", "judges whole clips; add --decode all"),
+    ("vader", "--base tiny --fps 8", "takes no frame rate"),
+    ("i2vgen", "--base i2vgen-xl", "--data: give a folder"),
+    ("i2vgen", "--base tiny-i2v --motion flying", "--motion: invalid choice"),
+    ("i2vgen", "--base i2vgen-xl --data clips --motion circling", "only the tiny world's"),
+    ("sample", "--prompt a", "give --base NAME or --ckpt FOLDER"),
+    ("sample", "--base tiny", "give one of --prompt TEXT"),
+    ("sample", "--base tiny --prompt a --judge 3", "give only one of"),
+    ("sample", "--base tiny --prompt 'a red dragon'", "does not know 'dragon'"),
+    ("sample", f"{TINY} --sampler euler", "--sampler: invalid choice"),
+    ("sample", f"{TINY} --image picture.png", "--image: this base has no such condition"),
+    ("sample", "--base tiny-i2v --prompt 'a red circle'", "give --image FILE"),
+    ("sample", f"{TINY} --continue 2", "--continue"),
+    ("sample", f"{TINY} --size 2s", "--size: only Open-Sora"),
+    ("sample", "--base opensora --prompt a --size 3s", "clip size 3s: unknown"),
+    ("bases", "--download tinny", "--base tinny: unknown"),
+    ("bases", "--pack tiny", "--pack NAME and --ckpt FOLDER"),
+    ("bases", "--pack modelscope --ckpt run", "only the tiny bases"),
+    ("data", "", "required: --check"),
+    # sizes
+    ("sample", f"{TINY} --height 30", "nearest: 24 or 32"),
+    ("sample", f"{TINY} --width 64", "at most 32"),
+    ("sample", f"{TINY} --frames 9", "1 to 8 frames"),
+    ("t2v", "--base modelscope --data clips --height 100", "nearest: 64 or 128"),
+    ("i2vgen", "--base tiny-cogvideox --frames 8", "nearest"),
+    # prompt files
+    ("vader", "--base tiny --prompts none.txt", "none.txt: no such file"),
+    ("vader", "--base tiny --prompts empty.txt", "empty.txt: the file is empty"),
+    ("vader", "--base tiny --prompts notes.txt", "only comments"),
+    ("vader", "--base tiny --prompts latin.txt", "latin.txt: not UTF-8"),
+    ("vader", "--base tiny --prompts bars.txt", "bars.txt row 1: image|||caption"),
+    ("vader", "--base tiny --prompts surplus.csv", "surplus.csv row 2: 2 fields"),
+    ("vader", "--base tiny --prompts nocolumn.csv", "no `prompt`"),
+    ("vader", "--base tiny --prompts bad.json", "bad.json: not valid JSON"),
+    ("vader", "--base tiny --prompts bad.jsonl", "bad.jsonl row 2: not valid JSON"),
+    ("vader", "--base tiny --prompts clips", "prompt files are"),
+    ("vader", "--base tiny --prompts words.txt", "does not know 'dragon'"),
+    ("sample", "--base tiny --prompts none.csv", "none.csv: no such file"),
+    ("sample", "--base tiny-i2v --prompts bars.txt", "bars.txt row 1: none.png"),
+    ("sample", "--base tiny-i2v --prompt a --image broken.png", "broken.png: not a readable picture"),
+    ("i2vgen", "--base tiny-i2v --prompts good.txt", "wanted image|||caption"),
+    # clips
+    ("t2v", "--base tiny --data none", "none: no such folder"),
+    ("t2v", "--base tiny --data empty", "empty: no clips"),
+    ("t2v", "--base tiny --data nocaption", "a.mp4: no caption beside it"),
+    ("t2v", "--base tiny --data wrongpath.csv", "wrongpath.csv row 3: none.mp4: no such clip"),
+    ("t2v", "--base tiny --data nocolumn.csv", "no `video`"),
+    ("t2v", "--base tiny --data emptycaption.csv", "row 2: `caption` is empty"),
+    ("t2v", "--base tiny --data good.txt", "wanted video|||caption"),
+    ("t2v", "--base tiny --data picture.png", "wanted a folder, .csv"),
+    ("t2v", "--base tiny --data pictures", "--frames 1"),
+    ("t2v", "--base tiny --data broken --steps 1 --out broken-run", "2 of 2 clips are bad"),
+    ("t2v", "--base tiny --data broken --steps 1 --workers 1 --out broken-run", "2 of 2 clips are bad"),
+    ("t2v", "--base tiny --data short --steps 1 --out short-run", "1 of 1 clips are bad"),
+    ("data", "--check none", "none: no such folder"),
+    # weights, checkpoints, folders
+    ("sample", f"{TINY} --ckpt none", "--ckpt none: no ckpt.safetensors"),
+    ("sample", f"{TINY} --ckpt foreign", "not a nanovideo checkpoint (it looks like a diffusers UNet)"),
+    ("sample", f"{TINY} --ckpt cut", "not a whole safetensors file"),
+    ("sample", "--base tiny-i2v --prompt a --ckpt run", "was trained on base tiny, not tiny-i2v"),
+    ("sample", "--base modelscope --prompt a --weights none", "--weights none: no such folder"),
+    ("sample", "--base modelscope --prompt a --weights empty", "text2video_pytorch_model.pth is missing"),
+    ("sample", "--base modelscope --prompt a", "give its folder with --weights"),
+    ("sample", f"{TINY} --weights empty", "has its weights in assets/"),
+    ("sample", f"{TINY} --lora none.pt", "--lora none.pt: no such file"),
+    ("sample", f"{TINY} --out picture.png", "picture.png is a file"),
+    ("t2v", "--base tiny --out picture.png/run", "picture.png is a file"),
+    ("t2v", "--base tiny --rank 2 --out run", "already holds a run: --resume continues it"),
+    ("t2v", "--base tiny --rank 4 --out run --resume", "has rank 2, not 4"),
+    ("t2v", "--base tiny --rank 2 --seed 1 --out run --resume", "has seed 0, not 1"),
+    ("vader", "--base tiny --rank 2 --out run --resume", "has method t2v, not vader"),
+    ("t2v", "--base tiny --rank 2 --steps 1 --out run --resume", "is at step 2: give a larger --steps"),
+    ("t2v", "--base tiny --rank 2 --lora-targets to_q --out run --resume", "has lora_targets"),
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with all that the table's commands name."""
+    p = tmp_path_factory.mktemp("place")
+    texts = {
+        "good.txt": "a red circle\n", "empty.txt": "", "notes.txt": "# later\n",
+        "words.txt": "a red dragon\n",
+        "bars.txt": "none.png|||a red circle\n", "surplus.csv": "prompt\na red circle, moving left\n",
+        "nocolumn.csv": "id,words\n1,a red circle\n", "bad.json": "{", "bad.jsonl": '{"prompt": "a"}\n{\n',
+        "wrongpath.csv": "video,caption\nclips/a.mp4,x\nnone.mp4,x\n", "mine.py": "x = 1\n",
+        "emptycaption.csv": "video,caption\nclips/a.mp4, \n", "broken.py": "def fn(:\n",
+        "wrong.py": "def fn(frames, prompts):\n    return frames.mean()\n",
+        "broken.png": "no picture", "broken/a.mp4": "no video", "broken/a.txt": "a red circle",
+        "broken/b.mp4": "", "broken/b.txt": "a red circle", "clips/a.txt": "a red circle",
+        "short/a.txt": "a red circle", "pictures/a.txt": "a red circle"}
+    for name, text in texts.items():
+        (p / name).parent.mkdir(exist_ok=True)
+        (p / name).write_text(text)
+    (p / "latin.txt").write_bytes("a café".encode("latin-1"))
+    for folder, frames in (("clips", 8), ("short", 3), ("nocaption", 8)):
+        write_video(p / folder / "a.mp4", torch.zeros(3, frames, 32, 32))
+    for picture in ("picture.png", "pictures/a.png"):
+        Image.new("RGB", (8, 8)).save(p / picture)
+    (p / "empty").mkdir()
+    for folder in ("foreign", "cut"):
+        (p / folder).mkdir()
+        save_file({"down_blocks.0.weight": torch.zeros(1)}, p / folder / "ckpt.safetensors")
+    (p / "cut" / "ckpt.safetensors").write_bytes((p / "foreign" / "ckpt.safetensors").read_bytes()[:-2])
+    t2v.main(["--base", "tiny", "--rank", "2", "--batch", "1", "--steps", "2", "--preview-every", "0",
+              "--no-cache-latents", "--out", str(p / "run")])
+    return p
+
+
+def tree(folder):
+    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+
+def test_there_are_a_hundred():
+    assert len(BAD) == len(set(BAD)) >= 100
+
+
+@pytest.mark.parametrize("script, line, words", BAD, ids=[f"{s} {a}"[:70] for s, a, _ in BAD])
+def test_bad_input(script, line, words, place, monkeypatch, message, tmp_path, capfd):
+    monkeypatch.chdir(place)
+    before, args = tree(place), shlex.split(line)
+    trained = "-run" in line or "--out wrong" in line  # found while training: those runs began
+    if script in ("t2v", "vader", "i2vgen", "sample") and "--out" not in args:
+        args += ["--out", str(tmp_path / "new")]
+    assert words in message(MAINS[script], args)
+    assert "Traceback" not in capfd.readouterr().err
+    if not trained:
+        assert tree(place) == before and not (tmp_path / "new").exists()
+    assert not [p for p in place.rglob("*") if ".tmp" in p.name or p.suffix == ".pt" and "run/" not in str(p)]
+
+
+@pytest.mark.parametrize("line", ["t2v.py --base tiny --steps 0", "bases.py --download nope",
+                                  "vae.py --train-tiny --base huge", "rewards.py", "data.py --check none"])
+def test_as_the_shell_sees_it(line):
+    done = subprocess.run([sys.executable, *shlex.split(line)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+
+
+# ---- made up by hypothesis
+
+class Reached(Exception):
+    """All checks before the long work have passed."""
+
+
+FLAGS = {"t2v": t2v, "vader": vader, "i2vgen": i2vgen, "sample": sample}
+VALUES = st.one_of(
+    st.sampled_from([
+        "tiny", "tiny-i2v", "tiny-cogvideox", "modelscope", "good.txt", "clips", "run", "none", "", "all",
+        "last-2", "cpu", "bf16", "fsdp", "surplus.csv", "picture.png", "1e400", "nan", "--", "a red circle",
+        "broken.png", "foreign", "circling", "2s,144p,1:1", str(10 ** 20)]),
+    st.integers(-3, 70).map(str), st.floats().map(str),
+    st.text(st.characters(blacklist_characters="\0", blacklist_categories=["Cs"]), max_size=8))
+
+
+def known_flags(module):
+    lines = [line for line in Path(module.__file__).read_text().splitlines() if "add_argument(" in line]
+    return [line.split('"')[1] for line in lines if '"--' in line]
+
+
+@pytest.mark.parametrize("script", FLAGS)
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(draws=st.data())
+def test_any_command_line(script, draws, place):
+    module = FLAGS[script]
+    flags = st.sampled_from(known_flags(module))
+    args = []
+    for flag in draws.draw(st.lists(flags, max_size=6)):
+        args += [flag, *draws.draw(st.lists(VALUES, max_size=2))]
+    if draws.draw(st.booleans()):
+        args = ["--base", draws.draw(st.sampled_from(list(bases.BASES))), *args]
+
+    def reached(*args, **kw):
+        raise Reached
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setattr(module, "setup", reached)
+        before = tree(place)
+        try:
+            module.main(args)
+        except Reached:
+            pass
+        except SystemExit as e:
+            if e.code:  # else --help
+                assert str(e.code).startswith("error: ") and "\n" not in str(e.code)
+        assert tree(place) == before
+
+
+TEXTS = st.one_of(
+    st.binary(max_size=60), st.text(max_size=60).map(lambda s: s.encode("utf-8", "surrogatepass")),
+    st.lists(st.sampled_from([
+        "prompt", "video", "caption", ",", '"', "\n", "|||", "a cat", "clips/a.mp4", "{", "}", "[", "]",
+        ":", '{"prompt": "a"}', "#", "\r\n", "\x85", "null"]), max_size=12).map(lambda x: "".join(x).encode()))
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(content=TEXTS, suffix=st.sampled_from([".txt", ".csv", ".json", ".jsonl", ""]))
+def test_any_list(content, suffix, place):
+    """Prompt files and lists of clips of any content are read or refused in one line."""
+    file = place / f"any{suffix}"
+    file.write_bytes(content)
+    for read in (read_prompts, read_image_prompts, lambda f: VideoDataset(f, 8, 32, 32)):
+        try:
+            read(file)
+        except common.UserError as e:
+            assert str(e).startswith("error: ") and "\n" not in str(e)
+    file.unlink()
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(content=st.binary(max_size=200), whole=st.booleans(), name=st.sampled_from([
+    "ckpt.safetensors", "state.pt", "a.npy", "a.mp4", "a.gif", "a.png"]))
+def test_any_file(content, name, whole, place):
+    """Files of any content, or real ones with a few bytes changed."""
+    source = {"ckpt.safetensors": "run/ckpt.safetensors", "state.pt": "run/state.pt", "a.mp4": "clips/a.mp4",
+              "a.png": "picture.png"}.get(name)
+    if whole and source:
+        real = bytearray((place / source).read_bytes())
+        for i, value in enumerate(content[:8]):
+            real[(value * 7919 * (i + 1)) % min(len(real), 4000)] = value
+        content = bytes(real)
+    file = place / "any" / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(content)
+    reader = {"ckpt.safetensors": common.load_checkpoint, "state.pt": common.load_state_file,
+              "a.npy": lambda f: data.read_map(f, 4, (8, 8), 1), "a.png": data.read_image}
+    try:
+        reader.get(name, data.read_video)(file)
+    except common.UserError as e:
+        assert str(e).startswith("error: ") and "\n" not in str(e)
+
+
+def test_a_reward_must_give_one_number_each(message):
+    with pytest.raises(common.UserError, match="must return a tensor"):
+        rewards.score(lambda frames, prompts: np.zeros(len(frames)), torch.zeros(1, 3, 2, 8, 8), ["a"])
