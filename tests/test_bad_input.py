@@ -295,7 +295,7 @@ TEXTS = st.one_of(
     st.binary(max_size=60), st.text(max_size=60).map(lambda s: s.encode("utf-8", "surrogatepass")),
     st.lists(st.sampled_from([
         "prompt", "video", "caption", ",", '"', "\n", "|||", "a cat", "clips/a.mp4", "{", "}", "[", "]",
-        ":", '{"prompt": "a"}', "#", "\r\n", "\x85", "null"]), max_size=12).map(lambda x: "".join(x).encode()))
+        ":", '{"prompt": "a"}', "#", "\r\n", "\x85", "null"]), max_size=12).map("".join).map(str.encode))
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
