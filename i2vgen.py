@@ -52,7 +52,7 @@ TINY = dict(
     cache_latents=True, workers=0, grad_ckpt=False, log_every=20, eval_n=64)
 SCRATCH = TINY | dict(steps=4000, batch=64, lr=1.5e-3, warmup=50, ema=0.995, motion=None, preview_every=1000,
                       log_every=50)
-TINY_CLIPS = 8192
+TINY_CLIPS = {False: 2048, True: 8192}  # --scratch: what is encoded once
 
 
 def get_args(argv=None):
@@ -157,7 +157,7 @@ def main(argv=None):
     settings = fill(args, args.base, method="i2vgen")
     size = args.frames, args.height, args.width
     args.read_fps = args.read_fps or args.fps
-    data = TinyWorld(TINY_CLIPS, args.frames, args.seed, args.motion)
+    data = TinyWorld(TINY_CLIPS[args.scratch], args.frames, args.seed, args.motion)
     if args.data:
         data = VideoDataset(args.data, *size, args.read_fps, args.seed)
     pairs = read_pairs(args, data)

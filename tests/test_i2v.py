@@ -62,7 +62,7 @@ def small(request, public, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("more", [(), ("--cache-latents", "--ema", "0.9", "--image-share", "0.5")])
 def test_resume_equals_the_uninterrupted_run(more, tmp_path, monkeypatch):
-    monkeypatch.setattr(i2vgen, "TINY_CLIPS", 8)
+    monkeypatch.setattr(i2vgen, "TINY_CLIPS", {False: 8, True: 8})
     schedule = [*more, "--warmup", "2", "--lr-schedule", "constant"]
     train(tmp_path / "whole", 3, *schedule)
     train(tmp_path / "parts", 2, *schedule)
@@ -110,7 +110,7 @@ def test_from_scratch_to_packed_base_to_fine_tuning(tmp_path, monkeypatch):
         rows = [json.loads(x) for x in (tmp_path / "j" / "index.jsonl").read_text().splitlines()]
         assert all("circling" in r["prompt"] and Path(r["image"]).exists() for r in rows)
 
-    monkeypatch.setattr(i2vgen, "TINY_CLIPS", 8)
+    monkeypatch.setattr(i2vgen, "TINY_CLIPS", {False: 8, True: 8})
     i2vgen.main(["--base", "tiny-i2v", "--rank", "2", "--steps", "1", "--batch", "2", "--eval-n", "2",
                  "--out", str(tmp_path / "tuned")])
     rows = [json.loads(x) for x in (tmp_path / "tuned" / "eval.jsonl").read_text().splitlines()]

@@ -1,9 +1,10 @@
 """kill -9 at random moments of training, with a save at every step:  python tests/torture.py [--kills 100]
 
 Each run is killed once, at a moment drawn from the start of its log to its end, then goes on with --resume.
-It must end as the run that nothing disturbed: weights, optimizer, checkpoint and log, bit for bit. Between the
-two, every file that a reader may open (ckpt.safetensors, state.pt) must be whole. Processes are forked from one
-that has imported everything, else starting Python would be most of the time. Writes results/torture.json.
+It must end as the run that nothing disturbed: weights, optimizer, checkpoint and log, bit for bit. Between
+the two, every file that a reader may open (ckpt.safetensors, state.pt) must be whole. Processes are forked
+from one that has imported everything, else starting Python would be most of the time. Writes
+results/torture.json.
 """
 import argparse
 import json
@@ -102,14 +103,14 @@ def main():
             rows.append(dict(method=method, moment=round(moment, 3), step=step, saving=saving, ended=ended,
                              same=same))
             print(f"{i + 1}/{args.kills} {method}: killed after {moment:.2f} s, step {step}"
-                  f"{', while writing a file' if saving else ''}: {'same' if same else 'NOT THE SAME'}", flush=True)
+                  f"{', in mid-write' if saving else ''}: {'same' if same else 'NOT THE SAME'}", flush=True)
             shutil.rmtree(out)
     good, minutes = sum(r["same"] for r in rows), (time.time() - began) / 60
     inside = sum(r["saving"] for r in rows)
     early = sum(r["step"] < 0 for r in rows)
     table = [f"| {len(rows)} | {inside} | {early} | {good} | {minutes:.1f} |"]
-    print("| kills | while writing a file | before the first save | equal to the undisturbed run | minutes |",
-          *table, sep="\n")
+    print("| kills | in mid-write | before the first save | equal to the undisturbed run | minutes |", *table,
+          sep="\n")
     if len(rows) >= 100:
         RESULTS.write_text(json.dumps(dict(table=table, seed=args.seed, runs=rows), indent=1) + "\n")
     sys.exit(good != len(rows))
