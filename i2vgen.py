@@ -9,7 +9,7 @@ CogVideoX as a latent beside the noise, its pixels noised a little (log sigma ~ 
 loss, |x0_pred - x0|^2 / (1 - ab_t), is the one above.
 
     python i2vgen.py --base tiny-i2v                                          # learns to zigzag
-    python i2vgen.py --base tiny-i2v --scratch --out out/tiny-i2v             # made the tiny base
+    python i2vgen.py --base tiny-i2v --scratch --out out/tiny-i2v             # made the tiny base (README)
     python i2vgen.py --base i2vgen-xl --weights W --data clips.csv --lr 1e-4  # LoRA, 1 GPU
     torchrun --nproc_per_node=4 i2vgen.py --weights W --data clips.csv --rank 0 --parallel fsdp
     python i2vgen.py --base cogvideox-5b-i2v --weights W --data clips.csv     # LoRA as published
@@ -50,7 +50,7 @@ TINY = dict(
     steps=200, batch=16, lr=5e-4, lr_schedule="cosine", warmup=20, betas=(0.9, 0.99), wd=0.01, ema=0.99,
     rank=0, motion="zigzagging", image_share=0.0, offset_noise=0.0, drop_text=0.1, read_fps=None,
     cache_latents=True, workers=0, grad_ckpt=False, log_every=20, eval_n=64)
-SCRATCH = TINY | dict(steps=4000, batch=64, lr=1.5e-3, warmup=50, ema=0.995, motion=None, preview_every=1000,
+SCRATCH = TINY | dict(steps=1200, batch=64, lr=1.5e-3, warmup=50, ema=0.995, motion=None, preview_every=1000,
                       log_every=50)
 TINY_CLIPS = {False: 2048, True: 8192}  # --scratch: what is encoded once
 
