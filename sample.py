@@ -517,8 +517,8 @@ def get_args(argv=None):
     args = p.parse_args(argv)
     if not args.base and not args.ckpt:
         raise UserError("give --base NAME or --ckpt FOLDER")
-    if args.decode_chunk < 1:
-        raise UserError(f"--decode-chunk {args.decode_chunk}: give 1 frame or more")
+    if args.motion and not args.judge:
+        raise UserError("--motion: which clips --judge N draws; give --judge, or say it in the --prompt")
     if sum(bool(x) for x in (args.prompt, args.prompts, args.judge)) > 1:
         raise UserError("give only one of --prompt TEXT, --prompts FILE, --judge N (tiny)")
     return args
@@ -544,6 +544,8 @@ def read_jobs(args, row):
     if args.judge:
         captions, rng = tiny_captions(), np.random.default_rng(args.seed)
         captions = [c for c in captions if args.motion in (None, parse(c)["motion"])]
+        if not captions:
+            raise UserError(f"--motion {args.motion}: base {args.base} has no such motion among its captions")
         prompts = [captions[i] for i in rng.integers(len(captions), size=args.judge)]
         return prompts, [None] * len(prompts)
     if row.unet.super_resolution:

@@ -112,6 +112,8 @@ BAD = [
     ("sample", "--base tiny", "give one of --prompt TEXT"),
     ("sample", "--base tiny --prompt a --judge 3", "give only one of"),
     ("sample", "--base tiny --prompt 'a red dragon'", "does not know 'dragon'"),
+    ("sample", f"{TINY} --motion growing", "give --judge"),
+    ("sample", "--base tiny --judge 2 --motion circling", "no such motion"),
     ("sample", f"{TINY} --sampler euler", "--sampler: invalid choice"),
     ("sample", f"{TINY} --image picture.png", "--image: this base has no such condition"),
     ("sample", "--base tiny-i2v --prompt 'a red circle'", "give --image FILE"),
