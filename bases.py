@@ -6,6 +6,7 @@ original or in the diffusers layout.
 """
 import os
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,8 @@ from models import (PATCH, CogVideoX, CogVideoXConfig, STDiT3, STDiT3Config, UNe
                     instructvideo_lora_name, merge_lora, misfit, rope_frequencies, turbo_lora_layers,
                     unet_diffusers_name, videocrafter_name, with_tracks)
 from text_encoders import (CLIPConfig, OpenCLIPText, OpenCLIPVision, T5Config, T5Text, TinyText,
-                           clip_text_only, t5_tokenizer, text_from_hf, tokenize, vision_from_hf)
+                           clip_text_only, t5_tokenizer, text_from_hf, tiny_tokenize, tokenize,
+                           vision_from_hf)
 from vae import (AutoencoderKL, CogVideoXVAE, CogVideoXVAEConfig, OpenSoraVAE, OpenSoraVAEConfig, VAEConfig,
                  Tiles, opensora_vae_name, vae_diffusers_name)
 
@@ -327,9 +329,12 @@ class Base:
                  "image encoder": self.image_encoder, "motion encoder": self.motion_encoder}
         return {name: module for name, module in named.items() if module is not None}
 
-    def freeze(self, dtype):
-        """All networks without gradients and in `dtype`; but T5 overflows in fp16 and takes bf16 for it."""
-        for module in self.parts().values():
+    def freeze(self, dtype, but=()):
+        """Networks without gradients and in `dtype`; but T5 overflows in fp16 and takes bf16 for it.
+
+        but: names of those that are left as they are.
+        """
+        for module in (m for name, m in self.parts().items() if name not in but):
             half = dtype == torch.float16 and isinstance(module, T5Text)
             module.requires_grad_(False).to(torch.bfloat16 if half else dtype)
 
@@ -484,19 +489,19 @@ def load_base(name, weights=None, device="cpu", dtype=torch.float32, scratch=Fal
     opened.clear()
     if "lora" in files:
         merge_turbo_lora(parts["net"], files["lora"])
-    for module in parts.values():
-        module.to(device).eval()
     if row.tracks:
         parts["vae"].tiles = Tiles()  # as the network was trained
     words = tokenize
     if tiny:
-        words = parts["text"].tokenize
+        words = partial(tiny_tokenize, parts["text"].words, parts["text"].context_length)
     elif "tokenizer" in files:
         words = t5_tokenizer(files["tokenizer"], row.text.length)
     schedule = None if row.schedule is None else make_schedule(**row.schedule)
     base = Base(name, row, parts["net"], parts["vae"], parts["text"], schedule, words, parts.get("image"),
                 parts.get("motion_text"))
-    base.freeze(dtype)
+    base.freeze(dtype)  # before it moves: float32 on the GPU would be the run's peak
+    for module in base.parts().values():
+        module.to(device).eval()
     return base
 
 

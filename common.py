@@ -16,6 +16,7 @@ import time
 import zipfile
 import zlib
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -94,7 +95,8 @@ def setup(args) -> Env:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ and not dist.is_initialized():
         try:
-            dist.init_process_group(backend)
+            # one process may encode clips, or sample, for hours while the others wait
+            dist.init_process_group(backend, timeout=timedelta(days=1))
         except (RuntimeError, ValueError) as e:
             raise UserError(f"the {world} processes cannot reach each other ({e}); start them with torchrun "
                             "(see torchrun.sh)") from e
@@ -113,10 +115,11 @@ def catch_signals(env):
         # torchrun hands on what the terminal has sent to all of us already: that is the same request
         if asked and time.monotonic() - asked[0] > 2:
             raise SystemExit(1)  # asked twice: leave at once
-        if not asked:
-            print("stopping after this step: saving first (again to leave at once)", flush=True)
         env.stop = True
         asked.append(time.monotonic())
+        if len(asked) == 1:
+            with contextlib.suppress(OSError):  # a pipe to tee may be gone by the same Ctrl-C
+                print("stopping after this step: saving first (again to leave at once)", flush=True)
     for s in (signal.SIGTERM, signal.SIGINT):
         signal.signal(s, on_signal)
 
@@ -146,16 +149,20 @@ def generator(*numbers) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(*numbers))
 
 
-def my_samples(args, env, start, seen) -> list:
+class MySamples:
     """For each micro-step from update `start` on, the numbers of this process's samples in the whole run.
 
     seen: samples that the run has read before. What is random about a sample (its place in the data, its
-    noise) comes from its number alone.
+    noise) comes from its number alone. numbers[k] is the range of micro-step k; it can be iterated.
     """
-    together = args.batch * env.world
-    end = seen + (args.steps - start) * args.accum * together
-    firsts = range(seen + env.rank * args.batch, end, together)
-    return [list(range(first, first + args.batch)) for first in firsts]
+
+    def __init__(self, args, env, start, seen):
+        together = args.batch * env.world
+        end = seen + (args.steps - start) * args.accum * together
+        self.batch, self.firsts = args.batch, range(seen + env.rank * args.batch, end, together)
+
+    def __getitem__(self, k):
+        return range(self.firsts[k], self.firsts[k] + self.batch)
 
 
 def mean_over_ranks(values: dict, env) -> dict:
@@ -389,11 +396,20 @@ def clip_gradients(params, largest):
     grads = [p.grad for p in params if p.grad is not None]
     kinds = [[g for g in grads if type(g) is kind] for kind in {type(g): None for g in grads}]
     norms = [torch.nn.utils.get_total_norm(part) for part in kinds]
-    norm = torch.stack([n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]).norm()
+    norms = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]
+    norm = torch.stack([n.to(norms[0].device) for n in norms]).norm()
     factor = largest / (norm.item() + 1e-6)
     for part in kinds if factor < 1 else ():
         torch._foreach_mul_(part, factor)
     return norm
+
+
+@torch.no_grad()
+def move_average(ema, params, decay):
+    """ema <- decay ema + (1 - decay) params, both {key: tensor}; shards and whole tensors side by side."""
+    for kind in {type(p): None for p in params.values()}:
+        keys = [k for k, p in params.items() if type(p) is kind]
+        torch._foreach_lerp_([ema[k] for k in keys], [params[k].detach() for k in keys], 1 - decay)
 
 
 @contextlib.contextmanager
@@ -480,16 +496,21 @@ def save_checkpoint(args, env, step, seen, params, meta, opt, ema=None, scaler=N
     writes. Kept beside them: the last --keep of ckpt-<step>.safetensors, and the state before this one, for
     the day that a disk loses a file.
     """
-    weights = {k: full(p).contiguous() for k, p in params.items()}
-    moments = {k: {n: full(v) for n, v in opt.state[p].items()} for k, p in params.items()}
-    averaged = {k: full(v).contiguous() for k, v in ema.items()} if ema else None
+    def whole(t):  # only rank 0 keeps it: 8 copies of a large network would not fit
+        if env.main or hasattr(t, "full_tensor"):
+            t = full(t).contiguous()
+        return t if env.main else None
+    weights = {k: whole(p) for k, p in params.items()}
+    moments = {k: {n: whole(v) for n, v in opt.state[p].items()} for k, p in params.items()}
+    averaged = {k: whole(v) for k, v in ema.items()} if ema else None
     if not env.main:
         return
     out = Path(args.out)
     given = {k: v for k, v in vars(args).items() if v is not None}
     meta = dict(meta, step=step, args=given, versions=versions())
     product = averaged or weights
-    text = {"nanovideo": json.dumps(meta, default=str), "crc32": str(crc32(product))}
+    text = {"nanovideo": json.dumps(meta, default=str)}
+    text["crc32"] = str(crc32(product, text["nanovideo"]))
     write_atomic(out / f"ckpt-{step}.safetensors", lambda p: save_file(product, p, text))
     write_atomic(out / "ckpt.safetensors", lambda p: save_file(product, p, text))
     # all that resume needs is in this one file: the two files need not be of the same moment
@@ -511,17 +532,19 @@ def save_checkpoint(args, env, step, seen, params, meta, opt, ema=None, scaler=N
             free = shutil.disk_usage(out).free / 1e9
             raise OSError(errno.ENOSPC, f"{free:.2f} GB free; {str(e).splitlines()[0][:80]}") from e
     write_atomic(out / STATES[0], write)
-    for old in steps_saved(out)[args.keep:]:
+    later = [k for k in steps_saved(out) if k > step]  # of what a resume from an earlier state undid
+    for old in later + [k for k in steps_saved(out) if k <= step][args.keep:]:
         (out / f"ckpt-{old}.safetensors").unlink()
 
 
 STATES = "state.pt", "state-previous.pt"
 
 
-def crc32(tensors) -> int:
-    """Checksum of {key: tensor}: safetensors has none, and a disk may lose bytes in the middle of a file."""
-    value = 0
+def crc32(tensors, text) -> int:
+    """Checksum of {key: tensor} and metadata: safetensors has none, and a disk may lose bytes of a file."""
+    value = zlib.crc32(text.encode())
     for k in sorted(tensors):
+        value = zlib.crc32(k.encode(), value)
         value = zlib.crc32(tensors[k].contiguous().reshape(-1).view(torch.uint8).numpy(), value)
     return value
 
@@ -540,11 +563,15 @@ def check_out(args, method):
     """Refuse to overwrite a run or to resume one with other options. -> the state to resume from, or None."""
     check_writable(args.out)
     files = [Path(args.out, name) for name in STATES if Path(args.out, name).exists()]
-    if not files:
-        return None
-    if not args.resume:
+    product = Path(args.out, "ckpt.safetensors")
+    if not args.resume and (files or product.exists()):
         raise UserError(
             f"{args.out} already holds a run: --resume continues it, --out FOLDER starts a new one")
+    if not files and product.exists() and load_checkpoint(product)[1]["step"] > args.save_every:
+        raise UserError(f"--resume: {args.out} holds {product.name} but no state.pt to go on from: "
+                        "give another --out")
+    if not files:
+        return None
     for file in files:
         try:
             state = load_state_file(file)
@@ -569,14 +596,14 @@ def load_state_file(path):
     try:
         with zipfile.ZipFile(path) as file:
             broken = file.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError, zlib.error) as e:
-        broken = str(e)
+    except Exception as e:  # zipfile raises everything there is
+        broken = f"{type(e).__name__}: {e}"
     if broken:
         raise UserError(f"{path}: corrupt ({broken})")
     return load_pickle(path)
 
 
-def load_state(args, state, params, opt, ema=None, scaler=None) -> tuple[int, int]:
+def load_state(args, env, state, params, opt, ema=None, scaler=None) -> tuple[int, int]:
     """Put check_out()'s state (None: a new run) back into all that trains, plain, DDP or FSDP2.
 
     -> updates done, samples seen. Here, where the size of what trains is known, a disk too small is refused.
@@ -588,6 +615,12 @@ def load_state(args, state, params, opt, ema=None, scaler=None) -> tuple[int, in
     if not state and needed > free:
         raise UserError(f"--out {args.out}: checkpoints need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are "
                         "free; give a folder on a larger disk")
+    if env.world > 1:  # a folder that not all see, or a file that one of them cannot read
+        steps = [None] * env.world
+        dist.all_gather_object(steps, state["step"] if state else 0)
+        if len(set(steps)) > 1:
+            raise UserError(f"--resume: the processes would go on from different steps ({min(steps)} to "
+                            f"{max(steps)}): --out must be a folder that all nodes share")
     if not state:
         return 0, 0
 
@@ -599,6 +632,8 @@ def load_state(args, state, params, opt, ema=None, scaler=None) -> tuple[int, in
         first = sorted(set(params) ^ set(state["weights"]))[0]
         raise UserError(
             f"--resume: the run's trained tensors are not those asked for (first difference: {first})")
+    if (ema is None) != (state["ema"] is None):
+        raise UserError("--resume: the run was made with another --ema, on or off: give the same")
     with torch.no_grad():
         for k, p in params.items():
             p.copy_(like(state["weights"][k], p))
@@ -607,6 +642,8 @@ def load_state(args, state, params, opt, ema=None, scaler=None) -> tuple[int, in
                 ema[k].copy_(like(state["ema"][k], p))
     if scaler and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
+    for k in ("weights", "moments", "ema"):
+        del state[k]  # main() keeps the state: not these copies for the whole run
     return state["step"], state["seen"]
 
 
@@ -625,7 +662,7 @@ def load_checkpoint(path):
     for file in files:
         try:
             tensors, text = load_safetensors(file)
-            if "crc32" in text and int(text["crc32"]) != crc32(tensors):
+            if "crc32" in text and text["crc32"] != str(crc32(tensors, text.get("nanovideo", ""))):
                 raise UserError(f"{file}: corrupt (its checksum differs)")
             break
         except UserError as e:

@@ -231,12 +231,12 @@ def load(data, order, workers=0):
 
 
 def read_batches(data, numbers, seed=0, workers=0):
-    """Samples by their numbers in a run, a list for each batch -> batches {"video" (b,3,f,h,w), "text" list}.
+    """Samples by their numbers in a run, ranges for each batch -> batches {"video" (b,3,f,h,w), "text" list}.
 
     data[i, number] is item i, its random part drawn for that number.
     """
-    return load(data, [list(zip(batch_indices(len(data), part[0], len(part), seed), part))
-                       for part in numbers], workers)
+    order = (list(zip(batch_indices(len(data), part[0], len(part), seed), part)) for part in numbers)
+    return load(data, order, workers)
 
 
 SHARD = 64  # clips a file of encoded clips
@@ -250,6 +250,9 @@ class EncodedClips(torch.utils.data.Dataset):
 
     def __init__(self, files, n):
         self.files, self.n, self.open = files, n, {}
+
+    def __getstate__(self):  # for processes that are not forked
+        return self.__dict__ | {"open": {}}
 
     def __len__(self):
         return self.n
@@ -310,7 +313,7 @@ def encode_once(folder, data, encode, about, env, workers=0):
 
 VIDEOS = (".mp4", ".avi", ".mov", ".webm", ".gif")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-FAR = 300         # frames ahead from which a long film is searched by time, not decoded up to there
+FAR = 300         # frames ahead from which a film of constant rate is searched by time, not decoded up to
 FOLDER_FPS = 8.0  # a folder of pictures has no rate of its own
 MP4_CRF = "12"    # x264's default, 23, cost 8 dB on a real 256x256 clip
 
@@ -533,17 +536,14 @@ def _opened(path):
                 first = file.metadata(index=0, constant_framerate=False) if count else {}
                 turns = _turns(first["DISPLAYMATRIX"]) if "DISPLAYMATRIX" in first else 0
 
-                at = 0
+                stream, at = file._video_stream, 0
+                # only where a frame's time tells its number
+                constant = stream.start_time in (0, None) and stream.guessed_rate == stream.average_rate
 
                 def get(i):
                     nonlocal at
-                    # far ahead: by its time, from the key frame before it; exact where the rate is constant
-                    far, at = i - at > FAR, i
-                    try:
-                        frame = file.read(index=i, constant_framerate=far)
-                    except (StopIteration, IndexError, EOFError):
-                        frame = file.read(index=i, constant_framerate=False)
-                    return np.rot90(frame, turns)
+                    far, at = constant and i - at > FAR, i  # far ahead: from the key frame before it
+                    return np.rot90(file.read(index=i, constant_framerate=far), turns)
                 yield count, fps, (w, h) if turns % 2 else (h, w), get
     except ImportError:
         raise UserError(f"{path}: reading it needs PyAV: pip install av (gif and pictures do not)") from None

@@ -4,9 +4,8 @@ CogVideoX-I2V (arXiv 2408.06072); LoRA, full fine-tuning, or from scratch.
     L = E_{x0, eps, t} || net(x_t, t, text, image) - v ||^2,      v = sqrt(ab_t) eps - sqrt(1 - ab_t) x0
     (arXiv 2202.00512; x_t = sqrt(ab_t) x0 + sqrt(1 - ab_t) eps; the image is the clip's own first frame)
 
-I2VGen-XL sees the image as a latent beside the noise, 64 tokens of that latent and 4 of its CLIP embedding;
-CogVideoX as a latent beside the noise, its pixels noised a little (log sigma ~ N(-3, 0.5)); its published
-loss, |x0_pred - x0|^2 / (1 - ab_t), is the one above.
+I2VGen-XL sees the image as a latent beside the noise, 64 tokens of it and 4 of its CLIP embedding; CogVideoX
+as a latent of slightly noised pixels (log sigma ~ N(-3, 0.5)); |x0_pred - x0|^2 / (1 - ab_t), its loss, is L.
 
     python i2vgen.py --base tiny-i2v                                          # learns to zigzag
     python i2vgen.py --base tiny-i2v --scratch --out out/tiny-i2v             # made the tiny base (README)
@@ -32,9 +31,9 @@ import torch.distributed as dist
 
 from bases import BASES, base_row, fill, load_base
 from common import (
-    COUNT, DECAY, NATURAL, POSITIVE, SHARE, UNSIGNED, FiniteGuard, Log, Parser, UserError, agree_to_stop,
-    append_line, apply_defaults, catch_signals, check_out, draw_curve, generator, keep_lines, load_state,
-    lr_at, memory_advice, my_samples, save_checkpoint, seed_of, setup, trained)
+    COUNT, DECAY, NATURAL, POSITIVE, SHARE, UNSIGNED, FiniteGuard, Log, MySamples, Parser, UserError,
+    agree_to_stop, append_line, apply_defaults, catch_signals, check_out, draw_curve, generator, keep_lines,
+    load_state, lr_at, memory_advice, move_average, save_checkpoint, seed_of, setup, trained)
 from data import (
     MOTIONS, NEW_MOTIONS, TinyWorld, VideoDataset, center_crop_wide, contact_sheet, encode_once, image_tensor,
     open_image, read_batches, read_image_prompts, tiny_pairs, write_video)
@@ -157,24 +156,24 @@ def main(argv=None):
     settings = fill(args, args.base, method="i2vgen")
     size = args.frames, args.height, args.width
     args.read_fps = args.read_fps or args.fps
-    data = TinyWorld(TINY_CLIPS[args.scratch], args.frames, args.seed, args.motion)
-    if args.data:
-        data = VideoDataset(args.data, *size, args.read_fps, args.seed)
+    data = (VideoDataset(args.data, *size, args.read_fps, args.seed) if args.data else
+            TinyWorld(TINY_CLIPS[args.scratch], args.frames, args.seed, args.motion))
     pairs = read_pairs(args, data)
     state = check_out(args, "i2vgen")
     env = setup(args)
     dtype = env.dtype if args.rank else torch.float32  # trained weights are kept in fp32
     base = load_base(args.base, args.weights, env.device, dtype, args.scratch, start=not args.rank)
-    base.tokenize([*(caption for _, caption in pairs), args.negative])  # an unknown word is refused now
+    if base.row.text is None:  # a word that the tiny world does not know is refused now
+        base.tokenize([row[-1] for row in (*pairs, *(data.rows if args.data else ()))] + [args.negative])
 
-    # ---- what is trained: LoRA branches, or the network; from scratch the tiny encoders as well
+    # what is trained: LoRA branches, or the network; from scratch the tiny encoders as well
     encoders = {k: getattr(base, k) for k in ("text_encoder", "image_encoder") if getattr(base, k)}
     jointly = args.scratch and base.row.text is None
     if args.rank:
         add_lora(base.net, args.rank, args.alpha, args.lora_targets)
     else:
         base.net.requires_grad_(True)
-    base.vae.to(env.dtype)
+    base.freeze(env.dtype, but=["net", *(["text encoder", "image encoder"] if jointly else [])])
     base.net.grad_ckpt = args.grad_ckpt
     base.net.train()
     net = parallelize(base.net, args.parallel, env.device, args.offload)
@@ -186,20 +185,21 @@ def main(argv=None):
     opt = torch.optim.AdamW(params.values(), args.lr, args.betas, weight_decay=args.wd)
     scaler = torch.amp.GradScaler(env.device.type, enabled=env.dtype == torch.float16)
     ema = {k: p.detach().clone() for k, p in params.items()} if args.ema else None
-    start, seen = load_state(args, state, params, opt, ema, scaler)
+    start, seen = load_state(args, env, state, params, opt, ema, scaler)
     meta = dict(
         method="i2vgen", base=args.base, rank=args.rank, alpha=args.alpha, lora_targets=args.lora_targets,
         sample=settings)
     log = Log(args, env, base.parts(), start)
+    del encoders, module  # remember() lets the text tower go
     if args.cache_latents:
-        about = dict(base=args.base, size=size, fps=args.read_fps, seed=args.seed,
+        about = dict(base=args.base, weights=args.weights, size=size, fps=args.read_fps, seed=args.seed,
                      rows=seed_of(data.rows if args.data else args.motion))
         data = encode_once(Path(args.out, "latents"), data, lambda batch: {
             k: v.half() for k, v in encode(base, batch["video"], env).items()}, about, env, args.workers)
         if not jointly:  # the text tower is done, too
             with torch.no_grad(), env.autocast():
                 base.remember([*data.texts(), args.negative, *(caption for _, caption in pairs)])
-    numbers = my_samples(args, env, start, seen)
+    numbers = MySamples(args, env, start, seen)
     batches = read_batches(data, numbers, args.seed, args.workers)
     guard = FiniteGuard(env)
     catch_signals(env)
@@ -215,9 +215,8 @@ def main(argv=None):
         images = torch.rand((), generator=generator(args.seed, step, "image")).item() < args.image_share
         total = 0.0
         for micro in range(args.accum):
-            batch = next(batches)
-            mine = numbers[(step - start) * args.accum + micro]  # all that is random comes from these
-            generators = [generator(args.seed, "sample", i) for i in mine]
+            batch, mine = next(batches), numbers[(step - start) * args.accum + micro]
+            generators = [generator(args.seed, "sample", i) for i in mine]  # all that is random comes from these
             torch.manual_seed(seed_of(args.seed, "dropout", mine[0]))
             x0, picture = draw_latents(base, batch, generators, env)
             x0 = x0[:, :, :1] if images else x0
@@ -229,7 +228,7 @@ def main(argv=None):
         seen += args.batch * args.accum * env.world
         if ema:  # warmed up, so that the start is forgotten
             decay = min(args.ema, (step + 1) / (step + 10))
-            torch._foreach_lerp_(list(ema.values()), [p.detach() for p in params.values()], 1 - decay)
+            move_average(ema, params, decay)
         log.step(step, loss=total, grad=norm, lr=opt.param_groups[0]["lr"])
 
         done, stop = step + 1, agree_to_stop(env)
@@ -237,8 +236,10 @@ def main(argv=None):
             save_checkpoint(args, env, done, seen, params, meta, opt, ema, scaler)
         if stop:
             break
-        if done == args.steps or (args.preview_every and done % args.preview_every == 0):
+        if args.preview_every and done % args.preview_every == 0 and done < args.steps:
             evaluate(args, env, base, pairs, params, ema, done)
+    else:  # not stopped
+        evaluate(args, env, base, pairs, params, ema, args.steps)
     if env.main:
         draw_curve(log.path, Path(args.out, "curve.png"), ["loss", "grad"], f"i2vgen on {args.base}")
     if dist.is_initialized():

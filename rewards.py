@@ -161,6 +161,8 @@ def score(reward, videos, prompts):
     if not isinstance(out, Tensor) or out.shape != (n,):
         found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
         raise UserError(f"the reward gave {found} for {n} pictures or clips: it must return a tensor ({n},)")
+    if videos.requires_grad and not out.requires_grad:
+        raise UserError("the reward has no gradient: compute it with torch functions, not under no_grad")
     return out.view(b, -1).mean(1)
 
 

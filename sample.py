@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from bases import BASES, base_row, fill, latent_shape, load_base, merge_public_lora, run_parts
 from common import (COUNT, NATURAL, REAL, SHARE, Env, Parser, UserError, check_writable, generator,
-                    load_checkpoint, load_weights, memory_advice, rename, setup, write_atomic)
+                    load_checkpoint, load_weights, memory_advice, read_lines, rename, setup, write_atomic)
 from data import (MOTIONS, NEW_MOTIONS, center_crop_wide, clip_image, contact_sheet, image_tensor,
                   list_videos, open_image, opensora_size, parse, read_image_prompts, read_map, read_prompts,
                   read_video, tiny_captions, tiny_pairs, to_uint8, video_info, write_video)
@@ -180,8 +180,8 @@ def generate_split(base, env: Env, prompts, seeds, args, cond=None, null_cond=No
     per = -(-len(prompts) // env.world)  # the same number on each (FSDP needs it): the last may repeat some
     mine = [i % len(prompts) for i in range(env.rank * per, (env.rank + 1) * per)]
     cond, null_cond = ({k: v[mine] for k, v in (c or {}).items()} for c in (cond, null_cond))
-    videos = generate(base, env, [prompts[i] for i in mine], [seeds[i] for i in mine], args, cond=cond,
-                      null_cond=null_cond)
+    videos = generate(base, env, [prompts[i] for i in mine], [seeds[i] for i in mine], args, args.batch,
+                      cond=cond, null_cond=null_cond)
     if env.world == 1:
         return videos
     parts = [None] * env.world
@@ -559,8 +559,7 @@ def read_jobs(args, row):
             return prompts, clips
         index, known = clips[0].parent / "index.jsonl", {}
         if index.is_file():  # a folder that sample.py wrote: its own prompts
-            rows = [json.loads(line) for line in index.read_text().splitlines()]
-            known = {row.get("file"): row.get("prompt", "") for row in rows}
+            known = {row.get("file"): row.get("prompt", "") for row in read_lines(index)}
         return [args.prompt or known.get(clip.name, "") for clip in clips], clips
     if row.first_frame and not args.image:
         pairs = read_image_prompts(args.prompts)
@@ -659,7 +658,7 @@ def main(argv=None):
         if args.judge and row.first_frame:
             jobs = [(prompt, out / f"{j:04d}.png", seed) for j, (prompt, _, seed) in enumerate(jobs)]
         rows = [dict(file=f"{j:04d}.mp4", prompt=prompt, seed=seed, base=base.name, adapters=adapters,
-                     **(given | ({own: str(file)} if file else {})), **settings)
+                     **(given | ({own: str(file)} if file else {})), **settings, more=args.more)
                 for j, (prompt, file, seed) in enumerate(jobs)]
         write_atomic(out / "index.jsonl", lambda p: p.write_text("".join(json.dumps(r) + "\n" for r in rows)))
         shown = rows[:32]

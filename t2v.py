@@ -15,7 +15,7 @@ spatial layers sharp), offset noise, a moving average of the weights, latents an
     python t2v.py ... --resume                              # goes on bit for bit
     python sample.py --ckpt out/t2v --prompt "..."
 
-Memory: LoRA on ModelScope, 16 frames of 256x256, bf16, batch 1: 7.4 GB at peak on an H100. Full fine-tuning
+Memory: LoRA on ModelScope, 16 frames of 256x256, bf16, batch 1: at most 7.4 GB on an H100. Full fine-tuning
 of it keeps 4 fp32 copies of 1.41 G parameters (weights, gradients, two moments: 22.6 GB) plus the activations
 of one recomputed block (not measured).
 
@@ -36,9 +36,9 @@ import torch.distributed as dist
 
 from bases import base_row, fill, load_base
 from common import (
-    COUNT, DECAY, NATURAL, POSITIVE, SHARE, UNSIGNED, FiniteGuard, Log, Parser, UserError, agree_to_stop,
-    apply_defaults, catch_signals, check_out, draw_curve, generator, load_state, lr_at, memory_advice,
-    my_samples, save_checkpoint, seed_of, setup, trained)
+    COUNT, DECAY, NATURAL, POSITIVE, SHARE, UNSIGNED, FiniteGuard, Log, MySamples, Parser, UserError,
+    agree_to_stop, apply_defaults, catch_signals, check_out, draw_curve, generator, load_state, lr_at,
+    memory_advice, move_average, save_checkpoint, seed_of, setup, trained)
 from data import TinyWorld, VideoDataset, contact_sheet, encode_once, read_batches, read_prompts
 from diffusion import diffusion_loss, offset_noise, randn
 from models import add_lora, parallelize, sync_gradients
@@ -144,7 +144,8 @@ def main(argv=None):
     env = setup(args)
     dtype = env.dtype if args.rank else torch.float32  # trained weights are kept in fp32
     base = load_base(args.base, args.weights, env.device, dtype, scratch=args.scratch)
-    base.tokenize([*previews, args.negative])  # a word that it does not know is refused now
+    if base.row.text is None:  # a word that the tiny world does not know is refused now
+        base.tokenize([*previews, args.negative, *(row[2] for row in rows if args.data)])
 
     # ---- what is trained: LoRA branches, or the network; from scratch the tiny text encoder as well
     if args.rank:
@@ -152,30 +153,31 @@ def main(argv=None):
     else:
         base.net.requires_grad_(True)
         base.text_encoder.requires_grad_(args.scratch and args.base == "tiny")
-    base.vae.to(env.dtype)
+    taught = [k for k, m in base.parts().items() if any(p.requires_grad for p in m.parameters())]
+    base.freeze(env.dtype, but=taught)  # what is frozen takes half the room
     base.net.grad_ckpt = args.grad_ckpt
     base.net.train()
-    parts = {"": base.net, "text_encoder.": base.text_encoder}
     net = parallelize(base.net, args.parallel, env.device, args.offload)
     if any(p.requires_grad for p in base.text_encoder.parameters()):
         base.text_encoder = parallelize(base.text_encoder, "ddp", env.device)
-    params = trained(parts)
+    params = trained({"": base.net, "text_encoder.": base.text_encoder})
     opt = torch.optim.AdamW(params.values(), args.lr, args.betas, weight_decay=args.wd)
     scaler = torch.amp.GradScaler(env.device.type, enabled=env.dtype == torch.float16)
     ema = {k: p.detach().clone() for k, p in params.items()} if args.ema else None
-    start, seen = load_state(args, state, params, opt, ema, scaler)
+    start, seen = load_state(args, env, state, params, opt, ema, scaler)
     meta = dict(
         method="t2v", base=args.base, rank=args.rank, alpha=args.alpha, lora_targets=args.lora_targets,
         sample=settings)
-    log = Log(args, env, {"net": base.net, "text encoder": base.text_encoder, "vae": base.vae}, start)
+    log = Log(args, env, base.parts(), start)
     if args.cache_latents:
-        about = dict(base=args.base, size=size, fps=args.read_fps, seed=args.seed, rows=seed_of(rows))
+        about = dict(base=args.base, weights=args.weights, size=size, fps=args.read_fps, seed=args.seed,
+                     rows=seed_of(rows))
         data = encode_once(Path(args.out, "latents"), data, lambda batch: {
             k: v.half() for k, v in moments(base.vae, batch["video"], env).items()}, about, env, args.workers)
         if not args.scratch:  # the text tower is done, too
             with torch.no_grad(), env.autocast():
                 base.remember([*data.texts(), args.negative, *previews])
-    numbers = my_samples(args, env, start, seen)
+    numbers = MySamples(args, env, start, seen)
     batches = read_batches(data, numbers, args.seed, args.workers)
     guard = FiniteGuard(env)
     catch_signals(env)
@@ -209,7 +211,7 @@ def main(argv=None):
         seen += args.batch * args.accum * env.world
         if ema:  # warmed up, so that the random start is forgotten
             decay = min(args.ema, (step + 1) / (step + 10))
-            torch._foreach_lerp_(list(ema.values()), [p.detach() for p in params.values()], 1 - decay)
+            move_average(ema, params, decay)
         log.step(step, loss=total, grad=norm, lr=opt.param_groups[0]["lr"])
 
         done, stop = step + 1, agree_to_stop(env)

@@ -461,8 +461,24 @@ def dino_name(key):
 
 # ---- the tiny world's text encoder
 
+def tiny_tokenize(numbers, length, texts):
+    """List of str -> (b, length) long, by {word: number}; a word without one is refused."""
+    ids = torch.zeros(len(texts), length, dtype=torch.long, device="cpu")
+    for i, text in enumerate(texts):
+        words = text.lower().replace(",", " ").split()
+        unknown = [w for w in words if w not in numbers]
+        if unknown:
+            raise UserError(f"prompt {text!r}: the tiny world does not know {unknown[0]!r}; "
+                            f"its words: {' '.join(numbers)}")
+        if len(words) > length:
+            raise UserError(f"prompt {text!r}: {len(words)} words, "
+                            f"the tiny world's captions have at most {length}")
+        ids[i, :len(words)] = torch.tensor([numbers[w] for w in words], dtype=torch.long)
+    return ids
+
+
 class TinyText(nn.Module):
-    """A word a token, one transformer block, trained with the tiny network. Unknown words are refused."""
+    """A word a token, one transformer block, trained with the tiny network; see tiny_tokenize()."""
 
     def __init__(self, words, width=64, heads=2, layers=1, context_length=10):
         super().__init__()
@@ -472,21 +488,6 @@ class TinyText(nn.Module):
         self.positional_embedding = nn.Parameter(0.02 * torch.randn(context_length, width))
         self.transformer = Transformer(width, heads, layers)
         self.ln_final = nn.LayerNorm(width)
-
-    def tokenize(self, texts):
-        """List of str -> (b, context_length) long."""
-        ids = torch.zeros(len(texts), self.context_length, dtype=torch.long, device="cpu")
-        for i, text in enumerate(texts):
-            words = text.lower().replace(",", " ").split()
-            unknown = [w for w in words if w not in self.words]
-            if unknown:
-                raise UserError(f"prompt {text!r}: the tiny world does not know {unknown[0]!r}; "
-                                f"its words: {' '.join(self.words)}")
-            if len(words) > self.context_length:
-                raise UserError(f"prompt {text!r}: {len(words)} words, "
-                                f"the tiny world's captions have at most {self.context_length}")
-            ids[i, :len(words)] = torch.tensor([self.words[w] for w in words], dtype=torch.long)
-        return ids
 
     def forward(self, ids):
         """ids (b, n) -> token features (b, n, width)."""

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One launcher for every method:  ./torchrun.sh vader.py --base modelscope --weights W ...
 # GPUs of this machine by default; NPROC=2 picks another number of processes. Several machines: the same line on
-# each; they meet at HOST, the address of one of them (port 29500 unless given), in any order:
+# each; they meet at HOST, the address of one of them (port 29400 unless given), in any order:
 #   NODES=2 HOST=10.0.0.1 ./torchrun.sh t2v.py --base modelscope --weights W --data clips.csv --rank 0 --parallel fsdp
 # RESTARTS=3 starts all again when a process dies (give --resume as well: it goes on from the last checkpoint).
 #

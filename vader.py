@@ -21,7 +21,7 @@ before/*.mp4 and after/*.mp4.
 
 Memory: with --backprop last and one decoded frame, one network call (both guidance branches) and one
 decoder call hold activations; blocks are recomputed (--grad-ckpt). Peak on an H100, bf16, batch 1, the text
-tower gone: ModelScope, 16 frames of 256x256, 7.4 GB; VideoCrafter2, 16 frames of 320x512, 8.7 GB.
+tower gone: ModelScope, 16 frames of 256x256, at most 7.4 GB; VideoCrafter2, 16 of 320x512, 8.7 GB.
 
 Differences from the original code
  - Gradients are averaged over GPUs. (The original samples through `.module`, so DDP never sees a backward
@@ -41,9 +41,9 @@ import torch.distributed as dist
 
 from bases import fill, latent_shape, load_base
 from common import (
-    COUNT, DECAY, NATURAL, POSITIVE, REAL, SHARE, UNSIGNED, FiniteGuard, Log, Parser, UserError,
+    COUNT, DECAY, NATURAL, POSITIVE, REAL, SHARE, UNSIGNED, FiniteGuard, Log, MySamples, Parser, UserError,
     agree_to_stop, append_line, apply_defaults, catch_signals, check_out, draw_curve, generator, keep_lines,
-    load_state, lr_at, memory_advice, my_samples, save_checkpoint, setup, trained)
+    load_state, lr_at, memory_advice, save_checkpoint, setup, trained)
 from data import batch_indices, contact_sheet, read_prompts, tiny_prompts, write_video
 from diffusion import ddim, ddim_timesteps, guided, randn
 from metrics import judge_captions
@@ -178,15 +178,16 @@ def main(argv=None):
     params = trained({"": net})
     opt = torch.optim.AdamW(params.values(), args.lr, args.betas, weight_decay=args.wd)
     scaler = torch.amp.GradScaler(env.device.type, enabled=env.dtype == torch.float16)
-    start, seen = load_state(args, state, params, opt, scaler=scaler)
+    start, seen = load_state(args, env, state, params, opt, scaler=scaler)
     meta = dict(
         method="vader", base=args.base, rank=args.rank, alpha=args.alpha, lora_targets=args.lora_targets,
         sample=settings)
-    parts = base.parts()
+    texts = [*prompts, *(p + args.suffix for p in held_out[:args.eval_n]), args.negative]
+    base.tokenize(texts)  # a word that the tiny world does not know is refused now
+    log = Log(args, env, base.parts(), start)
     with torch.no_grad(), env.autocast():  # every text once; then the text tower goes
-        base.remember([*prompts, *(p + args.suffix for p in held_out[:args.eval_n]), args.negative])
-    log = Log(args, env, parts, start)
-    numbers = my_samples(args, env, start, seen)
+        base.remember(texts)
+    numbers = MySamples(args, env, start, seen)
     guard = FiniteGuard(env)
     catch_signals(env)
     if env.main:
@@ -200,12 +201,11 @@ def main(argv=None):
             group["lr"] = lr_at(step, args)
         total = torch.zeros((), device=env.device)
         for micro in range(args.accum):
-            g = generator(args.seed, step, micro)  # the same on every process: all do the same amount of work
-            grad_last = backprop_steps(args.backprop, updates, g)
-            frames = pick_frames(args.decode, args.frames, g)
-            # prompts and noise by the sample's number in the run: however the samples are dealt to processes
-            # and micro-steps, the run is the same
+            # prompts, noise and the frame by the sample's number in the run: however the samples are dealt to
+            # processes and micro-steps, the run is the same
             mine = numbers[(step - start) * args.accum + micro]
+            grad_last = backprop_steps(args.backprop, updates, generator(args.seed, step, "depth"))
+            frames = pick_frames(args.decode, args.frames, generator(args.seed, "frame", mine[0]))
             texts = [prompts[i] for i in batch_indices(len(prompts), mine[0], args.batch, args.seed)]
             generators = [generator(args.seed, "sample", i) for i in mine]
             x_T = randn((args.batch, *shape), generators, env.device)

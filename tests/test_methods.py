@@ -1,12 +1,15 @@
 """Every method end to end on the tiny base: it trains, saves, resumes bit for bit, sample.py plays it."""
 import argparse
+import gc
 import json
+import weakref
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import data
+import i2vgen
 import models
 import sample
 import t2v
@@ -121,6 +124,28 @@ def test_one_step_of_videocrafter2(method, public, tmp_path, monkeypatch):
     seen.clear()  # and goes with the checkpoint
     sample.main(["--ckpt", str(tmp_path / "run"), "--prompt", "a fox", "--out", str(tmp_path / "s")])
     assert seen and all(fps == [5] for fps in seen)
+
+
+@pytest.mark.parametrize("module, args", [
+    (vader, ["--sample-steps", "2", "--eval-n", "1"]), (t2v, ["--rank", "2", "--preview-every", "0"]),
+    (t2v, ["--preview-every", "0"]), (i2vgen, ["--base", "tiny-i2v", "--eval-n", "1"])])
+def test_the_text_tower_goes_when_all_texts_are_encoded(module, args, tmp_path, monkeypatch):
+    towers, load, save = [], module.load_base, module.save_checkpoint
+
+    def spy(*args, **kw):
+        base = load(*args, **kw)
+        towers.append(weakref.ref(base.text_encoder))
+        return base
+
+    def check(*args, **kw):
+        gc.collect()
+        towers.append(towers[0]() is None)
+        save(*args, **kw)
+    monkeypatch.setattr(module, "load_base", spy)
+    monkeypatch.setattr(module, "save_checkpoint", check)
+    monkeypatch.setattr(data.TinyWorld, "__len__", lambda self: 4)
+    module.main(["--base", "tiny", "--steps", "1", "--batch", "1", *args, "--out", str(tmp_path)])
+    assert towers[1:] == [True]
 
 
 def test_t2v_trains_from_scratch_with_its_text_encoder(tmp_path):
