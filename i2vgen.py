@@ -216,7 +216,7 @@ def main(argv=None):
         total = 0.0
         for micro in range(args.accum):
             batch, mine = next(batches), numbers[(step - start) * args.accum + micro]
-            generators = [generator(args.seed, "sample", i) for i in mine]  # all that is random comes from these
+            generators = [generator(args.seed, "sample", i) for i in mine]  # of all that is random
             torch.manual_seed(seed_of(args.seed, "dropout", mine[0]))
             x0, picture = draw_latents(base, batch, generators, env)
             x0 = x0[:, :, :1] if images else x0
