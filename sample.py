@@ -658,7 +658,8 @@ def main(argv=None):
         if args.judge and row.first_frame:
             jobs = [(prompt, out / f"{j:04d}.png", seed) for j, (prompt, _, seed) in enumerate(jobs)]
         rows = [dict(file=f"{j:04d}.mp4", prompt=prompt, seed=seed, base=base.name, adapters=adapters,
-                     **(given | ({own: str(file)} if file else {})), **settings, more=args.more)
+                     **(given | ({own: str(file)} if file else {})), **settings,
+                     **({"continue": args.more} if args.more else {}))
                 for j, (prompt, file, seed) in enumerate(jobs)]
         write_atomic(out / "index.jsonl", lambda p: p.write_text("".join(json.dumps(r) + "\n" for r in rows)))
         shown = rows[:32]

@@ -829,7 +829,7 @@ def train_tiny(base, out, steps, decoder_steps, batch, lr=2e-3, seed=0, device="
             loss = scaled.abs().mean() + scaled.square().mean() + 1e-4 * kl
             opt.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
             opt.step()
             schedule.step()
             if step % 100 == 0 or step == n - 1:
@@ -850,6 +850,9 @@ if __name__ == "__main__":
     p.add_argument("--batch", type=COUNT, help="a step's frames (tiny: 64) or clips (tiny-cogvideox: 8)")
     p.add_argument("--device", default="cpu", help="cuda or cpu")
     args = p.parse_args()
+    least = 4 if args.base == "tiny" else 2
+    if args.batch and args.batch < least:
+        raise UserError(f"--batch {args.batch}: {args.base} needs {least} or more")
     if args.device != "cpu" and not torch.cuda.is_available():
         raise UserError(f"--device {args.device}: PyTorch sees no GPU; try --device cpu")
     train_tiny(args.base, args.out or f"assets/{args.base}.safetensors", args.steps, args.decoder_steps,

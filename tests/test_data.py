@@ -274,12 +274,20 @@ def test_cut_off_and_empty_videos(tmp_path):
     assert read_video(tmp_path / "half.avi", 8)[0].shape == (3, 8, 64, 64)  # what is there can be used
 
 
-def test_a_long_film_is_searched_by_time(tmp_path):
-    """Each frame shows its number as stripes."""
-    stripes = [np.array([255 * (i >> b & 1) for b in range(12)], np.uint8) for i in range(2100)]
-    frames = [np.kron(s, np.ones((32, 8), np.uint8))[..., None].repeat(3, -1) for s in stripes]
-    path = encode(tmp_path / "film.mp4", frames, rate=30)
-    for start in (0, 299, 301, 1250, 2092):
+def numbered(frame):
+    """32 x 96 pixels that show a number below 4,096 as stripes."""
+    stripes = np.array([255 * (frame >> b & 1) for b in range(12)], np.uint8)
+    return np.kron(stripes, np.ones((32, 8), np.uint8))[..., None].repeat(3, -1)
+
+
+@pytest.mark.parametrize("times", ["even", "late", "sparse, then dense"])
+def test_a_long_film(times, tmp_path):
+    """Searched by time where the rate is constant; else counted, or where time does not start at 0."""
+    n = 2100 if times == "even" else 800
+    at = {"even": range(n), "late": range(450, 450 + n),
+          "sparse, then dense": [*range(0, 4 * 400, 4), *range(1600, 1600 + n - 400)]}[times]
+    path = encode(tmp_path / "film.mp4", [numbered(i) for i in range(n)], rate=30, times=list(at))
+    for start in (0, 299, 301, 310, 500, n - 300, n - 8):
         video, _ = read_video(path, 8, start=start)
         bits = (video[0, :, 16, 4::8] > 0).long()
         assert (bits << torch.arange(12)).sum(1).tolist() == list(range(start, start + 8))
