@@ -69,6 +69,22 @@ def test_five_steps_of_many_processes_equal_one(method, processes, parallel, one
     assert relative(many, one(method), "weights") < 1e-6
 
 
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
+def test_fsdp_of_frozen_half_precision_and_trained_float32(dtype, tmp_path):
+    state = launch(2, tmp_path, *VADER, "--dtype", dtype, "--parallel", "fsdp", "--steps", "3")
+    assert all(v.dtype == torch.float32 and v.isfinite().all() for v in state["weights"].values())
+    assert any(v.abs().max() > 0 for k, v in state["weights"].items() if "lora_B" in k)
+
+
+@pytest.mark.slow
+def test_fsdp_from_scratch(tmp_path):
+    """A sharded network, its text encoder whole on each process, and the moving average of both."""
+    args = [*T2V, "--scratch", "--steps", "3", "--preview-every", "3"]
+    one = launch(1, tmp_path / "one", *args, "--accum", "2")
+    two = launch(2, tmp_path / "two", *args, "--parallel", "fsdp")
+    assert relative(two, one, "weights") < 1e-5 and two["ema"].keys() == two["weights"].keys()
+
+
 def test_a_run_goes_on_with_other_processes(one, tmp_path):
     """DDP on 2, FSDP2 on 2, then one process: the run that one process makes alone, and no sample twice."""
     part = [*T2V, "--save-every", "1"]
