@@ -588,6 +588,8 @@ def check_out(args, method):
                             "give the same, or another --out")
     if state["step"] > args.steps:
         raise UserError(f"--resume: the run in {args.out} is at step {state['step']}: give a larger --steps")
+    for bad in files[:files.index(file)] if os.environ.get("RANK", "0") == "0" else ():
+        os.replace(bad, f"{bad}.corrupt")  # else the next save would make it the spare one
     return state
 
 

@@ -74,6 +74,8 @@ def test_a_harmed_state_is_named_and_the_one_before_it_taken(harm, whole, tmp_pa
     train(tmp_path, 4, "--resume")
     err = capsys.readouterr().err
     assert harm is Path.unlink or (str(tmp_path / "state.pt") in err and "trying the one before" in err)
+    assert (tmp_path / "state.pt.corrupt").exists() == (harm is not Path.unlink)
+    assert load_pickle(tmp_path / "state-previous.pt")["step"] in (2, 3)
     assert same(tmp_path, whole)
 
 
