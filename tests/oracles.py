@@ -1178,6 +1178,48 @@ def rectified_flow(case):
             raise Unsupported(f"function {call['fn']}")
     return result
 
+
+# ---- VADER's rollouts
+
+def rollout_gradient(case):
+    """The reward's gradient through the last updates of a sampler, toys for network and decoder."""
+    config, toy, result = case.config, case.toy, {}
+    if toy["name"] != "channel_tanh" or config["loss"]["name"] != "mean_square_to":
+        raise Unsupported(f"toy {toy['name']}, loss {config['loss']['name']}")
+    for name, variant in config["variants"].items():
+        lora, x_T = case.input("lora_w").requires_grad_(), case.input("x_T")
+
+        def net(x, t, text):
+            mixed = torch.einsum("ij,bjfhw->bifhw", case.input("base_w") + lora, x)
+            shift = t.view(-1, 1, 1, 1, 1) / toy["t_div"] + text.flatten(1).mean(1).view(-1, 1, 1, 1, 1)
+            return toy["skip"] * x + toy["gain"] * torch.tanh(toy["inner"] * mixed + shift)
+        fn = diffusion.guided(net, case.input("cond"), case.input("uncond"), config["cfg"])
+        if config["sampler"] == "ddim_vc2":
+            schedule, times = sqrt_linear(config, use_scale=config["use_scale"]), []
+
+            def record(x, t):
+                times.append(int(t[0]))
+                return fn(x, t)
+            with mock.patch.object(diffusion, "randn_like", side_effect=case.input("step_noise")):
+                z = diffusion.ddim(record, x_T, schedule, config["S"], config["eta"],
+                                   grad_last=config["calls"] - variant["cut"])
+            result["ddim_timesteps"] = torch.tensor(times[::-1])
+        elif config["sampler"] == "rflow" and config["mask"] is None:
+            steps = config["num_sampling_steps"]
+            size = [config[k] for k in ("num_frames", "height", "width")]
+            z = diffusion.rflow(fn, x_T, steps, size if config["use_timestep_transform"] else None,
+                                grad_last=steps - variant["cut"])
+        else:
+            raise Unsupported(f"sampler {config['sampler']}")
+        frames = torch.einsum("ij,bjfhw->bifhw", case.input("decoder"), z[:, :, variant["frames"]])
+        frames = toy["decode_scale"] * frames
+        loss = (frames - config["loss"]["target"]).square().mean()
+        loss.backward()
+        result |= {f"{name}.z": z, f"{name}.frames": frames, f"{name}.loss": loss.view(1),
+                   f"{name}.grad_lora_w": lora.grad}
+    return result
+
+
 # ---- CogVideoX and Diffusion as Shader. Their tensors are (b,f,c,h,w), ours (b,c,f,h,w)
 
 def swapped(x):
@@ -1456,6 +1498,7 @@ KINDS = {
     ("dit_forward", "stdit3"): stdit3_forward,
     ("vae_encode_decode", "opensora_vae"): opensora_vae,
     ("rectified_flow", "rflow"): rectified_flow,
+    ("rollout_gradient", "vader"): rollout_gradient,
     ("text_forward", "dreamvideo"): text_with_vectors,
     ("image_tower_forward", "dreamvideo"): image_tower,
     ("annotator_forward", "tft2v_unet"): annotator,
