@@ -139,7 +139,7 @@ sys.path.insert(0, {root!r})
 import argparse
 import torch, torch.distributed as dist
 import bases, t2v
-from common import Env, FiniteGuard, full, generator, my_samples, trained
+from common import Env, FiniteGuard, full, generator, MySamples, trained
 from data import TinyWorld, read_batches
 from models import add_lora, parallelize, sync_gradients
 
@@ -157,7 +157,7 @@ def run(mode, env, accum, rank):
     opt = torch.optim.AdamW(params.values(), 1e-3)
     args, guard = argparse.Namespace(batch=1, accum=accum, steps=5), FiniteGuard(env)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    numbers = my_samples(args, env, 0, 0)
+    numbers = MySamples(args, env, 0, 0)
     batches, grads = read_batches(TinyWorld(64), numbers), []
     for i, batch in enumerate(batches):
         generators = [generator("sample", n) for n in numbers[i]]
