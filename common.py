@@ -413,6 +413,17 @@ def move_average(ema, params, decay):
 
 
 @contextlib.contextmanager
+def using_average(params, ema):
+    """While it lasts, params {key: parameter} hold the moving average ema {key: tensor}; None: themselves."""
+    kept = {k: params[k].detach().clone() for k in ema or {}}
+    for k in kept:
+        params[k].data.copy_(ema[k])
+    yield
+    for k, weights in kept.items():
+        params[k].data.copy_(weights)
+
+
+@contextlib.contextmanager
 def memory_advice(*dials):
     """Turn an out-of-memory error into one line that lists the dials to turn, in that order.
 

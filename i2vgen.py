@@ -33,7 +33,8 @@ from bases import BASES, base_row, fill, load_base
 from common import (
     COUNT, DECAY, NATURAL, POSITIVE, SHARE, UNSIGNED, FiniteGuard, Log, MySamples, Parser, UserError,
     agree_to_stop, append_line, apply_defaults, catch_signals, check_out, draw_curve, generator, keep_lines,
-    load_state, lr_at, memory_advice, move_average, save_checkpoint, seed_of, setup, trained)
+    load_state, lr_at, memory_advice, move_average, save_checkpoint, seed_of, setup, trained,
+    using_average)
 from data import (
     MOTIONS, NEW_MOTIONS, TinyWorld, VideoDataset, center_crop_wide, contact_sheet, encode_once, image_tensor,
     open_image, read_batches, read_image_prompts, tiny_pairs, write_video)
@@ -292,15 +293,11 @@ def evaluate(args, env, base, pairs, params, ema, step):
     name = {0: "before", args.steps: "after"}.get(step, f"step-{step}")
     images, captions = zip(*pairs)
     base.net.eval()
-    kept = {k: p.detach().clone() for k, p in params.items()} if ema else {}
-    for k in kept:
-        params[k].data.copy_(ema[k])
-    with env.autocast():
-        cond, null = conditions(base, env, args, images)
     seeds = [f"eval-{i}" for i in range(len(pairs))]
-    videos = generate_split(base, env, list(captions), seeds, args, cond, null)
-    for k, weights in kept.items():
-        params[k].data.copy_(weights)
+    with using_average(params, ema):
+        with env.autocast():
+            cond, null = conditions(base, env, args, images)
+        videos = generate_split(base, env, list(captions), seeds, args, cond, null)
     base.net.train()
     if not env.main:
         return

@@ -38,7 +38,8 @@ from bases import base_row, fill, load_base
 from common import (
     COUNT, DECAY, NATURAL, POSITIVE, SHARE, UNSIGNED, FiniteGuard, Log, MySamples, Parser, UserError,
     agree_to_stop, apply_defaults, catch_signals, check_out, draw_curve, generator, load_state, lr_at,
-    memory_advice, move_average, save_checkpoint, seed_of, setup, trained)
+    memory_advice, move_average, save_checkpoint, seed_of, setup, trained,
+    using_average)
 from data import TinyWorld, VideoDataset, contact_sheet, encode_once, read_batches, read_prompts
 from diffusion import diffusion_loss, offset_noise, randn
 from models import add_lora, parallelize, sync_gradients
@@ -248,12 +249,8 @@ def draw_latents(vae, batch, generators, env):
 def preview(args, env, base, params, ema, done, prompts):
     """Sample the preview prompts (averaged weights, always the same noise) -> out/preview-<step>.png."""
     base.net.eval()
-    kept = {k: p.detach().clone() for k, p in params.items()} if ema else {}
-    for k in kept:
-        params[k].data.copy_(ema[k])
-    videos = generate_split(base, env, prompts, [f"preview-{i}" for i in range(len(prompts))], args)
-    for k, weights in kept.items():
-        params[k].data.copy_(weights)
+    with using_average(params, ema):
+        videos = generate_split(base, env, prompts, [f"preview-{i}" for i in range(len(prompts))], args)
     base.net.train()
     if env.main:
         contact_sheet(list(videos), Path(args.out, f"preview-{done}.png"), prompts)
