@@ -25,7 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from common import COUNT, POSITIVE, Parser, UserError, generator, warn, write_atomic
+from common import (COUNT, POSITIVE, Parser, UserError, generator, load_strict, load_weights, warn,
+                    write_atomic)
 
 # ---- the tiny world: one coloured shape on a plain background that moves, grows, shrinks or stands still
 
@@ -463,6 +464,45 @@ def read_image(path, size=None):
     """-> (3, h, w) in [-1, 1]; size = (h, w) scales and centre-crops, see resize_crop."""
     pixels = torch.from_numpy(np.array(open_image(path))).permute(2, 0, 1).float()
     return _to_float(resize_crop(pixels, size) if size else pixels)
+
+
+# ---- optical flow
+
+RAFT = {"small": "raft_small_C_T_V2-01064c6d.pth", "large": "raft_large_C_T_SKHT_V2-ff5fadd5.pth"}
+
+
+def raft(size="small", weights=None, device="cpu"):
+    """torchvision's RAFT (arXiv 2003.12039), frozen -> flow(a, b): frames (n,3,h,w) in [-1,1] -> (n,2,h,w).
+
+    The flow is in pixels, x then y: what is at (x, y) in a is at (x, y) + flow in b. Differentiable in a, b.
+    weights: local file of torchvision's weights (None: PyTorch's hub). Frames of which a side is no multiple
+    of 8, or below 128, are enlarged for the network.
+    """
+    from torchvision.models import optical_flow
+    network = getattr(optical_flow, f"raft_{size}")()
+    if weights is None:
+        url = f"https://download.pytorch.org/models/{RAFT[size]}"
+        try:
+            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", progress=False)
+        except Exception as e:  # offline, or no such file any more
+            raise UserError(f"cannot get {url} ({type(e).__name__}); download {RAFT[size]} elsewhere and "
+                            "give it with --flow-weights") from None
+    else:
+        state = load_weights(weights)
+    load_strict(network, state, weights or f"RAFT {size}")
+    network.requires_grad_(False).eval().to(device)
+
+    def flow(a, b):
+        h, w = a.shape[2:]
+        large = [max(128, -(-side // 8) * 8) for side in (h, w)]
+        if large != [h, w]:
+            a, b = (F.interpolate(x, large, mode="bilinear", align_corners=False) for x in (a, b))
+        found = network(a, b)[-1]  # the last of 12 refinements
+        if large != [h, w]:
+            found = F.interpolate(found, (h, w), mode="bilinear", align_corners=False)
+            found = found * found.new_tensor([w / large[1], h / large[0]]).view(2, 1, 1)
+        return found
+    return flow
 
 
 # ---- reading videos
