@@ -351,6 +351,37 @@ def lcm(net_fn, x_T, schedule, steps, generators=None, origin=50, spacing="strid
 
 # ---- DPM-Solver++ (Lu et al., arXiv 2211.01095)
 
+def dpmpp_2m(net_fn, x_T, schedule, steps, grad_last=0, progress=None):
+    """DPM-Solver++(2M), algorithm 2: noise x_T (b,c,f,h,w) -> latents. diffusers' for ModelScope, VADER's.
+
+    No noise is drawn. With lam = ln sqrt(ab / (1 - ab)) and h = lam' - lam, from t to t':
+
+        x' = sqrt((1 - ab') / (1 - ab)) x + (1 - exp(-h)) sqrt(ab') D
+        D = x0 + h / (2 h_last) (x0 - x0_last)
+
+    "linspace" steps, 999 = t_1 > ... > t_n, evenly spaced towards 0; the last update goes to x0 itself.
+    grad_last: as in ddim().
+    """
+    num = len(schedule.alpha_bar)
+    times = [int(t) for t in np.linspace(0, num - 1, steps + 1).round()[:0:-1]]
+    ab = schedule.alpha_bar
+    lam = 0.5 * (ab / (1 - ab)).log()
+    x, last, h_last = x_T, None, None
+    updates = list(zip(times, times[1:] + [-1]))
+    for i, (t, t_prev) in enumerate(progress(updates) if progress else updates):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and i >= steps - grad_last):
+            out = net_fn(x, torch.full((len(x),), t, device=x.device))
+            x0 = schedule.to_x0(out.float(), x, t)
+            if t_prev < 0:
+                return x0
+            h, d = (lam[t_prev] - lam[t]).item(), x0
+            if last is not None:
+                d = x0 + h / (2 * h_last) * (x0 - last)
+            keep = ((1 - ab[t_prev]) / (1 - ab[t])).sqrt().item()
+            x = keep * x - math.expm1(-h) * ab[t_prev].sqrt().item() * d
+            last, h_last = x0, h
+
+
 @torch.no_grad()
 def dpmpp_2m_sde(net_fn, x_T, schedule, steps, generators=None, levels=None, progress=None):
     """SDE-DPM-Solver++(2M) from step levels - 1 (default: the last): x_T (b,c,f,h,w) -> latents. SR600's.
@@ -460,8 +491,7 @@ def rflow(net_fn, x_T, steps, size=None, frame_mask=None, generators=None, grad_
     return x
 
 
-@torch.no_grad()
-def cogvideox_dpm(net_fn, x_T, schedule, steps, generators=None, progress=None):
+def cogvideox_dpm(net_fn, x_T, schedule, steps, generators=None, grad_last=0, progress=None):
     """SDE-DPM-Solver++(2M), the sampler of CogVideoX-5B: noise x_T (b,c,f,h,w) -> latents, ab_T = 0.
 
     With lam = ln sqrt(ab / (1 - ab)), from t to t' of ddim_updates, h = lam' - lam and q = exp(-2 h):
@@ -470,25 +500,26 @@ def cogvideox_dpm(net_fn, x_T, schedule, steps, generators=None, progress=None):
         D = x0 + h / (2 h_last) (x0 - x0_last),    h_last = lam - lam_last
 
     the solver of dpmpp_2m_sde in another parametrisation; but its first step, from lam = -inf (q = 0), adds
-    fresh noise, and t' is CogVideoX's.
+    fresh noise, and t' is CogVideoX's. grad_last: as in ddim().
     """
     ab = schedule.alpha_bar
     lam = 0.5 * (ab / (1 - ab)).log()  # -inf at the last step, which makes q = 0 and 1 / h_last = 0
     x, last, t_last = x_T, None, None
     updates = ddim_updates(steps, len(ab), "cogvideox")
-    for t, t_prev in progress(updates) if progress else updates:
-        out = net_fn(x, torch.full((len(x),), t, device=x.device))
-        x0 = schedule.to_x0(out.float(), x, t)
-        if t_prev < 0:
-            return x0
-        h, d = lam[t_prev] - lam[t], x0
-        if last is not None:
-            d = x0 + (h / (2 * (lam[t] - lam[t_last]))).item() * (x0 - last)
-        q, fresh = (-2 * h).exp(), -(-2 * h).expm1()
-        keep, jump = (q * (1 - ab[t_prev]) / (1 - ab[t])).sqrt(), fresh * ab[t_prev].sqrt()
-        spread = (fresh * (1 - ab[t_prev])).sqrt()
-        x = keep.item() * x + jump.item() * d + spread.item() * randn_like(x, generators)
-        last, t_last = x0, t
+    for i, (t, t_prev) in enumerate(progress(updates) if progress else updates):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and i >= len(updates) - grad_last):
+            out = net_fn(x, torch.full((len(x),), t, device=x.device))
+            x0 = schedule.to_x0(out.float(), x, t)
+            if t_prev < 0:
+                return x0
+            h, d = lam[t_prev] - lam[t], x0
+            if last is not None:
+                d = x0 + (h / (2 * (lam[t] - lam[t_last]))).item() * (x0 - last)
+            q, fresh = (-2 * h).exp(), -(-2 * h).expm1()
+            keep, jump = (q * (1 - ab[t_prev]) / (1 - ab[t])).sqrt(), fresh * ab[t_prev].sqrt()
+            spread = (fresh * (1 - ab[t_prev])).sqrt()
+            x = keep.item() * x + jump.item() * d + spread.item() * randn_like(x, generators)
+            last, t_last = x0, t
     return x
 
 

@@ -41,7 +41,7 @@ from data import (
 from diffusion import diffusion_loss, offset_noise, randn
 from metrics import judge_captions
 from models import CogVideoXConfig, add_lora, parallelize, sync_gradients
-from sample import conditions, first_frame_kept, frame_picture, frame_rate, generate_split, tower_image
+from sample import first_frame_kept, frame_picture, frame_rate, generate_split, tower_image
 
 # CogVideo's finetune/; its SAT: --rank 0 --lr 1e-5 --betas 0.9 0.95 --wd 1e-4 --clip 0.1 --drop-text 0.1
 COGVIDEOX = dict(rank=128, alpha=64.0, lr=2e-5, warmup=100, ema=0.0, drop_text=0.0, drop_image=0.05,
@@ -295,9 +295,7 @@ def evaluate(args, env, base, pairs, params, ema, step):
     base.net.eval()
     seeds = [f"eval-{i}" for i in range(len(pairs))]
     with using_average(params, ema):
-        with env.autocast():
-            cond, null = conditions(base, env, args, images)
-        videos = generate_split(base, env, list(captions), seeds, args, cond, null)
+        videos = generate_split(base, env, list(captions), seeds, args, images)
     base.net.train()
     if not env.main:
         return

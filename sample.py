@@ -36,12 +36,13 @@ from common import (COUNT, NATURAL, REAL, SHARE, Env, Parser, UserError, check_w
 from data import (MOTIONS, NEW_MOTIONS, center_crop_wide, clip_image, contact_sheet, image_tensor,
                   list_videos, open_image, opensora_size, parse, read_image_prompts, read_map, read_prompts,
                   read_video, tiny_captions, tiny_pairs, to_uint8, video_info, write_video)
-from diffusion import (appearance_matrix, cogvideox_dpm, ddim, ddim_invert, dpmpp_2m_sde, dynamic_guidance,
+from diffusion import (appearance_matrix, cogvideox_dpm, ddim, ddim_invert, dpmpp_2m, dpmpp_2m_sde,
+                       dynamic_guidance,
                        guided, lcm, make_schedule, offset_noise, randn, rflow)
 from metrics import judge_captions, psnr
 from models import STDiT3Config, UNetConfig, add_lora, guidance_embedding, merge_lora
 
-SAMPLERS = ("ddim", "lcm", "dpm", "rflow", "higen", "sr600")
+SAMPLERS = ("ddim", "lcm", "dpmpp", "dpm", "rflow", "higen", "sr600")
 
 
 # ---- samplers that are more than one loop
@@ -81,32 +82,61 @@ def sr600(net, schedule, text, null, latents, steps, cfg, generators=None, level
 
 # ---- prompts to videos
 
+def rollout(net, base, prompts, x_T, args, generators, cond=None, null_cond=None, sequential=False,
+            grad_last=0, progress=None):
+    """Prompts and noise x_T (n,c,f,h,w) -> latents, by the sampler and the guidance of args (bases.fill()).
+
+    net: base.net, or what DDP or FSDP made of it. cond, null_cond: {condition of the network: tensor (n,
+    ...)}, the second replacing some in the unconditional branch. generators: one a clip, for what the sampler
+    draws. grad_last: the last K updates record gradients (VADER), which texts and conditions have none of.
+    """
+    texts, n, device = [prompt + args.suffix for prompt in prompts], len(prompts), x_T.device
+    cond, null_cond = dict(cond or {}) | frame_rate(args, n, device), dict(null_cond or {})
+    with torch.no_grad():
+        text, null = base.encode_text(texts), base.encode_null(args.negative, n)
+        if base.row.unet.motion_blocks:
+            cond["motion_text"] = base.encode_text(texts, motion=True)
+            null_cond["motion_text"] = base.encode_text([args.negative] * n, motion=True)
+    if args.sampler == "lcm":
+        return lcm(distilled(net, text, cond, args), x_T, base.schedule, args.sample_steps, generators,
+                   args.origin, args.spacing, progress)
+    if args.sampler == "rflow":
+        cond |= {k: torch.full((n,), float(getattr(args, k)), device=device) for k in ("height", "width")}
+        cond["text_mask"] = (base.tokenize(texts) != 0).to(device)  # in both branches, as published
+    cfg, rule = args.cfg, getattr(args, "dynamic_cfg", None) or "off"
+    if rule != "off":
+        cfg = dynamic_guidance(cfg, args.sample_steps, as_published=rule == "published")
+    fn = guided(net, text, null, cfg, sequential=sequential, null_cond=null_cond, **cond)
+    many = dict(grad_last=grad_last, progress=progress)
+    if args.sampler == "rflow":
+        size = args.frames, args.height, args.width
+        return rflow(fn, x_T, args.sample_steps, size, generators=generators, **many)
+    if args.sampler == "dpm":
+        return cogvideox_dpm(fn, x_T, base.schedule, args.sample_steps, generators, **many)
+    if args.sampler == "dpmpp":
+        return dpmpp_2m(fn, x_T, base.schedule, args.sample_steps, **many)
+    return ddim(fn, x_T, base.schedule, args.sample_steps, args.eta, generators, spacing=args.spacing, **many)
+
+
 @torch.no_grad()
 def generate(base, env: Env, prompts, seeds, args, batch=8, progress=False, cond=None, null_cond=None,
              video=None, sequential=False, chunk=16):
     """Prompts -> videos (n,3,f,h,w) in [-1,1] on the CPU; clip i from noise keyed by seeds[i].
 
     args: sampling options, filled by bases.fill(): frames, height, width, negative, cfg, sample_steps, eta,
-    fps, sampler, ... cond, null_cond: {condition of the network: tensor (n, ...)}, the second replacing
-    some in the unconditional branch; video (n,3,f,h,w): what SR600 enlarges. Training previews and
-    evaluations call this too: what they show is what one gets.
+    fps, sampler, ... cond, null_cond: as for rollout(); video (n,3,f,h,w): what SR600 enlarges. Training
+    previews and evaluations call this too: what they show is what one gets.
     """
     shape, videos = latent_shape(base.name, args.frames, args.height, args.width), []
     bar = tqdm if progress else None
     for i in range(0, len(prompts), batch):
         part = slice(i, i + batch)
-        texts = [prompt + args.suffix for prompt in prompts[part]]
-        nulls, n = [args.negative] * len(texts), len(texts)
+        n = len(prompts[part])
         generators = [generator("sample", s) for s in seeds[part]]
         with env.autocast():
-            text, null = base.encode_text(texts), base.encode_null(args.negative, n)
-            c = {k: v[part].to(env.device) for k, v in (cond or {}).items()}
-            u = {k: v[part].to(env.device) for k, v in (null_cond or {}).items()}
-            c |= frame_rate(args, n, env.device)
-            if base.row.unet.motion_blocks:
-                c["motion_text"] = base.encode_text(texts, motion=True)
-                u["motion_text"] = base.encode_text(nulls, motion=True)
-
+            if args.sampler in ("sr600", "higen"):
+                text = base.encode_text([prompt + args.suffix for prompt in prompts[part]])
+                null = base.encode_null(args.negative, n)
             if args.sampler == "sr600":
                 latents = base.vae.encode(video[part].to(env.device), chunk=chunk)
                 latents = sr600(base.net, base.schedule, text, null, latents, args.sample_steps, args.cfg,
@@ -119,33 +149,32 @@ def generate(base, env: Env, prompts, seeds, args, batch=8, progress=False, cond
             if getattr(args, "start_offset", None):
                 shared = randn((n, *shape[:2], 1, 1), generators, env.device)
                 x_T = offset_noise(x_T, shared, args.start_offset)
-
             if args.sampler == "higen":
                 _, latents = higen(
                     base.net, base.schedule, text, null, image_noise, x_T, args.sample_steps, args.cfg,
                     args.eta, args.motion_factor, args.appearance_factor, sequential, bar)
-            elif args.sampler == "lcm":
-                latents = lcm(distilled(base.net, text, c, args), x_T, base.schedule, args.sample_steps,
-                              generators, args.origin, args.spacing, bar)
-            elif args.sampler == "rflow":
-                c |= {k: torch.full((n,), float(getattr(args, k)), device=env.device)
-                      for k in ("height", "width")}
-                c["text_mask"] = (base.tokenize(texts) != 0).to(env.device)  # in both branches, as published
-                fn = guided(base.net, text, null, args.cfg, sequential=sequential, **c)
-                latents = rflow(fn, x_T, args.sample_steps, (args.frames, args.height, args.width),
-                                generators=generators, progress=bar)
             else:
-                cfg, rule = args.cfg, getattr(args, "dynamic_cfg", None) or "off"
-                if rule != "off":
-                    cfg = dynamic_guidance(cfg, args.sample_steps, as_published=rule == "published")
-                fn = guided(base.net, text, null, cfg, sequential=sequential, null_cond=u, **c)
-                if args.sampler == "dpm":
-                    latents = cogvideox_dpm(fn, x_T, base.schedule, args.sample_steps, generators, bar)
-                else:
-                    latents = ddim(fn, x_T, base.schedule, args.sample_steps, args.eta, generators,
-                                   spacing=args.spacing, progress=bar)
+                c, u = ({k: v[part].to(env.device) for k, v in (d or {}).items()} for d in (cond, null_cond))
+                latents = rollout(base.net, base, prompts[part], x_T, args, generators, c, u, sequential,
+                                  progress=bar)
             videos.append(decode(base, latents, args.frames, chunk).float().clamp(-1, 1).cpu())
     return torch.cat(videos)
+
+
+def generate_from(base, env: Env, prompts, images, seeds, args, batch=8, more=0, maps=None, **options):
+    """generate() from images, a path or Pillow image each (None: words alone), and maps, see conditions().
+
+    more: each clip goes on so often, from its last frame, and is joined: (n,3,f + more (f - 1),h,w).
+    """
+    videos = []
+    for k in range(more + 1):
+        with env.autocast():
+            cond, null = conditions(base, env, args, images, maps)
+        later = seeds if k == 0 else [f"{s}-{k}" for s in seeds]
+        made = generate(base, env, prompts, later, args, batch, cond=cond, null_cond=null, **options)
+        videos.append(made if k == 0 else made[:, :, 1:])  # a later clip's first frame is there already
+        images = [frame_picture(video[:, -1]) for video in made] if k < more else None
+    return torch.cat(videos, dim=2)
 
 
 def decode(base, latents, frames, chunk):
@@ -175,13 +204,13 @@ def distilled(net, text, cond, args):
     return fn
 
 
-def generate_split(base, env: Env, prompts, seeds, args, cond=None, null_cond=None):
-    """generate(), the prompts shared out over the processes: each must call it, and each gets all videos."""
+def generate_split(base, env: Env, prompts, seeds, args, images=None, more=0):
+    """generate_from(), the prompts shared out over the processes: each must call it, and gets all videos."""
     per = -(-len(prompts) // env.world)  # the same number on each (FSDP needs it): the last may repeat some
     mine = [i % len(prompts) for i in range(env.rank * per, (env.rank + 1) * per)]
-    cond, null_cond = ({k: v[mine] for k, v in (c or {}).items()} for c in (cond, null_cond))
-    videos = generate(base, env, [prompts[i] for i in mine], [seeds[i] for i in mine], args, args.batch,
-                      cond=cond, null_cond=null_cond)
+    given = [None] * len(prompts) if images is None else images
+    videos = generate_from(base, env, *([x[i] for i in mine] for x in (prompts, given, seeds)), args,
+                           args.batch, more)
     if env.world == 1:
         return videos
     parts = [None] * env.world
@@ -220,7 +249,7 @@ def check_conditions(args, row):
             raise UserError(f"--{flag.replace('_', '-')}: this base has no such condition")
     own = row.sample["sampler"]
     unet = isinstance(row.net, UNetConfig)
-    if args.sampler != own and (not unet or {args.sampler, own} - {"ddim", "lcm"}):
+    if args.sampler != own and (not unet or {args.sampler, own} - {"ddim", "lcm", "dpmpp"}):
         raise UserError(f"--sampler {args.sampler}: this base is sampled by {own}")
     if args.judge and row.text is not None:
         raise UserError("--judge: only clips of the tiny world can be judged; give --prompt or --prompts")
@@ -623,23 +652,14 @@ def main(argv=None):
         for i in range(0, len(mine), batch):
             part = [jobs[j] for j in mine[i:i + batch]]
             options, frames = dict(sequential=args.sequential, chunk=args.decode_chunk), None
-            if row.unet.super_resolution:
-                options["video"], frames = enlarge(part[0][1], args)
-                args.frames = options["video"].shape[2]
-            else:
-                with env.autocast():
-                    images = [image for _, image, _ in part]
-                    options["cond"], options["null_cond"] = conditions(base, env, args, images, maps)
-            prompt, seed = [p[0] for p in part], [p[2] for p in part]
+            prompt, images, seed = (list(column) for column in zip(*part))
             bar = env.main and env.device.type == "cuda"
-            videos = generate(base, env, prompt, seed, args, batch, bar, **options)
-            for k in range(args.more):
-                with env.autocast():
-                    images = [frame_picture(video[:, -1]) for video in videos]
-                    options["cond"], options["null_cond"] = conditions(base, env, args, images)
-                seeds = [f"{s}-{k + 1}" for s in seed]
-                later = generate(base, env, prompt, seeds, args, batch, bar, **options)
-                videos = torch.cat([videos, later[:, :, 1:]], dim=2)  # its first frame is there already
+            if row.unet.super_resolution:
+                options["video"], frames = enlarge(images[0], args)
+                args.frames = options["video"].shape[2]
+                images = [None]
+            videos = generate_from(base, env, prompt, images, seed, args, batch, args.more, maps,
+                                   progress=bar, **options)
             if frames is not None and frames < videos.shape[2]:
                 videos = videos[:, :, ::2]  # every frame went in twice
             for j, video in zip(mine[i:i + batch], videos):

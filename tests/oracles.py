@@ -1181,6 +1181,13 @@ def rectified_flow(case):
 
 # ---- VADER's rollouts
 
+# diffusers' DPMSolverMultistepScheduler, made from ModelScope's scheduler
+DPMPP_2M = dict(beta_schedule="scaled_linear", solver_order=2, algorithm_type="dpmsolver++",
+                solver_type="midpoint", lower_order_final=True, final_sigmas_type="zero",
+                timestep_spacing="linspace", prediction_type="epsilon", thresholding=False,
+                use_karras_sigmas=False)
+
+
 def rollout_gradient(case):
     """The reward's gradient through the last updates of a sampler, toys for network and decoder."""
     config, toy, result = case.config, case.toy, {}
@@ -1209,6 +1216,20 @@ def rollout_gradient(case):
             size = [config[k] for k in ("num_frames", "height", "width")]
             z = diffusion.rflow(fn, x_T, steps, size if config["use_timestep_transform"] else None,
                                 grad_last=steps - variant["cut"])
+        elif config["sampler"] == "dpmpp_2m":
+            c, times = config["scheduler"], []
+            other = {k: c[k] for k, v in DPMPP_2M.items() if c[k] != v}
+            if other:
+                raise Unsupported(f"DPM-Solver++ with {other}")
+            schedule = diffusion.make_schedule(
+                "linear_sd", num=c["num_train_timesteps"], first=c["beta_start"], last=c["beta_end"])
+
+            def record(x, t):
+                times.append(int(t[0]))
+                return fn(x, t)
+            steps = config["num_inference_steps"]
+            z = diffusion.dpmpp_2m(record, x_T, schedule, steps, grad_last=steps - variant["cut"])
+            result["timesteps"] = torch.tensor(times)
         else:
             raise Unsupported(f"sampler {config['sampler']}")
         frames = torch.einsum("ij,bjfhw->bifhw", case.input("decoder"), z[:, :, variant["frames"]])
