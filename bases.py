@@ -4,6 +4,7 @@
 fetches a base's files. A base's public files may be given as the folder that holds them (--weights), in the
 original or in the diffusers layout.
 """
+import json
 import os
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -11,10 +12,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from common import (Parser, UserError, load_checkpoint, load_strict, load_weights, looks_like, net_and_text,
-                    rename, replace_part, shards_of)
+from common import (Parser, UserError, load_checkpoint, load_safetensors, load_strict, load_weights,
+                    looks_like, net_and_text, rename, replace_part, shards_of, write_atomic)
 from data import NEW_MOTIONS, TINY_FPS, TINY_FRAMES, TINY_SIZE, TINY_WORDS
 from diffusion import make_schedule
 from models import (PATCH, CogVideoX, CogVideoXConfig, STDiT3, STDiT3Config, UNet3D, UNetConfig, add_lora,
@@ -148,7 +150,7 @@ BASES = {
         dict(name="cosine", prediction="v", zero_snr=True, shift=0.15),
         sampling(frames=TINY_FRAMES, height=TINY_SIZE, width=TINY_SIZE, save_fps=TINY_FPS, sample_steps=25,
                  cfg=1.5, spacing="trailing"),
-        methods=("i2vgen",),
+        methods=("i2vgen", "vader"),
         words=(*TINY_WORDS, *NEW_MOTIONS),
         image=CLIPConfig(embed_dim=32, image_size=TINY_SIZE, vision_layers=1, vision_width=32,
                          vision_head_width=16, patch_size=8)),
@@ -165,7 +167,7 @@ BASES = {
         COGVIDEOX | dict(divisor=1.0, shift=0.7),
         sampling(frames=9, height=TINY_SIZE, width=TINY_SIZE, save_fps=TINY_FPS, sample_steps=25, cfg=2.0,
                  spacing="trailing"),
-        methods=("i2vgen",),
+        methods=("i2vgen", "vader"),
         words=(*TINY_WORDS, *NEW_MOTIONS)),
     "modelscope": Row(
         "ModelScope text-to-video (arXiv 2308.06571), 16 frames of 256x256",
@@ -232,7 +234,7 @@ BASES = {
                  "vae": f"{MODELSCOPE}:VQGAN_autoencoder.pth",
                  "text": f"{MODELSCOPE}:open_clip_pytorch_model.bin",
                  "image": f"{MODELSCOPE}:open_clip_pytorch_model.bin"}},
-        methods=("i2vgen",)),
+        methods=("i2vgen", "vader")),
     "sr600": Row(
         "video to video at 720x1280 (SR600, in VGen): any clip, sharper; needs --video",
         UNetConfig(super_resolution=True), VAEConfig(), CLIPConfig(),
@@ -267,18 +269,20 @@ BASES = {
         CogVideoXConfig(num_layers=30, heads=30, positions="sincos"), CogVideoXVAEConfig(scale=1.15258426),
         T5Config(), COGVIDEOX | dict(divisor=3.0),
         sampling(frames=49, height=480, width=720, spacing="cogvideox", cfg=6.0),
-        cogvideox_files("hf:THUDM/CogVideoX-2b")),
+        cogvideox_files("hf:THUDM/CogVideoX-2b"),
+        methods=("vader",)),
     "cogvideox-5b": Row(
         "CogVideoX-5B, 49 frames of 480x720",
         CogVideoXConfig(), CogVideoXVAEConfig(), T5Config(), COGVIDEOX | dict(divisor=1.0),
         sampling(frames=49, height=480, width=720, sampler="dpm", cfg=6.0, dynamic_cfg="published"),
-        cogvideox_files("hf:THUDM/CogVideoX-5b")),
+        cogvideox_files("hf:THUDM/CogVideoX-5b"),
+        methods=("vader",)),
     "cogvideox-5b-i2v": Row(
         "CogVideoX-5B-I2V, image to video",
         CogVideoXConfig(**COGVIDEOX_5B), CogVideoXVAEConfig(), T5Config(), COGVIDEOX | dict(divisor=1.0),
         sampling(frames=49, height=480, width=720, sampler="dpm", cfg=6.0, dynamic_cfg="published"),
         cogvideox_files("hf:THUDM/CogVideoX-5b-I2V"),
-        methods=("i2vgen",)),
+        methods=("i2vgen", "vader")),
     "das": Row(
         "Diffusion as Shader (arXiv 2501.03847): CogVideoX-5B-I2V that follows a tracking video",
         CogVideoXConfig(**COGVIDEOX_5B, tracking_blocks=18), CogVideoXVAEConfig(), T5Config(),
@@ -293,7 +297,8 @@ BASES = {
         {"original": {"net": "hf:hpcai-tech/OpenSora-STDiT-v3:model.safetensors",
                       "vae": "hf:hpcai-tech/OpenSora-VAE-v1.2:model.safetensors",
                       "text": "hf:DeepFloyd/t5-v1_1-xxl:pytorch_model.bin",
-                      "tokenizer": "hf:DeepFloyd/t5-v1_1-xxl:spiece.model"}}),
+                      "tokenizer": "hf:DeepFloyd/t5-v1_1-xxl:spiece.model"}},
+        methods=("vader",)),
 }
 
 
@@ -716,7 +721,7 @@ def merge_turbo_lora(net, path, scale=1.0):
 
 
 def merge_public_lora(net, path, scale=1.0):
-    """A public LoRA file into the weights: T2V-Turbo's list, InstructVideo's (base and LoRA together).
+    """A LoRA file into the weights: T2V-Turbo's list, VADER's (peft), InstructVideo's (with its base).
 
     Or a file of DreamVideo's adapters, which fills those of the network.
     """
@@ -725,6 +730,11 @@ def merge_public_lora(net, path, scale=1.0):
         return merge_turbo_lora(net, path, scale)
     if any("_adapter." in k for k in state):
         return fill_adapters(net, state, path, scale)
+    if any(k.endswith(".lora_A.weight") for k in state):
+        state, rank, alpha, layers = read_peft_lora(net, path)
+        add_lora(net, rank, alpha * scale, layers)
+        net.load_state_dict(state, strict=False)
+        return merge_lora(net)
     if not any("_lora.down_linear" in k for k in state):
         raise UserError(f"--lora {path}: no LoRA file that is known here: {looks_like(state)}")
     rank = next(v.shape[0] for k, v in state.items() if "down_linear" in k)
@@ -752,6 +762,59 @@ def fill_adapters(net, state, path, scale):
     net.load_state_dict(state, strict=False)
 
 
+def read_peft_lora(net, path):
+    """A LoRA file in peft's naming (VADER's) -> {key of net: tensor}, its rank, alpha, names of its layers.
+
+    The layers bear the names of the base's public file, which may stand behind peft's and the pipeline's
+    prefixes. alpha: of the adapter_config.json beside it, else 8, peft's default (VADER's files tell none).
+    """
+    state = below(below(load_weights(path), "base_model.model."), "model.diffusion_model.")
+    public = {videocrafter_name(f"{name}."): name for name, _ in net.named_modules()}
+    public |= {f"{name}.": name for name, _ in net.named_modules()}
+    found, ranks = {}, {}
+    for key, value in state.items():
+        layer, _, kind = key.rpartition("lora_")
+        if kind not in ("A.weight", "B.weight") or layer not in public:
+            raise UserError(f"--lora {path}: {key} is of no layer of this network: {looks_like(state)}")
+        found[f"{public[layer]}.lora_{kind}"] = value.float()
+        if kind == "A.weight":
+            ranks[public[layer]] = value.shape[0]
+    unpaired = [n for n in ranks if f"{n}.lora_B.weight" not in found]
+    if unpaired or len(found) != 2 * len(ranks):
+        raise UserError(f"--lora {path}: layers without their pair of lora_A and lora_B: {unpaired[:1]}")
+    config, alpha = Path(path).parent / "adapter_config.json", 8.0
+    text = load_safetensors(path)[1] if Path(path).suffix == ".safetensors" else {}
+    if "nanovideo" in text:  # of one of our runs
+        alpha = json.loads(text["nanovideo"])["alpha"]
+    elif config.is_file():
+        alpha = float(json.loads(config.read_text())["lora_alpha"])
+    return found, max(ranks.values()), alpha, list(ranks)
+
+
+def export_peft(run, folder):
+    """Write the LoRA of one of our runs as peft does: adapter_model.safetensors and adapter_config.json.
+
+    Layers bear the names of the base's public network; VideoCrafter2's as in VADER's own files.
+    """
+    tensors, meta = load_checkpoint(run)
+    if not meta["rank"]:
+        raise UserError(f"--ckpt {run}: holds whole weights, no LoRA: nothing that peft could load")
+    net = base_row(meta["base"]).net
+    crafter = isinstance(net, UNetConfig) and net.temporal_linear
+    head = "base_model.model.model.diffusion_model." if crafter else "base_model.model."
+    named = {head + (videocrafter_name(k) if crafter else k): v for k, v in tensors.items()}
+    ranks = {k.removeprefix("base_model.model.").removesuffix(".lora_A.weight"): v.shape[0]
+             for k, v in named.items() if k.endswith(".lora_A.weight")}
+    # a narrow layer has a smaller rank than asked, but is scaled alike
+    cut = {k: r for k, r in ranks.items() if r != meta["rank"]}
+    config = dict(
+        peft_type="LORA", base_model_name_or_path=meta["base"], r=meta["rank"], lora_alpha=meta["alpha"],
+        rank_pattern=cut, alpha_pattern={k: meta["alpha"] * r / meta["rank"] for k, r in cut.items()},
+        target_modules=list(ranks), bias="none", lora_dropout=0.0, inference_mode=True)
+    write_atomic(Path(folder, "adapter_model.safetensors"), lambda p: save_file(named, p))
+    write_atomic(Path(folder, "adapter_config.json"), lambda p: p.write_text(json.dumps(config, indent=1)))
+
+
 # ---- the table
 
 def main(argv=None):
@@ -759,10 +822,13 @@ def main(argv=None):
     p.add_argument("--download", metavar="NAME", help="fetch the public files of this base")
     p.add_argument("--pack", metavar="NAME",
                    help="put network and encoders of a --scratch run into assets/NAME.safetensors")
-    p.add_argument("--ckpt", help="with --pack: folder of that run")
+    p.add_argument("--export-peft", metavar="FOLDER", help="write the LoRA of the run --ckpt for peft")
+    p.add_argument("--ckpt", help="with --pack or --export-peft: folder of that run")
     args = p.parse_args(argv)
-    if bool(args.pack) != bool(args.ckpt):
-        raise UserError("--pack NAME and --ckpt FOLDER belong together: the base, and the run that made it")
+    if bool(args.pack or args.export_peft) != bool(args.ckpt):
+        raise UserError("--pack NAME or --export-peft FOLDER, and --ckpt RUN belong together")
+    if args.export_peft:
+        return export_peft(args.ckpt, args.export_peft)
     if args.pack:
         if base_row(args.pack).files:
             raise UserError(f"--pack {args.pack}: only the tiny bases have their weights in assets/")

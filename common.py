@@ -329,15 +329,15 @@ def versions() -> dict:
     return found
 
 
-def draw_curve(log_path, png, keys, title=""):
-    """log.jsonl -> a picture: one panel a key, each step as a dot and a running mean."""
+def draw_curve(log_path, png, keys, title="", x="step"):
+    """log.jsonl -> a picture: one panel a key, each row as a dot at its `x`, and a running mean."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     rows = read_lines(log_path)
     fig, axes = plt.subplots(1, len(keys), figsize=(5 * len(keys), 3.4), squeeze=False)
     for ax, key in zip(axes[0], keys):
-        points = [(r["step"] + 1, r[key]) for r in rows if key in r]
+        points = [(r[x] + (x == "step"), r[key]) for r in rows if key in r]
         if not points:
             continue
         steps, values = zip(*points)
@@ -346,7 +346,7 @@ def draw_curve(log_path, png, keys, title=""):
             mean.append(sum(values[max(0, i - window + 1):i + 1]) / min(i + 1, window))
         ax.plot(steps, values, ".", ms=3, alpha=0.35)
         ax.plot(steps, mean, lw=2)
-        ax.set_xlabel("step")
+        ax.set_xlabel(x)
         ax.set_title(key)
         ax.grid(alpha=0.3)
     fig.suptitle(title)

@@ -851,6 +851,13 @@ def read_prompts(path):
     return [line for _, line in _lines(path)]
 
 
+def prompt_grid(nouns, activities):
+    """Two files of prompts, a line each -> "a NOUN ACTIVITY" for every pair (VADER's nouns_activities)."""
+    rows = read_prompts(activities)
+    named = [f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}" for noun in read_prompts(nouns)]
+    return [f"{noun} {activity}" for noun in named for activity in rows]
+
+
 def read_image_prompts(path):
     """.txt of `image|||caption` lines -> [(image path, caption)]; paths relative to the file, and checked."""
     rows = [(n, Path(path).parent / image, caption) for n, image, caption in _pairs(path, "image")]

@@ -283,6 +283,18 @@ def score(reward, videos, prompts):
         return reward(clips, prompts) if isinstance(reward, Reward) else of_clips(reward, clips, prompts)
 
 
+@torch.no_grad()
+def statistics(reward, videos, prompts, device):
+    """Videos (n,3,f,h,w) -> {"reward": mean, "reward_sd": deviation}, and the same of a sum's parts."""
+    parts = {name: part for name, _, part in reward.parts} if len(reward.parts) > 1 else {}
+    row = {}
+    for name, part in ({"reward": reward} | parts).items():
+        found = torch.cat([score(part, videos[i:i + 8].to(device), prompts[i:i + 8]).cpu()
+                           for i in range(0, len(videos), 8)])
+        row |= {name: found.mean().item(), f"{name}_sd": found.std(unbiased=False).item()}
+    return row
+
+
 if __name__ == "__main__":
     p = Parser(__doc__)
     p.add_argument("--train-tiny", action="store_true", required=True, help="train the tiny world's scorer")

@@ -177,11 +177,13 @@ def generate_from(base, env: Env, prompts, images, seeds, args, batch=8, more=0,
     return torch.cat(videos, dim=2)
 
 
-def decode(base, latents, frames, chunk):
-    """Latents -> video. Open-Sora's latents do not tell how many frames their last one stands for."""
-    if base.row.schedule is None:
-        return base.vae.decode(latents, chunk=chunk, num_frames=frames)
-    return base.vae.decode(latents, chunk=chunk)
+def decode(base, latents, frames, chunk=16, chosen=None):
+    """Latents -> video; chosen: numbers of the only frames to decode.
+
+    Open-Sora's latents do not tell how many frames their last one stands for: frames, of the whole clip.
+    """
+    more = {"num_frames": frames} if base.row.schedule is None else {}
+    return base.vae.decode(latents, chosen, chunk, **more)
 
 
 def frame_rate(args, n, device) -> dict:
@@ -216,6 +218,17 @@ def generate_split(base, env: Env, prompts, seeds, args, images=None, more=0):
     parts = [None] * env.world
     dist.all_gather_object(parts, videos)
     return torch.cat(parts)[:len(prompts)]
+
+
+def lora_strengths(base, env, prompts, seeds, args, images=None, more=0):
+    """Yield (strength, videos): the same clips with the network's LoRA branches off (0), weaker, stronger."""
+    scales = {m: m.lora_scale for m in base.net.modules() if hasattr(m, "lora_scale")}
+    for strength in (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0):
+        for layer, scale in scales.items():
+            layer.lora_scale = strength * scale
+        yield strength, generate_split(base, env, prompts, seeds, args, images, more)
+    for layer, scale in scales.items():
+        layer.lora_scale = scale
 
 
 # ---- conditions from files
@@ -492,7 +505,7 @@ def get_args(argv=None):
     p.add_argument("--weights", help="folder with the base's public weights (default: its hub)")
     p.add_argument("--ckpt", help="folder of one of our runs")
     p.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]",
-                   help="public LoRA or adapter file (T2V-Turbo, InstructVideo, DreamVideo); may be repeated")
+                   help="LoRA or adapter file (T2V-Turbo, VADER, InstructVideo, DreamVideo); repeatable")
     p.add_argument("--out", default="out/sample", help="folder to write")
     p.add_argument("--prompt", help="one prompt")
     p.add_argument("--prompts", help="file of prompts: txt, csv, jsonl, json; I2VGen-XL: image|||caption")
