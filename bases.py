@@ -763,7 +763,7 @@ def fill_adapters(net, state, path, scale):
 
 
 def read_peft_lora(net, path):
-    """A LoRA file in peft's naming (VADER's) -> {key of net: tensor}, its rank, alpha, names of its layers.
+    """A LoRA file in peft's naming (VADER's) -> {key of net: tensor}, its rank, alpha, targets (add_lora's).
 
     The layers bear the names of the base's public file, which may stand behind peft's and the pipeline's
     prefixes. alpha: of the adapter_config.json beside it, else 8, peft's default (VADER's files tell none).
@@ -779,16 +779,19 @@ def read_peft_lora(net, path):
         found[f"{public[layer]}.lora_{kind}"] = value.float()
         if kind == "A.weight":
             ranks[public[layer]] = value.shape[0]
-    unpaired = [n for n in ranks if f"{n}.lora_B.weight" not in found]
-    if unpaired or len(found) != 2 * len(ranks):
-        raise UserError(f"--lora {path}: layers without their pair of lora_A and lora_B: {unpaired[:1]}")
+    modules, rank = dict(net.named_modules()), max(ranks.values(), default=0)
+    for name, r in ranks.items():
+        if f"{name}.lora_B.weight" not in found or r != min(rank, *modules[name].weight.shape[:2]):
+            raise UserError(f"--lora {path}: {name}: not a pair lora_A, lora_B of rank {rank}")
     config, alpha = Path(path).parent / "adapter_config.json", 8.0
     text = load_safetensors(path)[1] if Path(path).suffix == ".safetensors" else {}
     if "nanovideo" in text:  # of one of our runs
         alpha = json.loads(text["nanovideo"])["alpha"]
     elif config.is_file():
         alpha = float(json.loads(config.read_text())["lora_alpha"])
-    return found, max(ranks.values()), alpha, list(ranks)
+    short = list(dict.fromkeys(name.rpartition(".")[2] for name in ranks))  # to_q ... if it means the same
+    same = {name for name in modules if name.rpartition(".")[2] in short} == ranks.keys()
+    return found, rank, alpha, short if same else list(ranks)
 
 
 def export_peft(run, folder):

@@ -237,6 +237,13 @@ FILE_FLAGS = ("image", "tracks", "video", "mask", "depth", "midas", "sketch", "m
               "appearance_image")
 
 
+def check_sampler(args, row):
+    """Refuse a sampler that cannot sample this base."""
+    own, unet = row.sample["sampler"], isinstance(row.net, UNetConfig)
+    if args.sampler != own and (not unet or {args.sampler, own} - {"ddim", "lcm", "dpmpp"}):
+        raise UserError(f"--sampler {args.sampler}: this base is sampled by {own}")
+
+
 def check_conditions(args, row):
     """Refuse what the base has no use for, and ask for what it needs, before anything is loaded."""
     takes = set()
@@ -260,10 +267,7 @@ def check_conditions(args, row):
     for flag in ("motion_factor", "appearance_factor", "motion_cfg", "dynamic_cfg"):
         if getattr(args, flag) is not None and flag not in row.sample:
             raise UserError(f"--{flag.replace('_', '-')}: this base has no such condition")
-    own = row.sample["sampler"]
-    unet = isinstance(row.net, UNetConfig)
-    if args.sampler != own and (not unet or {args.sampler, own} - {"ddim", "lcm", "dpmpp"}):
-        raise UserError(f"--sampler {args.sampler}: this base is sampled by {own}")
+    check_sampler(args, row)
     if args.judge and row.text is not None:
         raise UserError("--judge: only clips of the tiny world can be judged; give --prompt or --prompts")
     if args.more and (not row.first_frame or row.tracks):

@@ -58,7 +58,7 @@ def test_prompts(message, tmp_path):
     text = message(sample.main, ["--base", "tiny", "--prompt", "a red dragon", "--out", str(tmp_path)])
     assert "dragon" in text and "triangle" in text
     assert "--prompt" in message(sample.main, ["--base", "tiny"])
-    assert "--prompts" in message(vader.main, ["--base", "modelscope"])
+    assert "--prompts" in message(vader.main, ["--base", "i2vgen-xl"])
     assert "--data" in message(t2v.main, ["--base", "modelscope"])
 
 

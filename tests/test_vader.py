@@ -1,0 +1,284 @@
+"""VADER on every base, with longer clips, from public LoRA files; its LoRA in peft; early end; memory."""
+import json
+from argparse import Namespace
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import bases
+import rewards
+import sample
+import test_transformers
+import vader
+from common import Env, load_checkpoint
+from data import video_info
+from models import UNet3D, UNetConfig, add_lora, merge_lora, videocrafter_name
+from test_keys import on_meta, read
+
+PEFT, CRAFTER = "base_model.model.", "model.diffusion_model."
+
+
+def lines(path):
+    return [json.loads(x) for x in path.read_text().splitlines()]
+
+
+# ---- bases
+
+@pytest.fixture
+def small(public, monkeypatch, tmp_path):
+    """name -> the arguments of one short step on a small network with public file names."""
+    def get(name):
+        if bases.BASES[name].files and name in test_transformers.NAMES:
+            test_transformers.small(monkeypatch, name)
+            folder = tmp_path / "weights"
+            test_transformers.publish(folder, name)
+        else:
+            folder, _ = public(name)
+        size = {k: bases.BASES[name].sample[k] for k in ("frames", "height", "width")}
+        monkeypatch.setitem(vader.PRESETS, name, vader.PRESETS.get(name, {}) | size)
+        Image.new("RGB", (30, 20), (9, 99, 9)).save(tmp_path / "first.png")
+        first = f"{tmp_path / 'first.png'}|||" if bases.BASES[name].first_frame else ""
+        (tmp_path / "prompts.txt").write_text(f"{first}a red ball\n")
+        return ["--base", name, "--weights", str(folder), "--prompts", str(tmp_path / "prompts.txt"),
+                "--reward", "brightness", "--steps", "1", "--accum", "1", "--rank", "2", "--sample-steps",
+                "2", "--eval-n", "1", "--sweep", "0", "--out", str(tmp_path / "run")]
+    return get
+
+
+@pytest.mark.parametrize("name", [
+    "modelscope", "videocrafter2", "opensora", "cogvideox-2b", "cogvideox-5b", "i2vgen-xl",
+    "cogvideox-5b-i2v"])
+def test_one_step_on_every_base(name, small, tmp_path):
+    args = small(name)
+    more = ["--continue", "1", "--decode", "alt"] if bases.BASES[name].first_frame else []
+    vader.main([*args, *more])
+    tensors, meta = load_checkpoint(tmp_path / "run")
+    moved = [v.abs().max() > 0 for k, v in tensors.items() if "lora_B" in k]
+    assert all(moved) and all(torch.isfinite(v).all() for v in tensors.values())
+    frames = bases.BASES[name].sample["frames"]
+    assert video_info(tmp_path / "run" / "after" / "0000.mp4")[0] == (2 * frames - 1 if more else frames)
+    own = bases.BASES[name].sample["sampler"]
+    assert meta["sample"]["sampler"] == ("dpmpp" if name == "modelscope" else own)
+
+
+def test_every_base_of_the_table_is_one_of_these_or_tiny():
+    tested = {"modelscope", "modelscope-v1.4", "modelscope-v1.5", "videocrafter2", "opensora", "cogvideox-2b",
+              "cogvideox-5b", "i2vgen-xl", "cogvideox-5b-i2v", "tiny", "tiny-i2v", "tiny-cogvideox"}
+    assert {name for name, row in bases.BASES.items() if "vader" in row.methods} == tested
+
+
+@pytest.mark.parametrize("base", ["tiny-i2v", "tiny-cogvideox"])
+def test_longer_clips_with_a_reward_over_time(base, tmp_path):
+    vader.main(["--base", base, "--steps", "1", "--batch", "1", "--sample-steps", "2", "--eval-n", "1",
+                "--sweep", "0", "--continue", "1", "--no-grad-ckpt", "--out", str(tmp_path)])
+    rows = lines(tmp_path / "eval.jsonl")
+    assert rows[0]["later"] != rows[1]["later"] and rows[0]["reward"] != rows[0]["later"]
+    frames = bases.BASES[base].sample["frames"]
+    assert video_info(tmp_path / "after" / "0000.mp4")[0] == 2 * frames - 1
+
+
+def test_the_rollout_and_the_evaluation_are_the_same_clip():
+    """vader_loss from the noise of generate_from() is minus the reward of its video, with --continue, too."""
+    base = bases.load_base("tiny-i2v")
+    args = Namespace(more=1, sample_steps=2)
+    bases.fill(args, "tiny-i2v")
+    image, env = Image.new("RGB", (32, 32), (60, 100, 255)), Env(0, 1, torch.device("cpu"), torch.float32)
+    reward = rewards.get_reward("temporal", "cpu")
+    prompt = ["a blue square moving left"]
+    noise = iter([sample.generator("sample", "a"), sample.generator("sample", "a-1")])
+    real = vader.randn
+    try:
+        vader.randn = lambda shape, generators, device: real(shape, [next(noise)], device)
+        loss = vader.vader_loss(base.net, base, env, reward, prompt, [image], [None], args, 1, range(15))
+    finally:
+        vader.randn = real
+    video = sample.generate_from(base, env, prompt, [image], ["a"], args, more=1)
+    assert torch.allclose(-loss, rewards.score(reward, video, prompt), atol=1e-6)
+
+
+# ---- which frames
+
+def test_frames_to_decode():
+    g = sample.generator(0)
+    assert vader.pick_frames("first-middle-last", 9, g) == [0, 4, 8]
+    assert vader.pick_frames("first-middle-last", 2, g) == [0, 1]
+    assert vader.pick_frames("alt", 5, g) == [0, 2, 4] and vader.pick_frames("3", 5, g) == [3]
+    assert {vader.pick_frames("random", 3, g)[0] for _ in range(40)} == {0, 1, 2}
+
+
+# ---- LoRA files
+
+def crafter_file(path, net, rank, prefix=PEFT + CRAFTER):
+    """Random LoRA of a small VideoCrafter2 in the layout of VADER's public files."""
+    g, state = torch.Generator().manual_seed(5), {}
+    for name, module in net.named_modules():
+        if name.endswith(("to_q", "to_k", "to_v")):
+            key = prefix + videocrafter_name(f"{name}.")
+            state[f"{key}lora_A.weight"] = torch.randn(rank, module.weight.shape[1], generator=g)
+            state[f"{key}lora_B.weight"] = torch.randn(module.weight.shape[0], rank, generator=g) * 0.1
+    torch.save(state, path)
+
+
+def test_public_lora_is_a_start_and_a_file_to_sample_with(small, tmp_path):
+    args = small("videocrafter2")
+    base = bases.load_base("videocrafter2", args[3])
+    plain = {k: v.clone() for k, v in base.net.state_dict().items()}
+    crafter_file(tmp_path / "lora.pt", base.net, 4)
+    bases.merge_public_lora(base.net, tmp_path / "lora.pt")
+    file = torch.load(tmp_path / "lora.pt", weights_only=True)
+    layer = "input_blocks.0.1.transformer_blocks.0.attn1.to_q"
+    public_key = PEFT + CRAFTER + layer.replace("input_blocks.0.1", "init_attn.0")
+    a, b = (file[f"{public_key}.lora_{k}.weight"] for k in "AB")
+    delta = base.net.state_dict()[f"{layer}.weight"] - plain[f"{layer}.weight"]
+    assert torch.allclose(delta, 8 / 4 * b @ a, atol=1e-5)  # alpha is 8, and in no file
+
+    vader.main([*args, "--lora", str(tmp_path / "lora.pt"), "--lr", "1e-12"])
+    tensors, meta = load_checkpoint(tmp_path / "run")
+    assert meta["rank"] == 4 and meta["alpha"] == 8 and len(tensors) == len(file)
+    assert torch.allclose(tensors[f"{layer}.lora_A.weight"], a)
+    run = sample.load_run(str(tmp_path / "run"), tensors, meta, args[3])
+    for k, v in run.net.state_dict().items():
+        assert torch.allclose(v, base.net.state_dict()[k], atol=1e-5), k
+    vader.main([*args, "--lora", str(tmp_path / "lora.pt"), "--steps", "2", "--resume"])
+    assert load_checkpoint(tmp_path / "run")[1]["step"] == 2
+
+
+@pytest.mark.parametrize("name, config, net", [
+    ("vader_videocrafter_pickscore", UNetConfig(**bases.VC2_NET), UNet3D),
+    ("vader_videocrafter_hps_aesthetic", UNetConfig(**bases.VC2_NET), UNet3D),
+    ("vader_opensora_lora_r16", bases.STDiT3Config(), bases.STDiT3)])
+def test_manifests_of_the_published_loras(name, config, net, tmp_path):
+    file, net = read(f"vader/{name}.manifest"), on_meta(net, config)
+    torch.save({k: torch.zeros(shape) for k, shape in file["keys"].items()}, tmp_path / "lora.pt")
+    state, rank, alpha, layers = bases.read_peft_lora(net, tmp_path / "lora.pt")
+    assert rank == file["config"]["r"] and alpha == file["config"]["lora_alpha"]
+    with torch.device("meta"):
+        ours = add_lora(net, rank, alpha, file["config"]["targets"])
+    want = {k: v.shape for k, v in net.state_dict().items() if ".lora_" in k}
+    assert set(layers) == set(file["config"]["targets"])
+    assert len(want) == 2 * len(ours) and {k: v.shape for k, v in state.items()} == want
+
+
+def test_our_lora_loads_in_peft(small, tmp_path):
+    peft = pytest.importorskip("peft")
+    args = small("modelscope")
+    vader.main([*args, "--lr", "0.1", "--rank", "40", "--alpha", "20"])  # wider than some layers
+    bases.main(["--export-peft", str(tmp_path / "peft"), "--ckpt", str(tmp_path / "run")])
+    base = bases.load_base("modelscope", args[3])
+    tensors, meta = load_checkpoint(tmp_path / "run")
+    ours = sample.load_run(str(tmp_path / "run"), tensors, meta, args[3]).net
+    theirs = peft.PeftModel.from_pretrained(base.net, str(tmp_path / "peft")).eval()
+    x, t, text = torch.randn(1, 4, 3, 4, 6), torch.tensor([500]), torch.randn(1, 77, 32)
+    plain = bases.load_base("modelscope", args[3]).net
+    with torch.no_grad():
+        plain, tuned, other = (net(x, t, text) for net in (plain, ours, theirs))
+    assert torch.allclose(tuned, other, atol=1e-4) and (tuned - plain).abs().max() > 1e-2
+
+    # and back: peft's file is a public LoRA file to us
+    fresh = bases.load_base("modelscope", args[3]).net
+    bases.merge_public_lora(fresh, tmp_path / "peft" / "adapter_model.safetensors")
+    with torch.no_grad():
+        assert torch.allclose(fresh(x, t, text), tuned, atol=1e-4)
+
+
+def test_export_for_videocrafter_has_vaders_layout(small, tmp_path):
+    vader.main(small("videocrafter2"))
+    bases.main(["--export-peft", str(tmp_path / "peft"), "--ckpt", str(tmp_path / "run")])
+    keys = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    assert all(k.startswith(PEFT + CRAFTER) for k in keys)
+    assert any("init_attn.0." in k for k in keys) and not any("input_blocks.0.1." in k for k in keys)
+
+
+# ---- the run
+
+def test_it_ends_early_and_keeps_the_best(tmp_path):
+    """Trained on brightness, watched by darkness: each evaluation is worse than the one before."""
+    (tmp_path / "dark.py").write_text("def dark(frames, prompts):\n    return -frames.mean((1, 2, 3))\n")
+    vader.main(["--base", "tiny", "--reward", "brightness", "--watch", f"{tmp_path / 'dark.py'}:dark", "--lr",
+                "1e-2", "--steps", "6", "--preview-every", "1", "--patience", "2", "--batch", "1",
+                "--sample-steps", "2", "--eval-n", "1", "--sweep", "1", "--out", str(tmp_path / "run")])
+    rows = lines(tmp_path / "run" / "eval.jsonl")
+    assert [r["step"] for r in rows] == [0, 1, 2] and rows[0]["watch"] > rows[1]["watch"] > rows[2]["watch"]
+    assert not (tmp_path / "run" / "best.safetensors").exists()  # the best was no training at all
+    sweep = lines(tmp_path / "run" / "sweep.jsonl")
+    assert [r["strength"] for r in sweep] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0]
+    assert sweep[0]["distance"] == 0 and sweep[-1]["distance"] > sweep[3]["distance"] > 0
+    assert sweep[0]["reward"] < sweep[4]["reward"] and (tmp_path / "run" / "sweep.png").exists()
+
+    vader.main(["--base", "tiny", "--reward", "brightness", "--lr", "1e-2", "--steps", "3", "--preview-every",
+                "1", "--patience", "1", "--batch", "1", "--sample-steps", "2", "--eval-n", "1", "--sweep",
+                "0", "--out", str(tmp_path / "up")])
+    assert load_checkpoint(tmp_path / "up" / "best.safetensors")[1]["step"] == 3
+    sample.main(["--ckpt", str(tmp_path / "up" / "best.safetensors"), "--prompt", "a red circle growing",
+                 "--sample-steps", "2", "--out", str(tmp_path / "s")])
+
+
+def test_a_sum_of_rewards_is_reported_part_by_part(tmp_path):
+    vader.main(["--base", "tiny", "--reward", "tiny,size:0.5", "--steps", "1", "--batch", "1", "--eval-n",
+                "2", "--sample-steps", "2", "--sweep", "0", "--out", str(tmp_path)])
+    for row in lines(tmp_path / "eval.jsonl"):
+        assert row["reward"] == pytest.approx(row["tiny"] + 0.5 * row["size"], abs=1e-5)
+
+
+def test_nouns_and_activities(tmp_path, monkeypatch):
+    (tmp_path / "nouns.txt").write_text("red circle\norange square\n")
+    (tmp_path / "activities.txt").write_text("growing\nmoving left\n")
+    monkeypatch.setattr(vader, "check_out", lambda *a: (_ for _ in ()).throw(StopIteration))
+    args = vader.get_args(["--base", "tiny", "--prompts", str(tmp_path / "nouns.txt"), "--activities",
+                           str(tmp_path / "activities.txt"), "--eval-n", "2"])
+    bases.fill(args, "tiny", method="vader")
+    items, held_out = vader.read_items(args)
+    assert [p for _, p in items] == ["a red circle growing", "a red circle moving left",
+                                     "an orange square growing", "an orange square moving left"]
+    assert [p for _, p in held_out] == ["a red circle growing", "an orange square growing"]
+
+
+def test_prompts_that_come_with_the_code():
+    args = vader.get_args([])
+    args.frames = 16
+    items, held_out = vader.read_items(args)
+    assert len(items) == 300 and len({p for _, p in items}) == 300
+    assert len(held_out) == 8 and len({p.split()[1] for _, p in held_out}) == 8  # eight animals
+
+
+# ---- memory
+
+def held(args):
+    """Bytes that one step's forward pass keeps for the backward pass: (rollout and decoder)."""
+    base = bases.load_base("tiny")
+    add_lora(base.net, 4, 4.0, ["to_q", "to_k", "to_v"])
+    base.net.grad_ckpt = True
+    options = Namespace(more=0, frames=8, **args)
+    bases.fill(options, "tiny")
+    env = Env(0, 1, torch.device("cpu"), torch.float32)
+    seen = {}
+
+    def pack(t):
+        seen[t.untyped_storage().data_ptr()] = t  # alive, so that no address comes twice
+        return t
+    own = {p.untyped_storage().data_ptr() for m in (base.net, base.vae) for p in m.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        vader.vader_loss(base.net, base, env, rewards.get_reward("brightness", "cpu"),
+                         ["a red circle growing"], [None], [sample.generator(0)], options, args["last"], [3])
+    return sum(t.untyped_storage().nbytes() for k, t in seen.items() if k not in own)
+
+
+def test_steps_without_gradient_hold_nothing():
+    ten, more = held(dict(sample_steps=4, last=1)), held(dict(sample_steps=8, last=1))
+    assert more <= 1.02 * ten
+    assert held(dict(sample_steps=8, last=8)) > 2 * ten
+
+
+def test_merging_is_what_the_branches_do():
+    base = bases.load_base("tiny")
+    add_lora(base.net, 4, 4.0, ["to_q"])
+    for p in base.net.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, 0, 0.1)
+    x, t, text = torch.randn(1, 4, 8, 8, 8), torch.tensor([500]), base.encode_text(["a red circle growing"])
+    with torch.no_grad():
+        branches = base.net(x, t, text)
+        merge_lora(base.net)
+        assert torch.allclose(base.net(x, t, text), branches, atol=1e-5)
