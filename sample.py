@@ -681,13 +681,11 @@ def main(argv=None):
                 print(f"{done}/{len(jobs)} clips, {time.time() - start:.1f} s", flush=True)
     scores = {}  # by the clip's number; of the files, as one would look at them
     if reward:
-        scored = score_files(reward, env.device, [out / f"{j:04d}.mp4" for j in mine],
-                             [jobs[j][0] for j in mine])
-        parts = [None] * env.world
+        files, texts = [out / f"{j:04d}.mp4" for j in mine], [jobs[j][0] for j in mine]
+        parts = [dict(zip(mine, score_files(reward, env.device, files, texts)))]
         if env.world > 1:
-            dist.all_gather_object(parts, dict(zip(mine, scored)))
-        else:
-            parts = [dict(zip(mine, scored))]
+            own, parts = parts[0], [None] * env.world
+            dist.all_gather_object(parts, own)
         scores = {j: row for part in parts for j, row in part.items()}
     if env.world > 1:
         dist.barrier()
@@ -700,7 +698,7 @@ def main(argv=None):
         rows = [dict(file=f"{j:04d}.mp4", prompt=prompt, seed=seed, base=base.name, adapters=adapters,
                      **(given | ({own: str(file)} if file else {})), **settings,
                      **({"continue": args.more} if args.more else {}),
-                     **({"rewards": scores[j]} if scores else {}))
+                     **({"scores": scores[j]} if scores else {}))
                 for j, (prompt, file, seed) in enumerate(jobs)]
         write_atomic(out / "index.jsonl", lambda p: p.write_text("".join(json.dumps(r) + "\n" for r in rows)))
         shown = rows[:32]
