@@ -150,13 +150,20 @@ def tiny_scorer(files):
     scorer.load_state_dict(load_safetensors(SCORER_FILE)[0])
     scorer.requires_grad_(False).eval().to(files.device)
 
+    def check(prompts):
+        for prompt in prompts:
+            if unknown := [w for w in prompt.split() if w not in scorer.index] or prompt.split()[12:]:
+                raise UserError(f"--reward tiny: prompt {prompt!r} is no caption of the tiny world "
+                                f"({unknown[0]!r})")
+
     def reward(clips, prompts):
+        check(prompts)
         if clips.shape[1:] != (3, 8, 32, 32):
             f, h, w = clips.shape[2:]
             raise UserError(f"--reward tiny judges clips of 8 frames of 32x32, not {f} of {h}x{w}: "
                             "use it with --base tiny and --decode all")
         return scorer(clips, prompts)
-    reward.clip = True
+    reward.clip, reward.check = True, check
     return reward
 
 
@@ -192,10 +199,12 @@ class Published:
     """judge(pictures, prompts) -> (loss, score), (n,) each. Called: -loss, which is to be maximised.
 
     loss is what VADER minimises; .score(pictures, prompts) the plain figure that papers quote, for tables.
+    check(prompts) refuses, before long work, what the reward cannot read.
     """
 
-    def __init__(self, judge, clip=False):
+    def __init__(self, judge, clip=False, check=None):
         self.judge, self.clip = judge, clip
+        self.check = check or (lambda prompts: None)
 
     def __call__(self, pictures, prompts):
         return -self.judge(pictures, prompts)[0]
@@ -245,11 +254,14 @@ def head_reward(tower, head, target=None, scale=1.0):
     return Published(judge)
 
 
-def text_reward(image_tower, text_tower, prepare=square):
-    """HPS (arXiv 2306.09341): cosine of image and prompt, without CLIP's temperature. Loss 1 - score."""
+def text_reward(image_tower, text_tower, prepare=square, scale=1.0, best=1.0):
+    """Cosine of each image and its own prompt, times scale: loss |1 - score / best|.
+
+    HPS (arXiv 2306.09341) leaves CLIP's temperature out; PickScore (2305.01569) has it, and 100 for the best.
+    """
     def judge(frames, prompts):
-        s = (unit(image_tower(prepare(frames))) * unit(text_tower(prompts))).sum(1)
-        return 1 - s, s
+        s = scale * (unit(image_tower(prepare(frames))) * unit(text_tower(prompts))).sum(1)
+        return (1 - s / best).abs(), s
     return Published(judge)
 
 
@@ -259,15 +271,6 @@ def mixed_reward(aesthetic, hps, loss_weights=(1.5, 1.0), score_weights=(1.0, 15
         two = [reward.judge(frames, prompts) for reward in (aesthetic, hps)]
         return tuple(sum(w * value for w, value in zip(weights, values)) / 2
                      for weights, values in zip((loss_weights, score_weights), zip(*two)))
-    return Published(judge)
-
-
-def pick_reward(image_tower, text_tower, logit_scale):
-    """PickScore (arXiv 2305.01569): loss |1 - score / 100|. Each image against its own prompt."""
-    def judge(frames, prompts):
-        s = (unit(image_tower(crop(frames))) * unit(text_tower(prompts))).sum(1)
-        s = s * math.exp(logit_scale)
-        return (1 - s / 100).abs(), s
     return Published(judge)
 
 
@@ -302,7 +305,7 @@ def action_reward(classify, class_of):
         target = torch.tensor([class_of(p) for p in prompts], device=logits.device)
         loss = F.cross_entropy(logits, target, reduction="none")
         return loss, logits.softmax(1).gather(1, target[:, None])[:, 0]
-    return Published(judge, clip=True)
+    return Published(judge, clip=True, check=lambda prompts: [class_of(p) for p in prompts])
 
 
 # ---- their towers and heads
@@ -412,8 +415,8 @@ class Files:
         raise UserError(f"--reward-weights {self.root}: {short}/config.json of {repo} is missing for "
                         f"--reward {name}")
 
-    def transformer(self, name, kind, repo):
-        """transformers' network of that class with the repository's weights."""
+    def pretrained(self, name, kind, repo, **options):
+        """from_pretrained() of that class of transformers, for the reward of that name."""
         try:
             import transformers  # slow to import: only where such a reward is used
             build = getattr(transformers, kind)
@@ -422,14 +425,19 @@ class Files:
                             "pip install -U transformers") from None
         folder = self.folder(name, repo)
         try:
-            network, found = build.from_pretrained(folder, output_loading_info=True)
+            return build.from_pretrained(folder, **options)
         except Exception as e:  # offline, cut off, another network's: all mean the same to the user
             raise UserError(f"--reward {name}: cannot get huggingface.co repository {repo} from {folder} "
                             f"({type(e).__name__}); download it elsewhere and give the folder that holds "
                             f"{repo.split('/')[-1]}/ with --reward-weights") from None
-        if found["missing_keys"]:
+
+    def transformer(self, name, kind, repo):
+        """transformers' network of that class with the repository's weights."""
+        network, found = self.pretrained(name, kind, repo, output_loading_info=True)
+        if found["missing_keys"]:  # transformers would leave them random
             first = min(found["missing_keys"])
-            raise UserError(f"--reward {name}: {folder} is not whole, or not {repo}: it lacks {first}")
+            raise UserError(f"--reward {name}: {self.folder(name, repo)} is not whole, or not {repo}: "
+                            f"it lacks {first}")
         return self.frozen(network.float())
 
 
@@ -453,7 +461,7 @@ def hps(version, files):
 
 def pickscore(files):
     net, text = files.clip("pickscore", "PickScore")
-    return pick_reward(net.visual, text, net.logit_scale.item())
+    return text_reward(net.visual, text, crop, net.logit_scale.exp().item(), 100.0)
 
 
 def clip_score(which, files):
@@ -491,9 +499,7 @@ def yolos(name, target, repo, files):
 def dino(name, target, repo, files, threshold=0.4):
     """A detector of what a text names (Grounding DINO, arXiv 2303.05499); every detection counts."""
     net = files.transformer(name, "GroundingDinoForObjectDetection", repo)
-    from transformers import AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(files.folder(name, repo))
-    words = tokenizer(target.rstrip(".") + ".", return_tensors="pt")
+    words = files.pretrained(name, "AutoTokenizer", repo)(target.rstrip(".") + ".", return_tensors="pt")
 
     def detect(images):
         text = {k: v.expand(len(images), -1).to(images.device) for k, v in words.items()}
@@ -527,8 +533,8 @@ def action(argument, files):
                             "MCG-NJU/videomae-base-finetuned-kinetics")
     from transformers.models.videomae.modeling_videomae import get_sinusoid_encoding_table
     classes, cfg, embed = net.config.label2id, net.config, net.videomae.embeddings
-    if argument and argument not in classes:
-        action_class(classes, argument)
+    if argument:
+        action_class(classes, argument)  # refused now, not at the first clip
 
     def classify(clips):
         clips = whole_tubes(clips, cfg.tubelet_size)
@@ -617,6 +623,11 @@ class Reward:
     def __call__(self, pictures, prompts):
         clips = pictures if pictures.ndim == 5 else pictures[:, :, None]
         return sum(weight * of_clips(part, clips, prompts) for _, weight, part in self.parts)
+
+    def check(self, prompts):
+        """Refuse prompts that a part cannot read, before long work."""
+        for _, _, part in self.parts:
+            getattr(part, "check", lambda prompts: None)(prompts)
 
     def scores(self, clips, prompts):
         """-> {name: (b,)} of plain scores, and for several parts "sum": what is maximised."""
@@ -756,6 +767,7 @@ def main(argv=None):
     prompts = prompts_of(files, args.prompts)
     env = setup(args)
     reward = get_reward(args.reward, env.device, args.reward_weights)
+    reward.check(prompts)
     rows = score_files(reward, env.device, files, prompts)
     for file, row in zip(files, rows):
         print(file.name, " ".join(f"{name} {value:.4f}" for name, value in row.items()))

@@ -563,6 +563,8 @@ def get_args(argv=None):
     args = p.parse_args(argv)
     if not args.base and not args.ckpt:
         raise UserError("give --base NAME or --ckpt FOLDER")
+    if args.reward_weights and not args.reward:
+        raise UserError("--reward-weights: of which reward? give --reward")
     if args.motion and not args.judge:
         raise UserError("--motion: which clips --judge N draws; give --judge, or say it in the --prompt")
     if sum(bool(x) for x in (args.prompt, args.prompts, args.judge)) > 1:
@@ -631,6 +633,8 @@ def main(argv=None):
     loras = [lora_file(text) for text in args.lora]
     env = setup(args)
     reward = get_reward(args.reward, env.device, args.reward_weights) if args.reward else None
+    if reward:
+        reward.check(prompts)
     if args.midas:
         maps["depth"] = estimate_depth(args.midas, maps["depth"], env.device)
     if args.ckpt:

@@ -1281,7 +1281,7 @@ def reward_of(spec, towers, case):
         return rewards.mixed_reward(aesthetic, rewards.text_reward(towers[spec["tower2"]], text),
                                     spec["loss_weights"], spec["score_weights"])
     if fn == "pick_score":
-        return rewards.pick_reward(tower, text, spec["logit_scale"])
+        return rewards.text_reward(tower, text, rewards.crop, np.exp(spec["logit_scale"]), 100)
     if fn == "actpred":
         return rewards.action_reward(lambda clips: tower(clips.mean(2)), lambda _: case.input("target_class"))
     raise Unsupported(f"reward {fn}")

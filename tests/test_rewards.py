@@ -1,4 +1,4 @@
-"""The tiny world's rewards, and the published ones around small random towers, read from files like the public ones."""
+"""The tiny world's rewards, and the published ones around small random towers in files like theirs."""
 import dataclasses
 import gzip
 import json
@@ -355,6 +355,7 @@ def test_action_of_the_prompt(public_files, message):
     probability = reward.scores(clip / 2 + 0.5, ["playing cello"])["action"]
     assert probability.log().item() == pytest.approx(by_prompt.item(), abs=1e-5)
     assert "no class for 'a cat'" in message(score, reward, clip, ["a cat"])
+    assert "no class for 'a cat'" in message(reward.check, ["jogging", "a cat"])
     assert "no class for 'sleeping'" in message(get_reward, "action=sleeping", "cpu", public_files[0])
 
 
@@ -425,3 +426,6 @@ def test_scoring_existing_clips(tmp_path, message):
     wrong = [*args, "--prompts", str(tmp_path / "prompts.txt")]
     assert "2 prompts for 1 clips" in message(rewards.main, wrong)
     assert "give --video CLIPS and --reward NAME" in message(rewards.main, args[:2])
+    (tmp_path / "prompts.txt").write_text("a pink circle\n")
+    text = message(rewards.main, [*wrong[:3], "tiny", *wrong[4:]])
+    assert "'a pink circle' is no caption of the tiny world ('pink')" in text
