@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from urllib.parse import quote
 
 import torch
 import torch.nn.functional as F
@@ -558,11 +559,21 @@ def local_file(root, url):
     return next((f / name for f in folders for name in names if (f / name).is_file()), None)
 
 
-def fetch(url, name):
-    """"hub:repo:file" -> path of the local copy, downloaded if need be; hub: hf, or ms for ModelScope."""
+def fetch(url, name, flag="--base", option="--weights"):
+    """"hub:repo:file" -> path of the local copy, downloaded if need be. Hubs: hf, ms (ModelScope), gh.
+
+    Its UserError names what asked for the file, `flag` and name, and `option`, the other way to bring it.
+    """
     hub, repo, file = url.split(":", 2)
-    site = {"hf": "huggingface.co", "ms": "modelscope.cn"}[hub]
+    site = {"hf": "huggingface.co", "ms": "modelscope.cn", "gh": "github.com"}[hub]
     try:
+        if hub == "gh":
+            local = Path(torch.hub.get_dir(), "checkpoints", Path(file).name)
+            if not local.exists():
+                local.parent.mkdir(parents=True, exist_ok=True)
+                address = f"https://github.com/{repo}/raw/main/{quote(file)}"
+                torch.hub.download_url_to_file(address, local, progress=False)
+            return local
         if hub == "hf":
             from huggingface_hub import hf_hub_download
             from huggingface_hub.errors import EntryNotFoundError
@@ -578,8 +589,8 @@ def fetch(url, name):
     except Exception as e:  # offline, no such file, gated repository: all mean the same to the user
         hint = "pip install modelscope, or " if isinstance(e, ImportError) else ""
         raise UserError(
-            f"--base {name}: cannot get {file} of {site} repository {repo} ({type(e).__name__}); {hint}"
-            f"download it elsewhere and give its folder with --weights") from None
+            f"{flag} {name}: cannot get {file} of {site} repository {repo} ({type(e).__name__}); {hint}"
+            f"download it elsewhere and give its folder with {option}") from None
 
 
 def tiny_state(name, part):

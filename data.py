@@ -25,8 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from common import (COUNT, POSITIVE, Parser, UserError, generator, load_strict, load_weights, warn,
-                    write_atomic)
+from common import (COUNT, POSITIVE, Parser, UserError, generator, load_strict, load_weights, read_lines,
+                    warn, write_atomic)
 
 # ---- the tiny world: one coloured shape on a plain background that moves, grows, shrinks or stands still
 
@@ -626,6 +626,18 @@ def list_videos(path):
         clips = sorted((p for p in path.iterdir() if p.suffix.lower() in VIDEOS), key=_natural)
         return clips or [path]
     return [path]
+
+
+def prompts_of(clips, file=None, prompt=None):
+    """A prompt for each of the clips (paths): lines of a file, or one for all, or sample.py's index.jsonl."""
+    if file:
+        prompts = read_prompts(file)
+        if len(prompts) != len(clips):
+            raise UserError(f"{file}: {len(prompts)} prompts for {len(clips)} clips")
+        return prompts
+    index = clips[0].parent / "index.jsonl"
+    known = {row.get("file"): row.get("prompt", "") for row in read_lines(index)} if index.is_file() else {}
+    return [prompt or known.get(clip.name, "") for clip in clips]
 
 
 def read_map(path, frames, size, channels):

@@ -3,6 +3,7 @@
     python sample.py --base tiny --prompt "a red circle moving left on a gray background"
     python sample.py --ckpt out/vader --prompts prompts.txt --n 4
     python sample.py --base tiny --judge 256               # 256 random captions, and how many clips are right
+    python sample.py --ckpt out/vader --prompts prompts.txt --reward hps,aesthetic   # and a table of scores
     torchrun --nproc_per_node=4 sample.py --base modelscope --weights weights/modelscope --prompts prompts.txt
     python sample.py --base i2vgen-xl --image dog.png --prompt "a dog runs"  # or --prompts: image|||caption
     python sample.py --base vcomposer --depth depth.npy --style-image painting.png --prompt "a red car"
@@ -13,7 +14,7 @@
     python sample.py --base modelscope-v1.4 --lora instructvideo.pth:0.8 --prompt "a fox in the snow"
 
 Writes OUT/0000.mp4 ..., OUT/sheet.png (contact sheet), OUT/index.jsonl (file, prompt, seed, base, adapters,
-settings).
+settings, and with --reward its scores).
 A clip depends on its prompt, its number and --seed alone: not on --batch, nor on the number of processes.
 Memory: texts are encoded first and the text towers freed before the networks move to the GPU; then --batch 1,
 --sequential, --decode-chunk 1.
@@ -32,15 +33,16 @@ from tqdm import tqdm
 
 from bases import BASES, base_row, fill, latent_shape, load_base, merge_public_lora, run_parts
 from common import (COUNT, NATURAL, REAL, SHARE, Env, Parser, UserError, check_writable, generator,
-                    load_checkpoint, load_weights, memory_advice, read_lines, rename, setup, write_atomic)
+                    load_checkpoint, load_weights, memory_advice, rename, setup, write_atomic)
 from data import (MOTIONS, NEW_MOTIONS, center_crop_wide, clip_image, contact_sheet, image_tensor,
-                  list_videos, open_image, opensora_size, parse, read_image_prompts, read_map, read_prompts,
-                  read_video, tiny_captions, tiny_pairs, to_uint8, video_info, write_video)
+                  list_videos, open_image, opensora_size, parse, prompts_of, read_image_prompts, read_map,
+                  read_prompts, read_video, tiny_captions, tiny_pairs, to_uint8, video_info, write_video)
 from diffusion import (appearance_matrix, cogvideox_dpm, ddim, ddim_invert, dpmpp_2m, dpmpp_2m_sde,
                        dynamic_guidance,
                        guided, lcm, make_schedule, offset_noise, randn, rflow)
 from metrics import judge_captions, psnr
 from models import STDiT3Config, UNetConfig, add_lora, guidance_embedding, merge_lora
+from rewards import get_reward, print_scores, score_files
 
 SAMPLERS = ("ddim", "lcm", "dpmpp", "dpm", "rflow", "higen", "sr600")
 
@@ -515,6 +517,8 @@ def get_args(argv=None):
     p.add_argument("--prompts", help="file of prompts: txt, csv, jsonl, json; I2VGen-XL: image|||caption")
     p.add_argument("--judge", type=COUNT, metavar="N",
                    help="tiny world: N random captions (and held-out first frames), judged")
+    p.add_argument("--reward", help="score the clips: a reward of rewards.py, or several joined by commas")
+    p.add_argument("--reward-weights", help="folder with the rewards' public files (default: their hub)")
     p.add_argument("--motion", choices=MOTIONS + NEW_MOTIONS, help="tiny world: motion of all clips")
     p.add_argument("--negative", help="negative prompt (default: the run's or the base's)")
     p.add_argument("--suffix", help="text put after every prompt (default: the base's)")
@@ -563,6 +567,8 @@ def get_args(argv=None):
     args = p.parse_args(argv)
     if not args.base and not args.ckpt:
         raise UserError("give --base NAME or --ckpt FOLDER")
+    if args.reward_weights and not args.reward:
+        raise UserError("--reward-weights: of which reward? give --reward")
     if args.motion and not args.judge:
         raise UserError("--motion: which clips --judge N draws; give --judge, or say it in the --prompt")
     if sum(bool(x) for x in (args.prompt, args.prompts, args.judge)) > 1:
@@ -598,15 +604,7 @@ def read_jobs(args, row):
         clips = list_videos(args.video)
         for clip in clips:
             video_info(clip)
-        if args.prompts:
-            prompts = read_prompts(args.prompts)
-            if len(prompts) != len(clips):
-                raise UserError(f"{args.prompts}: {len(prompts)} prompts for {len(clips)} clips")
-            return prompts, clips
-        index, known = clips[0].parent / "index.jsonl", {}
-        if index.is_file():  # a folder that sample.py wrote: its own prompts
-            known = {row.get("file"): row.get("prompt", "") for row in read_lines(index)}
-        return [args.prompt or known.get(clip.name, "") for clip in clips], clips
+        return prompts_of(clips, args.prompts, args.prompt), clips
     if row.first_frame and not args.image:
         pairs = read_image_prompts(args.prompts)
     else:
@@ -638,6 +636,9 @@ def main(argv=None):
     tracks = read_video(args.tracks, args.frames, size=size)[0] if args.tracks else None
     loras = [lora_file(text) for text in args.lora]
     env = setup(args)
+    reward = get_reward(args.reward, env.device, args.reward_weights) if args.reward else None
+    if reward:
+        reward.check(prompts)
     if args.midas:
         maps["depth"] = estimate_depth(args.midas, maps["depth"], env.device)
     if args.ckpt:
@@ -686,6 +687,14 @@ def main(argv=None):
             if env.main:
                 done = min(len(jobs), (i + len(part)) * env.world)
                 print(f"{done}/{len(jobs)} clips, {time.time() - start:.1f} s", flush=True)
+    scores = {}  # by the clip's number; of the files, as one would look at them
+    if reward:
+        files, texts = [out / f"{j:04d}.mp4" for j in mine], [jobs[j][0] for j in mine]
+        parts = [dict(zip(mine, score_files(reward, env.device, files, texts)))]
+        if env.world > 1:
+            own, parts = parts[0], [None] * env.world
+            dist.all_gather_object(parts, own)
+        scores = {j: row for part in parts for j, row in part.items()}
     if env.world > 1:
         dist.barrier()
     if env.main:
@@ -696,7 +705,8 @@ def main(argv=None):
             jobs = [(prompt, out / f"{j:04d}.png", seed) for j, (prompt, _, seed) in enumerate(jobs)]
         rows = [dict(file=f"{j:04d}.mp4", prompt=prompt, seed=seed, base=base.name, adapters=adapters,
                      **(given | ({own: str(file)} if file else {})), **settings,
-                     **({"continue": args.more} if args.more else {}))
+                     **({"continue": args.more} if args.more else {}),
+                     **({"scores": scores[j]} if scores else {}))
                 for j, (prompt, file, seed) in enumerate(jobs)]
         write_atomic(out / "index.jsonl", lambda p: p.write_text("".join(json.dumps(r) + "\n" for r in rows)))
         shown = rows[:32]
@@ -710,6 +720,8 @@ def main(argv=None):
             print("judge:", " ".join(f"{k} {v:.3f}" for k, v in verdict.items()))
             text = json.dumps(dict(clips=len(rows), **settings, **verdict), indent=1)
             write_atomic(out / "judge.json", lambda p: p.write_text(text))
+        if scores:
+            print_scores([scores[j] for j in range(len(jobs))])
         print(f"{out}: {len(rows)} clips, sheet.png, index.jsonl")
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -2,11 +2,13 @@
 
 OpenCLIPText is the text tower of OpenCLIP ViT-H-14 (encoder of ModelScope, VideoCrafter2, I2VGen-XL, DEMO),
 OpenCLIPVision its image tower (image prompts, CLIP rewards), Resampler what makes few tokens of its many.
+With other sizes the same towers are OpenAI's ViT-L-14 (CLIP_L14).
 DINO is the image tower that tells subjects apart. The layers are written here; open_clip only brings the
 tokenizer. T5Text, CogVideoX's and Open-Sora's encoder, is transformers' T5. Keys of the CLIP towers are
 open_clip's: laion/CLIP-ViT-H-14-laion2B-s32B-b79K's open_clip_pytorch_model.bin (686 tensors) loads as it
-is; the `text_encoder` folder of diffusers repositories goes through text_from_hf. Textual inversion (words
-learned as vectors, Gal et al., arXiv 2208.01618) enters by the argument `learned` of OpenCLIPText.
+is; the `text_encoder` folder of diffusers repositories goes through text_from_hf, and transformers' CLIPModel
+(OpenAI's CLIP, PickScore) through clip_from_hf. Textual inversion (words learned as vectors, Gal et al.,
+arXiv 2208.01618) enters by the argument `learned` of OpenCLIPText.
 
     text = OpenCLIPText(CLIPConfig())(tokenize(["a red ball"]))  # (1, 77, 1024)
 """
@@ -43,6 +45,12 @@ class CLIPConfig:
     text_heads: int = 16
     text_layers: int = 24           # the diffusers layout keeps 23, to be run with layer="last"
     text_mlp_ratio: float = 4.0     # width of a block's MLP over text_width
+    quick_gelu: bool = False        # OpenAI's own models: x sigmoid(1.702 x) in place of GELU
+
+
+CLIP_L14 = CLIPConfig(
+    embed_dim=768, vision_layers=24, vision_width=1024, vision_head_width=64, text_width=768, text_heads=12,
+    text_layers=12, quick_gelu=True)
 
 
 # ---- the transformer that all towers share
@@ -63,23 +71,25 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, width, hidden):
+    def __init__(self, width, hidden, quick_gelu=False):
         super().__init__()
+        self.quick_gelu = quick_gelu
         self.c_fc = nn.Linear(width, hidden)
         self.c_proj = nn.Linear(hidden, width)
 
     def forward(self, x):
-        # the exact (erf) GELU: ViT-H is a laion model; OpenAI's own CLIP files would want QuickGELU here
-        return self.c_proj(F.gelu(self.c_fc(x)))
+        x = self.c_fc(x)
+        # GELU is the exact (erf) one: ViT-H is a laion model
+        return self.c_proj(x * torch.sigmoid(1.702 * x) if self.quick_gelu else F.gelu(x))
 
 
 class Block(nn.Module):
-    def __init__(self, width, heads, mlp_ratio, eps):
+    def __init__(self, width, heads, mlp_ratio, eps, quick_gelu=False):
         super().__init__()
         self.ln_1 = nn.LayerNorm(width, eps)
         self.attn = Attention(width, heads)
         self.ln_2 = nn.LayerNorm(width, eps)
-        self.mlp = MLP(width, int(mlp_ratio * width))
+        self.mlp = MLP(width, int(mlp_ratio * width), quick_gelu)
 
     def forward(self, x, causal=False):
         x = x + self.attn(self.ln_1(x), causal)
@@ -87,9 +97,10 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    def __init__(self, width, heads, layers, mlp_ratio=4.0, eps=1e-5):
+    def __init__(self, width, heads, layers, mlp_ratio=4.0, eps=1e-5, quick_gelu=False):
         super().__init__()
-        self.resblocks = nn.ModuleList(Block(width, heads, mlp_ratio, eps) for _ in range(layers))
+        self.resblocks = nn.ModuleList(
+            Block(width, heads, mlp_ratio, eps, quick_gelu) for _ in range(layers))
 
     def forward(self, x, causal=False, skip=0):
         for block in self.resblocks[:len(self.resblocks) - skip]:
@@ -107,7 +118,8 @@ class OpenCLIPText(nn.Module):
         w = cfg.text_width
         self.token_embedding = nn.Embedding(cfg.vocab_size, w)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(cfg.context_length, w))
-        self.transformer = Transformer(w, cfg.text_heads, cfg.text_layers, cfg.text_mlp_ratio)
+        self.transformer = Transformer(
+            w, cfg.text_heads, cfg.text_layers, cfg.text_mlp_ratio, quick_gelu=cfg.quick_gelu)
         self.ln_final = nn.LayerNorm(w)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         if cfg.embed_dim:
@@ -149,7 +161,8 @@ class OpenCLIPVision(nn.Module):
         self.class_embedding = nn.Parameter(std * torch.randn(w))
         self.positional_embedding = nn.Parameter(std * torch.randn(1 + patches, w))
         self.ln_pre = nn.LayerNorm(w)
-        self.transformer = Transformer(w, w // cfg.vision_head_width, cfg.vision_layers)
+        self.transformer = Transformer(
+            w, w // cfg.vision_head_width, cfg.vision_layers, quick_gelu=cfg.quick_gelu)
         self.ln_post = nn.LayerNorm(w)
         self.proj = nn.Parameter(std * torch.randn(w, cfg.embed_dim))
 
@@ -275,6 +288,14 @@ def text_from_hf(state):
 def vision_from_hf(state):
     """State dict of transformers' CLIPVisionModelWithProjection -> OpenCLIPVision's."""
     return from_hf(state, "vision", HF_VISION_TOP)
+
+
+def clip_from_hf(state):
+    """State dict of transformers' CLIPModel (both towers) -> OpenCLIP's."""
+    vision = {k: v for k, v in state.items() if k.startswith(("vision_model.", "visual_projection."))}
+    text = {k: v for k, v in state.items() if k not in vision and k != "logit_scale"}
+    ours = text_from_hf(text) | {f"visual.{k}": v for k, v in vision_from_hf(vision).items()}
+    return ours | {k: state[k] for k in ("logit_scale",) if k in state}
 
 
 def from_hf(state, tower, top):

@@ -32,6 +32,7 @@ import data
 import diffusion
 import metrics
 import models
+import rewards
 import sample
 import text_encoders
 import vae
@@ -70,6 +71,8 @@ class Case:
             return None
         if "tensor" in spec:
             return self.tensor(spec["tensor"])
+        if "weight_rule" in spec:
+            return fill_tensor(spec["weight_rule"]["name"], spec["weight_rule"]["shape"])
         if "value" in spec:
             value = spec["value"]
             first = value
@@ -1241,6 +1244,171 @@ def rollout_gradient(case):
     return result
 
 
+# ---- rewards
+
+# the real heads' files, beside the repository (or above it); what needs one is skipped where it is not there
+HEAD_FILES = next((folder for parent in Path(__file__).resolve().parents
+                   if (folder := parent / "shared" / "data" / "reward_heads").is_dir()), Path("no-heads"))
+
+
+def pooled(weight, size):
+    """Toy tower: (n,3,h,w) -> (n,d), a matrix on the picture shrunk to size x size."""
+    shrink = torch.nn.AdaptiveAvgPool2d(size)
+    return lambda images: shrink(images).flatten(1) @ weight.T
+
+
+def computable(case):
+    """Names of the outputs whose real head is on this machine; the others are graded as skipped."""
+    absent = [name for name, spec in case.outputs.items()
+              if "needs_file" in spec and not (HEAD_FILES / spec["needs_file"]).is_file()]
+    for name in absent:
+        case.outputs[name]["check"] = "as_published"
+    return [name for name in case.outputs if name not in absent]
+
+
+def reward_of(spec, towers, case):
+    """The published reward of one entry of config.rewards, around toy towers. -> as rewards.py builds it"""
+    fn, tower = spec["reward_fn"], towers[spec["tower"]]
+    def text(prompts):
+        return case.input("text_features")[[int(p) for p in prompts]]
+    if fn in ("aesthetic", "rainy", "snowy", "compression_score"):
+        head = rewards.Files("cpu", HEAD_FILES).head(spec["head"])
+        return rewards.head_reward(tower, head, spec["target"], spec["grad_scale"])
+    if fn == "hps":
+        return rewards.text_reward(tower, text)
+    if fn == "aesthetic_hps":
+        aesthetic = reward_of(spec | {"reward_fn": "aesthetic"}, towers, case)
+        return rewards.mixed_reward(aesthetic, rewards.text_reward(towers[spec["tower2"]], text),
+                                    spec["loss_weights"], spec["score_weights"])
+    if fn == "pick_score":
+        return rewards.text_reward(tower, text, rewards.crop, np.exp(spec["logit_scale"]), 100)
+    if fn == "actpred":
+        return rewards.action_reward(lambda clips: tower(clips.mean(2)), lambda _: case.input("target_class"))
+    raise Unsupported(f"reward {fn}")
+
+
+PREPARE = {"square_224_clipnorm": rewards.square, "bicubic_crop_224": rewards.crop,
+           "square_224_imagenetnorm": lambda x: rewards.square(x, rewards.imagenet),
+           "detection": rewards.detector_input}
+
+
+def reward_losses(case):
+    """Every reward's preprocessing, loss, score and gradient, through rewards.score() as VADER calls it."""
+    if case.toy["name"] != "pooled_linear":
+        raise Unsupported(f"toy {case.toy['name']}")
+    towers = {k: pooled(case.input(v), case.toy["pool"]) for k, v in case.toy["towers"].items()}
+    image, result, found = case.input("image"), {}, {}
+    for name in computable(case):
+        spec = case.outputs[name]
+        if "preprocess" in spec:
+            if spec["preprocess"] in PREPARE:
+                result[name] = sampled(PREPARE[spec["preprocess"]](image.clamp(-1, 1) / 2 + 0.5), spec)
+            continue
+        which = spec["reward"]
+        if case.config["rewards"][which]["preprocess"] not in PREPARE:
+            continue  # the short side: as published, the towers could not take it
+        if which not in found:
+            reward = reward_of(case.config["rewards"][which], towers, case)
+            x = image.clone().requires_grad_()
+            clips = x.transpose(0, 1)[None] if reward.clip else x[:, :, None]  # one clip, or one frame each
+            # as published, PickScore asks every image about the first prompt
+            row0 = case.config["rewards"][which].get("pairing") == "row0"
+            prompts = ["0" if row0 else str(i) for i in range(len(clips))]
+            loss = -rewards.score(reward, clips, prompts).mean()
+            loss.backward()
+            plain = rewards.of_clips(reward, (clips / 2 + 0.5).clamp(0, 1), prompts, plain=True)
+            found[which] = {"loss": loss.view(1), "score": plain.mean().view(1), "grad": x.grad,
+                            "grad_norm": x.grad.norm().view(1)}
+        quantity = spec["quantity"]
+        if quantity == "grad_sub":
+            result[name] = sampled(found[which]["grad"], spec)
+        else:
+            result[name] = found[which][quantity]
+    return result
+
+
+def sampled(x, spec):
+    """Every stride-th row and column from offset."""
+    (top, left), (down, right) = spec["offset"], spec["stride"]
+    return x[..., top::down, left::right]
+
+
+def reward_heads(case):
+    """The real heads on unit vectors."""
+    result = {}
+    if not computable(case):
+        raise Unsupported("needs the real heads, shared/data/reward_heads")
+    for name in computable(case):
+        which = name.removesuffix("_grad_norm")
+        x = case.input("features").requires_grad_()
+        value = rewards.Files("cpu", HEAD_FILES).head(which)(x)
+        value.sum().backward()
+        result[name] = value if name == which else x.grad.norm(dim=1)
+    return result
+
+
+def reward_detection(case):
+    """Object removal, each image alone and all together."""
+    toy, config, result = case.toy, case.config, {}
+    if toy["name"] != "pooled_detector" or toy["classes"] != config["num_classes"] + 1:
+        raise Unsupported(f"toy {toy['name']}")
+    tower = pooled(toy["gain"] * case.input(toy["weight"]), toy["pool"])
+
+    def detect(images):
+        logits = tower(images).unflatten(1, (toy["queries"], toy["classes"]))
+        return rewards.yolos_confidence(logits, config["target_id"], config["threshold"])
+    reward, image = rewards.object_reward(detect), case.input("image")
+    for name, spec in case.outputs.items():
+        rows = slice(None) if spec.get("row") is None else [spec["row"]]
+        x = image[rows].clone().requires_grad_()
+        loss = -rewards.score(reward, x[:, :, None], ["a"] * len(x)).mean()
+        loss.backward()
+        result[name] = (x.grad.norm() if spec.get("quantity") == "grad_norm" else loss).view(1)
+    return result
+
+
+def clip_forward(case):
+    """Both towers of a CLIP in open_clip's or transformers' layout."""
+    config, result = case.config, {}
+    if config["arch"] == "open_clip":
+        cfg, convert = clip_config(config), None
+    elif config["arch"] == "hf" and config["intermediate"] == 4 * config["hidden"]:
+        width, heads, layers = (config[k] for k in ("hidden", "heads", "layers"))
+        cfg, convert = text_encoders.CLIPConfig(
+            embed_dim=config["projection"], image_size=config["image_size"], patch_size=config["patch"],
+            vision_width=width, vision_head_width=width // heads, vision_layers=layers, text_width=width,
+            text_heads=heads, text_layers=layers, vocab_size=config["vocab"],
+            context_length=config["positions"]), text_encoders.clip_from_hf
+    else:
+        raise Unsupported(f"architecture {config['arch']}")
+    cfg = dataclasses.replace(cfg, quick_gelu=config["activation"] == "quick_gelu")
+    net = text_encoders.OpenCLIP(cfg).eval()
+    if convert is None:
+        fill(net, case.params, case.left_as_built)
+    else:
+        state = {k: fill_tensor(k, shape) if shape else net.logit_scale.detach()
+                 for k, shape in case.params.items()}
+        common.load_strict(net, convert(state), case.path)
+    ids, image = case.input("text_tokens"), case.input("image").requires_grad_()
+    if config["text_pooling"] == "first_eos" and not torch.equal(
+            ids.argmax(1), (ids == config["eos"]).int().argmax(1)):
+        raise Unsupported("an end token that is not the largest id")
+    length = rewards.unit if config["normalize"] else lambda x: x
+    for name, call in case.call.items():
+        if call["fn"] == "encode_image":
+            result[name] = length(net.visual(image))
+        elif call["fn"] == "encode_text":
+            result[name] = length(net.pooled(ids))
+        elif call["fn"] == "row_dot":
+            result[name] = (result[call["a"]] * result[call["b"]]).sum(1)
+        elif call["fn"] == "grad" and call["of"] == "mean(1-score)" and call["wrt"] == "image":
+            (1 - result["score"]).mean().backward()
+            result[name] = image.grad
+        else:
+            raise Unsupported(f"function {call['fn']}")
+    return result
+
+
 # ---- CogVideoX and Diffusion as Shader. Their tensors are (b,f,c,h,w), ours (b,c,f,h,w)
 
 def swapped(x):
@@ -1564,6 +1732,10 @@ KINDS = {
     ("sampler_trajectory", "videolcm"): sampler_ops,
     ("schedule", "higen_unet"): appearance_schedule,
     ("pipeline", "vgen_ddim"): sr600_pipeline,
+    ("reward", "rewards"): reward_losses,
+    ("reward_heads", "rewards"): reward_heads,
+    ("reward_detection", "rewards"): reward_detection,
+    ("clip_forward", "rewards"): clip_forward,
     # CogVideoX and Diffusion as Shader
     ("dit_forward", "cogvideox_dit"): cogvideox_forward,
     ("dit_forward", "das_dit"): cogvideox_forward,
