@@ -713,13 +713,22 @@ def score(reward, videos, prompts):
 
 @torch.no_grad()
 def statistics(reward, videos, prompts, device):
-    """Videos (n,3,f,h,w) -> {"reward": mean, "reward_sd": deviation}, and the same of a sum's parts."""
-    parts = {name: part for name, _, part in reward.parts} if len(reward.parts) > 1 else {}
+    """Videos (n,3,f,h,w) in [-1,1] -> {"reward": mean, "reward_sd": deviation} of what is maximised.
+
+    The same of the parts of a sum, and of a plain score that is not what is maximised, under their names.
+    """
+    found = []
+    for i in range(0, len(videos), 8):
+        clips = videos[i:i + 8].to(device).float().clamp(-1, 1) / 2 + 0.5
+        plain = reward.scores(clips, prompts[i:i + 8])
+        if len(reward.parts) == 1 and not hasattr(reward.parts[0][2], "score"):
+            plain = {}  # the reward itself
+        plain.pop("sum", None)
+        found.append({"reward": reward(clips, prompts[i:i + 8])} | plain)
     row = {}
-    for name, part in ({"reward": reward} | parts).items():
-        found = torch.cat([score(part, videos[i:i + 8].to(device), prompts[i:i + 8]).cpu()
-                           for i in range(0, len(videos), 8)])
-        row |= {name: found.mean().item(), f"{name}_sd": found.std(unbiased=False).item()}
+    for name in found[0]:
+        values = torch.cat([part[name] for part in found]).cpu()
+        row |= {name: values.mean().item(), f"{name}_sd": values.std(unbiased=False).item()}
     return row
 
 

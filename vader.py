@@ -79,7 +79,7 @@ TINY = dict(
     eval_n=64, save_every=25, log_every=5, grad_ckpt=False, sweep=16)
 # a reward that does not read the prompt pulls every clip the same way: far more effect for a step
 TINY_SIMPLE = TINY | dict(steps=30, lr=3e-4, sample_steps=10)
-TINY_I2V = TINY | dict(steps=30, reward="temporal", more=2, batch=4, eval_n=32, sweep=8)
+TINY_I2V = TINY | dict(steps=70, lr=1.3e-3, reward="temporal", more=2, batch=4, eval_n=32, sweep=8)
 PRESETS = {
     "videocrafter2": VIDEOCRAFTER2, "opensora": OPENSORA, "tiny-i2v": TINY_I2V, "tiny-cogvideox": TINY_I2V,
     "modelscope": MODELSCOPE, "modelscope-v1.4": MODELSCOPE, "modelscope-v1.5": MODELSCOPE}
@@ -226,6 +226,8 @@ def main(argv=None):
     env = setup(args)
     reward = get_reward(args.reward, env.device, args.reward_weights)
     watch = get_reward(args.watch, env.device, args.reward_weights) if args.watch else None
+    for asked in filter(None, (reward, watch)):
+        asked.check([prompt for _, prompt in (*items, *held_out)])
     if reward.clip and args.decode not in ("all", "alt"):
         raise UserError(f"--decode {args.decode}: reward {args.reward} judges whole clips; add --decode all")
 
