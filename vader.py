@@ -65,7 +65,8 @@ from metrics import judge_captions
 from models import add_lora, parallelize, sync_gradients
 from rewards import get_reward, score, statistics
 from sample import (
-    SAMPLERS, check_sampler, conditions, decode, frame_picture, generate_split, lora_strengths, rollout)
+    SAMPLERS, check_sampler, conditions, decode, frame_picture, generate_split, lora_file, lora_strengths,
+    rollout)
 
 PROMPTS = Path(__file__).parent / "assets" / "prompts"
 
@@ -91,7 +92,7 @@ def get_args(argv=None):
     # what
     p.add_argument("--base", default="videocrafter2", help="base network (python bases.py lists them)")
     p.add_argument("--weights", help="folder with the base's public weights (default: its hub)")
-    p.add_argument("--lora", metavar="FILE", help="start from this LoRA (VADER's public files, or peft's)")
+    p.add_argument("--lora", metavar="FILE[:SCALE]", help="start from a LoRA (VADER's public files, peft's)")
     p.add_argument("--out", default="out/vader", help="run folder")
     p.add_argument("--resume", action="store_true", help="continue the run in --out")
     # method
@@ -221,7 +222,9 @@ def main(argv=None):
     if args.lora:
         with torch.device("meta"):
             net = NETWORKS[type(base_row(args.base).net)](base_row(args.base).net)
-        lora, args.rank, args.alpha, args.lora_targets = read_peft_lora(net, args.lora)
+        file, strength = lora_file(args.lora)
+        lora, args.rank, args.alpha, args.lora_targets = read_peft_lora(net, file)
+        lora = {k: v * strength if "lora_B" in k else v for k, v in lora.items()}
     state = check_out(args, "vader")
     env = setup(args)
     reward = get_reward(args.reward, env.device, args.reward_weights)

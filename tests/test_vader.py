@@ -134,6 +134,10 @@ def test_public_lora_is_a_start_and_a_file_to_sample_with(small, tmp_path):
     delta = base.net.state_dict()[f"{layer}.weight"] - plain[f"{layer}.weight"]
     assert torch.allclose(delta, 8 / 4 * b @ a, atol=1e-5)  # alpha is 8, and in no file
 
+    half = ["--lora", f"{tmp_path / 'lora.pt'}:0.5", "--out", str(tmp_path / "half")]
+    vader.main([*args, "--lr", "1e-12", *half])
+    half = load_checkpoint(tmp_path / "half")[0][f"{layer}.lora_B.weight"]
+    assert torch.allclose(half, 0.5 * b, atol=1e-6)
     vader.main([*args, "--lora", str(tmp_path / "lora.pt"), "--lr", "1e-12"])
     tensors, meta = load_checkpoint(tmp_path / "run")
     assert meta["rank"] == 4 and meta["alpha"] == 8 and len(tensors) == len(file)
