@@ -137,7 +137,7 @@ BASES = {
         dict(name="cosine", prediction="v", zero_snr=True, shift=0.15),
         sampling(frames=TINY_FRAMES, height=TINY_SIZE, width=TINY_SIZE, save_fps=TINY_FPS, sample_steps=25,
                  cfg=1.5, spacing="trailing"),
-        methods=("t2v", "vader")),
+        methods=("t2v", "vader", "instructvideo")),
     # I2VGen-XL's network and conditioning; tiny's autoencoder, and its schedule for tiny's reason. Words have
     # 32 numbers, not 64, to make room for the layers that read the image (the file stays below 4 MB).
     "tiny-i2v": Row(
@@ -179,17 +179,17 @@ BASES = {
          "diffusers": {"net": f"{MODELSCOPE_DIFFUSERS}:unet/diffusion_pytorch_model.safetensors",
                        "vae": f"{MODELSCOPE_DIFFUSERS}:vae/diffusion_pytorch_model.safetensors",
                        "text": f"{MODELSCOPE_DIFFUSERS}:text_encoder/model.safetensors"}},
-        methods=("t2v", "vader")),
+        methods=("t2v", "vader", "instructvideo")),
     "modelscope-v1.4": Row(
         "its version 1.4, the base of InstructVideo (--lora takes its fine-tuned file)",
         UNetConfig(), VAEConfig(), CLIPConfig(), EPS, sampling(cfg=3.0, sample_steps=20),
         {"original": VGEN | {"net": "ms:iic/InstructVideo:model_scope_v1-4_0600000.pth"}},
-        methods=("t2v", "vader")),
+        methods=("t2v", "vader", "instructvideo")),
     "modelscope-v1.5": Row(
         "its version 1.5, the base of DreamVideo",
         UNetConfig(), VAEConfig(), CLIPConfig(), EPS, sampling(),
         {"original": VGEN | {"net": "ms:iic/dreamvideo-t2v:model_scope_v1-5_0632000.pth"}},
-        methods=("t2v", "vader")),
+        methods=("t2v", "vader", "instructvideo")),
     "dreamvideo": Row(
         "v1.5 with adapters for a subject and a motion (arXiv 2312.04433), 32 frames; --lora fills them",
         UNetConfig(**DREAMVIDEO), VAEConfig(), CLIPConfig(), EPS,
@@ -200,13 +200,14 @@ BASES = {
         UNetConfig(motion_blocks=True), VAEConfig(), CLIPConfig(), EPS, sampling(negative=NEGATIVE),
         {"original": {"net": "hf:Ryan-PR/DEMO:demo.pth", "motion_text": "hf:Ryan-PR/DEMO:motion_encoder.pth",
                       "vae": f"{MODELSCOPE}:VQGAN_autoencoder.pth",
-                      "text": f"{MODELSCOPE}:open_clip_pytorch_model.bin"}}),
+                      "text": f"{MODELSCOPE}:open_clip_pytorch_model.bin"}},
+        methods=("instructvideo",)),
     "videocrafter2": Row(
         "VideoCrafter2 (arXiv 2401.09047), 16 frames of 320x512",
         UNetConfig(**VC2_NET), VAEConfig(), CLIPConfig(), VC2_EPS,
         sampling(height=320, width=512, fps=28, save_fps=10, cfg=12.0, eta=1.0),
         {"original": {"net": VC2, "vae": VC2, "text": VC2}},
-        methods=("t2v", "vader")),
+        methods=("t2v", "vader", "instructvideo")),
     "t2v-turbo": Row(
         "VideoCrafter2 distilled to 4 steps (T2V-Turbo, arXiv 2405.18750)",
         UNetConfig(**VC2_NET, guidance_dim=256), VAEConfig(), CLIPConfig(), EPS,
@@ -253,7 +254,8 @@ BASES = {
         "TF-T2V (arXiv 2312.15770), 16 frames of 256x448",
         UNetConfig(concat_dim=8, style_image=True), VAEConfig(), CLIPConfig(), V_ZERO_SNR,
         sampling(width=448, negative=NEGATIVE, suffix=SHARP),
-        {"original": VGEN | {"net": "ms:iic/tf-t2v:tft2v_t2v_non_ema_512000.pth"}}),
+        {"original": VGEN | {"net": "ms:iic/tf-t2v:tft2v_t2v_non_ema_512000.pth"}},
+        methods=("instructvideo",)),
     "vcomposer": Row(
         "VideoComposer by TF-T2V (arXiv 2306.02018): depth, sketch, motion, images as conditions",
         UNetConfig(concat_dim=8, style_image=True, maps=SIX_MAPS), VAEConfig(), CLIPConfig(), V_ZERO_SNR,
@@ -271,13 +273,13 @@ BASES = {
         T5Config(), COGVIDEOX | dict(divisor=3.0),
         sampling(frames=49, height=480, width=720, spacing="cogvideox", cfg=6.0),
         cogvideox_files("hf:THUDM/CogVideoX-2b"),
-        methods=("vader",)),
+        methods=("vader", "instructvideo")),
     "cogvideox-5b": Row(
         "CogVideoX-5B, 49 frames of 480x720",
         CogVideoXConfig(), CogVideoXVAEConfig(), T5Config(), COGVIDEOX | dict(divisor=1.0),
         sampling(frames=49, height=480, width=720, sampler="dpm", cfg=6.0, dynamic_cfg="published"),
         cogvideox_files("hf:THUDM/CogVideoX-5b"),
-        methods=("vader",)),
+        methods=("vader", "instructvideo")),
     "cogvideox-5b-i2v": Row(
         "CogVideoX-5B-I2V, image to video",
         CogVideoXConfig(**COGVIDEOX_5B), CogVideoXVAEConfig(), T5Config(), COGVIDEOX | dict(divisor=1.0),
@@ -753,12 +755,42 @@ def merge_public_lora(net, path, scale=1.0):
     if base:
         load_strict(net, base, f"--lora {path}")
     add_lora(net, rank, rank * scale, ["to_q", "to_k", "to_v", "to_out.0"])
-    ours = {instructvideo_lora_name(k): k for k in net.state_dict() if ".lora_" in k}
-    missing = [k for k in ours if k not in state]
-    if missing:
-        raise UserError(f"--lora {path}: {missing[0]} is missing")
-    net.load_state_dict({ours[k]: v.float() for k, v in state.items() if k in ours}, strict=False)
+    fill_branches(net, state, path)
     merge_lora(net)
+
+
+def fill_branches(net, state, path):
+    """The tensors of InstructVideo's file into the LoRA branches that the network has, all of them."""
+    ours = {instructvideo_lora_name(k): (k, v.shape) for k, v in net.state_dict().items() if ".lora_" in k}
+    wrong = [k for k in ours.keys() | {k for k in state if "_lora." in k} if k not in ours or k not in state]
+    if wrong:
+        raise UserError(f"--lora {path}: {min(wrong)} is in one of file and network only: its layers are "
+                        "--lora-targets to_q to_k to_v to_out.0 of another base")
+    other = [k for k, (_, shape) in ours.items() if state[k].shape != shape]
+    if other:
+        rank = next(v.shape[0] for k, v in state.items() if "down_linear" in k)
+        raise UserError(f"--lora {path}: has rank {rank} and {other[0]} of shape "
+                        f"{tuple(state[other[0]].shape)}: give --rank {rank}, or the base that it was made on")
+    net.load_state_dict({name: state[k].float() for k, (name, _) in ours.items()}, strict=False)
+
+
+def start_from_lora(net, path, scale=1.0):
+    """InstructVideo's public file as the start of training: its LoRA times `scale`, for a network that has
+    branches of the same rank. The base weights in the file must be the network's own: a run saves LoRA alone.
+    """
+    state = load_weights(path, lists=True)
+    if isinstance(state, list) or not any("_lora.down_linear" in k for k in state):
+        what = "T2V-Turbo's list" if isinstance(state, list) else looks_like(state)
+        raise UserError(f"--lora {path}: no LoRA of InstructVideo to start from: {what}")
+    fill_branches(net, state, path)
+    ours = net.state_dict()
+    for k, v in state.items():
+        if "_lora." not in k and not (k in ours and v.shape == ours[k].shape and torch.allclose(
+                ours[k].float(), v.to(ours[k]).float(), rtol=1e-2, atol=1e-4)):
+            raise UserError(f"--lora {path}: the base weights in it are others (first: {k}): give the --base "
+                            "that it was made on (InstructVideo's: modelscope-v1.4)")
+    for layer in (m for m in net.modules() if hasattr(m, "lora_B")):
+        layer.lora_B.weight.data *= scale / layer.lora_scale
 
 
 def fill_adapters(net, state, path, scale):

@@ -187,17 +187,21 @@ def batch_indices(n, first, batch, seed=0):
 class TinyWorld(torch.utils.data.Dataset):
     """`n` fixed clips of the tiny world: item (i, _) -> {"video" (3,f,32,32), "text"}; f = 1 gives images.
 
-    motion: of all clips; None: any of MOTIONS.
+    motion: of all clips; None: any of MOTIONS. captions: what the clips show in turn, such as those that a
+    test does not hold out.
     """
 
-    def __init__(self, n, frames=TINY_FRAMES, seed=0, motion=None):
-        self.n, self.frames, self.seed, self.motion = n, frames, seed, motion
+    def __init__(self, n, frames=TINY_FRAMES, seed=0, motion=None, captions=None):
+        self.n, self.frames, self.seed, self.motion, self.captions = n, frames, seed, motion, captions
 
     def __len__(self):
         return self.n
 
     def __getitem__(self, item):
         i, _ = item
+        if self.captions:
+            text, rng = self.captions[i % len(self.captions)], np.random.default_rng((self.seed, TRAINING, i))
+            return {"video": render(tiny_scene(rng, **parse(text), frames=self.frames)), "text": text}
         video, captions, _ = tiny_batch((self.seed, TRAINING, i), 1, self.frames, motion=self.motion)
         return {"video": video[0], "text": captions[0]}
 

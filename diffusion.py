@@ -275,15 +275,18 @@ def ddim_step(schedule, out, x, t, t_prev, eta=0.0, noise=None):
 
 
 def ddim(net_fn, x_T, schedule, steps, eta=0.0, generators=None, grad_last=0, spacing="leading",
-         progress=None):
+         progress=None, last=None):
     """Sample: noise x_T (b,c,f,h,w) -> latents.
 
     generators: for the noise of eta > 0.
     grad_last: the last K updates record gradients, the state before them is constant (VADER, InstructVideo).
+    last: only so many last updates are made, and x_T is the state at the step of the first of them, such as a
+    clip noised to there (SDEdit, arXiv 2108.01073; InstructVideo).
     As published with "leading", the chain ends at ab_0, not at x0: a residual sqrt(1 - ab_0) eps stays,
     visually nil.
     """
     updates = ddim_updates(steps, len(schedule.alpha_bar), spacing)
+    updates = updates if last is None else updates[len(updates) - last:]
     x = x_T
     for i, (t, t_prev) in enumerate(progress(updates) if progress else updates):
         with torch.set_grad_enabled(torch.is_grad_enabled() and i >= len(updates) - grad_last):

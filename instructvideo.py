@@ -1,0 +1,336 @@
+"""InstructVideo: reward fine-tuning as editing (Yuan et al., CVPR 2024, arXiv 2312.12490).
+
+    J(theta) = E_{(clip, text), eps} [ mean_s exp(-lambda |i_s - f/2|) r(decode(x_0(theta))_{i_s}, text) ]
+    x_0(theta): the clip noised part-way, then the short rest of the sampler   (eq. 6 to 9, algorithm 1)
+
+Sampling a whole clip for one reward is dear. Instead noise a real clip to the step where 0.6 of the DDIM
+sampler is left, let that rest bring it back with guidance, decode one random frame of each of 4 segments, and
+go back through the last update into LoRA weights. A frame far from the middle of the clip counts less: the
+frames resemble each other, and full marks for all would reward a slide show of one.
+
+    python instructvideo.py --base tiny                       # 2 CPU cores: minutes and result in RESULTS.md
+    python instructvideo.py --base tiny --reward size         # a hand-written reward of single frames
+    python instructvideo.py --weights W --data clips.csv --reward my_reward.py:fn                  # 1 GPU
+    torchrun --nproc_per_node=4 instructvideo.py --weights W --data clips.csv --reward my_reward.py:fn
+    python instructvideo.py --weights W --data clips.csv --lora instructvideo.pth --reward my_reward.py:fn
+    python instructvideo.py --base videocrafter2 --weights W --data clips --reward my_reward.py:fn --lr 1e-4
+    python instructvideo.py ... --resume                      # goes on bit for bit
+    python sample.py --ckpt out/instructvideo --prompt "a red circle moving left"
+
+Leaves in --out what vader.py leaves (ckpt.safetensors, log.jsonl, eval.jsonl, curve.png, before and after),
+and rewards.jsonl: every clip's reward, and its advantage: how far it is above the mean of the same caption's
+last rewards, in standard deviations. Captions differ in reward by far more than training changes it: a mean
+advantage above 0 is progress. A reward that judges whole clips gets all frames; segments do not concern it.
+
+Differences from the original code
+ - Dropout is off in the chain, as in sampling; the original leaves the UNet in training mode.
+ - Each process reads its own clips, shuffled (the original: all the same, in order, but for --debug), with
+   exactly the frames asked for. Noise, frames and clips are keyed by the sample's number: resume is exact.
+ - No tensor is resized but by the reward itself. Gradients are clipped to a norm of --clip.
+ - The statistics of rewards are taken by caption; the original's have one empty caption for all, and belong
+   to two objectives without a training loop (reward-weighted and policy gradient), left out as are --ema,
+   which it never saves, and its weight exp(-10 denoising loss), which is off.
+"""
+import argparse
+from collections import defaultdict, deque
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from bases import base_row, fill, latent_shape, load_base, start_from_lora
+from common import (
+    COUNT, DECAY, NATURAL, POSITIVE, REAL, SHARE, UNSIGNED, FiniteGuard, Log, MySamples, Parser, UserError,
+    agree_to_stop, append_line, apply_defaults, catch_signals, check_out, draw_curve, generator, keep_lines,
+    load_state, lr_at, memory_advice, read_lines, save_checkpoint, setup, trained)
+from data import TinyWorld, VideoDataset, contact_sheet, read_batches, read_prompts, tiny_prompts, write_video
+from diffusion import ddim, ddim_updates, dynamic_guidance, guided, offset_noise, randn
+from metrics import judge_captions
+from models import CogVideoXConfig, add_lora, parallelize, sync_gradients
+from rewards import get_reward, score
+from sample import frame_rate, generate_split, lora_file
+
+TINY = dict(
+    steps=100, batch=8, lr=4e-3, warmup=0, reward="tiny", sample_steps=5, rank=8, alpha=8.0, offset_noise=0.0,
+    min_history=2, workers=0, eval_n=64, save_every=25, log_every=5, grad_ckpt=False)
+# a reward that does not read the prompt pulls every clip the same way: far more effect for a step
+TINY_SIMPLE = TINY | dict(steps=30, lr=3e-4)
+
+
+def get_args(argv=None):
+    p = Parser(__doc__)
+    yes_no = argparse.BooleanOptionalAction
+    # what
+    p.add_argument("--base", default="modelscope-v1.4", help="base network (python bases.py lists them)")
+    p.add_argument("--weights", help="folder with the base's public weights (default: its hub)")
+    p.add_argument("--lora", metavar="FILE[:SCALE]", help="start from InstructVideo's public file")
+    p.add_argument("--out", default="out/instructvideo", help="run folder")
+    p.add_argument("--resume", action="store_true", help="continue the run in --out")
+    # data
+    p.add_argument("--data", help="clips and captions: folder, csv, jsonl or VGen list (tiny: procedural)")
+    p.add_argument("--frames", type=COUNT, help="frames a clip (default: the base's)")
+    p.add_argument("--height", type=COUNT, help="pixels (default: the base's)")
+    p.add_argument("--width", type=COUNT, help="pixels (default: the base's)")
+    p.add_argument("--fps", type=COUNT, help="frame rate as a condition, for bases that take one")
+    p.add_argument("--read-fps", type=POSITIVE, default=8.0, help="rate at which clips are read")
+    p.add_argument("--eval-prompts", help="file of held-out prompts (default: captions; tiny: 64 others)")
+    p.add_argument("--eval-n", type=COUNT, default=8, help="held-out prompts used")
+    p.add_argument("--negative", help="text of the unconditional branch (default: the base's)")
+    # method
+    p.add_argument("--reward", help="a reward of rewards.py (default: brightness), or my_file.py:function")
+    p.add_argument("--sample-steps", type=COUNT, default=20, help="DDIM steps of a whole chain")
+    p.add_argument("--partial", type=SHARE, default=0.6, help="share of these steps that is run")
+    p.add_argument("--grad-last", type=COUNT, default=1, help="last steps that record gradients")
+    p.add_argument("--eta", type=SHARE, default=0.0, help="DDIM noise, 0 deterministic to 1")
+    p.add_argument("--cfg", type=REAL, help="guidance u + cfg (c - u) (default: the base's)")
+    p.add_argument("--offset-noise", type=UNSIGNED, default=0.1, help="noise shared by a frame (VGen: 0.1)")
+    p.add_argument("--segments", type=COUNT, default=4, help="segments of a clip, one frame of each rewarded")
+    p.add_argument("--attenuation", type=UNSIGNED, default=1.0, help="lambda: how fast the weight falls")
+    p.add_argument("--history", type=COUNT, default=16, help="rewards of a caption kept for its statistics")
+    p.add_argument("--min-history", type=COUNT, default=16, help="with fewer, the step's own are taken")
+    # optimisation
+    p.add_argument("--steps", type=COUNT, default=20000, help="optimizer steps")
+    p.add_argument("--batch", type=COUNT, default=2, help="clips a process and micro-step")
+    p.add_argument("--accum", type=COUNT, default=1, help="micro-steps a step")
+    p.add_argument("--lr", type=POSITIVE, default=1e-5, help="learning rate")
+    p.add_argument("--wd", type=UNSIGNED, default=0.0, help="weight decay")
+    p.add_argument("--betas", type=DECAY, nargs=2, default=(0.9, 0.999), help="AdamW betas")
+    p.add_argument("--lr-schedule", choices=("constant", "cosine", "cosine-restarts"), default="constant")
+    p.add_argument("--warmup", type=NATURAL, default=10, help="steps of linear warm-up")
+    p.add_argument("--clip", type=POSITIVE, default=1.0, help="largest gradient norm")
+    p.add_argument("--rank", type=NATURAL, default=4, help="LoRA rank")
+    p.add_argument("--alpha", type=POSITIVE, default=4.0, help="LoRA branches are scaled by alpha / rank")
+    p.add_argument("--lora-targets", nargs="+", default=["to_q", "to_k", "to_v", "to_out.0"], help="layers")
+    # machine
+    p.add_argument("--workers", type=NATURAL, default=2, help="processes that read clips")
+    p.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
+    p.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 on GPU, fp32 on CPU")
+    p.add_argument("--grad-ckpt", action=yes_no, default=True, help="recompute blocks backward: less memory")
+    p.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp", help="full copies, or shards")
+    p.add_argument("--offload", action="store_true", help="activations (fsdp: weights too) wait on the CPU")
+    # run
+    p.add_argument("--seed", type=NATURAL, default=0, help="seed")
+    p.add_argument("--save-every", type=COUNT, default=500, help="steps between checkpoints")
+    p.add_argument("--keep", type=COUNT, default=1, help="checkpoints kept")
+    p.add_argument("--preview-every", type=NATURAL, default=0, help="steps between evaluations (0: two)")
+    p.add_argument("--log-every", type=COUNT, default=1, help="steps between log lines on the screen")
+    p.add_argument("--tensorboard", action="store_true", help="log to TensorBoard too")
+    p.add_argument("--wandb", action="store_true", help="log to Weights & Biases too")
+    simple = p.parse_known_args(argv)[0].reward not in (None, "tiny")
+    args = apply_defaults(p, argv, {"tiny": TINY_SIMPLE if simple else TINY})
+    args.reward = args.reward or "brightness"
+    if base_row(args.base).text and not args.data:
+        raise UserError("--data: give a folder, csv, jsonl or list of clips with captions")
+    if args.rank < 1:
+        raise UserError("--rank 0: InstructVideo trains LoRA weights; give a rank of 1 or more")
+    return args
+
+
+# ---- the method
+
+def partial_chain(args, num):
+    """-> the step that clips are noised to, of `num`, and how many DDIM updates lead from there to the end."""
+    updates, last = ddim_updates(args.sample_steps, num, args.spacing), int(args.partial * args.sample_steps)
+    if last < 1:
+        raise UserError(f"--partial {args.partial:g}: no step is left of {args.sample_steps}")
+    if args.grad_last > last:
+        raise UserError(f"--grad-last {args.grad_last}: the chain has {last} steps")
+    return updates[-last][0], last
+
+
+def segment_frames(frames, segments, g):
+    """A random frame of each segment, as published: those past segments * (frames // segments) never come."""
+    span = frames // segments
+    return [s * span + int(torch.randint(span, (), generator=g)) for s in range(segments)]
+
+
+def segmental_reward(reward, vae, latents, prompts, frames, attenuation):
+    """mean_s exp(-attenuation |i_s - f // 2|) r(frame i_s), (b,), f the clip's frames (section 4.2).
+
+    latents (b,c,f',h,w) -> rewards of the clips; frames: f, and the numbers i_s for each clip (a list of
+    lists). A reward of whole clips gets the whole clip, unweighted.
+    """
+    if getattr(reward, "clip", False):
+        return score(reward, vae.decode(latents), prompts)
+    f, numbers = frames
+    shown = torch.cat([vae.decode(z[None], frames=i) for z, i in zip(latents, numbers)])  # b 3 s h w
+    b, s = shown.shape[0], shown.shape[2]
+    alone = shown.transpose(1, 2).flatten(0, 1).unsqueeze(2)  # (b s) 3 1 h w: each frame for itself
+    rewards = score(reward, alone, [p for p in prompts for _ in range(s)]).view(b, s)
+    distance = (torch.tensor(numbers, device=rewards.device) - f // 2).abs()
+    return (torch.exp(-attenuation * distance) * rewards).mean(1)
+
+
+def instructvideo_loss(net, base, reward, video, prompts, generators, args):
+    """1 - the reward of clips edited by the model, (b,). video (b,3,f,h,w) real clips in [-1,1]."""
+    schedule, device = base.schedule, next(base.vae.parameters()).device
+    t, last = partial_chain(args, len(schedule.alpha_bar))
+    shape = len(video), *latent_shape(base.name, args.frames, args.height, args.width)
+    with torch.no_grad():
+        pixels = video.to(device, next(base.vae.parameters()).dtype)
+        x0 = base.vae.encode(pixels, randn(shape, generators, device)).float()  # a sample, not the mean
+    noise = offset_noise(randn(shape, generators), randn((*shape[:3], 1, 1), generators), args.offset_noise)
+    x_t = schedule.add_noise(x0, noise.to(device), t)
+    numbers = [segment_frames(args.frames, args.segments, g) for g in generators]
+    latents = rollout(net, base, prompts, x_t, args, generators, grad_last=args.grad_last, last=last)
+    return 1 - segmental_reward(reward, base.vae, latents, prompts, (args.frames, numbers), args.attenuation)
+
+
+def rollout(net, base, prompts, x_T, args, generators, grad_last=0, last=None):
+    texts = [prompt + args.suffix for prompt in prompts]
+    with torch.no_grad():
+        text, null = base.encode_text(texts), base.encode_null(args.negative, len(texts))
+    fn = guided(net, text, null, args.cfg, **frame_rate(args, len(x_T), x_T.device))
+    return ddim(fn, x_T, base.schedule, args.sample_steps, args.eta, generators, grad_last, args.spacing,
+                last=last)
+
+
+class PromptStatistics:
+    """Advantages of rewards over the last ones of the same prompt (Black et al., arXiv 2305.13301)."""
+
+    def __init__(self, history, min_history):
+        self.least, self.past = min_history, defaultdict(lambda: deque(maxlen=history))
+
+    def update(self, prompts, rewards):
+        """Rewards of a step -> (reward - mean) / sd for each, of its prompt's history, this step included.
+
+        A prompt with fewer than min_history rewards takes mean and sd of the whole step.
+        """
+        for prompt, value in zip(prompts, rewards):
+            self.past[prompt].append(value)
+        known = [self.past[p] if len(self.past[p]) >= self.least else rewards for p in prompts]
+        return [float((r - np.mean(past)) / (np.std(past) + 1e-6)) for r, past in zip(rewards, known)]
+
+
+@memory_advice("--segments 1", "--grad-last 1", "--batch 1", "--grad-ckpt", "--offload",
+               "smaller --height --width", "fewer --frames")
+def main(argv=None):
+    args = get_args(argv)
+    settings = fill(args, args.base, method="instructvideo")
+    size = args.frames, args.height, args.width
+    partial_chain(args, 1000)  # a wrong number is refused now, not at the first step
+    if args.segments > args.frames:
+        raise UserError(f"--segments {args.segments}: a clip has {args.frames} frames")
+    data = (VideoDataset(args.data, *size, args.read_fps, args.seed) if args.data else
+            TinyWorld(880, args.frames, args.seed, captions=tiny_prompts()))
+    captions = list(dict.fromkeys(row[2] for row in data.rows)) if args.data else tiny_prompts()
+    held_out = read_prompts(args.eval_prompts) if args.eval_prompts else (
+        captions if args.data else tiny_prompts(held_out=True))
+    held_out = held_out[:args.eval_n]
+    lora = lora_file(args.lora) if args.lora else None
+    state = check_out(args, "instructvideo")
+    env = setup(args)
+    reward = get_reward(args.reward, env.device)
+
+    # ---- a frozen base, LoRA branches on its attentions
+    base = load_base(args.base, args.weights, env.device, env.dtype)
+    add_lora(base.net, args.rank, args.alpha, args.lora_targets)
+    for key, p in base.net.named_parameters():
+        if key.endswith("lora_A.weight"):  # as published: far larger than peft's, so that --lr can be small
+            torch.nn.init.normal_(p, std=1 / args.rank)
+    if lora:
+        start_from_lora(base.net, *lora)
+    base.net.grad_ckpt = args.grad_ckpt
+    net = parallelize(base.net, args.parallel, env.device, args.offload)
+    params = trained({"": net})
+    opt = torch.optim.AdamW(params.values(), args.lr, args.betas, weight_decay=args.wd)
+    scaler = torch.amp.GradScaler(env.device.type, enabled=env.dtype == torch.float16)
+    start, seen = load_state(args, env, state, params, opt, scaler=scaler)
+    meta = dict(
+        method="instructvideo", base=args.base, rank=args.rank, alpha=args.alpha,
+        lora_targets=args.lora_targets, sample=settings)
+    texts = [*(p + args.suffix for p in (*captions, *held_out)), args.negative]
+    base.tokenize(texts)  # a word that the tiny world does not know is refused now
+    log = Log(args, env, base.parts(), start)
+    with torch.no_grad(), env.autocast():  # every text once; then the text tower goes
+        base.remember(texts)
+    numbers = MySamples(args, env, start, seen)
+    batches = read_batches(data, numbers, args.seed, args.workers)
+    statistics, path = PromptStatistics(args.history, args.min_history), Path(args.out, "rewards.jsonl")
+    for _, rows in groupby([r for r in read_lines(path) if r["step"] < start], lambda row: row["step"]):
+        statistics.update(*zip(*((row["prompt"], row["reward"]) for row in rows)))
+    guard = FiniteGuard(env)
+    catch_signals(env)
+    if env.main:
+        keep_lines(path, start)
+        keep_lines(Path(args.out, "eval.jsonl"), min(start + 1, args.steps) if state else 0)
+    if not state:
+        evaluate(args, env, base, reward, held_out, 0, "before")
+
+    # ---- algorithm 1
+    for step in range(start, args.steps):
+        for group in opt.param_groups:
+            group["lr"] = lr_at(step, args)
+        total, rows = torch.zeros((), device=env.device), []
+        for micro in range(args.accum):
+            # all that is random about a sample comes from its number in the run: however the samples are
+            # dealt to processes and micro-steps, the run is the same
+            batch, mine = next(batches), numbers[(step - start) * args.accum + micro]
+            generators = [generator(args.seed, "sample", i) for i in mine]
+            with sync_gradients(net, micro == args.accum - 1), env.autocast():
+                loss = instructvideo_loss(net, base, reward, batch["video"], batch["text"], generators, args)
+                scaler.scale(loss.mean() / args.accum).backward()
+            total += loss.detach().mean() / args.accum
+            rows += zip(mine, batch["text"], (1 - loss.detach()).tolist())
+        norm = guard.step(opt, scaler, params.values(), args.clip, reward=total)
+        seen += args.batch * args.accum * env.world
+        values, advantage = note_rewards(path, env, step, rows, statistics)
+        log.step(step, reward=values.mean(), reward_sd=values.std(), advantage=advantage, grad=norm,
+                 lr=opt.param_groups[0]["lr"])
+
+        done, stop = step + 1, agree_to_stop(env)
+        if stop or done % args.save_every == 0 or done == args.steps:
+            save_checkpoint(args, env, done, seen, params, meta, opt, scaler=scaler)
+        if stop:
+            break
+        if args.preview_every and done % args.preview_every == 0 and done < args.steps:
+            evaluate(args, env, base, reward, held_out, done, f"step-{done}")
+    else:  # not stopped
+        evaluate(args, env, base, reward, held_out, args.steps, "after")
+    if env.main:
+        title = f"InstructVideo on {args.base}, reward {args.reward}"
+        draw_curve(log.path, Path(args.out, "curve.png"), ["reward", "advantage", "grad"], title)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def note_rewards(path, env, step, rows, statistics):
+    """A step's (number, caption, reward) of this process -> all processes' rewards, their mean advantage.
+
+    A line for each goes into rewards.jsonl, from which a resumed run fills its statistics again.
+    """
+    parts = [rows]
+    if env.world > 1:
+        parts = [None] * env.world
+        dist.all_gather_object(parts, rows)
+    numbers, prompts, values = zip(*sorted(row for part in parts for row in part))
+    advantages = statistics.update(prompts, values)
+    for number, prompt, value, advantage in zip(numbers, prompts, values, advantages) if env.main else ():
+        append_line(path, dict(step=step, sample=number, prompt=prompt, reward=value, advantage=advantage))
+    return np.array(values), float(np.mean(advantages))
+
+
+@torch.no_grad()
+def evaluate(args, env, base, reward, prompts, step, name):
+    """Held-out prompts, always from the same noise -> a line in eval.jsonl, NAME.png and NAME/*.mp4."""
+    videos = generate_split(base, env, prompts, [f"eval-{i}" for i in range(len(prompts))], args)
+    if not env.main:
+        return
+    parts = [score(reward, videos[i:i + 8].to(env.device), prompts[i:i + 8])
+             for i in range(0, len(videos), 8)]
+    rewards = torch.cat(parts).cpu()
+    row = dict(step=step, reward=rewards.mean().item(), reward_sd=rewards.std(unbiased=False).item())
+    if base.row.text is None:
+        row["judge"] = judge_captions(videos, prompts)
+    append_line(Path(args.out, "eval.jsonl"), row)
+    words = " ".join(f"{k} {v:.3f}" for k, v in row.get("judge", {}).items())
+    print(f"held-out, {name}: reward {row['reward']:.4f} (sd {row['reward_sd']:.4f}) {words}", flush=True)
+    contact_sheet(list(videos[:16]), Path(args.out, f"{name}.png"), prompts[:16])
+    for i, video in enumerate(videos[:16]):
+        write_video(Path(args.out, name, f"{i:04d}.mp4"), video, args.save_fps)
+
+
+if __name__ == "__main__":
+    main()
