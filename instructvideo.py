@@ -46,9 +46,9 @@ from common import (
     agree_to_stop, append_line, apply_defaults, catch_signals, check_out, draw_curve, generator, keep_lines,
     load_state, lr_at, memory_advice, read_lines, save_checkpoint, setup, trained)
 from data import TinyWorld, VideoDataset, contact_sheet, read_batches, read_prompts, tiny_prompts, write_video
-from diffusion import ddim, ddim_updates, dynamic_guidance, guided, offset_noise, randn
+from diffusion import ddim, ddim_updates, guided, offset_noise, randn
 from metrics import judge_captions
-from models import CogVideoXConfig, add_lora, parallelize, sync_gradients
+from models import add_lora, parallelize, sync_gradients
 from rewards import get_reward, score
 from sample import frame_rate, generate_split, lora_file
 
@@ -131,7 +131,7 @@ def get_args(argv=None):
 # ---- the method
 
 def partial_chain(args, num):
-    """-> the step that clips are noised to, of `num`, and how many DDIM updates lead from there to the end."""
+    """-> the step that clips are noised to, of `num`, and how many DDIM updates follow."""
     updates, last = ddim_updates(args.sample_steps, num, args.spacing), int(args.partial * args.sample_steps)
     if last < 1:
         raise UserError(f"--partial {args.partial:g}: no step is left of {args.sample_steps}")

@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 import data
 import diffusion
+import instructvideo
 import metrics
 import models
 import rewards
@@ -1409,6 +1410,82 @@ def clip_forward(case):
     return result
 
 
+# ---- InstructVideo's training step and statistics
+
+def instructvideo_step(case):
+    """A clip noised part-way, the rest of the chain, the reward of segments, and its gradients."""
+    config, call = case.config, case.call
+    if call["method"] != "instructvideo":
+        raise Unsupported(f"train_step of method {call['method']}")
+    rank, public, dd = config["unet"]["lora_rank"], models.instructvideo_lora_name, config["vae"]["ddconfig"]
+    net = models.UNet3D(vgen_config(call["network"], config["unet"]))
+    models.add_lora(net, rank, config["unet"]["lora_alpha"] or rank, ["to_q", "to_k", "to_v", "to_out.0"])
+    fill(net, case.params["unet"], case.left_as_built, public)
+    vae_config = vae.VAEConfig(ch=dd["ch"], ch_mult=tuple(dd["ch_mult"]), z_channels=dd["z_channels"],
+                               num_res_blocks=dd["num_res_blocks"], scale=config["vae_scale_factor"])
+    autoencoder = fill(vae.AutoencoderKL(vae_config), case.params["vae"], case.left_as_built)
+    clip = fill(text_encoders.OpenCLIP(clip_config(config["clip"])), case.params["clip"], case.left_as_built)
+    captions, result, rewarded = case.input("captions"), {}, []
+    ids = text_encoders.tokenize(captions, clip_config(config["clip"]).context_length)
+    if not torch.equal(ids, case.input("token_ids")):
+        raise ValueError("captions tokenise to other ids")
+    normalize = torch.nn.functional.normalize
+    text_features = normalize(clip.pooled(ids, "last"), dim=-1).detach()
+
+    def reward(frames, prompts):
+        """Cosine of picture and caption, frames (n,3,h,w) in [0,1]."""
+        short = min(frames.shape[2:])
+        size = [config["resize_to"] * n // short for n in frames.shape[2:]]
+        fed = data.clip_normalize(torch.nn.functional.interpolate(
+            frames, size, mode="bilinear", antialias=config["resize_antialias"]))
+        features = normalize(clip.visual(fed), dim=-1)
+        texts = torch.stack([text_features[captions.index(p)] for p in prompts])
+        rewarded.extend([fed, features, (features * texts).sum(1)])
+        return rewarded[-1]
+
+    schedule, frames = diffusion_schedule(config["diffusion"]), config["frames"]
+    args = argparse.Namespace(sample_steps=config["ddim_timesteps"], partial=config["starting_partial"],
+                              spacing="leading", grad_last=config["trunc_backprop_timestep"])
+    t, last = instructvideo.partial_chain(args, len(schedule.alpha_bar))
+    x_t = schedule.add_noise(case.input("latent"), case.input("noise"), t)
+    null = case.input("zero_y").expand(len(x_t), -1, -1)
+    fn, times = diffusion.guided(net, case.input("y"), null, config["guide_scale"]), []
+
+    def record(x, t):
+        times.append((int(t[0]), torch.is_grad_enabled()))
+        return fn(x, t)
+    x0 = diffusion.ddim(record, x_t, schedule, args.sample_steps, config["eta"], grad_last=args.grad_last,
+                        last=last)
+    if ([t for t, _ in times], [t for t, grad in times if grad]) != (call["timesteps"],
+                                                                    call["grad_timesteps"]):
+        raise ValueError(f"other steps: {times}")
+    x0.retain_grad()
+    span = frames // config["segments"]
+    if span != call["segment_length"]:
+        raise ValueError(f"segments of {span} frames")
+    numbers = [[s * span + i for s, i in enumerate(row)] for row in case.input("local_index").tolist()]
+    rewards = instructvideo.segmental_reward(
+        reward, autoencoder, x0, captions, (frames, numbers), config["lambda_TAR"])
+    loss = (1 - rewards).mean()
+    loss.backward()
+    fed, features, cosines = rewarded
+    b, s = len(captions), config["segments"]
+    result = dict(xt=x_t, x0=x0, frames_fed=fed[:s], image_features=features.view(b, s, -1),
+                  text_features=text_features, cosines=cosines.view(b, s), rewards=rewards, loss=loss[None],
+                  tar=torch.exp(-config["lambda_TAR"] * (torch.tensor(numbers) - frames // 2).abs()),
+                  grad_x0=x0.grad)
+    grads = {public(k): p.grad for k, p in net.named_parameters() if p.grad is not None}
+    return result | {name: gradient(grads, spec) for name, spec in case.outputs.items() if name not in result}
+
+
+def stat_tracker(config, updates):
+    statistics = instructvideo.PromptStatistics(config["buffer_size"], config["min_count"])
+    return {"advantages": [statistics.update(u["prompts"], u["rewards"]) for u in updates]}
+
+
+TABLES["stat_tracker"] = stat_tracker
+
+
 # ---- CogVideoX and Diffusion as Shader. Their tensors are (b,f,c,h,w), ours (b,c,f,h,w)
 
 def swapped(x):
@@ -1709,6 +1786,8 @@ KINDS = {
     ("motion_block", "demo_unet"): motion_block,
     ("init_from_base", "demo_unet"): init_from_base,
     ("lora", "instructvideo"): instructvideo_lora,
+    ("train_step", "instructvideo"): instructvideo_step,
+    ("table", "instructvideo"): table,
     ("lora", "t2v_turbo_unet"): turbo_lora,
     ("fourier_filter", "sr600_unet"): fourier,
     ("adapter_merge", "dreamvideo"): adapter_merge,
