@@ -770,7 +770,7 @@ def fill_branches(net, state, path):
     if other:
         rank = next(v.shape[0] for k, v in state.items() if "down_linear" in k)
         raise UserError(f"--lora {path}: has rank {rank} and {other[0]} of shape "
-                        f"{tuple(state[other[0]].shape)}: give --rank {rank}, or the base that it was made on")
+                        f"{tuple(state[other[0]].shape)}: give --rank {rank}, or the base it was made on")
     net.load_state_dict({name: state[k].float() for k, (name, _) in ours.items()}, strict=False)
 
 
@@ -788,7 +788,7 @@ def start_from_lora(net, path, scale=1.0):
         if "_lora." not in k and not (k in ours and v.shape == ours[k].shape and torch.allclose(
                 ours[k].float(), v.to(ours[k]).float(), rtol=1e-2, atol=1e-4)):
             raise UserError(f"--lora {path}: the base weights in it are others (first: {k}): give the --base "
-                            "that it was made on (InstructVideo's: modelscope-v1.4)")
+                            "it was made on (InstructVideo's: modelscope-v1.4)")
     for layer in (m for m in net.modules() if hasattr(m, "lora_B")):
         layer.lora_B.weight.data *= scale / layer.lora_scale
 

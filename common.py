@@ -174,6 +174,15 @@ def mean_over_ranks(values: dict, env) -> dict:
     return dict(zip(values, (t / env.world).tolist()))
 
 
+def gather_rows(rows, env) -> list:
+    """A list of each process -> all of them joined, on every process (each must call it)."""
+    if env.world == 1:
+        return rows
+    parts = [None] * env.world
+    dist.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]
+
+
 # ---- options
 
 class Parser(argparse.ArgumentParser):

@@ -1,35 +1,33 @@
-"""InstructVideo: reward fine-tuning as editing (Yuan et al., CVPR 2024, arXiv 2312.12490).
+"""InstructVideo: reward fine-tuning as editing (Yuan et al., arXiv 2312.12490).
 
-    J(theta) = E_{(clip, text), eps} [ mean_s exp(-lambda |i_s - f/2|) r(decode(x_0(theta))_{i_s}, text) ]
-    x_0(theta): the clip noised part-way, then the short rest of the sampler   (eq. 6 to 9, algorithm 1)
+    J(theta) = E_{clip, text, eps} mean_s [ exp(-lambda |i_s - f/2|) r(frame i_s of decode(x_0), text) ]
+    x_0 = x_0(theta): the clip noised part-way, brought back by the rest of the sampler  (the released form)
 
-Sampling a whole clip for one reward is dear. Instead noise a real clip to the step where 0.6 of the DDIM
-sampler is left, let that rest bring it back with guidance, decode one random frame of each of 4 segments, and
-go back through the last update into LoRA weights. A frame far from the middle of the clip counts less: the
-frames resemble each other, and full marks for all would reward a slide show of one.
+Sampling a whole clip for one reward is dear. Instead noise a real clip to the step where 0.6 of DDIM is left,
+let that rest bring it back with guidance, decode a random frame of each of 4 segments, and go back through
+the last update into LoRA weights. The farther a frame is from the middle of the clip, the less it counts:
+full marks for every frame would reward a slide show of one.
 
     python instructvideo.py --base tiny                       # 2 CPU cores: minutes and result in RESULTS.md
     python instructvideo.py --base tiny --reward size         # a hand-written reward of single frames
-    python instructvideo.py --weights W --data clips.csv --reward my_reward.py:fn                  # 1 GPU
-    torchrun --nproc_per_node=4 instructvideo.py --weights W --data clips.csv --reward my_reward.py:fn
-    python instructvideo.py --weights W --data clips.csv --lora instructvideo.pth --reward my_reward.py:fn
-    python instructvideo.py --base videocrafter2 --weights W --data clips --reward my_reward.py:fn --lr 1e-4
+    python instructvideo.py --reward hps --weights W --data clips.csv --reward-weights R           # 1 GPU
+    torchrun --nproc_per_node=4 instructvideo.py --reward hps --weights W --data clips.csv
+    python instructvideo.py --lora instructvideo.pth --reward hps --weights W --data clips.csv
     python instructvideo.py ... --resume                      # goes on bit for bit
     python sample.py --ckpt out/instructvideo --prompt "a red circle moving left"
 
-Leaves in --out what vader.py leaves (ckpt.safetensors, log.jsonl, eval.jsonl, curve.png, before and after),
-and rewards.jsonl: every clip's reward, and its advantage: how far it is above the mean of the same caption's
-last rewards, in standard deviations. Captions differ in reward by far more than training changes it: a mean
-advantage above 0 is progress. A reward that judges whole clips gets all frames; segments do not concern it.
+Leaves in --out what vader.py leaves (eval.jsonl: held-out prompts from pure noise, always the same), and
+rewards.jsonl: each sample's (attenuated) reward and its advantage, by how many standard deviations it beats
+its caption's last ones. Captions differ by more than training changes: a mean advantage above 0 is progress.
+A reward that judges whole clips gets all frames, unweighted.
 
 Differences from the original code
- - Dropout is off in the chain, as in sampling; the original leaves the UNet in training mode.
- - Each process reads its own clips, shuffled (the original: all the same, in order, but for --debug), with
-   exactly the frames asked for. Noise, frames and clips are keyed by the sample's number: resume is exact.
- - No tensor is resized but by the reward itself. Gradients are clipped to a norm of --clip.
- - The statistics of rewards are taken by caption; the original's have one empty caption for all, and belong
-   to two objectives without a training loop (reward-weighted and policy gradient), left out as are --ema,
-   which it never saves, and its weight exp(-10 denoising loss), which is off.
+ - Dropout is off in the chain, as in sampling. Gradients are clipped to a norm of --clip.
+ - Each process reads clips of its own, shuffled (original: all the same ones, in order, but for --debug), of
+   exactly the frames asked for. All randomness is keyed by the sample's number: resume is exact.
+ - The reward resizes frames as it does everywhere (original: HPS without antialiasing).
+ - Statistics of rewards go by caption. Left out: the two objectives they were for (reward-weighted, policy
+   gradient; no training loop), the weight by the denoising loss (off), the moving average (never saved).
 """
 import argparse
 from collections import defaultdict, deque
@@ -43,14 +41,14 @@ import torch.distributed as dist
 from bases import base_row, fill, latent_shape, load_base, start_from_lora
 from common import (
     COUNT, DECAY, NATURAL, POSITIVE, REAL, SHARE, UNSIGNED, FiniteGuard, Log, MySamples, Parser, UserError,
-    agree_to_stop, append_line, apply_defaults, catch_signals, check_out, draw_curve, generator, keep_lines,
-    load_state, lr_at, memory_advice, read_lines, save_checkpoint, setup, trained)
+    agree_to_stop, append_line, apply_defaults, catch_signals, check_out, draw_curve, gather_rows, generator,
+    keep_lines, load_state, lr_at, memory_advice, read_lines, save_checkpoint, setup, trained)
 from data import TinyWorld, VideoDataset, contact_sheet, read_batches, read_prompts, tiny_prompts, write_video
-from diffusion import ddim, ddim_updates, guided, offset_noise, randn
+from diffusion import ddim_updates, offset_noise, randn
 from metrics import judge_captions
 from models import add_lora, parallelize, sync_gradients
 from rewards import get_reward, score
-from sample import frame_rate, generate_split, lora_file
+from sample import generate_split, lora_file, rollout
 
 TINY = dict(
     steps=100, batch=8, lr=4e-3, warmup=0, reward="tiny", sample_steps=5, rank=8, alpha=8.0, offset_noise=0.0,
@@ -79,7 +77,8 @@ def get_args(argv=None):
     p.add_argument("--eval-n", type=COUNT, default=8, help="held-out prompts used")
     p.add_argument("--negative", help="text of the unconditional branch (default: the base's)")
     # method
-    p.add_argument("--reward", help="a reward of rewards.py (default: brightness), or my_file.py:function")
+    p.add_argument("--reward", help="of rewards.py (default: hps), or a weighted sum, or my_file.py:function")
+    p.add_argument("--reward-weights", help="folder with the rewards' public files (default: their hub)")
     p.add_argument("--sample-steps", type=COUNT, default=20, help="DDIM steps of a whole chain")
     p.add_argument("--partial", type=SHARE, default=0.6, help="share of these steps that is run")
     p.add_argument("--grad-last", type=COUNT, default=1, help="last steps that record gradients")
@@ -120,7 +119,7 @@ def get_args(argv=None):
     p.add_argument("--wandb", action="store_true", help="log to Weights & Biases too")
     simple = p.parse_known_args(argv)[0].reward not in (None, "tiny")
     args = apply_defaults(p, argv, {"tiny": TINY_SIMPLE if simple else TINY})
-    args.reward = args.reward or "brightness"
+    args.reward = args.reward or "hps"
     if base_row(args.base).text and not args.data:
         raise UserError("--data: give a folder, csv, jsonl or list of clips with captions")
     if args.rank < 1:
@@ -131,60 +130,49 @@ def get_args(argv=None):
 # ---- the method
 
 def partial_chain(args, num):
-    """-> the step that clips are noised to, of `num`, and how many DDIM updates follow."""
+    """-> the step, of `num`, that clips are noised to, and the number of DDIM updates from there on."""
     updates, last = ddim_updates(args.sample_steps, num, args.spacing), int(args.partial * args.sample_steps)
-    if last < 1:
-        raise UserError(f"--partial {args.partial:g}: no step is left of {args.sample_steps}")
-    if args.grad_last > last:
-        raise UserError(f"--grad-last {args.grad_last}: the chain has {last} steps")
+    if not args.grad_last <= last:
+        raise UserError(f"--partial {args.partial:g} of {args.sample_steps} steps is {last}: "
+                        f"--grad-last {args.grad_last} needs as many")
     return updates[-last][0], last
 
 
 def segment_frames(frames, segments, g):
-    """A random frame of each segment, as published: those past segments * (frames // segments) never come."""
+    """A random frame of each segment; as published those past segments * (frames // segments) never come."""
     span = frames // segments
     return [s * span + int(torch.randint(span, (), generator=g)) for s in range(segments)]
 
 
-def segmental_reward(reward, vae, latents, prompts, frames, attenuation):
-    """mean_s exp(-attenuation |i_s - f // 2|) r(frame i_s), (b,), f the clip's frames (section 4.2).
+def segmental_reward(reward, vae, latents, prompts, frames, numbers, attenuation):
+    """mean_s exp(-attenuation |i_s - frames // 2|) reward(frame i_s), (b,), of latents (b,c,f',h,w).
 
-    latents (b,c,f',h,w) -> rewards of the clips; frames: f, and the numbers i_s for each clip (a list of
-    lists). A reward of whole clips gets the whole clip, unweighted.
+    frames: of a whole clip; numbers: the i_s of each clip, a list of lists. A reward that judges whole clips
+    gets them, unweighted.
     """
     if getattr(reward, "clip", False):
         return score(reward, vae.decode(latents), prompts)
-    f, numbers = frames
     shown = torch.cat([vae.decode(z[None], frames=i) for z, i in zip(latents, numbers)])  # b 3 s h w
     b, s = shown.shape[0], shown.shape[2]
     alone = shown.transpose(1, 2).flatten(0, 1).unsqueeze(2)  # (b s) 3 1 h w: each frame for itself
     rewards = score(reward, alone, [p for p in prompts for _ in range(s)]).view(b, s)
-    distance = (torch.tensor(numbers, device=rewards.device) - f // 2).abs()
+    distance = (torch.tensor(numbers, device=rewards.device) - frames // 2).abs()
     return (torch.exp(-attenuation * distance) * rewards).mean(1)
 
 
 def instructvideo_loss(net, base, reward, video, prompts, generators, args):
-    """1 - the reward of clips edited by the model, (b,). video (b,3,f,h,w) real clips in [-1,1]."""
-    schedule, device = base.schedule, next(base.vae.parameters()).device
-    t, last = partial_chain(args, len(schedule.alpha_bar))
+    """1 - the reward of real clips, video (b,3,f,h,w) in [-1,1], edited by the network: (b,)."""
+    t, last = partial_chain(args, len(base.schedule.alpha_bar))
     shape = len(video), *latent_shape(base.name, args.frames, args.height, args.width)
-    with torch.no_grad():
-        pixels = video.to(device, next(base.vae.parameters()).dtype)
-        x0 = base.vae.encode(pixels, randn(shape, generators, device)).float()  # a sample, not the mean
+    weight = next(base.vae.parameters())
+    with torch.no_grad():  # latents are a sample of the encoder's, not its mean
+        x0 = base.vae.encode(video.to(weight), randn(shape, generators, weight.device)).float()
     noise = offset_noise(randn(shape, generators), randn((*shape[:3], 1, 1), generators), args.offset_noise)
-    x_t = schedule.add_noise(x0, noise.to(device), t)
+    x_t = base.schedule.add_noise(x0, noise.to(x0), t)
     numbers = [segment_frames(args.frames, args.segments, g) for g in generators]
     latents = rollout(net, base, prompts, x_t, args, generators, grad_last=args.grad_last, last=last)
-    return 1 - segmental_reward(reward, base.vae, latents, prompts, (args.frames, numbers), args.attenuation)
-
-
-def rollout(net, base, prompts, x_T, args, generators, grad_last=0, last=None):
-    texts = [prompt + args.suffix for prompt in prompts]
-    with torch.no_grad():
-        text, null = base.encode_text(texts), base.encode_null(args.negative, len(texts))
-    fn = guided(net, text, null, args.cfg, **frame_rate(args, len(x_T), x_T.device))
-    return ddim(fn, x_T, base.schedule, args.sample_steps, args.eta, generators, grad_last, args.spacing,
-                last=last)
+    return 1 - segmental_reward(
+        reward, base.vae, latents, prompts, args.frames, numbers, args.attenuation)
 
 
 class PromptStatistics:
@@ -210,19 +198,21 @@ def main(argv=None):
     args = get_args(argv)
     settings = fill(args, args.base, method="instructvideo")
     size = args.frames, args.height, args.width
-    partial_chain(args, 1000)  # a wrong number is refused now, not at the first step
+    chain = argparse.Namespace(**vars(args))
+    if args.sampler == "dpm":  # CogVideoX-5B's, which starts from pure noise alone
+        chain.sampler, chain.spacing = "ddim", "cogvideox"
+    partial_chain(chain, 1000)  # a wrong number is refused now, not at the first step
     if args.segments > args.frames:
         raise UserError(f"--segments {args.segments}: a clip has {args.frames} frames")
     data = (VideoDataset(args.data, *size, args.read_fps, args.seed) if args.data else
             TinyWorld(880, args.frames, args.seed, captions=tiny_prompts()))
     captions = list(dict.fromkeys(row[2] for row in data.rows)) if args.data else tiny_prompts()
-    held_out = read_prompts(args.eval_prompts) if args.eval_prompts else (
-        captions if args.data else tiny_prompts(held_out=True))
-    held_out = held_out[:args.eval_n]
+    others = captions if args.data else tiny_prompts(held_out=True)
+    held_out = (read_prompts(args.eval_prompts) if args.eval_prompts else others)[:args.eval_n]
     lora = lora_file(args.lora) if args.lora else None
     state = check_out(args, "instructvideo")
     env = setup(args)
-    reward = get_reward(args.reward, env.device)
+    reward = get_reward(args.reward, env.device, args.reward_weights)
 
     # ---- a frozen base, LoRA branches on its attentions
     base = load_base(args.base, args.weights, env.device, env.dtype)
@@ -238,9 +228,8 @@ def main(argv=None):
     opt = torch.optim.AdamW(params.values(), args.lr, args.betas, weight_decay=args.wd)
     scaler = torch.amp.GradScaler(env.device.type, enabled=env.dtype == torch.float16)
     start, seen = load_state(args, env, state, params, opt, scaler=scaler)
-    meta = dict(
-        method="instructvideo", base=args.base, rank=args.rank, alpha=args.alpha,
-        lora_targets=args.lora_targets, sample=settings)
+    meta = {k: getattr(args, k) for k in ("base", "rank", "alpha", "lora_targets")}
+    meta |= dict(method="instructvideo", sample=settings)
     texts = [*(p + args.suffix for p in (*captions, *held_out)), args.negative]
     base.tokenize(texts)  # a word that the tiny world does not know is refused now
     log = Log(args, env, base.parts(), start)
@@ -249,8 +238,8 @@ def main(argv=None):
     numbers = MySamples(args, env, start, seen)
     batches = read_batches(data, numbers, args.seed, args.workers)
     statistics, path = PromptStatistics(args.history, args.min_history), Path(args.out, "rewards.jsonl")
-    for _, rows in groupby([r for r in read_lines(path) if r["step"] < start], lambda row: row["step"]):
-        statistics.update(*zip(*((row["prompt"], row["reward"]) for row in rows)))
+    for _, past in groupby([r for r in read_lines(path) if r["step"] < start], lambda row: row["step"]):
+        statistics.update(*zip(*((row["prompt"], row["reward"]) for row in past)))
     guard = FiniteGuard(env)
     catch_signals(env)
     if env.main:
@@ -270,7 +259,7 @@ def main(argv=None):
             batch, mine = next(batches), numbers[(step - start) * args.accum + micro]
             generators = [generator(args.seed, "sample", i) for i in mine]
             with sync_gradients(net, micro == args.accum - 1), env.autocast():
-                loss = instructvideo_loss(net, base, reward, batch["video"], batch["text"], generators, args)
+                loss = instructvideo_loss(net, base, reward, batch["video"], batch["text"], generators, chain)
                 scaler.scale(loss.mean() / args.accum).backward()
             total += loss.detach().mean() / args.accum
             rows += zip(mine, batch["text"], (1 - loss.detach()).tolist())
@@ -290,8 +279,8 @@ def main(argv=None):
     else:  # not stopped
         evaluate(args, env, base, reward, held_out, args.steps, "after")
     if env.main:
-        title = f"InstructVideo on {args.base}, reward {args.reward}"
-        draw_curve(log.path, Path(args.out, "curve.png"), ["reward", "advantage", "grad"], title)
+        title, keys = f"InstructVideo on {args.base}, reward {args.reward}", ["reward", "advantage", "grad"]
+        draw_curve(log.path, Path(args.out, "curve.png"), keys, title)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -301,11 +290,7 @@ def note_rewards(path, env, step, rows, statistics):
 
     A line for each goes into rewards.jsonl, from which a resumed run fills its statistics again.
     """
-    parts = [rows]
-    if env.world > 1:
-        parts = [None] * env.world
-        dist.all_gather_object(parts, rows)
-    numbers, prompts, values = zip(*sorted(row for part in parts for row in part))
+    numbers, prompts, values = zip(*sorted(gather_rows(rows, env)))
     advantages = statistics.update(prompts, values)
     for number, prompt, value, advantage in zip(numbers, prompts, values, advantages) if env.main else ():
         append_line(path, dict(step=step, sample=number, prompt=prompt, reward=value, advantage=advantage))

@@ -85,12 +85,13 @@ def sr600(net, schedule, text, null, latents, steps, cfg, generators=None, level
 # ---- prompts to videos
 
 def rollout(net, base, prompts, x_T, args, generators, cond=None, null_cond=None, sequential=False,
-            grad_last=0, progress=None):
+            grad_last=0, progress=None, last=None):
     """Prompts and noise x_T (n,c,f,h,w) -> latents, by the sampler and the guidance of args (bases.fill()).
 
     net: base.net, or what DDP or FSDP made of it. cond, null_cond: {condition of the network: tensor (n,
     ...)}, the second replacing some in the unconditional branch. generators: one a clip, for what the sampler
     draws. grad_last: the last K updates record gradients (VADER), which texts and conditions have none of.
+    last: as in ddim(), the only sampler that has it.
     """
     texts, n, device = [prompt + args.suffix for prompt in prompts], len(prompts), x_T.device
     cond, null_cond = dict(cond or {}) | frame_rate(args, n, device), dict(null_cond or {})
@@ -117,7 +118,8 @@ def rollout(net, base, prompts, x_T, args, generators, cond=None, null_cond=None
         return cogvideox_dpm(fn, x_T, base.schedule, args.sample_steps, generators, **many)
     if args.sampler == "dpmpp":
         return dpmpp_2m(fn, x_T, base.schedule, args.sample_steps, **many)
-    return ddim(fn, x_T, base.schedule, args.sample_steps, args.eta, generators, spacing=args.spacing, **many)
+    return ddim(fn, x_T, base.schedule, args.sample_steps, args.eta, generators, spacing=args.spacing,
+                last=last, **many)
 
 
 @torch.no_grad()

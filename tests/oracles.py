@@ -1465,7 +1465,7 @@ def instructvideo_step(case):
         raise ValueError(f"segments of {span} frames")
     numbers = [[s * span + i for s, i in enumerate(row)] for row in case.input("local_index").tolist()]
     rewards = instructvideo.segmental_reward(
-        reward, autoencoder, x0, captions, (frames, numbers), config["lambda_TAR"])
+        reward, autoencoder, x0, captions, frames, numbers, config["lambda_TAR"])
     loss = (1 - rewards).mean()
     loss.backward()
     fed, features, cosines = rewarded

@@ -20,6 +20,7 @@ import bases
 import common
 import data
 import i2vgen
+import instructvideo
 import rewards
 import sample
 import t2v
@@ -28,7 +29,7 @@ from data import VideoDataset, read_image_prompts, read_prompts, write_video
 
 ROOT = Path(__file__).parent.parent
 MAINS = {"sample": sample.main, "vader": vader.main, "t2v": t2v.main, "i2vgen": i2vgen.main,
-         "bases": bases.main, "data": data.main}
+         "bases": bases.main, "data": data.main, "instructvideo": instructvideo.main}
 TINY = "--base tiny --prompt 'a red circle'"
 
 BAD = [
@@ -193,6 +194,25 @@ BAD = [
     ("vader", "--base tiny --rank 2 --out run --resume", "has method t2v, not vader"),
     ("t2v", "--base tiny --rank 2 --steps 1 --out run --resume", "is at step 2: give a larger --steps"),
     ("t2v", "--base tiny --rank 2 --lora-targets to_q --out run --resume", "has lora_targets"),
+    # InstructVideo
+    ("instructvideo", "--weights empty", "--data: give a folder"),
+    ("instructvideo", "--base higen --data clips", "does not run on it yet; it runs on tiny"),
+    ("instructvideo", "--base tiny --rank 0", "--rank 0: InstructVideo trains LoRA"),
+    ("instructvideo", "--base tiny --partial 1.5", "--partial: '1.5' is not a number from 0 to 1"),
+    ("instructvideo", "--base tiny --partial 0.1", "--partial 0.1 of 5 steps is 0: --grad-last 1 needs"),
+    ("instructvideo", "--base tiny --grad-last 4", "is 3: --grad-last 4 needs as many"),
+    ("instructvideo", "--base tiny --segments 9", "--segments 9: a clip has 8 frames"),
+    ("instructvideo", "--base tiny --segments 0", "--segments: '0'"),
+    ("instructvideo", "--base tiny --attenuation -1", "--attenuation: '-1' is not a number of 0 or more"),
+    ("instructvideo", "--base tiny --history 0", "--history"),
+    ("instructvideo", "--base tiny --reward nice", "--reward nice: unknown; choose from"),
+    ("instructvideo", "--base tiny --lora none.pth", "--lora none.pth: no such file"),
+    ("instructvideo", "--base tiny --lora picture.png", "picture.png"),
+    ("instructvideo", "--base tiny --lora foreign/ckpt.safetensors", "no LoRA of InstructVideo to start"),
+    ("instructvideo", "--base tiny --eval-prompts none.txt", "none.txt: no such file"),
+    ("instructvideo", "--base tiny --eval-prompts words.txt", "does not know 'dragon'"),
+    ("instructvideo", "--base tiny --data nocaption", "a.mp4: no caption beside it"),
+    ("instructvideo", "--base tiny --rank 2 --out run --resume", "has method t2v, not instructvideo"),
 ]
 
 
@@ -242,7 +262,7 @@ def test_bad_input(script, line, words, place, monkeypatch, message, tmp_path, c
     monkeypatch.chdir(place)
     before, args = tree(place), shlex.split(line)
     trained = "-run" in line or "--out wrong" in line  # found while training: those runs began
-    if script in ("t2v", "vader", "i2vgen", "sample") and "--out" not in args:
+    if script not in ("bases", "data") and "--out" not in args:
         args += ["--out", str(tmp_path / "new")]
     assert words in message(MAINS[script], args)
     assert "Traceback" not in capfd.readouterr().err
@@ -265,7 +285,7 @@ class Reached(Exception):
     """All checks before the long work have passed."""
 
 
-FLAGS = {"t2v": t2v, "vader": vader, "i2vgen": i2vgen, "sample": sample}
+FLAGS = {"t2v": t2v, "vader": vader, "i2vgen": i2vgen, "sample": sample, "instructvideo": instructvideo}
 VALUES = st.one_of(
     st.sampled_from([
         "tiny", "tiny-i2v", "tiny-cogvideox", "modelscope", "good.txt", "clips", "run", "none", "", "all",

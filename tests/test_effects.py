@@ -12,6 +12,7 @@ import pytest
 
 import data
 import i2vgen
+import instructvideo
 import sample
 import vader
 from data import parse
@@ -186,3 +187,38 @@ def test_vader_on_brightness_for_too_long(tmp_path):
     write("vader_brightness", table, rows=rows)
     (RESULTS / "vader_brightness.png").write_bytes((tmp_path / "after.png").read_bytes())
     assert rows[-1]["reward"] > rows[0]["reward"] + 0.1 and rows[-1]["judge"]["joint"] < 0.5
+
+
+@pytest.mark.effect
+def test_instructvideo(tmp_path):
+    """Three seeds: held-out reward +0.5 sd, joint accuracy -2 points at most, all within 10 minutes.
+
+    Beside it vader.py with the same seeds and as many reward queries (clips scored in training); the table's
+    minutes are those of the steps, without the evaluations.
+    """
+    runs, table = [], []
+    for name, method in (("instructvideo", instructvideo), ("vader", vader)):
+        for seed in SEEDS:
+            start, out = time.time(), tmp_path / f"{name}-{seed}"
+            method.main(["--base", "tiny", "--reward", "tiny", "--seed", str(seed), "--out", str(out)])
+            whole = (time.time() - start) / 60
+            rows, log = ([json.loads(x) for x in (out / f"{file}.jsonl").read_text().splitlines()]
+                         for file in ("eval", "log"))
+            before, after = rows[0], rows[-1]
+            minutes = sum(row["seconds"] for row in log) / 60
+            args = json.loads((out / "args.json").read_text())
+            queries = args["steps"] * args["batch"] * args["accum"]
+            gain = (after["reward"] - before["reward"]) / before["reward_sd"]
+            joint = [100 * row["judge"]["joint"] for row in (before, after)]
+            runs.append(dict(method=name, seed=seed, queries=queries, minutes=minutes, whole=whole,
+                             gain_sd=gain, before=before, after=after))
+            table.append(f"| {name}.py | {seed} | {queries} | {minutes:.1f} | {before['reward']:.4f} | "
+                         f"{after['reward']:.4f} | {gain:+.2f} sd | {joint[1]:.1f} "
+                         f"({joint[1] - joint[0]:+.1f}) |")
+            if name == "instructvideo" and seed == SEEDS[0]:
+                (RESULTS / "instructvideo.png").write_bytes((out / "after.png").read_bytes())
+    write("instructvideo", table, runs=runs)
+    assert len({run["queries"] for run in runs}) == 1
+    for run in runs[:len(SEEDS)]:
+        assert run["gain_sd"] >= 0.5 and run["whole"] <= 10
+        assert run["after"]["judge"]["joint"] >= run["before"]["judge"]["joint"] - 0.0201

@@ -2,7 +2,6 @@
 
 Its training step's numbers: the cases of oracle_data/instructvideo."""
 import argparse
-import json
 from pathlib import Path
 
 import hub
@@ -22,8 +21,10 @@ from diffusion import ddim, make_schedule
 from metrics import judge_captions
 from models import add_lora, merge_lora
 
-CLIPS = Path(__file__).parents[2] / "shared" / "data" / "videos"
-QUICK = ["--base", "tiny", "--batch", "2", "--sample-steps", "4", "--eval-n", "2", "--log-every", "1"]
+# beside the repository, or one of its work trees
+CLIPS = [p for p in (folder / "shared/data/videos" for folder in Path(__file__).parents) if p.exists()]
+QUICK = ["--base", "tiny", "--batch", "2", "--sample-steps", "3", "--partial", "0.7", "--eval-n", "1",
+         "--log-every", "1"]
 
 
 def run(out, steps, *more):
@@ -58,9 +59,9 @@ def test_partial_chain_as_published(message):
     args = argparse.Namespace(sample_steps=20, partial=0.6, spacing="leading", grad_last=1)
     assert instructvideo.partial_chain(args, 1000) == (551, 12)
     args.partial = 0.04
-    assert "no step is left of 20" in message(instructvideo.partial_chain, args, 1000)
+    assert "is 0: --grad-last 1 needs" in message(instructvideo.partial_chain, args, 1000)
     args.partial, args.grad_last = 0.6, 13
-    assert "the chain has 12 steps" in message(instructvideo.partial_chain, args, 1000)
+    assert "is 12: --grad-last 13 needs" in message(instructvideo.partial_chain, args, 1000)
 
 
 def test_segments():
@@ -84,7 +85,7 @@ def test_segmental_reward():
     def reward(pictures, prompts):
         assert prompts == ["a"] * 4 + ["b"] * 4
         return pictures.mean((1, 2, 3))
-    found = instructvideo.segmental_reward(reward, Fake(), z, ["a", "b"], (16, frames), 0.5)
+    found = instructvideo.segmental_reward(reward, Fake(), z, ["a", "b"], 16, frames, 0.5)
     for k in range(2):
         values = [np.exp(-0.5 * abs(i - 8)) * (z[k, 0, i].mean().item() / 2 + 0.5) for i in frames[k]]
         assert found[k].item() == pytest.approx(np.mean(values), rel=1e-5)
@@ -94,7 +95,7 @@ def test_segmental_reward():
 
     reward.clip = True
     with pytest.raises(AssertionError):  # whole clips: two prompts, not eight
-        instructvideo.segmental_reward(reward, Fake(), z, ["a", "b"], (16, frames), 0.5)
+        instructvideo.segmental_reward(reward, Fake(), z, ["a", "b"], 16, frames, 0.5)
 
 
 def test_statistics_of_a_caption():
@@ -121,10 +122,10 @@ def test_tiny_clips_show_their_captions_and_none_that_is_held_out():
 def test_leaves_what_it_promises_and_sample_plays_it(tmp_path):
     run(tmp_path / "run", 2, "--preview-every", "1")
     for name in ("ckpt.safetensors", "state.pt", "log.jsonl", "eval.jsonl", "rewards.jsonl", "curve.png",
-                 "args.json", "before.png", "after.png", "step-1.png", "after/0001.mp4"):
+                 "args.json", "before.png", "after.png", "step-1.png", "after/0000.mp4"):
         assert (tmp_path / "run" / name).exists(), name
     tensors, meta = load_checkpoint(tmp_path / "run")
-    assert meta["method"] == "instructvideo" and meta["step"] == 2 and meta["sample"]["sample_steps"] == 4
+    assert meta["method"] == "instructvideo" and meta["step"] == 2 and meta["sample"]["sample_steps"] == 3
     assert all(".lora_" in k for k in tensors)
     assert any(v.abs().max() > 0 for k, v in tensors.items() if "lora_B" in k)
     rows = read_lines(tmp_path / "run" / "eval.jsonl")
@@ -142,43 +143,37 @@ def test_resume_equals_the_uninterrupted_run(tmp_path):
     (tmp_path / "clips").mkdir()  # one caption, so that the statistics go on, too
     write_video(tmp_path / "clips" / "a.mp4", TinyWorld(1)[0, 0]["video"])
     (tmp_path / "clips" / "a.txt").write_text("a red circle moving left")
-    more = ["--data", str(tmp_path / "clips"), "--eta", "1", "--warmup", "2"]
-    run(tmp_path / "whole", 4, *more)
+    more = ["--data", str(tmp_path / "clips"), "--eta", "1", "--warmup", "2", "--batch", "1"]
+    run(tmp_path / "whole", 3, *more)
     run(tmp_path / "parts", 2, *more, "--save-every", "1")
-    run(tmp_path / "parts", 4, *more, "--resume")
+    run(tmp_path / "parts", 3, *more, "--resume")
     whole, parts = (load_file(tmp_path / d / "ckpt.safetensors") for d in ("whole", "parts"))
     assert whole.keys() == parts.keys() and all(torch.equal(whole[k], parts[k]) for k in whole)
-    logs = [[{k: v for k, v in row.items() if k != "seconds"} for row in read_lines(tmp_path / d / "log.jsonl")]
-            for d in ("whole", "parts")]
-    assert logs[0] == logs[1] and len(logs[0]) == 4 and all(row["advantage"] for row in logs[0][1:])
+    logs = [read_lines(tmp_path / d / "log.jsonl") for d in ("whole", "parts")]
+    for row in (*logs[0], *logs[1]):
+        del row["seconds"]
+    assert logs[0] == logs[1] and len(logs[0]) == 3 and all(row["advantage"] for row in logs[0][1:])
     assert (tmp_path / "whole/rewards.jsonl").read_text() == (tmp_path / "parts/rewards.jsonl").read_text()
 
 
-def test_accumulation_equals_a_large_batch(tmp_path):
-    """exp_avg of the first AdamW step is (1 - beta1) times the gradient."""
-    grads, logs = [], []
-    for batch, accum in ((4, 1), (2, 2)):
-        out = tmp_path / f"{batch}x{accum}"
-        run(out, 1, "--batch", str(batch), "--accum", str(accum), "--reward", "size")
-        state = load_pickle(out / "state.pt")
-        assert state["seen"] == 4
-        grads.append(torch.cat([state["moments"][k]["exp_avg"].flatten() for k in sorted(state["moments"])]))
-        logs.append([row["reward"] for row in read_lines(out / "rewards.jsonl")])
-    assert (grads[1] - grads[0]).norm() < 2e-6 * grads[0].norm()
-    assert logs[1] == pytest.approx(logs[0], rel=1e-5)
-
-
-def test_two_processes_equal_one(tmp_path):
-    args = ["instructvideo.py", *QUICK, "--steps", "3", "--batch", "1", "--lr", "2e-4"]
-    one = test_dist.launch(1, tmp_path / "one", *args, "--accum", "2")
-    two = test_dist.launch(2, tmp_path / "two", *args, "--parallel", "fsdp")
-    assert two["seen"] == one["seen"] == 6
-    assert test_dist.relative(two, one, "gradients") < 2e-6 and test_dist.relative(two, one, "weights") < 1e-6
-    rows = [read_lines(tmp_path / d / "rewards.jsonl") for d in ("one", "two")]
-    assert [r["sample"] for r in rows[1]] == [0, 1, 2, 3, 4, 5]
-    for name in ("reward", "advantage"):
-        values = [[r[name] for r in part] for part in rows]
-        assert values[1] == pytest.approx(values[0], rel=1e-3, abs=1e-3)
+def test_accumulation_and_processes_change_nothing(tmp_path):
+    """The same samples as a batch of 2, as 2 micro-steps, and on 2 processes."""
+    args = ["--lr", "2e-4"]
+    launched = ["instructvideo.py", *QUICK, *args, "--batch", "1", "--steps", "2", "--parallel", "fsdp"]
+    run(tmp_path / "one", 2, *args)
+    run(tmp_path / "parts", 2, *args, "--batch", "1", "--accum", "2")
+    test_dist.launch(2, tmp_path / "two", *launched)
+    one, rows = load_pickle(tmp_path / "one/state.pt"), read_lines(tmp_path / "one/rewards.jsonl")
+    assert [r["sample"] for r in rows] == [0, 1, 2, 3]
+    for name in ("parts", "two"):
+        state = load_pickle(tmp_path / name / "state.pt")
+        others = read_lines(tmp_path / name / "rewards.jsonl")
+        assert state["seen"] == one["seen"] == 4
+        assert test_dist.relative(state, one, "gradients") < 4e-6
+        assert test_dist.relative(state, one, "weights") < 2e-6
+        assert [(r["sample"], r["prompt"]) for r in others] == [(r["sample"], r["prompt"]) for r in rows]
+        for key in ("reward", "advantage"):
+            assert [r[key] for r in others] == pytest.approx([r[key] for r in rows], abs=2e-3)
 
 
 @pytest.mark.parametrize("options", [["--grad-last", "2", "--reward", "tiny", "--grad-ckpt"],
@@ -208,15 +203,16 @@ def small_base(name, public, monkeypatch, tmp_path):
 
 
 NAMES = [name for name, row in bases.BASES.items() if "instructvideo" in row.methods and row.files]
+SAME = ("modelscope", "modelscope-v1.5")  # but for their weights as modelscope-v1.4
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in SAME])
 def test_one_step_of_a_public_base(name, public, clips, monkeypatch, tmp_path):
     folder = small_base(name, public, monkeypatch, tmp_path)
     instructvideo.main([
-        "--base", name, "--weights", folder, "--data", clips, "--steps", "2", "--batch", "1", "--segments", "2",
-        "--sample-steps", "4", "--eval-n", "1", "--workers", "0", "--rank", "2", "--reward", "brightness",
-        "--warmup", "0", "--out", str(tmp_path / "run")])
+        "--base", name, "--weights", folder, "--data", clips, "--steps", "2", "--batch", "1", "--rank", "2",
+        "--segments", "2", "--sample-steps", "4", "--eval-n", "1", "--workers", "0", "--warmup", "0",
+        "--reward", "brightness", "--out", str(tmp_path / "run")])
     tensors, _ = load_checkpoint(tmp_path / "run")
     assert sum(v.abs().max() > 0 for k, v in tensors.items() if "lora_B" in k) > 10
     sample.main(["--ckpt", str(tmp_path / "run"), "--weights", folder, "--prompt", "a red ball",
@@ -243,7 +239,8 @@ def test_starts_from_the_public_file(public, clips, tmp_path, message):
             plain = expected["net"][k]
             assert (v - plain - scale * (merged[k] - plain)).abs().max() < 1e-5, k
     args = ["--base", "modelscope-v1.4", "--weights", folder, "--data", clips, "--steps", "1", "--batch", "1",
-            "--segments", "2", "--sample-steps", "4", "--eval-n", "1", "--workers", "0", "--lr", "1e-12"]
+            "--segments", "2", "--sample-steps", "4", "--eval-n", "1", "--workers", "0", "--lr", "1e-12",
+            "--reward", "redness"]
     instructvideo.main([*args, "--lora", str(path), "--out", str(tmp_path / "run")])
     tensors, _ = load_checkpoint(tmp_path / "run")
     key = "middle_block.1.transformer_blocks.0.attn2.to_out"
@@ -260,16 +257,16 @@ def test_starts_from_the_public_file(public, clips, tmp_path, message):
     assert "no LoRA of InstructVideo" in message(instructvideo.main, args)
 
 
-@pytest.mark.skipif(not CLIPS.exists(), reason="the real clips are not there")
+@pytest.mark.skipif(not CLIPS, reason="the real clips are not there")
 def test_real_clips(public, tmp_path):
     """16 frames of the four real clips, read as published (8 a second), at small width."""
     folder, _ = public("modelscope-v1.4")
     names = ("cactus_blooming", "cat_walking", "eagle")  # car_turn: 32 frames at 20 a second are too short
-    lines = [f"{CLIPS / name}.mp4,a film of {name.split('_')[0]}" for name in names]
+    lines = [f"{CLIPS[0] / name}.mp4,a film of {name.split('_')[0]}" for name in names]
     (tmp_path / "clips.csv").write_text("\n".join(["video,caption", *lines]) + "\n")
     instructvideo.main([
-        "--base", "modelscope-v1.4", "--weights", folder, "--data", str(tmp_path / "clips.csv"), "--frames", "16",
-        "--height", "64", "--width", "64", "--steps", "2", "--reward", "redness", "--eval-n", "1",
-        "--workers", "0", "--sample-steps", "5", "--out", str(tmp_path / "run")])
-    rows = [json.loads(x) for x in (tmp_path / "run" / "rewards.jsonl").read_text().splitlines()]
-    assert len(rows) == 4 and len({r["prompt"] for r in rows}) == 3
+        "--base", "modelscope-v1.4", "--weights", folder, "--data", str(tmp_path / "clips.csv"),
+        "--frames", "16", "--height", "32", "--width", "32", "--steps", "3", "--batch", "1", "--eval-n", "1",
+        "--reward", "redness", "--workers", "0", "--sample-steps", "3", "--out", str(tmp_path / "run")])
+    rows = read_lines(tmp_path / "run" / "rewards.jsonl")
+    assert len(rows) == 3 == len({r["prompt"] for r in rows})
