@@ -245,6 +245,8 @@ def ddim_timesteps(steps, num=1000, spacing="leading"):
     are more than asked, as published. "trailing": num - 1 first, for schedules that end in pure noise
     (arXiv 2305.08891, section 3.3).
     """
+    if not 1 <= steps <= num:
+        raise UserError(f"--sample-steps {steps}: this sampler takes 1 to {num}")
     if spacing == "trailing":
         # numpy's rounding decides the halves (48 steps), as published; it may add an entry 0 at the end
         return [int(t) - 1 for t in np.arange(num, 0, -num / steps).round()[:steps]]

@@ -10,9 +10,9 @@ full marks for every frame would reward a slide show of one.
 
     python instructvideo.py --base tiny                       # 2 CPU cores: minutes and result in RESULTS.md
     python instructvideo.py --base tiny --reward size         # a hand-written reward of single frames
-    python instructvideo.py --reward hps --weights W --data clips.csv --reward-weights R           # 1 GPU
-    torchrun --nproc_per_node=4 instructvideo.py --reward hps --weights W --data clips.csv
-    python instructvideo.py --lora instructvideo.pth --reward hps --weights W --data clips.csv
+    python instructvideo.py --weights W --data clips.csv --reward-weights R    # HPS v2.0, 1 GPU
+    torchrun --nproc_per_node=4 instructvideo.py --weights W --data clips.csv
+    python instructvideo.py --lora instructvideo.pth --weights W --data clips.csv --reward hps,aesthetic:0.1
     python instructvideo.py ... --resume                      # goes on bit for bit
     python sample.py --ckpt out/instructvideo --prompt "a red circle moving left"
 
@@ -77,7 +77,7 @@ def get_args(argv=None):
     p.add_argument("--eval-n", type=COUNT, default=8, help="held-out prompts used")
     p.add_argument("--negative", help="text of the unconditional branch (default: the base's)")
     # method
-    p.add_argument("--reward", help="of rewards.py (default: hps), or a weighted sum, or my_file.py:function")
+    p.add_argument("--reward", help="of rewards.py (default: hps=v2.0), or a sum a:1.5,b:0.1, or my_file.py:fn")
     p.add_argument("--reward-weights", help="folder with the rewards' public files (default: their hub)")
     p.add_argument("--sample-steps", type=COUNT, default=20, help="DDIM steps of a whole chain")
     p.add_argument("--partial", type=SHARE, default=0.6, help="share of these steps that is run")
@@ -119,7 +119,7 @@ def get_args(argv=None):
     p.add_argument("--wandb", action="store_true", help="log to Weights & Biases too")
     simple = p.parse_known_args(argv)[0].reward not in (None, "tiny")
     args = apply_defaults(p, argv, {"tiny": TINY_SIMPLE if simple else TINY})
-    args.reward = args.reward or "hps"
+    args.reward = args.reward or "hps=v2.0"
     if base_row(args.base).text and not args.data:
         raise UserError("--data: give a folder, csv, jsonl or list of clips with captions")
     if args.rank < 1:
@@ -197,15 +197,14 @@ class PromptStatistics:
 def main(argv=None):
     args = get_args(argv)
     settings = fill(args, args.base, method="instructvideo")
-    size = args.frames, args.height, args.width
     chain = argparse.Namespace(**vars(args))
     if args.sampler == "dpm":  # CogVideoX-5B's, which starts from pure noise alone
         chain.sampler, chain.spacing = "ddim", "cogvideox"
     partial_chain(chain, 1000)  # a wrong number is refused now, not at the first step
     if args.segments > args.frames:
         raise UserError(f"--segments {args.segments}: a clip has {args.frames} frames")
-    data = (VideoDataset(args.data, *size, args.read_fps, args.seed) if args.data else
-            TinyWorld(880, args.frames, args.seed, captions=tiny_prompts()))
+    data = (VideoDataset(args.data, args.frames, args.height, args.width, args.read_fps, args.seed)
+            if args.data else TinyWorld(880, args.frames, args.seed, captions=tiny_prompts()))
     captions = list(dict.fromkeys(row[2] for row in data.rows)) if args.data else tiny_prompts()
     others = captions if args.data else tiny_prompts(held_out=True)
     held_out = (read_prompts(args.eval_prompts) if args.eval_prompts else others)[:args.eval_n]

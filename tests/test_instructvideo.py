@@ -266,7 +266,7 @@ def test_real_clips(public, tmp_path):
     (tmp_path / "clips.csv").write_text("\n".join(["video,caption", *lines]) + "\n")
     instructvideo.main([
         "--base", "modelscope-v1.4", "--weights", folder, "--data", str(tmp_path / "clips.csv"),
-        "--frames", "16", "--height", "32", "--width", "32", "--steps", "3", "--batch", "1", "--eval-n", "1",
+        "--frames", "16", "--height", "16", "--width", "32", "--steps", "3", "--batch", "1", "--eval-n", "1",
         "--reward", "redness", "--workers", "0", "--sample-steps", "3", "--out", str(tmp_path / "run")])
     rows = read_lines(tmp_path / "run" / "rewards.jsonl")
     assert len(rows) == 3 == len({r["prompt"] for r in rows})
