@@ -77,7 +77,7 @@ def get_args(argv=None):
     p.add_argument("--eval-n", type=COUNT, default=8, help="held-out prompts used")
     p.add_argument("--negative", help="text of the unconditional branch (default: the base's)")
     # method
-    p.add_argument("--reward", help="of rewards.py (default: hps=v2.0), or a sum a:1.5,b:0.1, or my_file.py:fn")
+    p.add_argument("--reward", help="of rewards.py (default: hps=v2.0), a sum a:1.5,b:0.1, or my_file.py:fn")
     p.add_argument("--reward-weights", help="folder with the rewards' public files (default: their hub)")
     p.add_argument("--sample-steps", type=COUNT, default=20, help="DDIM steps of a whole chain")
     p.add_argument("--partial", type=SHARE, default=0.6, help="share of these steps that is run")

@@ -210,8 +210,8 @@ SAME = ("modelscope", "modelscope-v1.5")  # but for their weights as modelscope-
 def test_one_step_of_a_public_base(name, public, clips, monkeypatch, tmp_path):
     folder = small_base(name, public, monkeypatch, tmp_path)
     instructvideo.main([
-        "--base", name, "--weights", folder, "--data", clips, "--steps", "2", "--batch", "1", "--rank", "2",
-        "--segments", "2", "--sample-steps", "4", "--eval-n", "1", "--workers", "0", "--warmup", "0",
+        "--base", name, "--weights", folder, "--data", clips, "--steps", "1", "--batch", "1", "--rank", "2",
+        "--segments", "2", "--sample-steps", "3", "--eval-n", "1", "--workers", "0", "--warmup", "0",
         "--reward", "brightness", "--out", str(tmp_path / "run")])
     tensors, _ = load_checkpoint(tmp_path / "run")
     assert sum(v.abs().max() > 0 for k, v in tensors.items() if "lora_B" in k) > 10
@@ -239,7 +239,7 @@ def test_starts_from_the_public_file(public, clips, tmp_path, message):
             plain = expected["net"][k]
             assert (v - plain - scale * (merged[k] - plain)).abs().max() < 1e-5, k
     args = ["--base", "modelscope-v1.4", "--weights", folder, "--data", clips, "--steps", "1", "--batch", "1",
-            "--segments", "2", "--sample-steps", "4", "--eval-n", "1", "--workers", "0", "--lr", "1e-12",
+            "--segments", "2", "--sample-steps", "2", "--eval-n", "1", "--workers", "0", "--lr", "1e-12",
             "--reward", "redness"]
     instructvideo.main([*args, "--lora", str(path), "--out", str(tmp_path / "run")])
     tensors, _ = load_checkpoint(tmp_path / "run")
