@@ -204,6 +204,7 @@ def test_instructvideo(tmp_path):
         start, out = time.time(), tmp_path / f"{method}-{seed}"
         command = [sys.executable, f"{method}.py", "--base", "tiny", "--reward", "tiny", "--seed", str(seed),
                    "--device", "cpu", "--out", str(out)]
+        command += ["--sweep", "0"] if method == "vader" else []
         subprocess.run(command, cwd=RESULTS.parent, env=os.environ | {"OMP_NUM_THREADS": "2"}, check=True)
         whole = (time.time() - start) / 60
         rows, log = ([json.loads(x) for x in (out / f"{file}.jsonl").read_text().splitlines()]
