@@ -47,7 +47,7 @@ from data import TinyWorld, VideoDataset, contact_sheet, read_batches, read_prom
 from diffusion import ddim_updates, offset_noise, randn
 from metrics import judge_captions
 from models import add_lora, parallelize, sync_gradients
-from rewards import get_reward, score
+from rewards import get_reward, score, statistics
 from sample import generate_split, lora_file, rollout
 
 TINY = dict(
@@ -212,6 +212,7 @@ def main(argv=None):
     state = check_out(args, "instructvideo")
     env = setup(args)
     reward = get_reward(args.reward, env.device, args.reward_weights)
+    reward.check([*captions, *held_out])
 
     # ---- a frozen base, LoRA branches on its attentions
     base = load_base(args.base, args.weights, env.device, env.dtype)
@@ -236,9 +237,9 @@ def main(argv=None):
         base.remember(texts)
     numbers = MySamples(args, env, start, seen)
     batches = read_batches(data, numbers, args.seed, args.workers)
-    statistics, path = PromptStatistics(args.history, args.min_history), Path(args.out, "rewards.jsonl")
+    history, path = PromptStatistics(args.history, args.min_history), Path(args.out, "rewards.jsonl")
     for _, past in groupby([r for r in read_lines(path) if r["step"] < start], lambda row: row["step"]):
-        statistics.update(*zip(*((row["prompt"], row["reward"]) for row in past)))
+        history.update(*zip(*((row["prompt"], row["reward"]) for row in past)))
     guard = FiniteGuard(env)
     catch_signals(env)
     if env.main:
@@ -264,7 +265,7 @@ def main(argv=None):
             rows += zip(mine, batch["text"], (1 - loss.detach()).tolist())
         norm = guard.step(opt, scaler, params.values(), args.clip, reward=total)
         seen += args.batch * args.accum * env.world
-        values, advantage = note_rewards(path, env, step, rows, statistics)
+        values, advantage = note_rewards(path, env, step, rows, history)
         log.step(step, reward=values.mean(), reward_sd=values.std(), advantage=advantage, grad=norm,
                  lr=opt.param_groups[0]["lr"])
 
@@ -284,13 +285,13 @@ def main(argv=None):
         dist.destroy_process_group()
 
 
-def note_rewards(path, env, step, rows, statistics):
+def note_rewards(path, env, step, rows, history):
     """A step's (number, caption, reward) of this process -> all processes' rewards, their mean advantage.
 
     A line for each goes into rewards.jsonl, from which a resumed run fills its statistics again.
     """
     numbers, prompts, values = zip(*sorted(gather_rows(rows, env)))
-    advantages = statistics.update(prompts, values)
+    advantages = history.update(prompts, values)
     for number, prompt, value, advantage in zip(numbers, prompts, values, advantages) if env.main else ():
         append_line(path, dict(step=step, sample=number, prompt=prompt, reward=value, advantage=advantage))
     return np.array(values), float(np.mean(advantages))
@@ -302,10 +303,7 @@ def evaluate(args, env, base, reward, prompts, step, name):
     videos = generate_split(base, env, prompts, [f"eval-{i}" for i in range(len(prompts))], args)
     if not env.main:
         return
-    parts = [score(reward, videos[i:i + 8].to(env.device), prompts[i:i + 8])
-             for i in range(0, len(videos), 8)]
-    rewards = torch.cat(parts).cpu()
-    row = dict(step=step, reward=rewards.mean().item(), reward_sd=rewards.std(unbiased=False).item())
+    row = dict(step=step, **statistics(reward, videos, prompts, env.device))
     if base.row.text is None:
         row["judge"] = judge_captions(videos, prompts)
     append_line(Path(args.out, "eval.jsonl"), row)
