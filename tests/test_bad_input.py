@@ -210,7 +210,7 @@ BAD = [
     ("instructvideo", "--base tiny --lora picture.png", "picture.png"),
     ("instructvideo", "--base tiny --lora foreign/ckpt.safetensors", "no LoRA of InstructVideo to start"),
     ("instructvideo", "--base tiny --eval-prompts none.txt", "none.txt: no such file"),
-    ("instructvideo", "--base tiny --eval-prompts words.txt", "does not know 'dragon'"),
+    ("instructvideo", "--base tiny --eval-prompts words.txt", "is no caption of the tiny world ('dragon')"),
     ("instructvideo", "--base tiny --data nocaption", "a.mp4: no caption beside it"),
     ("instructvideo", "--base tiny --rank 2 --out run --resume", "has method t2v, not instructvideo"),
 ]
