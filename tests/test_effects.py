@@ -198,12 +198,13 @@ def test_instructvideo(tmp_path):
 
     Beside it vader.py with the same seeds and as many reward queries (clips scored in training). The table's
     minutes are those of the steps, without evaluations; each run has 2 cores, as many at once as there are.
+    EFFECT_DEVICE=cuda: all six on the GPU.
     """
     def run(job):
         method, seed = job
         start, out = time.time(), tmp_path / f"{method}-{seed}"
         command = [sys.executable, f"{method}.py", "--base", "tiny", "--reward", "tiny", "--seed", str(seed),
-                   "--device", "cpu", "--out", str(out)]
+                   "--device", os.environ.get("EFFECT_DEVICE", "cpu"), "--dtype", "fp32", "--out", str(out)]
         command += ["--sweep", "0"] if method == "vader" else []
         subprocess.run(command, cwd=RESULTS.parent, env=os.environ | {"OMP_NUM_THREADS": "2"}, check=True)
         whole = (time.time() - start) / 60
