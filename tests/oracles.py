@@ -36,6 +36,7 @@ import models
 import rewards
 import sample
 import text_encoders
+import tracks
 import vae
 
 
@@ -1759,6 +1760,126 @@ def das_pipeline(case):
             "final_latents": swapped(latents), "video_t0": autoencoder.decode(latents, frames=[0])[:, :, 0]}
 
 
+# ---- Diffusion as Shader: cameras and drawing
+
+def camera_paths(case):
+    return {row["expected"]["poses"]: tracks.camera_path(**row["inputs"]) for row in case.rows}
+
+
+def four_rows(camera):
+    """World-to-camera (f,3,4) -> (f,4,4)."""
+    return np.concatenate([camera, np.tile([[[0.0, 0, 0, 1]]], (len(camera), 1, 1))], axis=1)
+
+
+def projections(case):
+    done = {}
+
+    def get(name):
+        if name is None or name in done:
+            return done.get(name)
+        return case.input(name).double().numpy()
+    commands = case.inputs.get("commands")
+    if commands and "poses" in case.inputs:
+        poses = get("poses")
+        if not np.allclose(tracks.camera_path(commands["value"], len(poses)), poses, atol=2e-6):
+            raise ValueError("poses are not those of the commands")
+    for step in case.call["steps"]:
+        op, K, poses = step["op"], get(step.get("K")), get(step.get("poses"))
+        if op == "default_intrinsics":
+            result = tracks.intrinsics(step["height"], step["width"], step["fov_degrees"])
+        elif op == "project_points":
+            result = tracks.project(get(step["points"]), K, poses)
+        elif op == "lift_tracks":
+            result = tracks.lift(get(step["tracks"]), K, four_rows(get(step["ext"])))
+        elif op == "project_tracks":
+            if poses is not None:
+                poses = poses.copy()
+                poses[:, :3, 3] /= step["translation_divisor"]
+            camera = tracks.view(poses, four_rows(get(step["ext"])), step["mode"])
+            result = tracks.project(get(step["world"]), K, camera)
+        else:
+            raise Unsupported(f"step {op}")
+        done[step["to"]] = result
+    return done
+
+
+def object_motions(case):
+    """As published but for one unit on all axes: what differs is skipped."""
+    h, w = case.call["height"], case.call["width"]
+    points, mask, moving = (case.input(name).numpy() for name in ("points_frame0", "mask", "tracks"))
+    points, mask, result = points.reshape(-1, 3), mask.astype(bool), {}
+    for step in case.call["steps"]:
+        path = tracks.object_path(f"{step['motion']} {step['distance']}", step["frames"])
+        if step["op"] == "move_points":
+            selected = mask.reshape(-1)
+            path = tracks.about_centre(path, points, selected)
+            result[step["to"]] = np.stack(
+                [tracks.move_object(points, selected, path[k])[selected] for k in step["at"]])
+        elif step["op"] == "move_tracks":
+            selected = tracks.in_mask(moving[0], mask)
+            path = tracks.about_centre(path, moving[0], selected)
+            result[step["to"]] = np.stack(
+                [tracks.move_object(moving[k], selected, path[k]) for k in step["at"]])
+        else:
+            raise Unsupported(f"step {step['op']}")
+    return result
+
+
+def drawings(case):
+    call, points, visible = case.call, case.input("points").numpy(), case.input("visible")
+    size = h, w = call["height"], call["width"]
+    if call["style"] == "dense":
+        points = points.reshape(len(points), -1, 3) * points.dtype.type([w, h, 1])
+        colours = tracks.dense_colours(points[0, :, 2], size)
+    elif call["style"] == "cotracker":
+        colours = tracks.grid_colours(points[0], size)
+    elif call["style"] == "spatracker":
+        x, y, depth = points[0].T
+        red, green = (255 * (v - v.min()) / (v.max() - v.min()) for v in (x, y))
+        colours = tracks.track_colours(red, green, depth)
+        return {"point_colors": torch.from_numpy(colours)}
+    else:
+        raise Unsupported(f"style {call['style']}")
+    shown = None if visible is None else visible.bool().numpy()
+    video = tracks.draw_tracks(points, colours, size, shown, tuple(call["mark_half"]))
+    result = {}
+    for name, spec in case.outputs.items():
+        result[name] = torch.from_numpy(video).permute(0, 3, 1, 2)
+        if "rows_from" in spec:  # the published code never draws a point in row 0
+            k = spec["rows_from"]
+            result[name] = torch.cat([case.expected(name)[:, :, :k], result[name][:, :, k:]], dim=2)
+    return result
+
+
+def das_train_step(case):
+    """One step of das.py from given latents, noise and steps, up to the gradients."""
+    call = case.call
+    if call["image_conditions_dropped"]:
+        raise Unsupported("dropped image conditions")
+    net = fill(models.CogVideoX(cogvideox_config(case.config)), case.params, case.left_as_built)
+    das.train_branch(net, torch.float32)
+    if call["mode"] == "train":
+        net.train()
+    x0, image, tracking, first_track, noise = (swapped(case.input(name)) for name in (
+        "video_latents", "image_latent", "tracking_latents", "tracking_image_latent", "noise"))
+    seen = []
+    net.register_forward_hook(lambda module, args, out: seen.append(out))
+    cond = {"first_frame": image, "tracks": tracking, "first_track": first_track}
+    loss = das.branch_loss(net, cogvideox_schedule(call["scheduler"]), x0, noise, case.input("timestep"),
+                           case.input("text"), cond).mean()
+    loss.backward()
+    grads = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+    if wrong := set(grads) ^ set(case.outputs["grad_norms"]["names"]):
+        raise ValueError(f"{len(wrong)} parameters should (not) be trained: {min(wrong)}")
+    result = {"loss": loss[None], "model_out": swapped(seen[0])}
+    for name, spec in case.outputs.items():
+        if name == "grad_norms":
+            result[name] = torch.stack([grads[k].norm() for k in spec["names"]])
+        elif name.startswith("grad."):
+            result[name] = grads[name.removeprefix("grad.")]
+    return result
+
+
 # the same word may mean another computation in another system, so both choose the function
 KINDS = {
     ("dit_forward", "stdit3"): stdit3_forward,
@@ -1825,6 +1946,11 @@ KINDS = {
     ("schedule", "cogvideox_sampler"): cogvideox_tables,
     ("loss", "cogvideox_sampler"): cogvideox_loss,
     ("pipeline", "das_pipeline"): das_pipeline,
+    ("train_step", "das_dit"): das_train_step,
+    ("camera_path", "das_tracking"): camera_paths,
+    ("projection", "das_tracking"): projections,
+    ("object_motion", "das_tracking"): object_motions,
+    ("draw_tracks", "das_tracking"): drawings,
 }
 
 

@@ -1,0 +1,499 @@
+"""Tracking videos of Diffusion as Shader (arXiv 2501.03847): cameras, drawing, where tracks come from, data sets.
+
+A tracking video shows the first frame's points, each in the colour of its place there (red: x, green: y, blue:
+nearness), wherever it is now, the near ones over the far ones, on black. `python das.py --make-tracks SOURCE`:
+
+    clip.mp4    [--camera | --object]                     the clip's own motion, by optical flow or --tracker
+    photo.png   --depth d.npy --camera "rot y 20; trans 0 0 -0.3 10 40"       another camera
+    photo.png   --depth d.npy --mask dog.png --object "right 0.3"             an object moved
+    tracks.npy                                            tracks (f,n,2) or (f,n,3): x, y, depth; drawn
+    mesh/ or mesh.npz                                     a moving mesh: .obj files, or vertices and faces
+    clips/, clips.csv                                     a data set for das.py: OUT/prompt.txt, videos.txt, ...
+
+Here x points right, y down, z away from the camera; matrices are world-to-camera, X_cam = P X_world. So "trans 1 0
+0" moves what is seen to the right: the camera goes left. Points are (x, y, depth), in pixels; depth 0: no point.
+"""
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from common import COUNT, POSITIVE, REAL, Parser, UserError, check_writable, warn, write_atomic
+from data import (
+    BACKGROUNDS, IMAGES, TINY_SIZE, VIDEOS, Scene, VideoDataset, _clip_rows, _field, _lines, _natural, _reason, _table,
+    batch_indices, center_crop_wide, contact_sheet, cover_and_crop, load, open_image, raft, read_image, read_video,
+    render, resize_crop, signed_distance, tiny_scene, video_info, write_video)
+
+# ---- commands: what moves, from which frame to which
+
+CAMERA = {"trans": "dx dy dz", "rot": "axis degrees", "spiral": "radius"}
+DIRECTIONS = {"up": (0, -1, 0), "down": (0, 1, 0), "left": (-1, 0, 0), "right": (1, 0, 0), "front": (0, 0, 1),
+              "back": (0, 0, -1)}  # front and back as published: front goes away from the camera
+OBJECT = {name: "distance" for name in DIRECTIONS} | {"rot": "degrees"}
+
+
+def _commands(text, known, frames):
+    """"name values [first last]; ..." -> [(name, its values, progress (f,) from 0 to 1)]; bad ones are refused."""
+    forms = ", ".join(f"{name} {values} [first last]" for name, values in known.items())
+    found = []
+    for part in filter(None, (part.strip() for part in text.lower().split(";"))):
+        name, *values = part.split()
+        if name not in known:
+            raise UserError(f"command {part!r}: unknown; known are {forms}")
+        wanted = known[name].split()
+        if len(values) not in (len(wanted), len(wanted) + 2):
+            raise UserError(f"command {part!r}: {len(values)} values; wanted {name} {known[name]} [first last]")
+        if wanted[0] == "axis" and values[0] not in "xyz":
+            raise UserError(f"command {part!r}: the axis is x, y or z")
+        try:
+            numbers = [v if w == "axis" else float(v) for v, w in zip(values, wanted)]
+            span = sorted(min(max(int(v), 0), frames - 1) for v in values[len(wanted):]) or [0, frames - 1]
+        except ValueError:
+            raise UserError(f"command {part!r}: wanted numbers, first and last whole ones: {name} "
+                            f"{known[name]} [first last]") from None
+        if not all(np.isfinite(v) for v in numbers if not isinstance(v, str)):
+            raise UserError(f"command {part!r}: wanted finite numbers")
+        if span[0] == span[1]:
+            raise UserError(f"command {part!r}: first and last are the same frame ({span[0]} of 0 to {frames - 1})")
+        found.append((name, numbers, np.clip((np.arange(frames) - span[0]) / (span[1] - span[0]), 0, 1)))
+    if not found:
+        raise UserError(f"command {text!r}: empty; known are {forms}")
+    return found
+
+
+def _translations(vectors):
+    """(f,3) -> (f,4,4)."""
+    m = np.tile(np.eye(4), (len(vectors), 1, 1))
+    m[:, :3, 3] = vectors
+    return m
+
+
+def _rotations(axis, radians):
+    """Right-handed rotations about an axis by the angles (f,) -> (f,4,4)."""
+    i, j = {"x": (1, 2), "y": (2, 0), "z": (0, 1)}[axis]
+    m = np.tile(np.eye(4), (len(radians), 1, 1))
+    m[:, i, i] = m[:, j, j] = np.cos(radians)
+    m[:, j, i] = np.sin(radians)
+    m[:, i, j] = -m[:, j, i]
+    return m
+
+
+def _spiral(radius, frames):
+    """A round about the start that looks at a point ahead -> (f,4,4).
+
+    As published it is built like a camera's pose in the world but used as world-to-camera.
+    """
+    if radius == 0:
+        raise UserError("command 'spiral 0': the radius is not 0")
+    t = np.linspace(0, 1, frames)
+    r, angle = np.sin(np.pi * t) * radius * 0.1, 2 * np.pi * t
+    place = np.stack([r * np.sin(angle), 0.3 * r * np.cos(angle), -0.5 * r], axis=1)
+    ahead = np.array([0, 0, radius * 0.5]) - place
+    ahead /= np.linalg.norm(ahead, axis=1, keepdims=True)
+    right = np.cross([0, 1, 0], ahead)
+    right /= np.linalg.norm(right, axis=1, keepdims=True)
+    m = _translations(place)
+    m[:, :3, :3] = np.linalg.inv(np.stack([right, np.cross(ahead, right), ahead], axis=1))
+    return m
+
+
+def camera_path(commands, frames=49):
+    """"trans dx dy dz; rot axis degrees; spiral radius", each with an optional range -> poses (f,4,4).
+
+    World-to-camera, the product in the order written; before its range a command does nothing, after it it stays.
+    """
+    poses = np.tile(np.eye(4), (frames, 1, 1))
+    for name, values, progress in _commands(commands, CAMERA, frames):
+        if name == "trans":
+            m = _translations(progress[:, None] * values)
+        elif name == "rot":
+            m = _rotations(values[0], np.radians(values[1]) * progress)
+        else:
+            m = _spiral(values[0], frames)[(progress * (frames - 1)).astype(int)]
+        poses = poses @ m
+    return poses
+
+
+def object_path(commands, frames=49, unit=1.0):
+    """"right 0.3; rot 50 0 24" -> (f,4,4), of an object about its centre; a distance of 1 is `unit` on all axes.
+
+    (Published: 50 units, those of x and y divided by width and height, those of z not.)
+    """
+    path = np.tile(np.eye(4), (frames, 1, 1))
+    for name, (value,), progress in _commands(commands, OBJECT, frames):
+        if name == "rot":
+            path = path @ _rotations("y", np.radians(value) * progress)
+        else:
+            path = path @ _translations(progress[:, None] * value * unit * np.array(DIRECTIONS[name]))
+    return path
+
+
+# ---- cameras
+
+def intrinsics(height, width, fov=55.0):
+    """K (3,3) in pixels of a camera with a horizontal field of view of `fov` degrees."""
+    focal = width / 2 / np.tan(np.radians(fov) / 2)
+    return np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]])
+
+
+def lift(points, K, camera):
+    """Points (..., n, 3), K (..., 3, 3), world-to-camera (..., 4, 4) -> world points; (0,0,0) where depth <= 0."""
+    depth = points[..., 2:]
+    pixels = np.concatenate([points[..., :2], np.ones_like(depth)], axis=-1)
+    x = depth * (pixels @ np.swapaxes(np.linalg.inv(K), -1, -2)) - camera[..., None, :3, 3]
+    return (x @ camera[..., :3, :3]) * (depth > 0)  # R is orthonormal: its inverse is its transpose
+
+
+def project(world, K, camera):
+    """World points (..., n, 3) seen by a camera, see lift() -> points; behind the camera (0,0,0)."""
+    x = world @ np.swapaxes(camera[..., :3, :3], -1, -2) + camera[..., None, :3, 3]
+    depth = x[..., 2:]
+    seen = depth > 0
+    pixels = (x @ np.swapaxes(K, -1, -2))[..., :2] / np.where(seen, depth, 1)
+    return np.concatenate([pixels, depth], axis=-1) * seen
+
+
+def view(poses, cameras, mode="append"):
+    """The camera of each frame (f,4,4), from a path `poses` or None and the clip's own `cameras` (f,4,4).
+
+    append: the path after the clip's own camera; override: the path alone; no path: the first camera stays.
+    """
+    if poses is None:
+        return np.tile(cameras[:1], (len(cameras), 1, 1))
+    return poses if mode == "override" else poses @ cameras
+
+
+def move_object(points, selected, matrix):
+    """points (n,3) of one frame -> the same, those of `selected` (n,) moved by matrix (4,4)."""
+    moved = points.copy()
+    moved[selected] = points[selected] @ matrix[:3, :3].T + matrix[:3, 3]
+    return moved
+
+
+def in_mask(points, mask):
+    """Which of the points (n,3) of the first frame lie in the mask (h,w), by their rounded pixel."""
+    h, w = mask.shape
+    finite = np.isfinite(points).all(-1)
+    x, y = (np.where(finite, points[:, i], 0).round().astype(int).clip(0, n - 1) for i, n in ((0, w), (1, h)))
+    return mask[y, x] & finite
+
+
+def about_centre(path, points, selected):
+    """A path (f,4,4) of object_path() about the centre of the selected finite points (n,3)."""
+    chosen = points[selected & np.isfinite(points).all(-1)]
+    centre = _translations(chosen.mean(0, keepdims=True))
+    return centre @ path @ np.linalg.inv(centre)
+
+
+# ---- colours and drawing
+
+def track_colours(red, green, depth, small=0.0):
+    """Colours uint8 (n,3): red and green (n,) 0..255 as given, blue by nearness.
+
+    1 / depth, from 0 at its 2nd percentile to 255 at its 98th. small: added to denominators (CoTracker's drawing
+    has 1e-10). All at one depth: half blue.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        near = 1 / (depth + small)
+        low, high = np.percentile(near[~np.isnan(near)], (2, 98)) if not np.isnan(near).all() else (0, 0)
+        flat = not high - low > 1e-6 * abs(high)
+        blue = np.full_like(near, 0.5) if flat else (near - low) / (high - low + small)
+    levels = np.stack([red, green, 255 * np.clip(np.nan_to_num(blue), 0, 1)], axis=-1)
+    return np.floor(np.clip(levels, 0, 255)).astype(np.uint8)
+
+
+def dense_colours(depth, size):
+    """Colours of all pixels of a frame, row by row; depth (h w,) of the first frame."""
+    h, w = size
+    green, red = np.meshgrid(np.linspace(0, 255, h), np.linspace(0, 255, w), indexing="ij")
+    return track_colours(red.reshape(-1), green.reshape(-1), depth)
+
+
+def grid_colours(points, size):
+    """Colours of points (n,3) of the first frame that stand anywhere in it."""
+    h, w = size
+    return track_colours(255 * (points[:, 0] / w), 255 * (points[:, 1] / h), points[:, 2], small=1e-10)
+
+
+def draw_tracks(points, colours, size, visible=None, half=(1, 1)):
+    """Frames of points (n,3) -> uint8 (f,h,w,3): a mark of `colours` (n,3) for each, near ones on top, on black.
+
+    points: (f,n,3) or an iterable; visible (f,n) bool; half: pixels (x, y) that a mark reaches to each side.
+    A point outside the frame, behind the camera (depth <= 0) or not finite is not drawn.
+    """
+    (h, w), frames = size, []
+    colours = np.concatenate([np.zeros((1, 3), np.uint8), colours])  # 0: black
+    for k, p in enumerate(points):
+        with np.errstate(invalid="ignore"):
+            shown = (p[:, 2] > 0) & (p[:, 0] > -1) & (p[:, 0] < w) & (p[:, 1] > -1) & (p[:, 1] < h)
+        if visible is not None:
+            shown = shown & visible[k]
+        index = np.flatnonzero(shown)
+        index = index[np.argsort(-p[index, 2], kind="stable")]  # far to near
+        place = p[index, 1].astype(int) * w + p[index, 0].astype(int)
+        # painted far to near, a pixel shows the nearest of the points whose mark covers it: the highest rank
+        rank = np.zeros(h * w, np.int32)
+        rank[place] = np.arange(1, len(index) + 1)  # of several at one place the last, the nearest, stays
+        rank = _largest(_largest(rank.reshape(h, w), half[0], 1), half[1], 0)
+        frames.append(colours[np.concatenate([[0], index + 1])[rank]])
+    return np.stack(frames)
+
+
+def _largest(a, reach, axis):
+    """Running maximum over 2 reach + 1 neighbours along an axis."""
+    out = a.copy()
+    for i in range(1, reach + 1):
+        ahead, behind = [slice(None)] * 2, [slice(None)] * 2
+        ahead[axis], behind[axis] = slice(i, None), slice(None, -i)
+        ahead, behind = tuple(ahead), tuple(behind)
+        np.maximum(out[ahead], a[behind], out=out[ahead])
+        np.maximum(out[behind], a[ahead], out=out[behind])
+    return out
+
+
+def to_video(frames):
+    """uint8 (f,h,w,3) -> (3,f,h,w) in [-1,1]."""
+    return torch.from_numpy(frames).permute(3, 0, 1, 2).float() / 127.5 - 1
+
+
+# ---- tracks of a clip
+
+def grid_points(height, width, grid=70):
+    """(grid^2, 2): where DaS puts the points that a clip's tracks start from, x and y in pixels."""
+    margin = width / 64
+    x, y = np.linspace(margin, width - margin, grid), np.linspace(margin, height - margin, grid)
+    return np.stack(np.meshgrid(x, y), axis=-1).reshape(-1, 2)
+
+
+def look_up(maps, xy):
+    """maps (f,c,h,w) at positions xy (f,n,2) in pixels, bilinear -> (f,n,c)."""
+    h, w = maps.shape[-2:]
+    where = 2 * xy / xy.new_tensor([w - 1, h - 1]) - 1
+    return F.grid_sample(maps, where[:, None], padding_mode="border", align_corners=True)[:, :, 0].transpose(1, 2)
+
+
+@torch.no_grad()
+def follow(video, queries, flow):
+    """Chain optical flow: video (3,f,h,w) in [-1,1], queries (n,2) in its first frame -> xy (f,n,2), visible (f,n).
+
+    A point is lost, for good, where it leaves the frame or where the flow back does not lead back (the usual test,
+    arXiv 1007.3403): |a + b|^2 > 0.01 (|a|^2 + |b|^2) + 0.5. flow: of data.raft().
+    """
+    h, w = video.shape[2:]
+    xy = [torch.as_tensor(queries, dtype=torch.float32, device=video.device)]
+    visible = [torch.ones(len(queries), dtype=torch.bool, device=video.device)]
+    for a, b in zip(video.transpose(0, 1)[:-1, None], video.transpose(0, 1)[1:, None]):
+        ahead = look_up(flow(a, b), xy[-1][None])[0]
+        there = xy[-1] + ahead
+        back = look_up(flow(b, a), there[None])[0]
+        limit = 0.01 * (ahead.square().sum(-1) + back.square().sum(-1)) + 0.5
+        inside = (there >= 0).all(-1) & (there[:, 0] <= w - 1) & (there[:, 1] <= h - 1)
+        visible.append(visible[-1] & inside & ((ahead + back).square().sum(-1) <= limit))
+        xy.append(there)
+    return torch.stack(xy).cpu().numpy(), torch.stack(visible).cpu().numpy()
+
+
+def users_tracker(name):
+    """"file.py:function" -> the user's function(video (3,f,h,w) in [-1,1], queries (n,2)) -> xy, visible."""
+    file, _, function = name.rpartition(":")
+    if not file.endswith(".py") or not Path(file).is_file():
+        raise UserError(f"--tracker {name}: no such file; give my_tracker.py:function")
+    spec = importlib.util.spec_from_file_location("user_tracker", file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as e:  # the user's own code
+        raise UserError(f"--tracker {name}: {file} cannot be imported ({_reason(e)})") from e
+    if not callable(getattr(module, function, None)):
+        raise UserError(f"--tracker {name}: {file} has no function {function}(video, queries)")
+    return getattr(module, function)
+
+
+def checked_tracks(xy, visible, frames, where):
+    """What a tracker or a file gave, as float32 (f,n,2 or 3) and bool (f,n); another form is a UserError."""
+    xy = np.asarray(xy, dtype=np.float32)
+    if xy.ndim != 3 or xy.shape[0] != frames or xy.shape[2] not in (2, 3) or not xy.shape[1]:
+        raise UserError(f"{where}: tracks of shape {xy.shape}; wanted ({frames}, points, 2 or 3)")
+    visible = np.ones(xy.shape[:2], bool) if visible is None else np.asarray(visible).astype(bool)
+    if visible.shape != xy.shape[:2]:
+        raise UserError(f"{where}: visibility of shape {visible.shape}; wanted {xy.shape[:2]}")
+    return xy, visible & np.isfinite(xy).all(-1)
+
+
+# ---- files: arrays, depth, masks, poses, meshes
+
+def read_array(path, name, optional=()):
+    """.npy -> its array; .npz -> array `name`, and those of `optional` or None. -> list of arrays."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        found = np.load(path)
+        found = {name: found} if isinstance(found, np.ndarray) else dict(found)
+        arrays = [None if found.get(k) is None else np.asarray(found[k], dtype=np.float64) for k in (name, *optional)]
+    except Exception as e:  # zip, pickle, text
+        raise UserError(f"{path}: not a .npy or .npz file of numbers ({_reason(e)})") from None
+    if arrays[0] is None:
+        raise UserError(f"{path}: holds no array {name!r}, only {', '.join(found)}")
+    return arrays
+
+
+def read_depth(path, size):
+    """.npy of depth, larger is farther, (h,w) or (f,h,w) -> (1 or f, h, w) of `size`, cropped as the clip is.
+
+    Nearest neighbour: no points between near and far. What is not finite or not above 0 is no point.
+    """
+    depth, = read_array(path, "depth")
+    depth = depth[None] if depth.ndim == 2 else depth
+    if depth.ndim != 3:
+        raise UserError(f"--depth {path}: shape {depth.shape}; wanted (height, width) or (frames, height, width)")
+    if not (np.isfinite(depth) & (depth > 0)).any():
+        raise UserError(f"--depth {path}: no value above 0; wanted distances from the camera")
+    (w, h), (left, top) = cover_and_crop(depth.shape[2], depth.shape[1], size)
+    rows = (np.arange(h) * depth.shape[1] // h)[top:top + size[0]]
+    columns = (np.arange(w) * depth.shape[2] // w)[left:left + size[1]]
+    return depth[:, rows[:, None], columns]
+
+
+@torch.no_grad()
+def estimate_depth(name, video, device="cpu"):
+    """Depth (f,h,w) of frames (3,f,h,w) in [-1,1] by a depth network of transformers: a hub name or a folder.
+
+    Metric ones (ZoeDepth, DepthPro, ...) as they are; relative ones, which give nearness, as 1 to 10.
+    """
+    from transformers import AutoImageProcessor, AutoModelForDepthEstimation
+    try:
+        prepare = AutoImageProcessor.from_pretrained(name)
+        net = AutoModelForDepthEstimation.from_pretrained(name).eval().to(device)
+    except (OSError, ValueError) as e:
+        raise UserError(f"--depth-model {name}: cannot be loaded ({_reason(e)}); give a depth network's name on "
+                        "huggingface.co, its folder, or a file of depth with --depth") from None
+    metric = net.config.model_type in ("zoedepth", "depth_pro")
+    metric |= getattr(net.config, "depth_estimation_type", "relative") == "metric"
+    maps = []
+    for frame in video.transpose(0, 1):
+        pixels = ((frame + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+        out = net(**prepare(images=pixels, return_tensors="pt").to(device))
+        depth = prepare.post_process_depth_estimation(out, target_sizes=[frame.shape[1:]])[0]["predicted_depth"]
+        maps.append(depth.float().cpu())
+    maps = torch.stack(maps)
+    return (maps if metric else 1 / (0.1 + 0.9 * maps / maps.max().clamp(min=1e-6)).clamp(min=0.1)).double().numpy()
+
+
+def read_mask(path, size):
+    """Picture, white on the object -> bool (h,w), cropped as the clip is."""
+    mask = np.array(center_crop_wide(open_image(path), size, filter=0).convert("L")) > 127
+    if not mask.any():
+        raise UserError(f"--mask {path}: empty: no pixel is white (above 127), so nothing would move")
+    return mask
+
+
+def read_poses(path, frames):
+    """World-to-camera matrices of a file: .npy, .npz ("extrinsics") or .txt, 12 or 16 numbers each -> (f,4,4)."""
+    if Path(path).suffix.lower() == ".txt":
+        try:
+            poses = np.loadtxt(path, ndmin=2)
+        except (OSError, ValueError) as e:
+            raise UserError(f"{path}: not a text file of 12 or 16 numbers a line ({_reason(e)})") from None
+    else:
+        poses, = read_array(path, "extrinsics")
+    if poses.ndim < 2 or poses[0].size not in (12, 16):
+        raise UserError(f"{path}: shape {poses.shape}; wanted (frames, 3 or 4, 4): world-to-camera matrices")
+    if len(poses) < frames:
+        raise UserError(f"{path}: {len(poses)} poses for {frames} frames")
+    poses = poses[:frames].reshape(frames, -1, 4)
+    turn = poses[:, :3, :3]
+    if not np.allclose(turn @ np.swapaxes(turn, 1, 2), np.eye(3), atol=1e-2):
+        raise UserError(f"{path}: the left 3 x 3 part of a pose is no rotation")
+    return np.concatenate([poses[:, :3], np.tile([[[0.0, 0, 0, 1]]], (frames, 1, 1))], axis=1)
+
+
+def read_mesh(path):
+    """.npz (vertices (f,v,3), faces (t,3)), or a folder of .obj files, one a frame -> vertices, faces."""
+    path = Path(path)
+    if not path.is_dir():
+        vertices, faces = read_array(path, "vertices", ["faces"])
+        if faces is None or vertices.ndim != 3 or faces.ndim != 2:
+            raise UserError(f"{path}: wanted the arrays vertices (frames, v, 3) and faces (t, 3)")
+        faces = faces.astype(int)
+    else:
+        parts = [_read_obj(p) for p in sorted(path.glob("*.obj"), key=_natural)]
+        if any(len(v) != len(parts[0][0]) for v, _ in parts):
+            raise UserError(f"{path}: all .obj files need the same number of vertices")
+        vertices, faces = np.stack([v for v, _ in parts]), parts[0][1]
+    if not len(faces) or faces.min() < 0 or faces.max() >= vertices.shape[1]:
+        raise UserError(f"{path}: a face names a vertex that is not there, or there are no faces")
+    return vertices, faces
+
+
+def _read_obj(path):
+    """Vertices (v,3) and triangles (t,3) of a Wavefront file; polygons become fans."""
+    vertices, faces = [], []
+    try:
+        for line in path.read_text().splitlines():
+            kind, *fields = line.split() or [""]
+            if kind == "v":
+                vertices.append([float(x) for x in fields[:3]])
+            elif kind == "f":
+                corners = [int(x.split("/")[0]) for x in fields]
+                corners = [i - 1 if i > 0 else len(vertices) + i for i in corners]
+                faces += [(corners[0], a, b) for a, b in zip(corners[1:], corners[2:])]
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: not a .obj file ({_reason(e)})") from None
+    return np.array(vertices, dtype=np.float64).reshape(-1, 3), np.array(faces, dtype=int).reshape(-1, 3)
+
+
+# ---- meshes
+
+def mesh_colours(vertices, K, size):
+    """Colours float (v,3) 0..255 of a mesh's vertices (v,3) in the first camera's frame, as DaS's Blender script.
+
+    Blue by the distance from the camera, not by depth; black where a vertex is not in the frame.
+    """
+    p = project(vertices, K, np.eye(4))
+    h, w = size
+    inside = (p[:, 2] > 0) & (p[:, 0] >= 0) & (p[:, 0] < w) & (p[:, 1] >= 0) & (p[:, 1] < h)
+    distance = np.linalg.norm(vertices, axis=1)
+    colours = track_colours(255 * p[:, 0] / w, 255 * p[:, 1] / h, distance)
+    return colours * inside[:, None].astype(float)
+
+
+def rasterise(vertices, faces, colours, K, size):
+    """Triangles of vertices (v,3) in the camera's frame, colours (v,3) -> uint8 (h,w,3), nearest on top, black.
+
+    Triangles that reach behind the camera are left out. In groups of like size, all pixels of each one's box at once.
+    """
+    h, w = size
+    p = project(vertices, K, np.eye(4))
+    faces = faces[(p[faces, 2] > 1e-6).all(1)]
+    corners = p[faces]                                                              # t 3 3
+    low = np.floor(corners[:, :, :2].min(1)).clip(0, [w, h]).astype(int)
+    high = np.ceil(corners[:, :, :2].max(1)).clip(0, [w, h]).astype(int)
+    (ax, ay), (bx, by), (cx, cy) = np.moveaxis(corners[:, :, :2], 0, -1)
+    area = (bx - ax) * (cy - ay) - (cx - ax) * (by - ay)
+    side = (high - low).max(1)
+    level = np.where((side > 0) & (high > low).all(1) & (abs(area) > 1e-9), np.ceil(np.log2(np.maximum(side, 1))), -1)
+    image, nearest = np.zeros((h * w, 3)), np.zeros(h * w)
+    for k in range(int(level.max(initial=-1)) + 1):
+        s = 2 ** k
+        for chosen in np.array_split(np.flatnonzero(level == k), -(-(level == k).sum() * s * s // 2 ** 20) or 1):
+            x = low[chosen, 0, None, None] + np.arange(s)                           # t 1 s
+            y = low[chosen, 1, None, None] + np.arange(s)[:, None]                  # t s 1
+            a, b, c = (corners[chosen, i, :, None, None] for i in range(3))
+
+            def edge(p, q, x=x, y=y):
+                return (q[:, 0] - p[:, 0]) * (y + 0.5 - p[:, 1]) - (x + 0.5 - p[:, 0]) * (q[:, 1] - p[:, 1])
+            weights = np.stack([edge(b, c), edge(c, a), edge(a, b)], -1) / area[chosen, None, None, None]  # t s s 3
+            weights = weights / corners[chosen, None, None, :, 2]                   # perspective: 1 / z is linear
+            near = weights.sum(-1)
+            inside = (weights >= 0).all(-1) & (x < w) & (y < h)
+            t, row, column = np.nonzero(inside)
+            place = y[t, row, 0] * w + x[t, 0, column]
+            order = np.argsort(near[inside], kind="stable")
+            order = order[near[inside][order] > nearest[place[order]]]
+            place, value = place[order], near[inside][order]
+            shade = (weights[inside][order, :, None] * colours[faces[chosen[t[order]]]]).sum(1) / value[:, None]
+            nearest[place], image[place] = value, shade  # of several at one pixel the last, the nearest, stays
+    return image.reshape(h, w, 3).round().clip(0, 255).astype(np.uint8)
