@@ -168,7 +168,7 @@ BASES = {
         COGVIDEOX | dict(divisor=1.0, shift=0.7),
         sampling(frames=9, height=TINY_SIZE, width=TINY_SIZE, save_fps=TINY_FPS, sample_steps=25, cfg=2.0,
                  spacing="trailing"),
-        methods=("i2vgen", "vader"),
+        methods=("i2vgen", "vader", "das"),
         words=(*TINY_WORDS, *NEW_MOTIONS)),
     "modelscope": Row(
         "ModelScope text-to-video (arXiv 2308.06571), 16 frames of 256x256",
@@ -273,25 +273,26 @@ BASES = {
         T5Config(), COGVIDEOX | dict(divisor=3.0),
         sampling(frames=49, height=480, width=720, spacing="cogvideox", cfg=6.0),
         cogvideox_files("hf:THUDM/CogVideoX-2b"),
-        methods=("vader", "instructvideo")),
+        methods=("vader", "instructvideo", "das")),
     "cogvideox-5b": Row(
         "CogVideoX-5B, 49 frames of 480x720",
         CogVideoXConfig(), CogVideoXVAEConfig(), T5Config(), COGVIDEOX | dict(divisor=1.0),
         sampling(frames=49, height=480, width=720, sampler="dpm", cfg=6.0, dynamic_cfg="published"),
         cogvideox_files("hf:THUDM/CogVideoX-5b"),
-        methods=("vader", "instructvideo")),
+        methods=("vader", "instructvideo", "das")),
     "cogvideox-5b-i2v": Row(
         "CogVideoX-5B-I2V, image to video",
         CogVideoXConfig(**COGVIDEOX_5B), CogVideoXVAEConfig(), T5Config(), COGVIDEOX | dict(divisor=1.0),
         sampling(frames=49, height=480, width=720, sampler="dpm", cfg=6.0, dynamic_cfg="published"),
         cogvideox_files("hf:THUDM/CogVideoX-5b-I2V"),
-        methods=("i2vgen", "vader")),
+        methods=("i2vgen", "vader", "das")),
     "das": Row(
         "Diffusion as Shader (arXiv 2501.03847): CogVideoX-5B-I2V that follows a tracking video",
         CogVideoXConfig(**COGVIDEOX_5B, tracking_blocks=18), CogVideoXVAEConfig(), T5Config(),
         COGVIDEOX | dict(divisor=1.0),
         sampling(frames=49, height=480, width=720, sampler="dpm", cfg=6.0, dynamic_cfg="published"),
-        cogvideox_files("hf:EXCAI/Diffusion-As-Shader")),
+        cogvideox_files("hf:EXCAI/Diffusion-As-Shader"),
+        methods=("das",)),
     "opensora": Row(
         "Open-Sora 1.2, 51 frames of 240x426, other sizes and lengths too",
         STDiT3Config(), OpenSoraVAEConfig(), T5Config(length=300, mask=True), None,
@@ -305,11 +306,17 @@ BASES = {
 }
 
 
-def base_row(name) -> Row:
+def base_row(name, tracks=0) -> Row:
+    """A base's row; tracks: number of tracking blocks (Diffusion as Shader) of a run on it."""
     if name not in BASES:
         raise UserError(
             f"--base {name}: unknown; choose from {', '.join(BASES)} (python bases.py shows the table)")
-    return BASES[name]
+    row = BASES[name]
+    if not tracks:
+        return row
+    if not 0 < tracks <= row.net.num_layers:
+        raise UserError(f"--tracking-blocks {tracks}: {name} has {row.net.num_layers} blocks to copy")
+    return replace(row, net=replace(row.net, tracking_blocks=tracks))
 
 
 @dataclass
@@ -344,7 +351,9 @@ class Base:
         """
         for module in (m for name, m in self.parts().items() if name not in but):
             half = dtype == torch.float16 and isinstance(module, T5Text)
-            module.requires_grad_(False).to(torch.bfloat16 if half else dtype)
+            module.requires_grad_(False)
+            if dtype is not None:
+                module.to(torch.bfloat16 if half else dtype)
 
     def encode_text(self, prompts, motion=False) -> Tensor:
         """List of str -> (b, n, d) tokens on the text tower's device; motion: by DEMO's motion encoder."""
@@ -454,14 +463,16 @@ def fill(args, name, run=None, method=None) -> dict:
     return {k: getattr(args, k) for k in row.sample}
 
 
-def load_base(name, weights=None, device="cpu", dtype=torch.float32, scratch=False, start=False) -> Base:
+def load_base(name, weights=None, device="cpu", dtype=torch.float32, scratch=False, start=False,
+              tracks=0) -> Base:
     """Build a base and load its public weights, all parts frozen, in eval mode and in `dtype`.
 
     weights: folder of the public files (original or diffusers layout); None: assets/ (tiny) or the hub's
     local copy, fetched if need be. scratch: leave network and tiny encoders at their random start, load the
     autoencoder only. start: image to video may start from ModelScope's files (start_from_text_to_video).
+    tracks: number of tracking blocks to add (models.with_tracks). dtype None: of the files.
     """
-    row = base_row(name)
+    row = base_row(name, tracks)
     files = public_files(name, row, weights, start)  # errors come here, before anything big is built
     tiny = row.text is None
     with torch.device("meta" if not scratch else "cpu"):
@@ -493,6 +504,7 @@ def load_base(name, weights=None, device="cpu", dtype=torch.float32, scratch=Fal
                 state = start_from_text_to_video(state, module)
         else:
             state = tiny_state(name, part)
+            state = with_tracks(state, module) if tracks and part == "net" else state
         load_strict(module, state, where)
     opened.clear()
     if "lora" in files:

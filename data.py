@@ -931,8 +931,9 @@ class VideoDataset(torch.utils.data.Dataset):
     Pictures count as clips when frames == 1. Item (i, number) is row i, its start drawn for `number` alone: a
     clip that comes again starts elsewhere."""
 
-    def __init__(self, source, frames, height, width, fps=None, seed=0):
-        self.source, self.rows = _clip_rows(source)
+    def __init__(self, source, frames, height, width, fps=None, seed=0, rows=None):
+        # rows: already read, [(row, path, caption)]
+        self.source, self.rows = _clip_rows(source) if rows is None else (source, rows)
         self.frames, self.size, self.fps, self.seed = frames, (height, width), fps, seed
         known = {}
         twice = [n for n, *clip in self.rows if known.setdefault(tuple(clip), n) != n]

@@ -41,7 +41,8 @@ from data import (
 from diffusion import diffusion_loss, offset_noise, randn
 from metrics import judge_captions
 from models import CogVideoXConfig, add_lora, parallelize, sync_gradients
-from sample import first_frame_kept, frame_picture, frame_rate, generate_split, tower_image
+from sample import (
+    first_frame_kept, frame_picture, frame_rate, generate_split, noised_first_frame, tower_image)
 
 # CogVideo's finetune/; its SAT: --rank 0 --lr 1e-5 --betas 0.9 0.95 --wd 1e-4 --clip 0.1 --drop-text 0.1
 COGVIDEOX = dict(rank=128, alpha=64.0, lr=2e-5, warmup=100, ema=0.0, drop_text=0.0, drop_image=0.05,
@@ -129,13 +130,7 @@ def image_condition(base, x0, picture, keep, generators):
     if base.row.unet.image_to_video:  # dropped: the embedding alone, as in the second branch of guidance
         image = base.image_encoder(picture)[:, None].float() * keep.view(-1, 1, 1)
         return {"first_frame": x0[:, :, 0], "image": image}
-    sigma = (0.5 * randn((len(x0), 1, 1, 1), generators) - 3).exp()
-    pixels = picture.cpu() + sigma * randn(picture.shape, generators)
-    noise = randn((*x0.shape[:2], 1, *x0.shape[3:]), generators)  # the latent is a sample, too
-    pixels, noise = (x.to(picture.device, next(base.vae.parameters()).dtype) for x in (pixels, noise))
-    with torch.no_grad():
-        latent = base.vae.encode(pixels[:, :, None], noise).float()
-    return {"first_frame": latent * keep.view(-1, 1, 1, 1, 1)}
+    return {"first_frame": noised_first_frame(base, picture, keep, x0.shape, generators)}
 
 
 def i2v_loss(net, base, x0, picture, captions, generators, args):

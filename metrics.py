@@ -72,6 +72,39 @@ def _turns(path):
     return sum(a * b < 0 for a, b in zip(steps, steps[1:]))
 
 
+def _object(video):
+    """(3,f,h,w) in [-1,1] -> frames (f,h,w,3) 0..255, background colour, the object's distance from it, its mask
+    (f,h,w) from 0 to 1."""
+    pixels = ((video.detach().float().cpu().numpy() + 1) * 127.5).clip(0, 255)
+    frames = pixels.transpose(1, 2, 3, 0)  # f h w c
+    f = frames.shape[0]
+    edges = [frames[:, 0], frames[:, -1], frames[:, :, 0], frames[:, :, -1]]
+    back = np.median(np.concatenate(edges, axis=1).reshape(-1, 3), axis=0)
+    distance = np.sqrt(((frames - back) ** 2).sum(-1))                 # f h w
+    level = np.percentile(distance.reshape(f, -1), 97, axis=1)         # the object's distance, in each frame
+    strong = np.median(level)
+    mask = np.clip((distance / max(strong, 1e-6) - 0.25) / 0.5, 0, 1)  # soft: 0.5 half-way to the background
+    return frames, back, strong, mask
+
+
+def _centres(mask):
+    """Masks (f,h,w) -> x (f,), y (f,) of their centroids, in pixels."""
+    grid, area = np.arange(mask.shape[1]) + 0.5, np.maximum(mask.sum((1, 2)), 1e-6)
+    return (mask.sum(1) * grid).sum(1) / area, (mask.sum(2) * grid).sum(1) / area
+
+
+def position_error(video, x, y):
+    """Clip (3,f,h,w) in [-1,1], true centre x (f,), y (f,) in pixels -> mean distance, in frame widths.
+
+    Half a width for a frame in which there is no object.
+    """
+    _, _, strong, mask = _object(video)
+    cx, cy = _centres(mask)
+    area, size = mask.sum((1, 2)), mask.shape[2]
+    shown = (area > 4) & (area < 0.8 * size * size) & (strong > 25)
+    return float(np.where(shown, np.hypot(cx - x, cy - y) / size, 0.5).mean())
+
+
 def judge(video: Tensor) -> dict:
     """One clip (3,f,h,w) in [-1,1] -> what it shows: shape, colour, background, motion (words), and numbers:
 
@@ -79,15 +112,8 @@ def judge(video: Tensor) -> dict:
     (root mean square distance of the centroids from that line, pixels; 0 is perfectly smooth), visible (share
     of frames with an object).
     """
-    pixels = ((video.detach().float().cpu().numpy() + 1) * 127.5).clip(0, 255)
-    frames = pixels.transpose(1, 2, 3, 0)  # f h w c
+    frames, back, strong, mask = _object(video)
     f, size = frames.shape[0], frames.shape[1]
-    edges = [frames[:, 0], frames[:, -1], frames[:, :, 0], frames[:, :, -1]]
-    back = np.median(np.concatenate(edges, axis=1).reshape(-1, 3), axis=0)
-    distance = np.sqrt(((frames - back) ** 2).sum(-1))                 # f h w
-    level = np.percentile(distance.reshape(f, -1), 97, axis=1)         # the object's distance, in each frame
-    strong = np.median(level)
-    mask = np.clip((distance / max(strong, 1e-6) - 0.25) / 0.5, 0, 1)  # soft: 0.5 half-way to the background
     area = mask.sum((1, 2))
     shown = (area > 4) & (strong > 25)
     seen = {"background": _nearest(back, BACKGROUNDS), "visible": float(shown.mean())}
@@ -96,9 +122,7 @@ def judge(video: Tensor) -> dict:
                        "speed": 0.0, "size": float(area.mean()), "smoothness": 99.0}
     core = mask > 0.95
     seen["colour"] = _nearest(np.median(frames[core], axis=0), COLOURS) if core.any() else "none"
-    grid = np.arange(size) + 0.5
-    cx = (mask.sum(1) * grid).sum(1) / np.maximum(area, 1e-6)
-    cy = (mask.sum(2) * grid).sum(1) / np.maximum(area, 1e-6)
+    cx, cy = _centres(mask)
 
     # motion: straight lines through centroids and log radius, over the frames that show the object
     # (the new motions bend: round a closed area, or to and fro across the line)

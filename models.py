@@ -1245,12 +1245,12 @@ class CogVideoX(nn.Module):
         return x
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor, first_frame=None, tracks=None,
-                first_track=None) -> Tensor:
+                first_track=None, track_strength=None) -> Tensor:
         """x (b,c,f,h,w) noisy latents, t (b,) step 0..999, text (b,n,d) of T5 -> prediction (v) like x.
 
         Conditions: first_frame (b,c,k,h,w), k <= f: latents of the first frame, k = 1 (I2V);
         tracks (b,c,f,h,w), first_track (b,c,k,h,w): latents of the tracking video and of its first frame
-        (Diffusion as Shader; without tracks its branch rests).
+        (Diffusion as Shader; without tracks its branch rests); track_strength (b,) multiplies its answers.
         """
         cfg, (f, h, w), n = self.cfg, x.shape[2:], text.shape[1]
         if fault := cogvideox_misfit(cfg, f, h, w):
@@ -1278,11 +1278,14 @@ class CogVideoX(nn.Module):
                 # in series: a copy reads what the linear layer of the one before answered
                 _, side = run(self.transformer_blocks_copy[i], words, side, emb, rope)
                 side = self.combine_linears[i](side)
-                video = video + side
+                video = video + (side if track_strength is None else track_strength.view(-1, 1, 1) * side)
         shift, scale = self.norm_out.linear(F.silu(emb))[:, None].chunk(2, dim=-1)
         video = self.norm_out.norm(self.norm_final(video)) * (1 + scale) + shift
         return rearrange(self.proj_out(video), "b (f h w) (c p q) -> b c f (h p) (w q)",
                          f=f, h=h // PATCH, p=PATCH, q=PATCH)
+
+
+TRACK_BRANCH = ("transformer_blocks_copy", "combine_linears", "initial_combine_linear")
 
 
 def with_tracks(state, net):
@@ -1294,7 +1297,7 @@ def with_tracks(state, net):
     for key, value in net.state_dict().items():
         if key.startswith("transformer_blocks_copy."):
             state[key] = state[key.replace("_copy", "", 1)].clone()
-        elif key.startswith(("combine_linears.", "initial_combine_linear.")):
+        elif key.startswith(TRACK_BRANCH[1:]):
             state[key] = torch.zeros(value.shape)
     return state
 

@@ -32,7 +32,7 @@ from torch import nn
 from tqdm import tqdm
 
 from bases import BASES, base_row, fill, latent_shape, load_base, merge_public_lora, run_parts
-from common import (COUNT, NATURAL, REAL, SHARE, Env, Parser, UserError, check_writable, generator,
+from common import (COUNT, NATURAL, REAL, SHARE, UNSIGNED, Env, Parser, UserError, check_writable, generator,
                     load_checkpoint, load_weights, memory_advice, rename, setup, write_atomic)
 from data import (MOTIONS, NEW_MOTIONS, center_crop_wide, clip_image, contact_sheet, image_tensor,
                   list_videos, open_image, opensora_size, parse, prompts_of, read_image_prompts, read_map,
@@ -280,6 +280,8 @@ def check_conditions(args, row):
         raise UserError("--judge: brings its own first frames; leave --image out")
     if row.first_frame and not args.image and not args.prompts and not args.judge:
         raise UserError("image to video: give --image FILE, or --prompts with lines image|||caption")
+    if args.track_strength is not None and not row.tracks:
+        raise UserError("--track-strength: this base has no such condition")
     if row.tracks and not args.tracks:
         raise UserError("this base follows tracks: give the tracking video with --tracks")
     if row.unet.super_resolution and not args.video:
@@ -340,7 +342,7 @@ def conditions(base, env, args, images, maps=None):
         for branch, strength in zip((cond, null), args.strength):
             branch["strength"] = torch.full((n,), strength)
     for name, value in (maps or {}).items():
-        cond[name] = value.expand(n, -1, -1, -1, -1)
+        cond[name] = value.expand(n, *value.shape[1:])
     return cond, null
 
 
@@ -350,11 +352,28 @@ def first_frame_kept(videos, images):
     return {"psnr": sum(found) / len(found), "psnr_worst": min(found)}
 
 
+def noised_first_frame(base, picture, keep, shape, generators):
+    """CogVideoX-I2V's condition in training: latents (b,c,1,h,w) of slightly noised pixels (log sigma ~ N(-3, 0.5)).
+
+    picture (b,3,h,w) in [-1,1]; keep (b,): 1, or 0 where it is dropped; shape (b,c,f,h,w) of the clips' latents.
+    """
+    sigma = (0.5 * randn((len(picture), 1, 1, 1), generators) - 3).exp()
+    pixels = picture.cpu() + sigma * randn(picture.shape, generators)
+    noise = randn((*shape[:2], 1, *shape[3:]), generators)  # the latent is a sample, too
+    pixels, noise = (x.to(picture.device, next(base.vae.parameters()).dtype) for x in (pixels, noise))
+    with torch.no_grad():
+        latent = base.vae.encode(pixels[:, :, None], noise).float()
+    return latent * keep.view(-1, 1, 1, 1, 1)
+
+
 @torch.no_grad()
 def encode_tracks(base, env, video):
-    """Tracking video (3,f,h,w) in [-1,1] -> latents of it and of its first frame (Diffusion as Shader)."""
+    """Tracking video (3,f,h,w) in [-1,1] -> latents of it and of its first frame (Diffusion as Shader).
+
+    A base that makes video from text alone has no place for the second.
+    """
     video = video[None].to(env.device, env.dtype)
-    parts = {"tracks": video, "first_track": video[:, :, :1]}
+    parts = {"tracks": video} | ({"first_track": video[:, :, :1]} if base.row.first_frame else {})
     return {name: base.vae.encode(part).float() for name, part in parts.items()}
 
 
@@ -480,7 +499,8 @@ def load_run(path, tensors, meta, weights):
     # a run of all weights holds the whole network, whatever it started from
     whole = not meta["rank"]
     base = load_base(meta["base"], weights or meta["args"].get("weights"), "cpu", torch.float32,
-                     scratch=bool(whole and meta["args"].get("scratch")), start=whole)
+                     scratch=bool(whole and meta["args"].get("scratch")), start=whole,
+                     tracks=meta.get("tracking_blocks", 0))
     if meta["rank"]:
         add_lora(base.net, meta["rank"], meta["alpha"], meta["lora_targets"])
     modules = {"net": base.net, "text": base.text_encoder, "image": base.image_encoder}
@@ -528,7 +548,8 @@ def get_args(argv=None):
     p.add_argument("--image", help="first frame (I2VGen-XL, CogVideoX-I2V, das, VideoComposer)")
     p.add_argument("--continue", dest="more", type=NATURAL, default=0, metavar="K",
                    help="image to video: K further clips, each from the last frame of the one before, joined")
-    p.add_argument("--tracks", help="tracking video (Diffusion as Shader)")
+    p.add_argument("--tracks", help="tracking video (Diffusion as Shader; das.py --make-tracks makes one)")
+    p.add_argument("--track-strength", type=UNSIGNED, help="how much the tracks count: 0 not at all (1)")
     p.add_argument("--video", help="clip or folder of clips (SR600); what --mask hides (VideoComposer)")
     p.add_argument("--mask", help="picture, white where the video is hidden (VideoComposer)")
     p.add_argument("--depth", help="depth maps: .npy or video; with --midas any video (VideoComposer)")
@@ -624,7 +645,7 @@ def main(argv=None):
     tensors, meta = load_checkpoint(args.ckpt) if args.ckpt else ({}, {"base": args.base, "sample": {}})
     if args.base and args.base != meta["base"]:
         raise UserError(f"--ckpt {args.ckpt}: was trained on base {meta['base']}, not {args.base}")
-    row = base_row(meta["base"])
+    row = base_row(meta["base"], meta.get("tracking_blocks", 0))
     if args.size:
         apply_size(args, row)
     settings = fill(args, meta["base"], meta["sample"])
@@ -669,6 +690,8 @@ def main(argv=None):
         if tracks is not None:
             with env.autocast():
                 maps |= encode_tracks(base, env, tracks)
+            if args.track_strength is not None:
+                maps["track_strength"] = torch.tensor([args.track_strength])
         for i in range(0, len(mine), batch):
             part = [jobs[j] for j in mine[i:i + batch]]
             options, frames = dict(sequential=args.sequential, chunk=args.decode_chunk), None
@@ -684,6 +707,12 @@ def main(argv=None):
                 videos = videos[:, :, ::2]  # every frame went in twice
             for j, video in zip(mine[i:i + batch], videos):
                 write_video(out / f"{j:04d}.mp4", video, args.save_fps)
+                if tracks is not None:  # what went in beside what came out
+                    still = video[:, :1]
+                    if jobs[j][1]:
+                        still = image_tensor(center_crop_wide(open_image(jobs[j][1]), size))[:, None]
+                    side = torch.cat([still.expand_as(video), tracks, video], dim=3)
+                    write_video(out / f"{j:04d}-side.mp4", side, args.save_fps)
                 if isinstance(jobs[j][1], Image.Image):
                     write_atomic(out / f"{j:04d}.png", jobs[j][1].save)
             if env.main:
@@ -713,7 +742,9 @@ def main(argv=None):
         write_atomic(out / "index.jsonl", lambda p: p.write_text("".join(json.dumps(r) + "\n" for r in rows)))
         shown = rows[:32]
         clips = [read_video(out / r["file"])[0] for r in shown]
-        contact_sheet(clips, out / "sheet.png", [r["prompt"] for r in shown])
+        headers = ["tracks", "result"] if tracks is not None else None
+        clips = [[tracks, clip] for clip in clips] if headers else clips
+        contact_sheet(clips, out / "sheet.png", [r["prompt"] for r in shown], headers=headers)
         if args.judge:  # on the files, as one would look at them
             files = [read_video(out / r["file"])[0] for r in rows]
             verdict = judge_captions([video[:, :args.frames] for video in files], [r["prompt"] for r in rows])

@@ -14,18 +14,19 @@ Here x points right, y down, z away from the camera; matrices are world-to-camer
 0" moves what is seen to the right: the camera goes left. Points are (x, y, depth), in pixels; depth 0: no point.
 """
 import importlib.util
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from tqdm import tqdm
 
 from common import COUNT, POSITIVE, REAL, Parser, UserError, check_writable, warn, write_atomic
 from data import (
-    BACKGROUNDS, IMAGES, TINY_SIZE, VIDEOS, Scene, VideoDataset, _clip_rows, _field, _lines, _natural, _reason, _table,
-    batch_indices, center_crop_wide, contact_sheet, cover_and_crop, load, open_image, raft, read_image, read_video,
-    render, resize_crop, signed_distance, tiny_scene, video_info, write_video)
+    IMAGES, TINY_SIZE, TRAINING, VIDEOS, Scene, VideoDataset, _clip_rows, _field, _lines, _natural, _reason,
+    _table, batch_indices, center_crop_wide, contact_sheet, cover_and_crop, load, open_image, raft, read_image,
+    read_video, render, signed_distance, tiny_scene, video_info, write_video)
 
 # ---- commands: what moves, from which frame to which
 
@@ -497,3 +498,416 @@ def rasterise(vertices, faces, colours, K, size):
             shade = (weights[inside][order, :, None] * colours[faces[chosen[t[order]]]]).sum(1) / value[:, None]
             nearest[place], image[place] = value, shade  # of several at one pixel the last, the nearest, stays
     return image.reshape(h, w, 3).round().clip(0, 255).astype(np.uint8)
+
+
+# ---- the tiny world's tracks
+
+TINY_TRACKS = ("wandering", "zigzagging", "camera")  # das.py trains on the first alone
+
+
+def tiny_track_scene(rng, motion, frames):
+    """A Scene for das.py: wandering (a straight or bent path anywhere), zigzagging, or as if the camera wandered.
+
+    No words tell the path: only tracks do.
+    """
+    scene = tiny_scene(rng, motion="zigzagging" if motion == "zigzagging" else "standing still", frames=frames)
+    if motion == "zigzagging":
+        return scene
+    time, angle = np.linspace(-0.5, 0.5, frames), rng.uniform(0, 2 * np.pi)
+    along, across = rng.uniform(4, 15) * time, rng.uniform(-5, 5) * (4 * time ** 2 - 0.5)
+    path = np.cos(angle) * along - np.sin(angle) * across, np.sin(angle) * along + np.cos(angle) * across
+    reach = 1.35 * scene.radius.max()
+    places = []
+    for p in path:
+        middle, room = (p.max() + p.min()) / 2, max(0.0, TINY_SIZE / 2 - reach - np.ptp(p) / 2)
+        places.append(TINY_SIZE / 2 + p - middle + rng.uniform(-room, room))
+    return Scene(scene.shape, scene.colour, scene.background, motion, *places, scene.radius)
+
+
+def tiny_tracks(scene):
+    """The true tracks of a Scene, drawn: (3,f,32,32) in [-1,1]. The object is nearer than the background, which
+    stands still, or for the motion "camera" moves with it."""
+    size, centre = (TINY_SIZE, TINY_SIZE), np.arange(TINY_SIZE) + 0.5
+    x, y = (g.reshape(-1) for g in np.meshgrid(centre, centre))
+    own = signed_distance(scene.shape, x - scene.x[0], y - scene.y[0], scene.radius[0]) < 0
+    moves = own | (scene.motion == "camera")
+    points = np.stack([x, y, np.where(own, 1.0, 2.0)], axis=-1)
+    shifts = np.stack([scene.x - scene.x[0], scene.y - scene.y[0], 0 * scene.x], axis=-1)
+    frames = (points + moves[:, None] * shift for shift in shifts)
+    return to_video(draw_tracks(frames, dense_colours(points[:, 2], size), size))
+
+
+def tiny_track_clip(seed, motion, frames):
+    """-> {"video", "tracks", "text"} and its Scene, from the seed alone; the caption names no motion."""
+    scene = tiny_track_scene(np.random.default_rng(seed), motion, frames)
+    text = f"a {scene.colour} {scene.shape} on a {scene.background} background"
+    return {"video": render(scene), "tracks": tiny_tracks(scene), "text": text}, scene
+
+
+class TinyTracks(torch.utils.data.Dataset):
+    """`n` fixed clips of the tiny world with their tracks; item (i, _)."""
+
+    def __init__(self, n, frames, seed=0, motion="wandering"):
+        self.n, self.frames, self.seed, self.motion = n, frames, seed, motion
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, item):
+        return tiny_track_clip((self.seed, TRAINING, item[0]), self.motion, self.frames)[0]
+
+
+# ---- data sets: clips with tracking videos
+
+def track_rows(source):
+    """-> (file that lists the clips, [(row, clip, its tracking video, caption)]).
+
+    source: a folder in DaS's layout (prompt.txt, videos.txt, trackings.txt, matched line by line), a .csv or .jsonl
+    with video, tracking and caption, or a folder with such a metadata file.
+    """
+    source = Path(source)
+    if not source.exists():
+        raise UserError(f"--data {source}: no such folder or list of clips")
+    if source.is_dir():
+        lists = [source / name for name in ("prompt.txt", "videos.txt", "trackings.txt")]
+        listed = [p for p in (source / "metadata.csv", source / "metadata.jsonl") if p.is_file()]
+        if not listed:
+            columns = [_lines(p, comments=None) for p in lists]
+            if len({len(c) for c in columns}) != 1:
+                counts = ", ".join(f"{p.name} {len(c)}" for p, c in zip(lists, columns))
+                raise UserError(f"{source}: the lists differ in length ({counts}): they belong together line by line")
+            rows = [(n, source / video, source / track, text)
+                    for (_, text), (n, video), (_, track) in zip(*columns)]
+            return lists[1], rows
+        source = listed[0]
+    if source.suffix.lower() not in (".csv", ".jsonl"):
+        raise UserError(f"--data {source}: wanted a folder with prompt.txt, videos.txt and trackings.txt, a .csv or "
+                        ".jsonl with video, tracking, caption")
+    keys = (("video", "path"), ("tracking", "tracks"), ("caption", "prompt", "text"))
+    rows = [(n, *(_field(row, k, f"{source} row {n}") for k in keys)) for n, row in _table(source)]
+    return source, [(n, source.parent / video, source.parent / track, text) for n, video, track, text in rows]
+
+
+class TrackDataset(VideoDataset):
+    """Items {"video", "tracks": (3, frames, height, width) in [-1, 1], "text"}, evenly spaced over the whole clip.
+
+    rows: of track_rows(), all read at one size. A bad clip is replaced by another of these rows.
+    """
+
+    def __init__(self, source, rows, frames, height, width, seed=0):
+        super().__init__(source, frames, height, width, seed=seed, rows=[(n, v, text) for n, v, _, text in rows])
+        self.tracks = [track for _, _, track, _ in rows]
+        for n, _, track, _ in rows:
+            if not track.exists():
+                raise UserError(f"{source} row {n}: {track}: no such tracking video")
+
+    def load(self, row, number):
+        _, path, text = self.rows[row]
+        track = self.tracks[row]
+        (count, rate, _), (tracked, track_rate, _) = video_info(path), video_info(track)
+        if count != tracked:
+            raise UserError(f"{path}: {count} frames, but its tracking video {track.name} has {tracked}")
+        stride = max(1, count // self.frames)
+        video, tracks = (read_video(p, self.frames, r / stride, size=self.size)[0]
+                         for p, r in ((path, rate), (track, track_rate)))
+        return {"video": video, "tracks": tracks, "text": text}
+
+
+def in_buckets(source, buckets, seed=0):
+    """A list of clips -> a TrackDataset for each of `buckets` (frames, height, width) that has any.
+
+    A clip goes to the longest bucket that it fills (a too short one to the shortest: it counts as bad when it is
+    read), and of these to the size that is nearest.
+    """
+    source, rows = track_rows(source)
+    parts = {bucket: [] for bucket in sorted(buckets)}
+    for row in rows:
+        try:
+            count, _, (h, w) = video_info(row[1])
+        except UserError as e:
+            raise UserError(f"{source} row {row[0]}: {_reason(e)}") from None
+        frames = max((f for f, _, _ in parts if f <= count), default=min(parts)[0])
+        bucket = min((b for b in parts if b[0] == frames), key=lambda b: abs(b[1] - h) + abs(b[2] - w))
+        parts[bucket].append(row)
+    return [TrackDataset(source, rows, *bucket, seed) for bucket, rows in parts.items() if rows]
+
+
+def bucket_indices(lengths, first, batch, group, seed=0):
+    """Samples number first .. first + batch - 1 of a run -> [(bucket, item)].
+
+    The `group` samples of one update come from one bucket, so that they have one size however they are split over
+    processes. An epoch has as many groups of a bucket as hold all its clips, in shuffled order; each bucket is read
+    in epochs of its own (batch_indices).
+    """
+    groups = np.repeat(np.arange(len(lengths)), [-(-n // group) for n in lengths])
+    picked = []
+    for i in range(first, first + batch):
+        update, place = divmod(i, group)
+        epoch, k = divmod(update, len(groups))
+        order = np.random.default_rng((seed, epoch)).permutation(groups)
+        bucket = order[k]
+        before = epoch * (groups == bucket).sum() + (order[:k] == bucket).sum()
+        picked.append((int(bucket), batch_indices(lengths[bucket], int(before) * group + place, 1, seed)[0]))
+    return picked
+
+
+class Buckets(torch.utils.data.Dataset):
+    """Data sets side by side: item ((k, i), number) is parts[k][i, number]."""
+
+    def __init__(self, parts):
+        self.parts = parts
+
+    def __getitem__(self, item):
+        (k, i), number = item
+        return self.parts[k][i, number]
+
+
+def read_buckets(parts, numbers, group, seed=0, workers=0):
+    """Batches of samples by their numbers in a run, as data.read_batches, each of one size. group: of an update."""
+    lengths = [len(part) for part in parts]
+    order = (list(zip(bucket_indices(lengths, part[0], len(part), group, seed), part)) for part in numbers)
+    return load(Buckets(parts), order, workers)
+
+
+# ---- making tracks:  python das.py --make-tracks SOURCE
+
+def get_args(argv=None):
+    p = Parser(__doc__)
+    p.add_argument("--make-tracks", required=True, metavar="SOURCE", help="what to track, see above")
+    p.add_argument("--out", default="out/tracks", help="folder to write")
+    p.add_argument("--frames", type=COUNT, default=49, help="frames, evenly spaced over a clip")
+    p.add_argument("--height", type=COUNT, default=480, help="pixels")
+    p.add_argument("--width", type=COUNT, default=720, help="pixels")
+    p.add_argument("--save-fps", type=POSITIVE, help="frame rate of the files (default: the clip's, or 8)")
+    # tracks of a clip
+    p.add_argument("--tracker", metavar="FILE.py:FN", help="fn(video (3,f,h,w) in [-1,1], queries (n,2)) -> xy, "
+                   "visible (default: RAFT)")
+    p.add_argument("--flow-weights", metavar="FILE", help="torchvision's RAFT weights (default: its hub)")
+    p.add_argument("--flow-size", choices=("small", "large"), default="large", help="RAFT")
+    p.add_argument("--grid", type=COUNT, default=70, help="points a row and column")
+    # depth and cameras
+    p.add_argument("--depth", metavar="FILE", help=".npy of depth: (h,w), or (f,h,w) for a clip")
+    p.add_argument("--depth-model", metavar="NAME", help="a depth network of transformers: hub name or folder")
+    p.add_argument("--fov", type=POSITIVE, default=55.0, help="horizontal field of view, degrees")
+    p.add_argument("--intrinsics", type=REAL, nargs=4, metavar=("FX", "FY", "CX", "CY"),
+                   help="instead of --fov, in shares of width and height")
+    p.add_argument("--source-poses", metavar="FILE", help="the clip's own cameras: .npy, .npz, .txt")
+    p.add_argument("--camera", metavar="COMMANDS", help="trans dx dy dz; rot axis degrees; spiral radius, each with "
+                   "an optional first and last frame")
+    p.add_argument("--poses", metavar="FILE", help="instead of --camera: world-to-camera matrices")
+    p.add_argument("--camera-mode", choices=("append", "override"), default="append",
+                   help="the path after the clip's own cameras, or alone")
+    # an object
+    p.add_argument("--mask", metavar="FILE", help="picture, white on the object in the first frame")
+    p.add_argument("--object", metavar="COMMANDS", help="up, down, left, right, front, back distance (1: as far as "
+                   "the object is away), rot degrees; each with an optional first and last frame")
+    p.add_argument("--device", help="cuda, cpu (default: cuda if there is one)")
+    return checked(p.parse_args(argv))
+
+
+def checked(args):
+    """Refuse options that do not go together. -> args"""
+    if args.camera and args.poses:
+        raise UserError("--camera and --poses both give the path of the camera: leave one out")
+    if args.depth and args.depth_model:
+        raise UserError("--depth and --depth-model both give the depth: leave one out")
+    if bool(args.mask) != bool(args.object):
+        raise UserError("--mask and --object belong together: the object, and how it moves")
+    # commands are read now, before any long work
+    if args.camera:
+        camera_path(args.camera, args.frames)
+    if args.object:
+        object_path(args.object, args.frames)
+    return args
+
+
+def kind_of(source):
+    """What --make-tracks is given: image, clip, tracks, mesh or clips."""
+    path = Path(source)
+    if not path.exists():
+        raise UserError(f"--make-tracks {source}: no such file or folder")
+    inside = {p.suffix.lower() for p in path.iterdir()} if path.is_dir() else {path.suffix.lower()}
+    kinds = {"mesh": {".obj", ".npz"}, "clips": {*VIDEOS, ".csv", ".jsonl", ".txt"}, "clip": {*IMAGES}}
+    if not path.is_dir():
+        kinds = {"image": {*IMAGES}, "clip": {*VIDEOS}, "tracks": {".npy"}, "mesh": {".npz"},
+                 "clips": {".csv", ".jsonl", ".txt"}}
+    kind = next((kind for kind, suffixes in kinds.items() if inside & suffixes), None)
+    if kind is None:
+        raise UserError(f"--make-tracks {source}: wanted a picture, a clip, .npy tracks, a mesh (.npz, folder of "
+                        ".obj), or clips (folder, .csv, .jsonl)")
+    return kind
+
+
+def even_frames(path, frames, size):
+    """`frames` of a clip, evenly spaced from its first -> (3,f,h,w) in [-1,1], their rate. Too short: UserError."""
+    count, rate, _ = video_info(path)
+    if count < frames:
+        fitting = f"--frames {(count - 1) // 8 * 8 + 1}" if count > 8 else "a longer clip"
+        raise UserError(f"{path}: {count} frames instead of {frames}; try {fitting}")
+    stride = (count - 1) // max(1, frames - 1) or 1
+    return read_video(path, frames, rate / stride, size=size)
+
+
+def moved(args, points, cameras, K):
+    """Points (1 or f, n, 3) under the camera and object commands, a generator of frames (n,3).
+
+    points: pixels and depth as seen by `cameras` (f,4,4), the clip's own; one frame: a still scene.
+    """
+    valid = (points[..., 2] > 0) & np.isfinite(points).all(-1)
+    points = np.where(valid[..., None], points, 0).astype(points.dtype)
+    world = lift(points, K, cameras[:len(points)]).astype(points.dtype)
+    poses = read_poses(args.poses, args.frames) if args.poses else (
+        camera_path(args.camera, args.frames) if args.camera else None)
+    path = selected = None
+    if args.object:
+        selected = in_mask(points[0], read_mask(args.mask, (args.height, args.width))) & valid[0]
+        if not selected.any():
+            raise UserError(f"--mask {args.mask}: no point with a depth lies in it: nothing would move")
+        unit = float(points[0, selected, 2].mean())
+        path = about_centre(object_path(args.object, args.frames, unit), world[0], selected)
+    # no path of the camera: as the clip's own goes
+    views = cameras if poses is None else view(poses, cameras, args.camera_mode)
+    K = K.astype(points.dtype)
+    for k in range(args.frames):
+        i = min(k, len(world) - 1)
+        now = world[i] if path is None else move_object(world[i], selected, path[k])
+        yield project(now, K, views[k].astype(points.dtype)) * valid[i, :, None]
+
+
+def tracking_video(args, kind, path, tracker=None, estimate=None):
+    """-> the source's frames (3,f,h,w) or None, its tracking video (3,f,h,w), frames per second."""
+    size = h, w = args.height, args.width
+    K = intrinsics(h, w, args.fov)
+    if args.intrinsics:
+        fx, fy, cx, cy = args.intrinsics
+        if max(abs(cx), abs(cy)) > 2 or min(fx, fy) <= 0:
+            raise UserError("--intrinsics: wanted FX FY CX CY in shares of width and height (CX about 0.5), FX, FY > 0")
+        K = np.array([[fx * w, 0, cx * w], [0, fy * h, cy * h], [0, 0, 1]])
+    video, fps, visible, half = None, 8, None, (1, 1)
+    if kind == "mesh":
+        return None, to_video(draw_mesh(args, path, K)), fps
+    if kind == "image":
+        video = read_image(path, size)[:, None]
+    elif kind == "clip":
+        video, fps = even_frames(path, args.frames, size)
+    depth = read_depth(args.depth, size) if args.depth else None
+    if args.depth_model and kind != "tracks":
+        depth = estimate(video)
+    if depth is not None and kind == "clip" and len(depth) not in (1, args.frames):
+        raise UserError(f"--depth {args.depth}: {len(depth)} maps; wanted 1 or {args.frames}")
+
+    if kind == "image":
+        y, x = np.mgrid[:h, :w] + 0.5
+        points = np.stack([x, y, depth[0]], axis=-1).reshape(1, -1, 3).astype(np.float32)  # all pixels
+        colours = None
+    else:
+        if kind == "clip":
+            xy, visible = checked_tracks(*tracker(video, grid_points(h, w, args.grid)), args.frames, args.tracker)
+        else:
+            xy, = read_array(path, "tracks")
+            frames = min(len(xy), args.frames)
+            if frames < args.frames:
+                raise UserError(f"{path}: {len(xy)} frames instead of {args.frames}")
+            xy, visible = checked_tracks(xy[:frames], None, frames, path)
+        if xy.shape[2] == 3:
+            z = xy[..., 2]
+        elif depth is None:
+            z = np.ones(xy.shape[:2])
+        else:  # of one map: the depth that a point starts with
+            at = np.repeat(xy[:1], args.frames, 0) if len(depth) == 1 else xy
+            at = np.nan_to_num(at).round().astype(int).clip(0, [w - 1, h - 1])
+            z = depth[np.arange(args.frames)[:, None] % len(depth), at[..., 1], at[..., 0]]
+        points = np.concatenate([xy[..., :2], z[..., None]], axis=-1)
+        half = tuple(round(0.3 * side / xy.shape[1] ** 0.5) for side in (w, h))  # DaS's marks: 7 x 5 for 70 x 70
+        colours = grid_colours(np.nan_to_num(points[0]), size)
+    frames = points
+    if args.camera or args.poses or args.object:
+        cameras = np.tile(np.eye(4), (args.frames, 1, 1))
+        if args.source_poses:
+            cameras = read_poses(args.source_poses, args.frames)
+        frames = moved(args, points, cameras, K)
+    if colours is None:
+        colours = dense_colours(np.where(points[0, :, 2] > 0, points[0, :, 2], np.inf), size)
+    return video, to_video(draw_tracks(frames, colours, size, visible, half)), fps
+
+
+def draw_mesh(args, path, K):
+    """A moving mesh in the first camera's colours -> uint8 (f,h,w,3)."""
+    vertices, faces = read_mesh(path)
+    if len(vertices) < args.frames:
+        raise UserError(f"{path}: {len(vertices)} frames of a mesh instead of {args.frames}")
+    views = np.tile(np.eye(4), (args.frames, 1, 1))
+    if args.poses or args.camera:
+        views = read_poses(args.poses, args.frames) if args.poses else camera_path(args.camera, args.frames)
+    seen = [vertices[k] @ m[:3, :3].T + m[:3, 3] for k, m in enumerate(views)]
+    size = args.height, args.width
+    colours = mesh_colours(seen[0], K, size)
+    return np.stack([rasterise(v, faces, colours, K, size) for v in seen])
+
+
+def make(args):
+    """python das.py --make-tracks: write OUT/tracks.mp4, first.png, sheet.png, or a data set."""
+    kind = kind_of(args.make_tracks)
+    moving = bool(args.camera or args.poses or args.object)
+    if kind == "image" and not moving:
+        raise UserError("--make-tracks of a picture: say what moves, with --camera, --poses, or --mask and --object")
+    if kind == "clips" and moving:
+        raise UserError("--make-tracks of a data set: clips are tracked as they are; leave --camera, --poses, "
+                        "--object out")
+    needs_depth = kind == "image" or (kind == "clip" and moving)
+    if needs_depth and not (args.depth or args.depth_model):
+        raise UserError("moving a camera or an object needs depth: --depth FILE.npy, or --depth-model NAME such as "
+                        "apple/DepthPro-hf")
+    if kind == "mesh" and args.object:
+        raise UserError("--object: move the mesh itself; --camera and --poses move the camera")
+    check_writable(args.out)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    tracker = None
+    if kind in ("clip", "clips"):
+        if args.tracker:
+            tracker = users_tracker(args.tracker)
+        else:
+            flow = raft(args.flow_size, args.flow_weights, device)
+
+            def tracker(video, queries):
+                return follow(video.to(device), queries, flow)
+
+    def estimate(video):
+        return estimate_depth(args.depth_model, video, device)
+    out = Path(args.out)
+    if kind == "clips":
+        return make_dataset(args, out, tracker, estimate)
+    video, tracks, fps = tracking_video(args, kind, args.make_tracks, tracker, estimate)
+    lit = (tracks > -1).any(0).float().mean((1, 2))  # share of pixels that are not black
+    if lit.min() < 0.01:
+        warn(f"frame {int(lit.argmin())} shows nearly no points ({100 * lit.min():.1f} % of its pixels)")
+    write_video(out / "tracks.mp4", tracks, args.save_fps or fps)
+    rows = [[tracks]] if video is None else [[video, tracks]]
+    contact_sheet(rows, out / "sheet.png", headers=["tracks"] if video is None else ["input", "tracks"])
+    if video is not None:
+        first = ((video[:, 0] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+        write_atomic(out / "first.png", Image.fromarray(first).save)
+    print(f"{out}: tracks.mp4, sheet.png" + ("" if video is None else ", first.png (for --image)"))
+
+
+def make_dataset(args, out, tracker, estimate):
+    """Clips with captions -> OUT/videos, OUT/tracking and the three lists. Made ones are kept; bad ones named."""
+    source, rows = _clip_rows(args.make_tracks)
+    kept, bad = [], 0
+    for n, path, text in tqdm(rows, "tracking clips", mininterval=5):
+        names = f"videos/{n:05d}.mp4", f"tracking/{n:05d}_tracking.mp4"
+        try:
+            if not all((out / name).exists() for name in names):
+                video, tracks, fps = tracking_video(args, "clip", path, tracker, estimate)
+                for name, clip in zip(names, (video, tracks)):
+                    write_video(out / name, clip, args.save_fps or fps)
+        except UserError as e:
+            bad += 1
+            warn(f"{source} row {n}: {_reason(e)}; left out")
+            continue
+        kept.append((text, *names))
+    if not kept:
+        raise UserError(f"{source}: none of the {len(rows)} clips could be tracked")
+    for name, column in zip(("prompt.txt", "videos.txt", "trackings.txt"), zip(*kept)):
+        write_atomic(out / name, lambda p, column=column: p.write_text("".join(f"{x}\n" for x in column)))
+    print(f"{out}: {len(kept)} clips with tracks" + (f", {bad} left out" if bad else ""))

@@ -28,6 +28,7 @@ from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
+import das
 import data
 import diffusion
 import instructvideo
