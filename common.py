@@ -576,7 +576,7 @@ def steps_saved(out):
 
 
 # what a resumed run may not change; the number of processes, --batch and --accum may
-SAME = ("base", "rank", "alpha", "lora_targets", "seed")
+SAME = ("base", "rank", "alpha", "lora_targets", "tracking_blocks", "seed")
 
 
 def check_out(args, method):

@@ -1,32 +1,31 @@
 """Diffusion as Shader: video that follows 3-D tracks (arXiv 2501.03847), trained on top of CogVideoX.
 
-    L = E_{x0, eps, t} || net(x_t, t, text, image, tracks) - v ||^2,      v = sqrt(ab_t) eps - sqrt(1 - ab_t) x0
+    L = E_{x0, eps, t} || net(x_t, t, text, image, tracks) - v ||^2,  v = sqrt(ab_t) eps - sqrt(1 - ab_t) x0
     (x_t = sqrt(ab_t) x0 + sqrt(1 - ab_t) eps; |x0_pred - x0|^2 / (1 - ab_t), the code's loss, is the same)
 
-A tracking video (tracks.py) says where each point of the first frame goes. Copies of the base's first blocks read
-its latents and add their answers, through linear layers that start at zero, to the frozen base's tokens: at step 0
-the network is the base, exactly. The image and the first tracking frame stand beside the latents, zero afterwards.
+A tracking video (tracks.py) says where each point of the first frame goes. Copies of the base's first blocks
+read its latents and add their answers, through linear layers that start at zero, to the frozen base's tokens:
+at step 0 the network is the base, exactly. Image and first tracking frame stand beside these latents.
 
-    python das.py --base tiny-cogvideox                                       # follows tracks after 10 minutes
-    python das.py --make-tracks clips.csv --out tracked                       # clips -> a data set with tracks
-    python das.py --make-tracks first.png --depth d.npy --camera "rot y 20"   # a camera move for sample.py
+    python das.py --base tiny-cogvideox                                      # learns to follow tracks
+    python das.py --make-tracks clips.csv --out tracked                      # clips -> a data set with tracks
+    python das.py --make-tracks first.png --depth d.npy --camera "rot y 20"  # a camera move for sample.py
     torchrun --nproc_per_node=8 das.py --base cogvideox-5b-i2v --weights W --data tracked --parallel fsdp
-    python das.py --weights W --data tracked --resume                         # from the public DaS weights; goes on
+    python das.py --weights W --data tracked --resume                        # goes on bit for bit
     python sample.py --ckpt out/das --image first.png --tracks tracks.mp4 --prompt "a red circle"
 
---base das starts from the public branch, or a new one where --weights holds CogVideoX-5B-I2V; cogvideox-2b and -5b
-are the text-to-video variant (tracking latents alone). Default: the published run, 2 x 8 GPUs x 4 accumulated.
+--base das goes on from the public branch, or starts one if --weights holds CogVideoX-5B-I2V; cogvideox-2b and
+-5b are the text-to-video variant (no image, no first tracking frame). Default: the published run, 8 GPUs.
 
 Differences from the original code
- - the branch is copied from the base by its keys (there: uninitialised memory with recent diffusers); what trains
-   is kept in fp32 (there: bf16), and its weights never go through fp16;
- - epochs are shuffled, each update's clips from one bucket (there: fixed order); clips are cropped, not squeezed;
-   no flips, which were drawn for each frame and not alike for the tracks;
- - image noise and dropout are drawn for each clip, not for each batch; tracks are in [-1, 1] when sampling, too
-   (its demo: [0, 1], off the training's range), and their latents are the mean of the encoder's Gaussian there.
+ - the branch is copied from the base by its keys (there: unset memory with recent diffusers); what trains is
+   kept in fp32 (there: bf16), and its weights never go through fp16;
+ - epochs are shuffled, the clips of an update from one bucket (there: in fixed order); clips are cropped, not
+   squeezed; no flips, which were drawn for each frame anew, and for its tracks once more;
+ - image noise and dropout are drawn for each clip, not for each batch; tracks are in [-1,1] in sampling, too
+   (its demo: [0,1]), with the mean of their latents (there: a sample from a generator that nobody seeds).
 """
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -63,13 +62,14 @@ def get_args(argv=None):
     p.add_argument("--out", default="out/das", help="run folder")
     p.add_argument("--resume", action="store_true", help="continue the run in --out")
     # data
-    p.add_argument("--data", help="folder with prompt.txt, videos.txt, trackings.txt; or csv, jsonl (tiny: its own)")
+    p.add_argument("--data", help="folder with prompt.txt, videos.txt, trackings.txt; csv, jsonl (tiny: own)")
     p.add_argument("--frames", type=COUNT, help="frames a clip (default: the base's)")
     p.add_argument("--height", type=COUNT, help="pixels (default: the base's)")
     p.add_argument("--width", type=COUNT, help="pixels (default: the base's)")
-    p.add_argument("--buckets", nargs="+", default=[], metavar="FxHxW", help="further sizes, such as 25x480x720")
+    p.add_argument("--buckets", type=tracks.bucket, nargs="+", default=[], metavar="FxHxW",
+                   help="further sizes of clips, such as 25x480x720")
     p.add_argument("--cache-latents", action=yes_no, default=False, help="encode once, into --out")
-    p.add_argument("--drop-image", type=SHARE, default=0.05, help="share of images (and first tracking frames) dropped")
+    p.add_argument("--drop-image", type=SHARE, default=0.05, help="share of images dropped")
     # optimisation
     p.add_argument("--steps", type=COUNT, default=2000, help="optimizer steps")
     p.add_argument("--batch", type=COUNT, default=2, help="clips a process and micro-step")
@@ -91,7 +91,7 @@ def get_args(argv=None):
     p.add_argument("--offload", action="store_true", help="activations (fsdp: weights too) wait on the CPU")
     # run
     p.add_argument("--seed", type=NATURAL, default=0, help="seed")
-    p.add_argument("--eval-n", type=COUNT, default=2, help="clips used for evaluation (tiny: held-out, of each motion)")
+    p.add_argument("--eval-n", type=COUNT, default=2, help="clips for evaluation (tiny: of each motion)")
     p.add_argument("--save-every", type=COUNT, default=500, help="steps between checkpoints")
     p.add_argument("--keep", type=COUNT, default=1, help="checkpoints kept")
     p.add_argument("--preview-every", type=NATURAL, default=0, help="steps between evaluations; 0: two only")
@@ -100,7 +100,7 @@ def get_args(argv=None):
     p.add_argument("--wandb", action="store_true", help="log to Weights & Biases too")
     args = apply_defaults(p, argv, {name: {} if row.text else TINY for name, row in BASES.items()})
     if base_row(args.base).text and not args.data:
-        raise UserError("--data: give a folder with prompt.txt, videos.txt and trackings.txt, a csv or a jsonl")
+        raise UserError("--data: give a folder with prompt.txt, videos.txt, trackings.txt, a csv or a jsonl")
     return args
 
 
@@ -114,12 +114,12 @@ def train_branch(net, dtype):
 
 
 def branch_loss(net, schedule, x0, noise, t, text, cond):
-    """The denoising loss (b,); cond: first_frame, tracks, first_track, all latents (b,c,f,h,w), the two firsts f = 1."""
+    """The denoising loss (b,); cond: latents first_frame, first_track (b,c,1,h,w), tracks (b,c,f,h,w)."""
     return diffusion_loss(lambda x, t: net(x, t, text, **cond), schedule, x0, noise, t)
 
 
 def das_loss(net, base, latents, picture, captions, generators, args):
-    """The loss of clips (b,); latents {"video", "tracks", "first_track"}, picture (b,3,h,w), generators: one a clip."""
+    """The loss of clips (b,). latents, picture: of draw_latents(); generators: one a clip."""
     x0 = latents["video"]
     luck = torch.stack([torch.rand(2, generator=g) for g in generators])
     t = (luck[:, 0] * len(base.schedule.alpha_bar)).long().to(x0.device)
@@ -132,7 +132,7 @@ def das_loss(net, base, latents, picture, captions, generators, args):
     return branch_loss(net, base.schedule, x0, noise, t, base.encode_text(captions), cond)
 
 
-@memory_advice("--grad-ckpt", "--batch 1", "--offload", "--parallel fsdp", "--cache-latents", "fewer --frames")
+@memory_advice("--grad-ckpt", "--batch 1", "--offload", "--parallel fsdp", "fewer --frames")
 def main(argv=None):
     args = get_args(argv)
     if "make_tracks" in args:
@@ -140,14 +140,13 @@ def main(argv=None):
     settings = fill(args, args.base, method="das")
     if base_row(args.base).tracks:  # its own branch
         args.tracking_blocks = base_row(args.base).net.tracking_blocks
-    buckets = read_buckets(args)
+    base_row(args.base, args.tracking_blocks)  # too many blocks are refused before anything is loaded
+    for size in args.buckets:
+        latent_shape(args.base, *size)
+    buckets = dict.fromkeys([(args.frames, args.height, args.width), *args.buckets])
     parts = (tracks.in_buckets(args.data, buckets, args.seed) if args.data else
              [tracks.TinyTracks(TINY_CLIPS, args.frames, args.seed)])
-    base_row(args.base, args.tracking_blocks)  # too many blocks are refused before anything is loaded
     state = check_out(args, "das")
-    if state and state["meta"]["tracking_blocks"] != args.tracking_blocks:
-        raise UserError(f"--resume: the run in {args.out} has --tracking-blocks "
-                        f"{state['meta']['tracking_blocks']}: give the same, or another --out")
     env = setup(args)
     # as in the files: bf16 weights that train go to fp32 without a detour through fp16
     base = load_base(args.base, args.weights, env.device, None, tracks=args.tracking_blocks)
@@ -213,31 +212,20 @@ def main(argv=None):
 
 # ---- data and latents
 
-def read_buckets(args):
-    """The sizes that clips are read at, [(frames, height, width)], each one that the base can make."""
-    sizes = [(args.frames, args.height, args.width)]
-    for text in args.buckets:
-        try:
-            size = tuple(int(x) for x in text.lower().split("x"))
-        except ValueError:
-            size = ()
-        if len(size) != 3 or min(size) < 1:
-            raise UserError(f"--buckets {text}: give FRAMESxHEIGHTxWIDTH, such as 25x480x720")
-        latent_shape(args.base, *size)
-        sizes.append(size)
-    return list(dict.fromkeys(sizes))
-
-
 @torch.no_grad()
 def encode(base, batch, env):
-    """Clips and tracking videos (b,3,f,h,w) -> {part.mean, part.std} of latents, and "picture" (b,3,h,w); CPU."""
+    """Clips and tracking videos (b,3,f,h,w) -> {"PART.mean", "PART.std"} of their latents, on the CPU.
+
+    And "picture" (b,3,h,w), the first frame: its noise is new each time.
+    """
     parts = {"video": batch["video"], "tracks": batch["tracks"]}
     if base.row.first_frame:
         parts["first_track"] = batch["tracks"][:, :, :1]
     found = {"picture": batch["video"][:, :, 0]}
     for name, video in parts.items():
-        x = video.to(env.device, env.dtype)
-        mean, logvar = torch.cat([base.vae.moments(clip[None]) for clip in x]).chunk(2, dim=1)
+        x = video.to(env.device, env.dtype)  # clip by clip, but for tiny ones
+        moments = [base.vae.moments(x)] if base.row.text is None else [base.vae.moments(v[None]) for v in x]
+        mean, logvar = torch.cat(moments).chunk(2, dim=1)
         found[f"{name}.mean"] = mean.cpu()
         found[f"{name}.std"] = (0.5 * logvar.clamp(-30, 20)).exp().cpu()
     return found
@@ -270,7 +258,7 @@ def cached(args, env, base, parts, pairs):
 # ---- evaluation
 
 def held_out(args, parts):
-    """-> [(clip, caption, tracking video, motion, true x, true y)] to evaluate on; the last three only tiny's own."""
+    """-> [(clip, caption, tracking video, motion, true x, true y)] to evaluate on; x, y: tiny's own only."""
     if args.data:
         items = [parts[0][i % len(parts[0]), i] for i in range(min(args.eval_n, len(parts[0])))]
         return [(item["video"], item["text"], item["tracks"], "clips", None, None) for item in items]
@@ -308,7 +296,7 @@ def evaluate(args, env, base, pairs, params, ema, step):
         row["position"][motion] = sum(errors) / len(errors)
     append_line(Path(args.out, "eval.jsonl"), row)
     words = " ".join(f"{k} {100 * v:.1f} %" for k, v in row["position"].items())
-    print(f"{name}: object off its track by {words} of the frame's width" if words else f"{name}: sampled", flush=True)
+    print(f"held-out, {name}: off the track, in frame widths: {words or 'see the sheet'}", flush=True)
     shown = [i for m in dict.fromkeys(motions) for i in [k for k in range(len(pairs)) if motions[k] == m][:4]]
     contact_sheet([[clips[i], tracking[i], videos[i]] for i in shown], Path(args.out, f"{name}.png"),
                   [f"{captions[i]} ({motions[i]})" for i in shown], headers=["clip", "tracks", "result"])

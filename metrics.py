@@ -73,8 +73,8 @@ def _turns(path):
 
 
 def _object(video):
-    """(3,f,h,w) in [-1,1] -> frames (f,h,w,3) 0..255, background colour, the object's distance from it, its mask
-    (f,h,w) from 0 to 1."""
+    """(3,f,h,w) in [-1,1] -> frames (f,h,w,3) 0..255, the background's colour, the object's distance from it,
+    its mask (f,h,w) from 0 to 1."""
     pixels = ((video.detach().float().cpu().numpy() + 1) * 127.5).clip(0, 255)
     frames = pixels.transpose(1, 2, 3, 0)  # f h w c
     f = frames.shape[0]

@@ -353,9 +353,10 @@ def first_frame_kept(videos, images):
 
 
 def noised_first_frame(base, picture, keep, shape, generators):
-    """CogVideoX-I2V's condition in training: latents (b,c,1,h,w) of slightly noised pixels (log sigma ~ N(-3, 0.5)).
+    """CogVideoX-I2V's condition in training: latents (b,c,1,h,w) of slightly noised pixels.
 
-    picture (b,3,h,w) in [-1,1]; keep (b,): 1, or 0 where it is dropped; shape (b,c,f,h,w) of the clips' latents.
+    log sigma ~ N(-3, 0.5). picture (b,3,h,w) in [-1,1]; keep (b,): 1, or 0 where it is dropped; shape
+    (b,c,f,h,w) of the clips' latents.
     """
     sigma = (0.5 * randn((len(picture), 1, 1, 1), generators) - 3).exp()
     pixels = picture.cpu() + sigma * randn(picture.shape, generators)

@@ -1,18 +1,20 @@
-"""Tracking videos of Diffusion as Shader (arXiv 2501.03847): cameras, drawing, where tracks come from, data sets.
+"""Tracking videos of Diffusion as Shader (arXiv 2501.03847): cameras, drawing, sources of tracks, data sets.
 
-A tracking video shows the first frame's points, each in the colour of its place there (red: x, green: y, blue:
-nearness), wherever it is now, the near ones over the far ones, on black. `python das.py --make-tracks SOURCE`:
+A tracking video shows the first frame's points, each in the colour of its place there (red: x, green: y,
+blue: nearness), wherever it is now, near ones over far ones, on black. `python das.py --make-tracks SOURCE`:
 
     clip.mp4    [--camera | --object]                     the clip's own motion, by optical flow or --tracker
     photo.png   --depth d.npy --camera "rot y 20; trans 0 0 -0.3 10 40"       another camera
     photo.png   --depth d.npy --mask dog.png --object "right 0.3"             an object moved
     tracks.npy                                            tracks (f,n,2) or (f,n,3): x, y, depth; drawn
     mesh/ or mesh.npz                                     a moving mesh: .obj files, or vertices and faces
-    clips/, clips.csv                                     a data set for das.py: OUT/prompt.txt, videos.txt, ...
+    clips/, clips.csv                                     a data set: prompt.txt, videos.txt, trackings.txt
 
-Here x points right, y down, z away from the camera; matrices are world-to-camera, X_cam = P X_world. So "trans 1 0
-0" moves what is seen to the right: the camera goes left. Points are (x, y, depth), in pixels; depth 0: no point.
+Here x points right, y down, z away from the camera; matrices are world-to-camera, X_cam = P X_world. So
+"trans 1 0 0" moves what is seen to the right: the camera goes left. Points are (x, y, depth), in pixels;
+depth 0: no point.
 """
+import argparse
 import importlib.util
 from pathlib import Path
 
@@ -25,8 +27,8 @@ from tqdm import tqdm
 from common import COUNT, POSITIVE, REAL, Parser, UserError, check_writable, warn, write_atomic
 from data import (
     IMAGES, TINY_SIZE, TRAINING, VIDEOS, Scene, VideoDataset, _clip_rows, _field, _lines, _natural, _reason,
-    _table, batch_indices, center_crop_wide, contact_sheet, cover_and_crop, load, open_image, raft, read_image,
-    read_video, render, signed_distance, tiny_scene, video_info, write_video)
+    _table, batch_indices, center_crop_wide, contact_sheet, cover_and_crop, load, open_image, raft,
+    read_image, read_video, render, signed_distance, tiny_scene, video_info, write_video)
 
 # ---- commands: what moves, from which frame to which
 
@@ -37,7 +39,7 @@ OBJECT = {name: "distance" for name in DIRECTIONS} | {"rot": "degrees"}
 
 
 def _commands(text, known, frames):
-    """"name values [first last]; ..." -> [(name, its values, progress (f,) from 0 to 1)]; bad ones are refused."""
+    """"name values [first last]; ..." -> [(name, its values, progress (f,) from 0 to 1)]."""
     forms = ", ".join(f"{name} {values} [first last]" for name, values in known.items())
     found = []
     for part in filter(None, (part.strip() for part in text.lower().split(";"))):
@@ -46,7 +48,8 @@ def _commands(text, known, frames):
             raise UserError(f"command {part!r}: unknown; known are {forms}")
         wanted = known[name].split()
         if len(values) not in (len(wanted), len(wanted) + 2):
-            raise UserError(f"command {part!r}: {len(values)} values; wanted {name} {known[name]} [first last]")
+            raise UserError(f"command {part!r}: {len(values)} values; wanted {name} {known[name]} "
+                            "[first last]")
         if wanted[0] == "axis" and values[0] not in "xyz":
             raise UserError(f"command {part!r}: the axis is x, y or z")
         try:
@@ -58,7 +61,8 @@ def _commands(text, known, frames):
         if not all(np.isfinite(v) for v in numbers if not isinstance(v, str)):
             raise UserError(f"command {part!r}: wanted finite numbers")
         if span[0] == span[1]:
-            raise UserError(f"command {part!r}: first and last are the same frame ({span[0]} of 0 to {frames - 1})")
+            raise UserError(f"command {part!r}: first and last are the same frame ({span[0]} of 0 to "
+                            f"{frames - 1})")
         found.append((name, numbers, np.clip((np.arange(frames) - span[0]) / (span[1] - span[0]), 0, 1)))
     if not found:
         raise UserError(f"command {text!r}: empty; known are {forms}")
@@ -104,7 +108,8 @@ def _spiral(radius, frames):
 def camera_path(commands, frames=49):
     """"trans dx dy dz; rot axis degrees; spiral radius", each with an optional range -> poses (f,4,4).
 
-    World-to-camera, the product in the order written; before its range a command does nothing, after it it stays.
+    World-to-camera, the product in the order written; before its range a command does nothing, after it its
+    whole stays.
     """
     poses = np.tile(np.eye(4), (frames, 1, 1))
     for name, values, progress in _commands(commands, CAMERA, frames):
@@ -119,9 +124,9 @@ def camera_path(commands, frames=49):
 
 
 def object_path(commands, frames=49, unit=1.0):
-    """"right 0.3; rot 50 0 24" -> (f,4,4), of an object about its centre; a distance of 1 is `unit` on all axes.
+    """"right 0.3; rot 50 0 24" -> (f,4,4), of an object about its centre; a distance of 1 is `unit`.
 
-    (Published: 50 units, those of x and y divided by width and height, those of z not.)
+    On all axes. (Published: 50 units, those of x and y divided by width and height, those of z not.)
     """
     path = np.tile(np.eye(4), (frames, 1, 1))
     for name, (value,), progress in _commands(commands, OBJECT, frames):
@@ -141,7 +146,10 @@ def intrinsics(height, width, fov=55.0):
 
 
 def lift(points, K, camera):
-    """Points (..., n, 3), K (..., 3, 3), world-to-camera (..., 4, 4) -> world points; (0,0,0) where depth <= 0."""
+    """Points (..., n, 3), K (..., 3, 3), world-to-camera (..., 4, 4) -> world points.
+
+    (0,0,0) where depth <= 0.
+    """
     depth = points[..., 2:]
     pixels = np.concatenate([points[..., :2], np.ones_like(depth)], axis=-1)
     x = depth * (pixels @ np.swapaxes(np.linalg.inv(K), -1, -2)) - camera[..., None, :3, 3]
@@ -194,8 +202,8 @@ def about_centre(path, points, selected):
 def track_colours(red, green, depth, small=0.0):
     """Colours uint8 (n,3): red and green (n,) 0..255 as given, blue by nearness.
 
-    1 / depth, from 0 at its 2nd percentile to 255 at its 98th. small: added to denominators (CoTracker's drawing
-    has 1e-10). All at one depth: half blue.
+    1 / depth, from 0 at its 2nd percentile to 255 at its 98th. small: added to denominators (CoTracker's
+    drawing has 1e-10). All at one depth: half blue.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         near = 1 / (depth + small)
@@ -220,7 +228,7 @@ def grid_colours(points, size):
 
 
 def draw_tracks(points, colours, size, visible=None, half=(1, 1)):
-    """Frames of points (n,3) -> uint8 (f,h,w,3): a mark of `colours` (n,3) for each, near ones on top, on black.
+    """Frames of points (n,3) -> uint8 (f,h,w,3): marks of `colours` (n,3) on black, near ones on top.
 
     points: (f,n,3) or an iterable; visible (f,n) bool; half: pixels (x, y) that a mark reaches to each side.
     A point outside the frame, behind the camera (depth <= 0) or not finite is not drawn.
@@ -272,16 +280,18 @@ def grid_points(height, width, grid=70):
 def look_up(maps, xy):
     """maps (f,c,h,w) at positions xy (f,n,2) in pixels, bilinear -> (f,n,c)."""
     h, w = maps.shape[-2:]
-    where = 2 * xy / xy.new_tensor([w - 1, h - 1]) - 1
-    return F.grid_sample(maps, where[:, None], padding_mode="border", align_corners=True)[:, :, 0].transpose(1, 2)
+    where = 2 * xy[:, None] / xy.new_tensor([w - 1, h - 1]) - 1
+    values = F.grid_sample(maps, where, padding_mode="border", align_corners=True)  # f c 1 n
+    return values[:, :, 0].transpose(1, 2)
 
 
 @torch.no_grad()
 def follow(video, queries, flow):
-    """Chain optical flow: video (3,f,h,w) in [-1,1], queries (n,2) in its first frame -> xy (f,n,2), visible (f,n).
+    """Chain optical flow: video (3,f,h,w) in [-1,1], queries (n,2) in its first frame -> xy (f,n,2), visible
+    (f,n). flow: of data.raft().
 
-    A point is lost, for good, where it leaves the frame or where the flow back does not lead back (the usual test,
-    arXiv 1007.3403): |a + b|^2 > 0.01 (|a|^2 + |b|^2) + 0.5. flow: of data.raft().
+    A point is lost, for good, where it leaves the frame or where the flow back does not lead back, by the
+    usual test: |a + b|^2 > 0.01 (|a|^2 + |b|^2) + 0.5.
     """
     h, w = video.shape[2:]
     xy = [torch.as_tensor(queries, dtype=torch.float32, device=video.device)]
@@ -333,7 +343,8 @@ def read_array(path, name, optional=()):
     try:
         found = np.load(path)
         found = {name: found} if isinstance(found, np.ndarray) else dict(found)
-        arrays = [None if found.get(k) is None else np.asarray(found[k], dtype=np.float64) for k in (name, *optional)]
+        arrays = [None if found.get(k) is None else np.asarray(found[k], dtype=np.float64)
+                  for k in (name, *optional)]
     except Exception as e:  # zip, pickle, text
         raise UserError(f"{path}: not a .npy or .npz file of numbers ({_reason(e)})") from None
     if arrays[0] is None:
@@ -349,7 +360,8 @@ def read_depth(path, size):
     depth, = read_array(path, "depth")
     depth = depth[None] if depth.ndim == 2 else depth
     if depth.ndim != 3:
-        raise UserError(f"--depth {path}: shape {depth.shape}; wanted (height, width) or (frames, height, width)")
+        raise UserError(f"--depth {path}: shape {depth.shape}; wanted (height, width), or (frames, height, "
+                        "width)")
     if not (np.isfinite(depth) & (depth > 0)).any():
         raise UserError(f"--depth {path}: no value above 0; wanted distances from the camera")
     (w, h), (left, top) = cover_and_crop(depth.shape[2], depth.shape[1], size)
@@ -369,18 +381,20 @@ def estimate_depth(name, video, device="cpu"):
         prepare = AutoImageProcessor.from_pretrained(name)
         net = AutoModelForDepthEstimation.from_pretrained(name).eval().to(device)
     except (OSError, ValueError) as e:
-        raise UserError(f"--depth-model {name}: cannot be loaded ({_reason(e)}); give a depth network's name on "
-                        "huggingface.co, its folder, or a file of depth with --depth") from None
+        raise UserError(f"--depth-model {name}: cannot be loaded ({_reason(e)}); give a depth network's name "
+                        "on huggingface.co, its folder, or a file of depth with --depth") from None
     metric = net.config.model_type in ("zoedepth", "depth_pro")
     metric |= getattr(net.config, "depth_estimation_type", "relative") == "metric"
     maps = []
     for frame in video.transpose(0, 1):
         pixels = ((frame + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
         out = net(**prepare(images=pixels, return_tensors="pt").to(device))
-        depth = prepare.post_process_depth_estimation(out, target_sizes=[frame.shape[1:]])[0]["predicted_depth"]
-        maps.append(depth.float().cpu())
+        found = prepare.post_process_depth_estimation(out, target_sizes=[frame.shape[1:]])
+        maps.append(found[0]["predicted_depth"].double().cpu())
     maps = torch.stack(maps)
-    return (maps if metric else 1 / (0.1 + 0.9 * maps / maps.max().clamp(min=1e-6)).clamp(min=0.1)).double().numpy()
+    if not metric:
+        maps = 1 / (0.1 + 0.9 * (maps / maps.max().clamp(min=1e-6)).clamp(min=0))
+    return maps.numpy()
 
 
 def read_mask(path, size):
@@ -392,7 +406,7 @@ def read_mask(path, size):
 
 
 def read_poses(path, frames):
-    """World-to-camera matrices of a file: .npy, .npz ("extrinsics") or .txt, 12 or 16 numbers each -> (f,4,4)."""
+    """World-to-camera matrices, 12 or 16 numbers each: .npy, .npz ("extrinsics") or .txt -> (f,4,4)."""
     if Path(path).suffix.lower() == ".txt":
         try:
             poses = np.loadtxt(path, ndmin=2)
@@ -449,9 +463,9 @@ def _read_obj(path):
 # ---- meshes
 
 def mesh_colours(vertices, K, size):
-    """Colours float (v,3) 0..255 of a mesh's vertices (v,3) in the first camera's frame, as DaS's Blender script.
+    """Colours float (v,3) 0..255 of a mesh's vertices (v,3) in the first camera's frame.
 
-    Blue by the distance from the camera, not by depth; black where a vertex is not in the frame.
+    As in DaS's Blender script: blue by the distance, not by depth; black where a vertex is not in the frame.
     """
     p = project(vertices, K, np.eye(4))
     h, w = size
@@ -462,9 +476,10 @@ def mesh_colours(vertices, K, size):
 
 
 def rasterise(vertices, faces, colours, K, size):
-    """Triangles of vertices (v,3) in the camera's frame, colours (v,3) -> uint8 (h,w,3), nearest on top, black.
+    """Triangles of vertices (v,3) in the camera's frame, colours (v,3) -> uint8 (h,w,3) on black.
 
-    Triangles that reach behind the camera are left out. In groups of like size, all pixels of each one's box at once.
+    The nearest on top; those that reach behind the camera are left out. Triangles of like size are drawn
+    together, all pixels of their boxes at once.
     """
     h, w = size
     p = project(vertices, K, np.eye(4))
@@ -475,28 +490,30 @@ def rasterise(vertices, faces, colours, K, size):
     (ax, ay), (bx, by), (cx, cy) = np.moveaxis(corners[:, :, :2], 0, -1)
     area = (bx - ax) * (cy - ay) - (cx - ax) * (by - ay)
     side = (high - low).max(1)
-    level = np.where((side > 0) & (high > low).all(1) & (abs(area) > 1e-9), np.ceil(np.log2(np.maximum(side, 1))), -1)
+    drawn = (high > low).all(1) & (abs(area) > 1e-9)
+    level = np.where(drawn, np.ceil(np.log2(np.maximum(side, 1))), -1)
     image, nearest = np.zeros((h * w, 3)), np.zeros(h * w)
     for k in range(int(level.max(initial=-1)) + 1):
-        s = 2 ** k
-        for chosen in np.array_split(np.flatnonzero(level == k), -(-(level == k).sum() * s * s // 2 ** 20) or 1):
+        s, group = 2 ** k, np.flatnonzero(level == k)
+        for chosen in np.array_split(group, -(-len(group) * s * s // 2 ** 20) or 1):
             x = low[chosen, 0, None, None] + np.arange(s)                           # t 1 s
             y = low[chosen, 1, None, None] + np.arange(s)[:, None]                  # t s 1
             a, b, c = (corners[chosen, i, :, None, None] for i in range(3))
 
             def edge(p, q, x=x, y=y):
                 return (q[:, 0] - p[:, 0]) * (y + 0.5 - p[:, 1]) - (x + 0.5 - p[:, 0]) * (q[:, 1] - p[:, 1])
-            weights = np.stack([edge(b, c), edge(c, a), edge(a, b)], -1) / area[chosen, None, None, None]  # t s s 3
-            weights = weights / corners[chosen, None, None, :, 2]                   # perspective: 1 / z is linear
-            near = weights.sum(-1)
+            weights = np.stack([edge(b, c), edge(c, a), edge(a, b)], -1)            # t s s 3
+            weights = weights / area[chosen, None, None, None]
+            weights = weights / corners[chosen, None, None, :, 2]                   # 1 / z is linear
             inside = (weights >= 0).all(-1) & (x < w) & (y < h)
             t, row, column = np.nonzero(inside)
-            place = y[t, row, 0] * w + x[t, 0, column]
-            order = np.argsort(near[inside], kind="stable")
-            order = order[near[inside][order] > nearest[place[order]]]
-            place, value = place[order], near[inside][order]
-            shade = (weights[inside][order, :, None] * colours[faces[chosen[t[order]]]]).sum(1) / value[:, None]
-            nearest[place], image[place] = value, shade  # of several at one pixel the last, the nearest, stays
+            place, near = y[t, row, 0] * w + x[t, 0, column], weights[inside].sum(-1)
+            order = np.argsort(near, kind="stable")
+            order = order[near[order] > nearest[place[order]]]
+            place, near = place[order], near[order]
+            shade = (weights[inside][order, :, None] * colours[faces[chosen[t[order]]]]).sum(1)
+            # of several at one pixel the last, the nearest, stays
+            nearest[place], image[place] = near, shade / near[:, None]
     return image.reshape(h, w, 3).round().clip(0, 255).astype(np.uint8)
 
 
@@ -506,11 +523,10 @@ TINY_TRACKS = ("wandering", "zigzagging", "camera")  # das.py trains on the firs
 
 
 def tiny_track_scene(rng, motion, frames):
-    """A Scene for das.py: wandering (a straight or bent path anywhere), zigzagging, or as if the camera wandered.
-
-    No words tell the path: only tracks do.
-    """
-    scene = tiny_scene(rng, motion="zigzagging" if motion == "zigzagging" else "standing still", frames=frames)
+    """A Scene for das.py: "wandering" (a straight or bent path anywhere), "zigzagging", or "camera": as if
+    the camera wandered. No words tell the path, only tracks do."""
+    known = "zigzagging" if motion == "zigzagging" else "standing still"
+    scene = tiny_scene(rng, motion=known, frames=frames)
     if motion == "zigzagging":
         return scene
     time, angle = np.linspace(-0.5, 0.5, frames), rng.uniform(0, 2 * np.pi)
@@ -525,8 +541,10 @@ def tiny_track_scene(rng, motion, frames):
 
 
 def tiny_tracks(scene):
-    """The true tracks of a Scene, drawn: (3,f,32,32) in [-1,1]. The object is nearer than the background, which
-    stands still, or for the motion "camera" moves with it."""
+    """The true tracks of a Scene, drawn: (3,f,32,32) in [-1,1].
+
+    The object is nearer than the background, which stands still, or for the motion "camera" moves with it.
+    """
     size, centre = (TINY_SIZE, TINY_SIZE), np.arange(TINY_SIZE) + 0.5
     x, y = (g.reshape(-1) for g in np.meshgrid(centre, centre))
     own = signed_distance(scene.shape, x - scene.x[0], y - scene.y[0], scene.radius[0]) < 0
@@ -562,8 +580,8 @@ class TinyTracks(torch.utils.data.Dataset):
 def track_rows(source):
     """-> (file that lists the clips, [(row, clip, its tracking video, caption)]).
 
-    source: a folder in DaS's layout (prompt.txt, videos.txt, trackings.txt, matched line by line), a .csv or .jsonl
-    with video, tracking and caption, or a folder with such a metadata file.
+    source: a folder in DaS's layout (prompt.txt, videos.txt, trackings.txt, matched line by line), a .csv or
+    .jsonl with video, tracking and caption, or a folder with such a metadata file.
     """
     source = Path(source)
     if not source.exists():
@@ -575,27 +593,30 @@ def track_rows(source):
             columns = [_lines(p, comments=None) for p in lists]
             if len({len(c) for c in columns}) != 1:
                 counts = ", ".join(f"{p.name} {len(c)}" for p, c in zip(lists, columns))
-                raise UserError(f"{source}: the lists differ in length ({counts}): they belong together line by line")
+                raise UserError(f"{source}: the lists differ in length ({counts}), but belong together line "
+                                "by line")
             rows = [(n, source / video, source / track, text)
                     for (_, text), (n, video), (_, track) in zip(*columns)]
             return lists[1], rows
         source = listed[0]
     if source.suffix.lower() not in (".csv", ".jsonl"):
-        raise UserError(f"--data {source}: wanted a folder with prompt.txt, videos.txt and trackings.txt, a .csv or "
-                        ".jsonl with video, tracking, caption")
+        raise UserError(f"--data {source}: wanted a folder with prompt.txt, videos.txt and trackings.txt, or "
+                        "a .csv or .jsonl with video, tracking, caption")
     keys = (("video", "path"), ("tracking", "tracks"), ("caption", "prompt", "text"))
     rows = [(n, *(_field(row, k, f"{source} row {n}") for k in keys)) for n, row in _table(source)]
     return source, [(n, source.parent / video, source.parent / track, text) for n, video, track, text in rows]
 
 
 class TrackDataset(VideoDataset):
-    """Items {"video", "tracks": (3, frames, height, width) in [-1, 1], "text"}, evenly spaced over the whole clip.
+    """Items {"video", "tracks": (3, frames, height, width) in [-1, 1], "text"}.
 
-    rows: of track_rows(), all read at one size. A bad clip is replaced by another of these rows.
+    Frames are evenly spaced over the whole clip. rows: of track_rows(), all read at one size; a bad clip is
+    replaced by another of these rows.
     """
 
     def __init__(self, source, rows, frames, height, width, seed=0):
-        super().__init__(source, frames, height, width, seed=seed, rows=[(n, v, text) for n, v, _, text in rows])
+        clips = [(n, video, text) for n, video, _, text in rows]
+        super().__init__(source, frames, height, width, seed=seed, rows=clips)
         self.tracks = [track for _, _, track, _ in rows]
         for n, _, track, _ in rows:
             if not track.exists():
@@ -616,8 +637,8 @@ class TrackDataset(VideoDataset):
 def in_buckets(source, buckets, seed=0):
     """A list of clips -> a TrackDataset for each of `buckets` (frames, height, width) that has any.
 
-    A clip goes to the longest bucket that it fills (a too short one to the shortest: it counts as bad when it is
-    read), and of these to the size that is nearest.
+    A clip goes to the longest bucket that it fills (a too short one to the shortest: it counts as bad when it
+    is read), and of these to the size that is nearest.
     """
     source, rows = track_rows(source)
     parts = {bucket: [] for bucket in sorted(buckets)}
@@ -635,9 +656,9 @@ def in_buckets(source, buckets, seed=0):
 def bucket_indices(lengths, first, batch, group, seed=0):
     """Samples number first .. first + batch - 1 of a run -> [(bucket, item)].
 
-    The `group` samples of one update come from one bucket, so that they have one size however they are split over
-    processes. An epoch has as many groups of a bucket as hold all its clips, in shuffled order; each bucket is read
-    in epochs of its own (batch_indices).
+    The `group` samples of one update come from one bucket, so that they have one size however they are split
+    over processes. An epoch has as many groups of a bucket as hold all its clips, in shuffled order; each
+    bucket is read in epochs of its own (batch_indices).
     """
     groups = np.repeat(np.arange(len(lengths)), [-(-n // group) for n in lengths])
     picked = []
@@ -663,10 +684,21 @@ class Buckets(torch.utils.data.Dataset):
 
 
 def read_buckets(parts, numbers, group, seed=0, workers=0):
-    """Batches of samples by their numbers in a run, as data.read_batches, each of one size. group: of an update."""
+    """Batches of samples by their numbers in a run, as data.read_batches. group: samples of an update."""
     lengths = [len(part) for part in parts]
     order = (list(zip(bucket_indices(lengths, part[0], len(part), group, seed), part)) for part in numbers)
     return load(Buckets(parts), order, workers)
+
+
+def bucket(text):
+    """An argparse type: "25x480x720" -> (frames, height, width)."""
+    try:
+        size = tuple(int(x) for x in text.lower().split("x"))
+    except ValueError:
+        size = ()
+    if len(size) != 3 or min(size) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not FRAMESxHEIGHTxWIDTH, such as 25x480x720")
+    return size
 
 
 # ---- making tracks:  python das.py --make-tracks SOURCE
@@ -680,27 +712,27 @@ def get_args(argv=None):
     p.add_argument("--width", type=COUNT, default=720, help="pixels")
     p.add_argument("--save-fps", type=POSITIVE, help="frame rate of the files (default: the clip's, or 8)")
     # tracks of a clip
-    p.add_argument("--tracker", metavar="FILE.py:FN", help="fn(video (3,f,h,w) in [-1,1], queries (n,2)) -> xy, "
-                   "visible (default: RAFT)")
+    p.add_argument("--tracker", metavar="FILE.py:FN", help="fn(video (3,f,h,w) in [-1,1], queries (n,2)) -> "
+                   "xy, visible (default: RAFT)")
     p.add_argument("--flow-weights", metavar="FILE", help="torchvision's RAFT weights (default: its hub)")
     p.add_argument("--flow-size", choices=("small", "large"), default="large", help="RAFT")
     p.add_argument("--grid", type=COUNT, default=70, help="points a row and column")
     # depth and cameras
     p.add_argument("--depth", metavar="FILE", help=".npy of depth: (h,w), or (f,h,w) for a clip")
-    p.add_argument("--depth-model", metavar="NAME", help="a depth network of transformers: hub name or folder")
+    p.add_argument("--depth-model", metavar="NAME", help="depth network of transformers: hub name or folder")
     p.add_argument("--fov", type=POSITIVE, default=55.0, help="horizontal field of view, degrees")
     p.add_argument("--intrinsics", type=REAL, nargs=4, metavar=("FX", "FY", "CX", "CY"),
                    help="instead of --fov, in shares of width and height")
     p.add_argument("--source-poses", metavar="FILE", help="the clip's own cameras: .npy, .npz, .txt")
-    p.add_argument("--camera", metavar="COMMANDS", help="trans dx dy dz; rot axis degrees; spiral radius, each with "
-                   "an optional first and last frame")
+    p.add_argument("--camera", metavar="COMMANDS", help="trans dx dy dz; rot axis degrees; spiral radius, "
+                   "each with an optional first and last frame")
     p.add_argument("--poses", metavar="FILE", help="instead of --camera: world-to-camera matrices")
     p.add_argument("--camera-mode", choices=("append", "override"), default="append",
                    help="the path after the clip's own cameras, or alone")
     # an object
     p.add_argument("--mask", metavar="FILE", help="picture, white on the object in the first frame")
-    p.add_argument("--object", metavar="COMMANDS", help="up, down, left, right, front, back distance (1: as far as "
-                   "the object is away), rot degrees; each with an optional first and last frame")
+    p.add_argument("--object", metavar="COMMANDS", help="up, down, left, right, front, back distance (1: as "
+                   "far as the object is away), rot degrees; each with an optional first and last frame")
     p.add_argument("--device", help="cuda, cpu (default: cuda if there is one)")
     return checked(p.parse_args(argv))
 
@@ -733,13 +765,13 @@ def kind_of(source):
                  "clips": {".csv", ".jsonl", ".txt"}}
     kind = next((kind for kind, suffixes in kinds.items() if inside & suffixes), None)
     if kind is None:
-        raise UserError(f"--make-tracks {source}: wanted a picture, a clip, .npy tracks, a mesh (.npz, folder of "
-                        ".obj), or clips (folder, .csv, .jsonl)")
+        raise UserError(f"--make-tracks {source}: wanted a picture, a clip, .npy tracks, a mesh (.npz, "
+                        "folder of .obj), or clips (folder, .csv, .jsonl)")
     return kind
 
 
 def even_frames(path, frames, size):
-    """`frames` of a clip, evenly spaced from its first -> (3,f,h,w) in [-1,1], their rate. Too short: UserError."""
+    """`frames` of a clip, evenly spaced from its first -> (3,f,h,w) in [-1,1], their rate."""
     count, rate, _ = video_info(path)
     if count < frames:
         fitting = f"--frames {(count - 1) // 8 * 8 + 1}" if count > 8 else "a longer clip"
@@ -781,7 +813,8 @@ def tracking_video(args, kind, path, tracker=None, estimate=None):
     if args.intrinsics:
         fx, fy, cx, cy = args.intrinsics
         if max(abs(cx), abs(cy)) > 2 or min(fx, fy) <= 0:
-            raise UserError("--intrinsics: wanted FX FY CX CY in shares of width and height (CX about 0.5), FX, FY > 0")
+            raise UserError("--intrinsics: wanted FX FY CX CY in shares of width and height (CX about 0.5), "
+                            "FX and FY above 0")
         K = np.array([[fx * w, 0, cx * w], [0, fy * h, cy * h], [0, 0, 1]])
     video, fps, visible, half = None, 8, None, (1, 1)
     if kind == "mesh":
@@ -802,7 +835,10 @@ def tracking_video(args, kind, path, tracker=None, estimate=None):
         colours = None
     else:
         if kind == "clip":
-            xy, visible = checked_tracks(*tracker(video, grid_points(h, w, args.grid)), args.frames, args.tracker)
+            found = tracker(video, grid_points(h, w, args.grid))
+            if not isinstance(found, tuple | list) or len(found) != 2:
+                raise UserError(f"--tracker {args.tracker}: gave no pair (xy, visible)")
+            xy, visible = checked_tracks(*found, args.frames, f"--tracker {args.tracker}")
         else:
             xy, = read_array(path, "tracks")
             frames = min(len(xy), args.frames)
@@ -818,7 +854,8 @@ def tracking_video(args, kind, path, tracker=None, estimate=None):
             at = np.nan_to_num(at).round().astype(int).clip(0, [w - 1, h - 1])
             z = depth[np.arange(args.frames)[:, None] % len(depth), at[..., 1], at[..., 0]]
         points = np.concatenate([xy[..., :2], z[..., None]], axis=-1)
-        half = tuple(round(0.3 * side / xy.shape[1] ** 0.5) for side in (w, h))  # DaS's marks: 7 x 5 for 70 x 70
+        # as DaS's training data: marks of 7 x 5 pixels for 70 x 70 points on 480 x 720
+        half = tuple(round(0.3 * side / xy.shape[1] ** 0.5) for side in (w, h))
         colours = grid_colours(np.nan_to_num(points[0]), size)
     frames = points
     if args.camera or args.poses or args.object:
@@ -850,14 +887,15 @@ def make(args):
     kind = kind_of(args.make_tracks)
     moving = bool(args.camera or args.poses or args.object)
     if kind == "image" and not moving:
-        raise UserError("--make-tracks of a picture: say what moves, with --camera, --poses, or --mask and --object")
+        raise UserError("--make-tracks of a picture: say what moves, with --camera, --poses, or --mask and "
+                        "--object")
     if kind == "clips" and moving:
-        raise UserError("--make-tracks of a data set: clips are tracked as they are; leave --camera, --poses, "
-                        "--object out")
+        raise UserError("--make-tracks of a data set: clips are tracked as they are; leave --camera, --poses "
+                        "and --object out")
     needs_depth = kind == "image" or (kind == "clip" and moving)
     if needs_depth and not (args.depth or args.depth_model):
-        raise UserError("moving a camera or an object needs depth: --depth FILE.npy, or --depth-model NAME such as "
-                        "apple/DepthPro-hf")
+        raise UserError("moving a camera or an object needs depth: --depth FILE.npy, or --depth-model NAME "
+                        "such as apple/DepthPro-hf")
     if kind == "mesh" and args.object:
         raise UserError("--object: move the mesh itself; --camera and --poses move the camera")
     check_writable(args.out)
@@ -891,7 +929,7 @@ def make(args):
 
 
 def make_dataset(args, out, tracker, estimate):
-    """Clips with captions -> OUT/videos, OUT/tracking and the three lists. Made ones are kept; bad ones named."""
+    """Clips with captions -> OUT/videos, OUT/tracking and the lists. Made ones are kept, bad ones named."""
     source, rows = _clip_rows(args.make_tracks)
     kept, bad = [], 0
     for n, path, text in tqdm(rows, "tracking clips", mininterval=5):

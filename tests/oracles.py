@@ -1806,7 +1806,6 @@ def projections(case):
 
 def object_motions(case):
     """As published but for one unit on all axes: what differs is skipped."""
-    h, w = case.call["height"], case.call["width"]
     points, mask, moving = (case.input(name).numpy() for name in ("points_frame0", "mask", "tracks"))
     points, mask, result = points.reshape(-1, 3), mask.astype(bool), {}
     for step in case.call["steps"]:
