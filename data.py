@@ -977,10 +977,14 @@ class VideoDataset(torch.utils.data.Dataset):
                 break
         # A loader's worker hands Exceptions on to the main process; a SystemExit would just end the worker.
         kind = UserError if torch.utils.data.get_worker_info() is None else RuntimeError
+        raise kind(f"{self.source}: {int(self.bad.sum())} of {len(self)} clips are bad, over 1 %; "
+                   + self.advice())
+
+    def advice(self):
+        """How to find all bad clips."""
         h, w = self.size
-        raise kind(f"{self.source}: {int(self.bad.sum())} of {len(self)} clips are bad, over 1 %; see "
-                   f"python data.py --check {self.source} --frames {self.frames} --height {h} --width {w}"
-                   + (f" --fps {self.fps:g}" if self.fps else ""))
+        return (f"see python data.py --check {self.source} --frames {self.frames} --height {h} --width {w}"
+                + (f" --fps {self.fps:g}" if self.fps else ""))
 
 
 def check_dataset(source, frames, height, width, fps=None):

@@ -365,8 +365,8 @@ def read_depth(path, size):
     if not (np.isfinite(depth) & (depth > 0)).any():
         raise UserError(f"--depth {path}: no value above 0; wanted distances from the camera")
     (w, h), (left, top) = cover_and_crop(depth.shape[2], depth.shape[1], size)
-    rows = (np.arange(h) * depth.shape[1] // h)[top:top + size[0]]
-    columns = (np.arange(w) * depth.shape[2] // w)[left:left + size[1]]
+    rows = ((np.arange(h) + 0.5) * depth.shape[1] / h).astype(int)[top:top + size[0]]
+    columns = ((np.arange(w) + 0.5) * depth.shape[2] / w).astype(int)[left:left + size[1]]
     return depth[:, rows[:, None], columns]
 
 
@@ -633,6 +633,9 @@ class TrackDataset(VideoDataset):
                          for p, r in ((path, rate), (track, track_rate)))
         return {"video": video, "tracks": tracks, "text": text}
 
+    def advice(self):
+        return "the lines before name them and say why"
+
 
 def in_buckets(source, buckets, seed=0):
     """A list of clips -> a TrackDataset for each of `buckets` (frames, height, width) that has any.
@@ -855,7 +858,7 @@ def tracking_video(args, kind, path, tracker=None, estimate=None):
             z = depth[np.arange(args.frames)[:, None] % len(depth), at[..., 1], at[..., 0]]
         points = np.concatenate([xy[..., :2], z[..., None]], axis=-1)
         # as DaS's training data: marks of 7 x 5 pixels for 70 x 70 points on 480 x 720
-        half = tuple(round(0.3 * side / xy.shape[1] ** 0.5) for side in (w, h))
+        half = tuple(min(round(0.3 * side / xy.shape[1] ** 0.5), 1 + side // 100) for side in (w, h))
         colours = grid_colours(np.nan_to_num(points[0]), size)
     frames = points
     if args.camera or args.poses or args.object:
