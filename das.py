@@ -258,9 +258,14 @@ def cached(args, env, base, parts, pairs):
 # ---- evaluation
 
 def held_out(args, parts):
-    """-> [(clip, caption, tracking video, motion, true x, true y)] to evaluate on; x, y: tiny's own only."""
+    """-> [(clip, caption, tracking video, motion, true x, true y)] to evaluate on; x, y: tiny's own."""
     if args.data:
-        items = [parts[0][i % len(parts[0]), i] for i in range(min(args.eval_n, len(parts[0])))]
+        size = args.frames, args.height, args.width
+        part = next((p for p in parts if (p.frames, *p.size) == size), None)
+        if part is None:
+            raise UserError(f"--data {args.data}: no clip has the {args.frames} frames to evaluate on; give "
+                            "a smaller --frames")
+        items = [part[i, i] for i in range(min(args.eval_n, len(part)))]
         return [(item["video"], item["text"], item["tracks"], "clips", None, None) for item in items]
     pairs = []
     for m, motion in enumerate(tracks.TINY_TRACKS):

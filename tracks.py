@@ -530,7 +530,7 @@ def tiny_track_scene(rng, motion, frames):
     if motion == "zigzagging":
         return scene
     time, angle = np.linspace(-0.5, 0.5, frames), rng.uniform(0, 2 * np.pi)
-    along, across = rng.uniform(4, 15) * time, rng.uniform(-5, 5) * (4 * time ** 2 - 0.5)
+    along, across = rng.uniform(8, 16) * time, rng.uniform(-5, 5) * (4 * time ** 2 - 0.5)
     path = np.cos(angle) * along - np.sin(angle) * across, np.sin(angle) * along + np.cos(angle) * across
     reach = 1.35 * scene.radius.max()
     places = []

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 import bases
 import common
+import das
 import data
 import i2vgen
 import instructvideo
@@ -29,7 +30,7 @@ from data import VideoDataset, read_image_prompts, read_prompts, write_video
 
 ROOT = Path(__file__).parent.parent
 MAINS = {"sample": sample.main, "vader": vader.main, "t2v": t2v.main, "i2vgen": i2vgen.main,
-         "bases": bases.main, "data": data.main, "instructvideo": instructvideo.main}
+         "bases": bases.main, "data": data.main, "das": das.main, "instructvideo": instructvideo.main}
 TINY = "--base tiny --prompt 'a red circle'"
 
 BAD = [
@@ -213,6 +214,25 @@ BAD = [
     ("instructvideo", "--base tiny --eval-prompts words.txt", "is no caption of the tiny world ('dragon')"),
     ("instructvideo", "--base tiny --data nocaption", "a.mp4: no caption beside it"),
     ("instructvideo", "--base tiny --rank 2 --out run --resume", "has method t2v, not instructvideo"),
+    # tracks (more in test_tracks.py)
+    ("das", "--base tiny", "does not run on it yet"),
+    ("das", "--base das", "--data: give a folder"),
+    ("das", "--base das --data clips", "prompt.txt: no such file"),
+    ("das", "--base das --data good.txt", "wanted a folder with prompt.txt"),
+    ("das", "--base das --data wrongpath.csv", "no `tracking`"),
+    ("das", "--base tiny-cogvideox --tracking-blocks 0", "--tracking-blocks: '0'"),
+    ("das", "--base tiny-cogvideox --tracking-blocks 9", "6 blocks to copy"),
+    ("das", "--base tiny-cogvideox --buckets 9", "--buckets: '9' is not FRAMES"),
+    ("das", "--base tiny-cogvideox --frames 8", "nearest"),
+    ("das", "--base tiny-cogvideox --out run --resume", "has method t2v, not das"),
+    ("das", "--make-tracks none.mp4", "none.mp4: no such file"),
+    ("das", "--make-tracks picture.png", "say what moves"),
+    ("das", "--make-tracks picture.png --camera 'zoom 3'", "'zoom 3': unknown"),
+    ("das", "--make-tracks picture.png --camera 'rot y 9'", "needs depth"),
+    ("das", "--make-tracks picture.png --camera 'rot y 9' --depth none.npy", "none.npy: no such file"),
+    ("das", "--make-tracks clips/a.mp4 --flow-weights none.pth", "none.pth: no such file"),
+    ("das", "--make-tracks", "--make-tracks: expected one argument"),
+    ("sample", f"{TINY} --track-strength 1", "--track-strength: this base has no such condition"),
 ]
 
 
@@ -285,7 +305,8 @@ class Reached(Exception):
     """All checks before the long work have passed."""
 
 
-FLAGS = {"t2v": t2v, "vader": vader, "i2vgen": i2vgen, "sample": sample, "instructvideo": instructvideo}
+FLAGS = {"t2v": t2v, "vader": vader, "i2vgen": i2vgen, "sample": sample, "instructvideo": instructvideo,
+         "das": das}
 VALUES = st.one_of(
     st.sampled_from([
         "tiny", "tiny-i2v", "tiny-cogvideox", "modelscope", "good.txt", "clips", "run", "none", "", "all",
