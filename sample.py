@@ -10,6 +10,7 @@
     python sample.py --base vcomposer --depth drive.mp4 --midas midas_v3_dpt_large.pth --prompt "a red car"
     python sample.py --base tiny-i2v --image frame.png --prompt "a red circle moving left" --continue 2
     python sample.py --base tiny-i2v --judge 256           # 256 held-out first frames and captions
+    python sample.py --ckpt out/das --image first.png --tracks tracks.mp4 --prompt "a dog"  # and -side.mp4
     python sample.py --base sr600 --video out/sample       # every clip there, at 720x1280
     python sample.py --base modelscope-v1.4 --lora instructvideo.pth:0.8 --prompt "a fox in the snow"
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from common import COUNT, POSITIVE, REAL, Parser, UserError, check_writable, warn, write_atomic
+from common import COUNT, POSITIVE, REAL, Parser, UserError, check_writable, setup, warn, write_atomic
 from data import (
     IMAGES, TINY_SIZE, TRAINING, VIDEOS, Scene, VideoDataset, _clip_rows, _field, _lines, _natural, _reason,
     _table, batch_indices, center_crop_wide, contact_sheet, cover_and_crop, load, open_image, raft,
@@ -795,7 +795,9 @@ def moved(args, points, cameras, K):
         camera_path(args.camera, args.frames) if args.camera else None)
     path = selected = None
     if args.object:
-        selected = in_mask(points[0], read_mask(args.mask, (args.height, args.width))) & valid[0]
+        mask = read_mask(args.mask, (args.height, args.width))
+        dense = points.shape[:2] == (1, mask.size)  # all pixels of a picture, row by row
+        selected = (mask.reshape(-1) if dense else in_mask(points[0], mask)) & valid[0]
         if not selected.any():
             raise UserError(f"--mask {args.mask}: no point with a depth lies in it: nothing would move")
         unit = float(points[0, selected, 2].mean())
@@ -902,7 +904,7 @@ def make(args):
     if kind == "mesh" and args.object:
         raise UserError("--object: move the mesh itself; --camera and --poses move the camera")
     check_writable(args.out)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = setup(argparse.Namespace(device=args.device, dtype=None, seed=0)).device
     tracker = None
     if kind in ("clip", "clips"):
         if args.tracker:
@@ -946,7 +948,7 @@ def make_dataset(args, out, tracker, estimate):
             bad += 1
             warn(f"{source} row {n}: {_reason(e)}; left out")
             continue
-        kept.append((text, *names))
+        kept.append((" ".join(text.split()), *names))  # a caption is one line there
     if not kept:
         raise UserError(f"{source}: none of the {len(rows)} clips could be tracked")
     for name, column in zip(("prompt.txt", "videos.txt", "trackings.txt"), zip(*kept)):
