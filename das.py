@@ -42,7 +42,7 @@ from data import HELD_OUT, contact_sheet, encode_once, write_video
 from diffusion import diffusion_loss, randn
 from metrics import position_error
 from models import TRACK_BRANCH, parallelize, sync_gradients
-from sample import conditions, encode_tracks, frame_picture, generate_split, noised_first_frame
+from sample import encode_tracks, frame_picture, generate_split, noised_first_frame
 
 TINY = dict(
     steps=500, batch=16, accum=1, lr=1e-3, warmup=20, betas=(0.9, 0.99), wd=0.01, ema=0.99, tracking_blocks=3,
@@ -286,12 +286,11 @@ def evaluate(args, env, base, pairs, params, ema, step):
     base.net.eval()
     seeds = [f"eval-{i}" for i in range(len(pairs))]
     with using_average(params, ema):
+        images = [frame_picture(clip[:, 0]) if base.row.first_frame else None for clip in clips]
         with env.autocast():
-            images = [frame_picture(clip[:, 0]) if base.row.first_frame else None for clip in clips]
-            cond, null = conditions(base, env, args, images)
             latents = [encode_tracks(base, env, video) for video in tracking]
-        cond |= {k: torch.cat([x[k] for x in latents]) for k in latents[0]}
-        videos = generate_split(base, env, list(captions), seeds, args, cond, null)
+        maps = {k: torch.cat([x[k] for x in latents]) for k in latents[0]}
+        videos = generate_split(base, env, list(captions), seeds, args, images, maps=maps)
     base.net.train()
     if not env.main:
         return

@@ -211,13 +211,16 @@ def distilled(net, text, cond, args):
     return fn
 
 
-def generate_split(base, env: Env, prompts, seeds, args, images=None, more=0):
-    """generate_from(), the prompts shared out over the processes: each must call it, and gets all videos."""
+def generate_split(base, env: Env, prompts, seeds, args, images=None, more=0, maps=None):
+    """generate_from(), the prompts shared out over the processes: each must call it, and gets all videos.
+
+    maps: {name: tensor (n, ...)}, of each clip its own.
+    """
     per = -(-len(prompts) // env.world)  # the same number on each (FSDP needs it): the last may repeat some
     mine = [i % len(prompts) for i in range(env.rank * per, (env.rank + 1) * per)]
     given = [None] * len(prompts) if images is None else images
     videos = generate_from(base, env, *([x[i] for i in mine] for x in (prompts, given, seeds)), args,
-                           args.batch, more)
+                           args.batch, more, {k: v[mine] for k, v in (maps or {}).items()})
     if env.world == 1:
         return videos
     parts = [None] * env.world
@@ -710,9 +713,10 @@ def main(argv=None):
             for j, video in zip(mine[i:i + batch], videos):
                 write_video(out / f"{j:04d}.mp4", video, args.save_fps)
                 if tracks is not None:  # what went in beside what came out
-                    still = video[:, :1]
-                    if jobs[j][1]:
-                        still = image_tensor(center_crop_wide(open_image(jobs[j][1]), size))[:, None]
+                    still, first = video[:, :1], jobs[j][1]
+                    if first:
+                        first = first if isinstance(first, Image.Image) else open_image(first)
+                        still = image_tensor(center_crop_wide(first, size))[:, None]
                     side = torch.cat([still.expand_as(video), tracks, video], dim=3)
                     write_video(out / f"{j:04d}-side.mp4", side, args.save_fps)
                 if isinstance(jobs[j][1], Image.Image):

@@ -233,9 +233,9 @@ def test_instructvideo(tmp_path):
 @pytest.mark.effect
 @pytest.mark.parametrize("seed", SEEDS)
 def test_das(seed, tmp_path):
-    """48 held-out clips of each motion: the object is off its track by under 6 % of the frame's width and at most
-    a quarter of what it is off without tracks, after 20 minutes at most. Zigzags and moves of the camera were
-    never trained on.
+    """48 held-out clips of each motion: the object is off its track by under 6 % of the frame's width and at
+    most a quarter of what it is off without tracks, after 20 minutes at most. Zigzags and moves of the camera
+    were never trained on.
     """
     start = time.time()
     das.main(["--base", "tiny-cogvideox", "--seed", str(seed), "--out", str(tmp_path)])
