@@ -158,11 +158,12 @@ def lift(points, K, camera):
 
 def project(world, K, camera):
     """World points (..., n, 3) seen by a camera, see lift() -> points; behind the camera (0,0,0)."""
-    x = world @ np.swapaxes(camera[..., :3, :3], -1, -2) + camera[..., None, :3, 3]
-    depth = x[..., 2:]
+    # coordinates first, points last: four times faster for the pixels of a picture
+    x = camera[..., :3, :3] @ np.swapaxes(world, -1, -2) + camera[..., :3, 3:]
+    depth = x[..., 2:, :]
     seen = depth > 0
-    pixels = (x @ np.swapaxes(K, -1, -2))[..., :2] / np.where(seen, depth, 1)
-    return np.concatenate([pixels, depth], axis=-1) * seen
+    pixels = (K @ x)[..., :2, :] / np.where(seen, depth, 1)
+    return np.swapaxes(np.concatenate([pixels, depth], axis=-2) * seen, -1, -2)
 
 
 def view(poses, cameras, mode="append"):
@@ -241,13 +242,15 @@ def draw_tracks(points, colours, size, visible=None, half=(1, 1)):
         if visible is not None:
             shown = shown & visible[k]
         index = np.flatnonzero(shown)
-        index = index[np.argsort(-p[index, 2], kind="stable")]  # far to near
-        place = p[index, 1].astype(int) * w + p[index, 0].astype(int)
-        # painted far to near, a pixel shows the nearest of the points whose mark covers it: the highest rank
-        rank = np.zeros(h * w, np.int32)
-        rank[place] = np.arange(1, len(index) + 1)  # of several at one place the last, the nearest, stays
-        rank = _largest(_largest(rank.reshape(h, w), half[0], 1), half[1], 0)
-        frames.append(colours[np.concatenate([[0], index + 1])[rank]])
+        x, y, depth = (p[index, i] for i in range(3))
+        # a pixel shows the nearest of the points whose mark covers it: the largest key. In its upper half the
+        # bits of a positive float, which are in the order of its value; in the lower the point's number + 1
+        bits = np.float32(np.inf).view(np.int32) - depth.astype(np.float32).view(np.int32)
+        nearest = np.zeros(h * w, np.int64)
+        place = y.astype(np.int64) * w + x.astype(np.int64)
+        np.maximum.at(nearest, place, bits.astype(np.int64) << 32 | index + 1)
+        nearest = _largest(_largest(nearest.reshape(h, w), half[0], 1), half[1], 0)
+        frames.append(colours[nearest & 0xffffffff])
     return np.stack(frames)
 
 
