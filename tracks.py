@@ -526,18 +526,16 @@ TINY_TRACKS = ("wandering", "zigzagging", "camera")  # das.py trains on the firs
 
 
 def tiny_track_scene(rng, motion, frames):
-    """A Scene for das.py: "wandering" (a straight or bent path anywhere), "zigzagging", or "camera": as if
-    the camera wandered. No words tell the path, only tracks do."""
+    """A Scene for das.py: "wandering" (a smooth path, of at most 1.2 waves across and down), "zigzagging" (1.5,
+    with corners), or "camera": as if the camera wandered. No words tell the path, only tracks do."""
     known = "zigzagging" if motion == "zigzagging" else "standing still"
     scene = tiny_scene(rng, motion=known, frames=frames)
     if motion == "zigzagging":
         return scene
-    time, angle = np.linspace(-0.5, 0.5, frames), rng.uniform(0, 2 * np.pi)
-    along, across = rng.uniform(8, 16) * time, rng.uniform(-5, 5) * (4 * time ** 2 - 0.5)
-    path = np.cos(angle) * along - np.sin(angle) * across, np.sin(angle) * along + np.cos(angle) * across
-    reach = 1.35 * scene.radius.max()
-    places = []
-    for p in path:
+    reach, places, time = 1.35 * scene.radius.max(), [], np.linspace(0, 1, frames)
+    for _ in "xy":
+        size, turns, start = rng.uniform(3, 8), rng.uniform(0.2, 1.2), rng.uniform(0, 1)
+        p = size * np.sin(2 * np.pi * (turns * time + start))
         middle, room = (p.max() + p.min()) / 2, max(0.0, TINY_SIZE / 2 - reach - np.ptp(p) / 2)
         places.append(TINY_SIZE / 2 + p - middle + rng.uniform(-room, room))
     return Scene(scene.shape, scene.colour, scene.background, motion, *places, scene.radius)
