@@ -526,7 +526,7 @@ TINY_TRACKS = ("wandering", "zigzagging", "camera")  # das.py trains on the firs
 
 
 def tiny_track_scene(rng, motion, frames):
-    """A Scene for das.py: "wandering" (a smooth path, of at most 1.2 waves across and down), "zigzagging" (1.5,
+    """A Scene for das.py: "wandering" (a smooth path, at most 1.2 waves across and down), "zigzagging" (1.5,
     with corners), or "camera": as if the camera wandered. No words tell the path, only tracks do."""
     known = "zigzagging" if motion == "zigzagging" else "standing still"
     scene = tiny_scene(rng, motion=known, frames=frames)
