@@ -9,11 +9,12 @@
 #   ./torchrun.sh i2vgen.py --base i2vgen-xl --weights W --data clips.csv --lr 1e-4
 #   ./torchrun.sh vader.py --base modelscope --weights W --prompts animals.txt --reward my_reward.py:fn
 #   ./torchrun.sh sample.py --ckpt out/vader --prompts prompts.txt --n 4
+# (the -- below: torchrun would take our --n for the beginning of its own --nnodes)
 set -euo pipefail
 GPUS=$(nvidia-smi -L 2>/dev/null | wc -l || true)
 NPROC=${NPROC:-$(( GPUS > 0 ? GPUS : 1 ))}
 if [ "${NODES:-1}" -gt 1 ]; then
   exec torchrun --nproc_per_node="$NPROC" --nnodes="$NODES" --max_restarts="${RESTARTS:-0}" \
-    --rdzv_backend=c10d --rdzv_id="${JOB:-nanovideo}" --rdzv_endpoint="${HOST:?give the address of one machine}" "$@"
+    --rdzv_backend=c10d --rdzv_id="${JOB:-nanovideo}" --rdzv_endpoint="${HOST:?give the address of one machine}" -- "$@"
 fi
-exec torchrun --standalone --nproc_per_node="$NPROC" --max_restarts="${RESTARTS:-0}" "$@"
+exec torchrun --standalone --nproc_per_node="$NPROC" --max_restarts="${RESTARTS:-0}" -- "$@"
