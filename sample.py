@@ -34,7 +34,8 @@ from tqdm import tqdm
 
 from bases import BASES, base_row, fill, latent_shape, load_base, merge_public_lora, run_parts
 from common import (COUNT, NATURAL, REAL, SHARE, UNSIGNED, Env, Parser, UserError, check_writable, finish,
-                    generator, load_checkpoint, load_weights, memory_advice, rename, seed_of, setup, write_atomic)
+                    generator, load_checkpoint, load_weights, memory_advice, rename, seed_of, setup,
+                    write_atomic)
 from data import (MOTIONS, NEW_MOTIONS, center_crop_wide, clip_image, contact_sheet, encode_once,
                   image_tensor, list_videos, open_image, opensora_size, parse, prompts_of, quick_files,
                   read_image_prompts, read_map, read_prompts, read_video, tiny_captions, tiny_pairs, to_uint8,
