@@ -137,7 +137,7 @@ BASES = {
         dict(name="cosine", prediction="v", zero_snr=True, shift=0.15),
         sampling(frames=TINY_FRAMES, height=TINY_SIZE, width=TINY_SIZE, save_fps=TINY_FPS, sample_steps=25,
                  cfg=1.5, spacing="trailing"),
-        methods=("t2v", "vader", "instructvideo")),
+        methods=("t2v", "vader", "instructvideo", "videodpo")),
     # I2VGen-XL's network and conditioning; tiny's autoencoder, and its schedule for tiny's reason. Words have
     # 32 numbers, not 64, to make room for the layers that read the image (the file stays below 4 MB).
     "tiny-i2v": Row(
@@ -179,17 +179,17 @@ BASES = {
          "diffusers": {"net": f"{MODELSCOPE_DIFFUSERS}:unet/diffusion_pytorch_model.safetensors",
                        "vae": f"{MODELSCOPE_DIFFUSERS}:vae/diffusion_pytorch_model.safetensors",
                        "text": f"{MODELSCOPE_DIFFUSERS}:text_encoder/model.safetensors"}},
-        methods=("t2v", "vader", "instructvideo")),
+        methods=("t2v", "vader", "instructvideo", "videodpo")),
     "modelscope-v1.4": Row(
         "its version 1.4, the base of InstructVideo (--lora takes its fine-tuned file)",
         UNetConfig(), VAEConfig(), CLIPConfig(), EPS, sampling(cfg=3.0, sample_steps=20),
         {"original": VGEN | {"net": "ms:iic/InstructVideo:model_scope_v1-4_0600000.pth"}},
-        methods=("t2v", "vader", "instructvideo")),
+        methods=("t2v", "vader", "instructvideo", "videodpo")),
     "modelscope-v1.5": Row(
         "its version 1.5, the base of DreamVideo",
         UNetConfig(), VAEConfig(), CLIPConfig(), EPS, sampling(),
         {"original": VGEN | {"net": "ms:iic/dreamvideo-t2v:model_scope_v1-5_0632000.pth"}},
-        methods=("t2v", "vader", "instructvideo")),
+        methods=("t2v", "vader", "instructvideo", "videodpo")),
     "dreamvideo": Row(
         "v1.5 with adapters for a subject and a motion (arXiv 2312.04433), 32 frames; --lora fills them",
         UNetConfig(**DREAMVIDEO), VAEConfig(), CLIPConfig(), EPS,
@@ -207,20 +207,22 @@ BASES = {
         UNetConfig(**VC2_NET), VAEConfig(), CLIPConfig(), VC2_EPS,
         sampling(height=320, width=512, fps=28, save_fps=10, cfg=12.0, eta=1.0),
         {"original": {"net": VC2, "vae": VC2, "text": VC2}},
-        methods=("t2v", "vader", "instructvideo")),
+        methods=("t2v", "vader", "instructvideo", "videodpo")),
     "t2v-turbo": Row(
         "VideoCrafter2 distilled to 4 steps (T2V-Turbo, arXiv 2405.18750)",
         UNetConfig(**VC2_NET, guidance_dim=256), VAEConfig(), CLIPConfig(), EPS,
         sampling(height=320, width=512, fps=16, sampler="lcm", sample_steps=4, cfg=7.5, spacing="stride",
                  origin=50),
         {"original": {"net": VC2, "vae": VC2, "text": VC2,
-                      "lora": "hf:jiachenli-ucsb/T2V-Turbo-VC2:unet_lora.pt"}}),
+                      "lora": "hf:jiachenli-ucsb/T2V-Turbo-VC2:unet_lora.pt"}},
+        methods=("videodpo",)),
     "t2v-turbo-v2": Row(
         "T2V-Turbo-v2 with motion guidance (arXiv 2410.05677), 16 steps",
         UNetConfig(**VC2_NET, guidance_dim=256, motion_guidance_dim=256), VAEConfig(), CLIPConfig(), EPS,
         sampling(height=320, width=512, fps=16, sampler="lcm", sample_steps=16, cfg=7.5, spacing="stride",
                  origin=200, motion_cfg=0.05, motion_share=0.5),
-        {"original": {"net": "hf:jiachenli-ucsb/T2V-Turbo-v2:unet_mg.pt", "vae": VC2, "text": VC2}}),
+        {"original": {"net": "hf:jiachenli-ucsb/T2V-Turbo-v2:unet_mg.pt", "vae": VC2, "text": VC2}},
+        methods=("videodpo",)),
     "i2vgen-xl": Row(
         "image to video (I2VGen-XL, arXiv 2311.04145), 16 frames of 704x1280",
         UNetConfig(image_to_video=True, concat_dim=4, use_fps_condition=True), VAEConfig(), CLIPConfig(),
@@ -273,13 +275,13 @@ BASES = {
         T5Config(), COGVIDEOX | dict(divisor=3.0),
         sampling(frames=49, height=480, width=720, spacing="cogvideox", cfg=6.0),
         cogvideox_files("hf:THUDM/CogVideoX-2b"),
-        methods=("vader", "instructvideo", "das")),
+        methods=("vader", "instructvideo", "das", "videodpo")),
     "cogvideox-5b": Row(
         "CogVideoX-5B, 49 frames of 480x720",
         CogVideoXConfig(), CogVideoXVAEConfig(), T5Config(), COGVIDEOX | dict(divisor=1.0),
         sampling(frames=49, height=480, width=720, sampler="dpm", cfg=6.0, dynamic_cfg="published"),
         cogvideox_files("hf:THUDM/CogVideoX-5b"),
-        methods=("vader", "instructvideo", "das")),
+        methods=("vader", "instructvideo", "das", "videodpo")),
     "cogvideox-5b-i2v": Row(
         "CogVideoX-5B-I2V, image to video",
         CogVideoXConfig(**COGVIDEOX_5B), CogVideoXVAEConfig(), T5Config(), COGVIDEOX | dict(divisor=1.0),
@@ -302,7 +304,7 @@ BASES = {
                       "vae": "hf:hpcai-tech/OpenSora-VAE-v1.2:model.safetensors",
                       "text": "hf:DeepFloyd/t5-v1_1-xxl:pytorch_model.bin",
                       "tokenizer": "hf:DeepFloyd/t5-v1_1-xxl:spiece.model"}},
-        methods=("vader",)),
+        methods=("vader", "videodpo")),
 }
 
 

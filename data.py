@@ -73,11 +73,11 @@ def parse(caption) -> dict:
     return {attribute: word for attribute, words in choices.items() for word in words if f" {word} " in text}
 
 
-def tiny_prompts(held_out=False):
-    """The 440 captions that alignment trains on, or the 64 that it never sees (the base has seen all 504)."""
+def tiny_prompts(held_out=False, n=64):
+    """The captions that alignment trains on, or the n that it never sees (the base has seen all 504)."""
     captions = tiny_captions()
     order = np.random.default_rng(0).permutation(len(captions))
-    return [captions[i] for i in (order[-64:] if held_out else order[:-64])]
+    return [captions[i] for i in (order[-n:] if held_out else order[:-n])]
 
 
 def new_path(rng, motion, travel, time):
@@ -688,7 +688,10 @@ def write_video(path, video, fps=8):
         h, w = frames.shape[1:3]
         with iio.imopen(tmp, "w", plugin="pyav") as file:
             file.init_video_stream("libx264", fps=fps, pixel_format="yuv420p")
-            file._video_stream.options = {"crf": MP4_CRF}  # the plugin has no argument for it
+            options = {"crf": MP4_CRF}
+            if max(h, w) < 128:  # x264's fast code reads past so small a picture: each file would be another
+                options["x264-params"] = "asm=0"
+            file._video_stream.options = options  # the plugin has no argument for it
             file.write(np.pad(frames, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), mode="edge"))  # 4:2:0 is even
     try:
         write_atomic(path, gif if kind == ".gif" else mp4)
@@ -921,6 +924,12 @@ def _clip_rows(source):
     return source, [(n, source.parent / clip, caption) for n, clip, caption in rows]
 
 
+def quick_files():
+    """Before many clips: imageio collects garbage at every close, 0.5 s each when transformers is loaded."""
+    gc.freeze()  # what is here now is no garbage
+    atexit.register(gc.unfreeze)
+
+
 class VideoDataset(torch.utils.data.Dataset):
     """Items {"video": (3, frames, height, width) in [-1, 1], "text": str, "path": str}.
     source: a folder (clips with same-named .txt, or a metadata.csv / .jsonl), a .csv with the columns
@@ -947,8 +956,7 @@ class VideoDataset(torch.utils.data.Dataset):
                 raise UserError(f"{self.source} row {n}: {path}: a picture is one frame; use --frames 1")
         # in shared memory: the workers of a loader count their bad clips together
         self.bad = torch.zeros(len(self.rows), dtype=torch.bool).share_memory_()
-        gc.freeze()  # imageio collects garbage at every close: 0.3 s a clip when transformers is loaded
-        atexit.register(gc.unfreeze)
+        quick_files()
 
     def __len__(self):
         return len(self.rows)
@@ -985,6 +993,77 @@ class VideoDataset(torch.utils.data.Dataset):
         h, w = self.size
         return (f"see python data.py --check {self.source} --frames {self.frames} --height {h} --width {w}"
                 + (f" --fps {self.fps:g}" if self.fps else ""))
+
+
+def _list_file(path, what):
+    """A JSON file that holds a list of objects."""
+    rows = _json(_read_text(path), path)
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{path}: not a list of {what}")
+    return rows
+
+
+def read_clips(folder):
+    """folder/metadata.json of VideoDPO's layout -> [(path of a clip, its caption)], none left out."""
+    path, rows = Path(folder, "metadata.json"), []
+    for i, row in enumerate(_list_file(path, "clips")):
+        try:
+            rows.append((Path(folder, row["basic"]["clip_path"]), row["misc"]["frame_caption"][0]))
+        except (KeyError, IndexError, TypeError):
+            raise UserError(f'{path} row {i}: wanted {{"basic": {{"clip_path": ...}}, "misc": '
+                            '{"frame_caption": [...]}}') from None
+    return rows
+
+
+class PairDataset(torch.utils.data.Dataset):
+    """VideoDPO's pairs: folders with metadata.json (clips), pair.json (video1 the winner, video2 the loser).
+
+    Items {"video": (2, 3, frames, height, width) in [-1,1], winner first, "text", "number"}; scores: of each
+    pair, 1 where none is given. Rows count from 0 within their folder. Each clip is looked for now; one that
+    is missing, or when it is read corrupt or short, is an error: no other can stand in for half a pair.
+    Longer clips are read with stride 4 where they are long enough, from a start drawn for `number`.
+    """
+
+    def __init__(self, folders, frames, height, width, seed=0):
+        self.frames, self.size, self.seed, self.rows, self.scores = frames, (height, width), seed, [], []
+        for folder in folders:
+            if not Path(folder).is_dir():
+                raise UserError(f"{folder}: no such folder of pairs (metadata.json, pair.json and clips)")
+            clips, path = read_clips(folder), Path(folder, "pair.json")
+            for i, row in enumerate(_list_file(path, "pairs")):
+                where, pair = f"{path} row {i}", [row.get(k) for k in ("video1", "video2")]
+                if not all(type(k) is int and 0 <= k < len(clips) for k in pair) or pair[0] == pair[1]:
+                    raise UserError(f"{where}: video1 and video2 must be two of the {len(clips)} rows of "
+                                    f"metadata.json, counted from 0, not {pair[0]} and {pair[1]}")
+                text, score = row.get("frame_caption", clips[pair[0]][1]), row.get("score", 1.0)
+                text = text[0] if isinstance(text, list) and text else text
+                if not isinstance(text, str):
+                    raise UserError(f"{where}: frame_caption is no text")
+                if not isinstance(score, (int, float)) or not 0 < score < float("inf"):
+                    raise UserError(f"{where}: score {score} is no number above 0")
+                for k in pair:
+                    if not clips[k][0].exists():
+                        raise UserError(f"{where}: {clips[k][0]}: no such clip")
+                self.rows.append((where, clips[pair[0]][0], clips[pair[1]][0], text))
+                self.scores.append(float(score))
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, item):
+        index, number = item
+        where, *paths, text = self.rows[index]
+        try:
+            clips = []
+            for k, path in enumerate(paths):
+                count, rate, _ = video_info(path)
+                fps = rate / 4 if count > 4 * (self.frames - 1) else None
+                start = generator(self.seed, "clip", number, k)
+                clips.append(read_video(path, self.frames, fps, start, self.size)[0])
+        except UserError as e:
+            kind = UserError if torch.utils.data.get_worker_info() is None else RuntimeError
+            raise kind(f"{where}: {_reason(e)}") from None
+        return {"video": torch.stack(clips), "text": text, "number": number}
 
 
 def check_dataset(source, frames, height, width, fps=None):

@@ -471,6 +471,20 @@ def flow_loss(net_fn, x0, noise, t, frame_mask=None):
     return (error * frame_mask).sum(1) / frame_mask.sum(1)
 
 
+def noised(schedule, x0, noise, u, size=None, origin=None):
+    """Any base's training input: u (n,) in 0..1 says how far -> x_t, t, what the network should answer.
+
+    schedule None: rectified flow, with flow_transform for `size`. origin: only the steps of a consistency
+    model's distillation (lcm_timesteps), e.g. 19, 39, ..., 999 of 50.
+    """
+    if schedule is None:
+        t = 1000 * u if size is None else flow_transform(1000 * u, *size)
+        return flow_add_noise(x0, noise, t), t, x0 - noise
+    num = len(schedule.alpha_bar)
+    t = (u * num).long() if origin is None else num // origin * ((u * origin).long() + 1) - 1
+    return schedule.add_noise(x0, noise, t), t, schedule.target(x0, noise, t)
+
+
 def rflow(net_fn, x_T, steps, size=None, frame_mask=None, generators=None, grad_last=0, progress=None):
     """Sample by Euler steps: noise x_T (b,c,f,h,w) -> latents, along x' = x + v (t - t_next) / 1000.
 

@@ -7,13 +7,20 @@
 The tiny world's judge reads shape, colour, background, motion, speed and smoothness off a clip.
 
 The judge learns nothing and shares no code with the rewards: it is never a reward, so it can tell when a
-reward is hacked.
+reward is hacked. One exception, and said so there: VideoDPO's OmniScore of tiny clips is made of it.
 """
+import json
+from pathlib import Path
+
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import BACKGROUNDS, COLOURS, SHAPES, parse
+from common import UserError, append_line, finish, load_weights, read_lines, rename, write_atomic
+from data import (BACKGROUNDS, COLOURS, SHAPES, clip_normalize, parse, quick_files, raft, read_clips,
+                  read_video)
+from text_encoders import DINO, dino_name
 
 ATTRIBUTES = ("shape", "colour", "background", "motion")
 
@@ -147,6 +154,21 @@ def judge(video: Tensor) -> dict:
               for s in SHAPES}
     best = min(errors, key=errors.get)
     seen["shape"] = best if errors[best] < 0.6 * area[k].sum() else "none"  # noise fits no template
+
+    # how well it is drawn
+    colours = np.array([np.median(frames[i][core[i]], axis=0) for i in k if core[i].any()])
+    off = [min(np.linalg.norm(rgb - np.array(named)) for named in palette.values())
+           for rgb, palette in ((np.median(frames[core], axis=0), COLOURS), (back, BACKGROUNDS))
+           ] if core.any() else [255]
+    drift = np.linalg.norm(colours - colours.mean(0), axis=1).mean() / 255 if len(colours) else 1.0
+    radius = 0.5 * np.log(np.maximum(area[shown], 1e-6))
+    empty = (mask[1:] < 0.02) & (mask[:-1] < 0.02)
+    moved = np.hypot(np.diff(cx[shown]), np.diff(cy[shown])) > 0.5
+    seen |= dict(
+        off_palette=float(sum(off)), misfit=float(errors[best] / area[k].sum()),
+        unsteady=float(drift + np.sqrt(np.mean((np.polyval(slope[2], k) - radius) ** 2))),
+        flicker=float(np.abs(np.diff(frames, axis=0)).mean(-1)[empty].mean()) if empty.any() else 255.0,
+        moving=float(np.mean(moved | (abs(np.diff(radius)) > 0.03))) if len(k) > 1 else 0.0)
     return seen | {"speed": float(np.hypot(slope[0][0], slope[1][0])), "size": float(area.mean()),
                    "smoothness": bend}
 
@@ -164,3 +186,299 @@ def judge_captions(videos, captions) -> dict:
             hits[a].append(ok)
         hits["joint"].append(all(right.values()))
     return {a: float(np.mean(v)) for a, v in hits.items() if v}
+
+
+# ---- OmniScore (VideoDPO, arXiv 2412.14167): seven dimensions of VBench (2311.17982) in one number
+
+# dimension: lowest and highest value, weight (as released)
+OMNISCORE = {
+    "subject_consistency": (0.1462, 1.0, 1.0), "temporal_flickering": (0.6293, 1.0, 1.0),
+    "motion_smoothness": (0.706, 0.9975, 1.0), "aesthetic_quality": (0.0, 1.0, 1.0),
+    "imaging_quality": (0.0, 1.0, 1.0), "dynamic_degree": (0.0, 1.0, 0.5),
+    "overall_consistency": (0.0, 0.364, 1.0)}
+# the tiny world's own range: the lowest is a clip badly drawn, the highest is out of its autoencoder's reach
+OMNISCORE_TINY = {
+    "subject_consistency": (0.9, 1.0, 1.0), "temporal_flickering": (0.98, 1.0, 1.0),
+    "motion_smoothness": (0.5, 1.0, 1.0), "aesthetic_quality": (0.88, 1.0, 1.0),
+    "imaging_quality": (0.8, 1.0, 1.0), "dynamic_degree": (0.0, 1.0, 0.5),
+    "overall_consistency": (0.0, 1.0, 1.0)}
+
+
+def omniscore(values: dict, table=None, semantic=("overall_consistency",), shares=(4, 1)) -> dict:
+    """{dimension: value} -> {"quality", "semantic", "total"}, weighted means of (value - low) / (high - low).
+
+    total = (4 quality + semantic) / 5: how well it is made counts for more than what it shows.
+    """
+    table, parts = table or OMNISCORE, []
+    for is_semantic in (False, True):
+        names = [n for n in table if (n in semantic) == is_semantic]
+        scaled = [table[n][2] * (values[n] - table[n][0]) / (table[n][1] - table[n][0]) for n in names]
+        parts.append(sum(scaled) / sum(table[n][2] for n in names))
+    total = (shares[0] * parts[0] + shares[1] * parts[1]) / sum(shares)
+    return {"quality": parts[0], "semantic": parts[1], "total": total}
+
+
+# the seven dimensions, each a number near 0..1 for one clip. A clip is (3,f,h,w) in [-1,1]; features (f,d).
+
+def subject_consistency(features):
+    """DINO features of the frames: cosine to the frame before and to the first, halved and summed over f.
+
+    As released the sum of f - 1 terms is divided by f (16), so that 1 - 1 / f is the most.
+    """
+    x = F.normalize(features.float(), dim=-1)
+    before, first = ((a * x[1:]).sum(1).clamp(min=0) for a in (x[:-1], x[:1]))
+    return float(((before + first) / 2).sum() / len(x))
+
+
+def temporal_flickering(video):
+    """No network: 1 - the mean difference of neighbouring frames, white to black being 1."""
+    return 1 - float(video.float().diff(dim=1).abs().mean() / 2)
+
+
+def motion_smoothness(video, flow):
+    """RAFT (torchvision; flow: of data.raft): how well every second frame is foretold from its neighbours.
+
+    Each is made by moving half-way along the flow between its two neighbours; 1 - the mean difference.
+    (VBench asks AMT, an interpolation network that no package brings.)
+    """
+    frames = video.float().transpose(0, 1)
+    a, b, middle = frames[:-2:2], frames[2::2], frames[1:-1:2]
+    if not len(middle):
+        return 1.0
+    halves = [_pulled(x, flow(y, x) / 2) for x, y in ((a, b), (b, a))]
+    return 1 - float((sum(halves) / 2 - middle).abs().mean() / 2)
+
+
+def _pulled(frames, flow):
+    """frames (n,3,h,w) looked up at (x, y) + flow (n,2,h,w)."""
+    h, w = frames.shape[2:]
+    y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    at = torch.stack([x, y]).to(flow) + flow
+    grid = (2 * at.permute(0, 2, 3, 1) + 1) / flow.new_tensor([w, h]) - 1
+    return F.grid_sample(frames, grid, padding_mode="border", align_corners=False)
+
+
+def dynamic_degree(video, flow, fps=8):
+    """RAFT: share of frame pairs, at about 8 a second, whose strongest 5 % of motion exceeds a threshold.
+
+    6 pixels on a side of 256 (as released; VBench's own answer is yes or no).
+    """
+    frames = video.float().transpose(0, 1)[::max(1, round(fps / 8))]
+    if len(frames) < 2:
+        return 0.0
+    length = flow(frames[:-1], frames[1:]).norm(dim=1).flatten(1)
+    strongest = length.topk(max(1, int(0.05 * length.shape[1])), dim=1).values.mean(1)
+    return float((strongest > 6 * min(frames.shape[2:]) / 256).float().mean())
+
+
+def aesthetic_quality(features, head):
+    """CLIP ViT-L/14 features of the frames, LAION's linear head (a Linear): its 0..10 as 0..1, averaged."""
+    return float(head(F.normalize(features.float(), dim=-1)).mean() / 10)
+
+
+def imaging_quality(video, quality):
+    """MUSIQ (arXiv 2108.05997) of the package pyiqa, a maintained no-reference model: its 0..100 as 0..1.
+
+    quality(frames (n,3,h,w) in [0,1]) -> (n,) or (n,1). Frames of a side over 512 are scaled down to it.
+    """
+    frames = video.float().transpose(0, 1).clamp(-1, 1) / 2 + 0.5
+    if max(frames.shape[2:]) > 512:
+        scale = 512 / max(frames.shape[2:])
+        frames = F.interpolate(frames, scale_factor=scale, mode="bilinear", antialias=True)
+    return float(quality(frames.clamp(0, 1)).float().mean() / 100)
+
+
+def overall_consistency(features, text):
+    """CLIP ViT-L/14: cosine of the frames' mean direction and the prompt's (1,d). (VBench asks ViCLIP, which
+    no package brings; the ranges of the two are alike.)"""
+    return cosine(F.normalize(features.float(), dim=-1).mean(0, keepdim=True), text.float())
+
+
+DIMENSIONS = tuple(OMNISCORE)
+
+
+def tiny_dimensions(video, caption, fps=None):
+    """The seven for a clip of the tiny world, off the judge: here alone is it a training signal.
+
+    Consistency: of the object's colour and size; aesthetics: colours near the named ones; imaging: the
+    shape's outline; overall consistency: share of the caption's words that are true. No object: the lowest
+    values.
+    """
+    seen, asked = judge(video), parse(caption)
+    if "misfit" not in seen:
+        return {name: OMNISCORE_TINY[name][0] for name in DIMENSIONS}
+    values = dict(
+        subject_consistency=1 - seen["unsteady"], temporal_flickering=1 - seen["flicker"] / 255,
+        motion_smoothness=1 - seen["smoothness"], dynamic_degree=seen["moving"],
+        aesthetic_quality=1 - seen["off_palette"] / 255, imaging_quality=1 - seen["misfit"],
+        overall_consistency=float(np.mean([seen[a] == word for a, word in asked.items()])) if asked else 1.0)
+    return {name: max(values[name], OMNISCORE_TINY[name][0]) for name in DIMENSIONS}
+
+
+# what the real dimensions need: file or folder below --score-weights -> where it is from
+SCORE_FILES = {
+    "dino_vitbase16_pretrain.pth": "https://dl.fbaipublicfiles.com/dino/dino_vitbase16_pretrain",
+    "clip-vit-large-patch14": "hf openai/clip-vit-large-patch14",
+    "sa_0_4_vit_l_14_linear.pth": "github LAION-AI/aesthetic-predictor",
+    "musiq_spaq_ckpt-358bb6af.pth": "hf chaofengc/IQA-PyTorch-Weights"}
+
+
+def check_score_files(folder):
+    """Refuse, before any work, a folder of OmniScore's networks in which one is missing."""
+    if folder is None:
+        raise UserError("--score-weights: OmniScore needs a folder with " + ", ".join(SCORE_FILES))
+    for name, source in SCORE_FILES.items():
+        if not Path(folder, name).exists():
+            raise UserError(f"--score-weights {folder}: {name} is missing; it is from {source}")
+    try:
+        import pyiqa  # noqa: F401
+    except ImportError:
+        raise UserError("OmniScore's imaging quality needs the package pyiqa: pip install pyiqa") from None
+
+
+def scorer(tiny, folder=None, flow_weights=None, device="cpu"):
+    """-> fn(video, prompt, fps) -> {dimension: value, "quality", "semantic", "total"}, None without networks.
+
+    tiny: of the tiny world. Else the networks below `folder` are loaded at the first clip.
+    """
+    if not tiny and folder is None:
+        return None
+    loaded = [tiny_dimensions] if tiny else []
+
+    def judged(video, prompt, fps=8):
+        if not loaded:
+            loaded.append(real_dimensions(folder, flow_weights, device))
+        values = loaded[0](video, prompt, fps)
+        return values | omniscore(values, OMNISCORE_TINY if tiny else OMNISCORE)
+    return judged
+
+
+@torch.no_grad()
+def real_dimensions(folder, flow_weights=None, device="cpu"):
+    """Load OmniScore's networks -> fn(video (3,f,h,w) in [-1,1], prompt, fps) -> {dimension: value}."""
+    import pyiqa
+    from transformers import AutoTokenizer, CLIPModel
+    check_score_files(folder)
+    files = {name: Path(folder, name) for name in SCORE_FILES}
+    dino_file, clip_folder, head_file, musiq_file = files.values()
+    dino = DINO(width=768, heads=12)
+    dino.load_state_dict(rename(load_weights(dino_file), dino, dino_name, dino_file))
+    clip, words = CLIPModel.from_pretrained(clip_folder), AutoTokenizer.from_pretrained(clip_folder)
+    head = torch.nn.Linear(clip.config.projection_dim, 1)
+    head.load_state_dict(load_weights(head_file))
+    for module in (dino, clip, head):
+        module.eval().requires_grad_(False).to(device)
+    quality = pyiqa.create_metric("musiq-spaq", device=torch.device(device),
+                                  pretrained_model_path=str(musiq_file))
+    flow, side = raft("large", flow_weights, device), clip.config.vision_config.image_size
+
+    @torch.no_grad()
+    def dimensions(video, prompt, fps=8):
+        video = video.to(device).float()
+        frames = video.transpose(0, 1).clamp(-1, 1) / 2 + 0.5
+        # the shorter side to 224; DINO reads the whole, CLIP the middle
+        scale = side / min(frames.shape[2:])
+        size = [max(side, round(scale * n)) for n in frames.shape[2:]]
+        small = F.interpolate(frames, size, mode="bicubic", antialias=True).clamp(0, 1)
+        top, left = ((n - side) // 2 for n in size)
+        mean, std = (small.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+        crop = clip_normalize(small[:, :, top:top + side, left:left + side])
+        seen = clip.visual_projection(clip.vision_model(pixel_values=crop).pooler_output)
+        ids = words([prompt], truncation=True, max_length=77, return_tensors="pt").to(device)
+        text = clip.text_projection(clip.text_model(**ids).pooler_output)
+        return dict(
+            subject_consistency=subject_consistency(dino((small - mean) / std)),
+            temporal_flickering=temporal_flickering(video),
+            motion_smoothness=motion_smoothness(video, flow), dynamic_degree=dynamic_degree(video, flow, fps),
+            aesthetic_quality=aesthetic_quality(seen, head), imaging_quality=imaging_quality(video, quality),
+            overall_consistency=overall_consistency(seen, text))
+    return dimensions
+
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+# ---- scores and pairs of a folder of clips, in the layout of VideoDPO's released data (data.read_clips)
+
+def select_pair(totals):
+    """OmniScores of one prompt's clips -> indices of the best and of the worst, the product of the two."""
+    best, worst = (pick(range(len(totals)), key=totals.__getitem__) for pick in (max, min))
+    return best, worst, totals[best] * totals[worst]
+
+
+
+def pair_weight(score, alpha, numerator=0.72):
+    """(0.72 / score)^alpha: 0.72 was about the largest product, so that rarer, lower pairs weigh more."""
+    return (numerator / score) ** alpha
+
+
+def score_folder(env, folder, judged):
+    """OmniScore of each clip -> folder/scores.jsonl; judged: of scorer().
+
+    Processes share the clips; one that has its score already keeps it.
+    """
+    clips = read_clips(folder)
+
+    def scores():
+        parts = sorted(Path(folder).glob("scores*.jsonl"))
+        return {row["clip"]: row for part in parts for row in read_lines(part)}
+    known, mine = scores(), Path(folder, f"scores-{env.rank}.jsonl")
+    if mine.exists():  # a kill may have cut its last line off: the next would be lost with it
+        text = "".join(json.dumps(row) + "\n" for row in read_lines(mine))
+        write_atomic(mine, lambda p: p.write_text(text))
+    quick_files()
+    for path, caption in clips[env.rank::env.world]:
+        if path.name not in known:
+            video, fps = read_video(path)
+            append_line(mine, {"clip": path.name, **judged(video, caption, fps)})
+    finish(env, Path(folder, "scores.jsonl"),
+           lambda: "".join(json.dumps(known[path.name]) + "\n" for known in [scores()] for path, _ in clips))
+
+
+def pair_folder(env, folder, score="product", drop=0.0, split_average=False):
+    """Best against worst of each prompt's clips -> folder/pair.json.
+
+    score: "product" of the two OmniScores, as released; "histogram": the product of their shares among all
+    clips, as in the paper, 0.72 for the commonest pair. drop: share of pairs left out, those most alike;
+    split_average: keep those with the mean of all clips in between.
+    """
+    clips, prompts, rows = read_clips(folder), {}, []
+    totals = {row["clip"]: row["total"] for row in read_lines(Path(folder, "scores.jsonl"))}
+    absent = [path.name for path, _ in clips if path.name not in totals]
+    if absent:
+        raise UserError(f"{folder}: {absent[0]} has no score yet: --stage score first")
+    totals = [totals[path.name] for path, _ in clips]
+    for i, (path, _) in enumerate(clips):
+        prompts.setdefault(path.stem.rsplit("-", 1)[0], []).append(i)
+    counts, edges = np.histogram(totals, bins=20)
+    share = counts[np.searchsorted(edges[1:-1], totals, side="right")] / len(totals)
+    for mine in prompts.values():
+        best, worst, product = select_pair([totals[i] for i in mine])
+        best, worst = mine[best], mine[worst]
+        rows.append(dict(
+            video1=best, video2=worst, label=0, frame_caption=[clips[best][1]],
+            score=max(product, 1e-3) if score == "product" else float(share[best] * share[worst]),
+            diff_score=totals[best] - totals[worst]))
+    if score == "histogram":
+        most = max(row["score"] for row in rows)
+        rows = [row | {"score": 0.72 * row["score"] / most} for row in rows]
+    alike, mean = sorted(rows, key=lambda row: row["diff_score"])[:int(drop * len(rows))], np.mean(totals)
+    kept = [row for row in rows if row["diff_score"] > 0 and row not in alike and (
+        not split_average or totals[row["video1"]] > mean > totals[row["video2"]])]
+    if not kept:
+        raise UserError(f"{folder}: no pair is left; give a smaller --drop-pairs, or more clips: --samples")
+    finish(env, Path(folder, "pair.json"), lambda: json.dumps(kept, indent=1))
+    if env.main:
+        print(f"{folder}: {len(kept)} pairs of {len(prompts)} prompts, mean OmniScore {mean:.4f}", flush=True)
+
+
+def wins(out, name, judged, prompts):
+    """OmniScore of out/NAME/0000.mp4 ... -> means of its parts; "wins": share that beat theirs in before/."""
+    scores, first = [], Path(out, "before.json")
+    for i, prompt in enumerate(prompts):
+        video, fps = read_video(Path(out, name, f"{i:04d}.mp4"))
+        scores.append(judged(video, prompt, fps))
+    if name == "before":
+        write_atomic(first, lambda p: p.write_text(json.dumps(scores)))
+    better = [a["total"] > b["total"] for a, b in zip(scores, json.loads(first.read_text()))]
+    return {k: float(np.mean([s[k] for s in scores])) for k in scores[0]} | {"wins": float(np.mean(better))}

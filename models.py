@@ -12,9 +12,10 @@ Videos and latents are `b c f h w`; inside the UNet images travel as `(b f) c h 
 STDiT3 tokens as `b f s d`, s the h w patches of a frame. (Some 60 lines over the budget of 1,400: three
 families of networks share this file, and a second file would tear them from the parts they share.)
 """
+import copy
 import math
 import re
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -1406,6 +1407,34 @@ def add_lora(net, rank, alpha, targets):
 
 def lora_branch(layer, args, out):
     return out + layer.lora_scale * layer.lora_B(layer.lora_A(args[0]))
+
+
+@contextmanager
+def lora_off(net):
+    """While it lasts LoRA branches count nothing. What is recomputed backward must be run outside of it."""
+    layers = [m for m in net.modules() if hasattr(m, "lora_scale")]
+    scales = [layer.lora_scale for layer in layers]
+    try:
+        for layer in layers:
+            layer.lora_scale = 0.0
+        yield
+    finally:
+        for layer, scale in zip(layers, scales):
+            layer.lora_scale = scale
+
+
+def frozen_copy(net, dtype, mode, device, offload=False):
+    """What a network is before all its weights are trained: DPO's reference, sharded with fsdp."""
+    frozen = copy.deepcopy(net).to(dtype).eval().requires_grad_(False)
+    return parallelize(frozen, mode, device, offload) if mode == "fsdp" else frozen
+
+
+def without_lora(net):
+    """-> fn, called as `net` is: the network as it was before LoRA was trained, DPO's reference."""
+    def reference(*args, **cond):
+        with lora_off(net):
+            return net(*args, **cond)
+    return reference
 
 
 @torch.no_grad()

@@ -33,11 +33,13 @@ from torch import nn
 from tqdm import tqdm
 
 from bases import BASES, base_row, fill, latent_shape, load_base, merge_public_lora, run_parts
-from common import (COUNT, NATURAL, REAL, SHARE, UNSIGNED, Env, Parser, UserError, check_writable, generator,
-                    load_checkpoint, load_weights, memory_advice, rename, setup, write_atomic)
-from data import (MOTIONS, NEW_MOTIONS, center_crop_wide, clip_image, contact_sheet, image_tensor,
-                  list_videos, open_image, opensora_size, parse, prompts_of, read_image_prompts, read_map,
-                  read_prompts, read_video, tiny_captions, tiny_pairs, to_uint8, video_info, write_video)
+from common import (COUNT, NATURAL, REAL, SHARE, UNSIGNED, Env, Parser, UserError, check_writable, finish,
+                    generator, load_checkpoint, load_weights, memory_advice, rename, seed_of, setup,
+                    write_atomic)
+from data import (MOTIONS, NEW_MOTIONS, center_crop_wide, clip_image, contact_sheet, encode_once,
+                  image_tensor, list_videos, open_image, opensora_size, parse, prompts_of, quick_files,
+                  read_image_prompts, read_map, read_prompts, read_video, tiny_captions, tiny_pairs, to_uint8,
+                  video_info, write_video)
 from diffusion import (appearance_matrix, cogvideox_dpm, ddim, ddim_invert, dpmpp_2m, dpmpp_2m_sde,
                        dynamic_guidance,
                        guided, lcm, make_schedule, offset_noise, randn, rflow)
@@ -182,6 +184,58 @@ def generate_from(base, env: Env, prompts, images, seeds, args, batch=8, more=0,
     return torch.cat(videos, dim=2)
 
 
+def generate_folder(base, env: Env, args, folder, prompts, n, settings):
+    """n clips a prompt -> folder/clips/PROMPT-K.mp4 and metadata.json, VideoDPO's layout (data.read_clips).
+
+    Processes share the clips; those that are there are kept, and those that a kill took come out the same.
+    """
+    if Path(folder, "clips").exists() and not args.resume:
+        raise UserError(f"{folder} already holds clips: --resume goes on, --out FOLDER starts anew")
+    about = Path(folder, "settings.json")
+    wanted = dict(settings, base=base.name, n=n, seed=args.seed, batch=args.batch, prompts=prompts)
+    wanted = json.dumps(wanted, indent=1)
+    if about.exists() and about.read_text() != wanted:
+        raise UserError(f"{folder}: its clips were made with other options or prompts: give the same, or "
+                        "another --out")
+    finish(env, about, lambda: wanted)
+    quick_files()
+    jobs = [(f"clips/{i:06d}-{k}.mp4", prompt, f"{args.seed}-{Path(folder).name}-{i}-{k}")
+            for i, prompt in enumerate(prompts) for k in range(n)]
+    size, start = 2 * args.batch, time.time()  # whole batches: else a resumed run would differ by rounding
+    batches = [jobs[j:j + size] for j in range(0, len(jobs), size)][env.rank::env.world]
+    for number, batch in enumerate(batches, 1):
+        if not all(Path(folder, file).exists() for file, _, _ in batch):
+            videos = generate(base, env, [b[1] for b in batch], [b[2] for b in batch], args, size)
+            for (file, _, _), video in zip(batch, videos):
+                write_video(Path(folder, file), video, args.save_fps)
+        if env.main and (number % 20 == 0 or number == len(batches)):
+            done = min(len(jobs), number * size * env.world)
+            print(f"{folder}: {done}/{len(jobs)} clips, {time.time() - start:.0f} s", flush=True)
+    rows = [{"basic": {"clip_duration": args.frames / args.save_fps, "clip_path": file, "globalidx": j},
+             "misc": {"frame_caption": [prompt]}} for j, (file, prompt, _) in enumerate(jobs)]
+    finish(env, Path(folder, "metadata.json"), lambda: json.dumps(rows, indent=1))
+
+
+def encode_pairs(base, env: Env, args, data, name):
+    """A PairDataset (None: none) -> items {"latents" (2,c,f,h,w) half, "text"}, encoded once, into --out.
+
+    A sample of the encoder's Gaussian, drawn for each pair.
+    """
+    if data is None:
+        return None
+    quick_files()
+    shape = latent_shape(base.name, args.frames, args.height, args.width)
+
+    def encode(batch):
+        x = batch["video"].flatten(0, 1).to(env.device, next(base.vae.parameters()).dtype)
+        generators = [generator(args.seed, "posterior", int(i)) for i in batch["number"]]
+        noise = randn((len(generators), 2, *shape), generators).flatten(0, 1).to(x)
+        with torch.no_grad():
+            return {"latents": base.vae.encode(x, noise).half().unflatten(0, (-1, 2))}
+    about = dict(base=base.name, weights=args.weights, shape=shape, seed=args.seed, rows=seed_of(data.rows))
+    return encode_once(Path(args.out, "latents", name), data, encode, about, env, args.workers)
+
+
 def decode(base, latents, frames, chunk=16, chosen=None):
     """Latents -> video; chosen: numbers of the only frames to decode.
 
@@ -194,6 +248,27 @@ def decode(base, latents, frames, chunk=16, chosen=None):
 def frame_rate(args, n, device) -> dict:
     """{"fps": (n,)} for a base that takes the frame rate as a condition, else {}."""
     return {} if args.fps is None else {"fps": torch.full((n,), args.fps, device=device)}
+
+
+def training_conditions(base, args, texts, t, fps=None) -> dict:
+    """What a text-to-video network is told in training beside step and words, {name: tensor (n, ...)}.
+
+    t (n,) steps. fps None: of the network's own default (VideoCrafter2: 16). T2V-Turbo: its guidance scale,
+    Open-Sora: the clip's size.
+    """
+    unet, n = base.row.unet, len(t)
+    cond = {} if fps is None else {"fps": torch.full((n,), fps, device=t.device)}
+    if base.schedule is None:
+        cond = {k: torch.full((n,), float(getattr(args, k)), device=t.device)
+                for k in ("fps", "height", "width")}
+        cond["text_mask"] = (base.tokenize(texts) != 0).to(t.device)
+    if unet.guidance_dim:
+        scale = torch.full((n,), float(args.cfg), device=t.device)
+        cond["guidance"] = guidance_embedding(scale, unet.guidance_dim)
+    if unet.motion_guidance_dim:  # in the first steps only, as distilled() has it
+        early = t >= 1000 * (1 - args.motion_share)
+        cond["motion_guidance"] = guidance_embedding(args.motion_cfg * early, unet.motion_guidance_dim)
+    return cond
 
 
 def distilled(net, text, cond, args):
@@ -585,6 +660,7 @@ def get_args(argv=None):
                    help="CogVideoX: guidance that grows over the steps, as published or as meant")
     p.add_argument("--motion-cfg", type=REAL, help="T2V-Turbo-v2: scale of motion guidance (0.05)")
     p.add_argument("--n", type=COUNT, default=1, help="clips a prompt")
+    p.add_argument("--vbench", action="store_true", help="name the files as VBench wants: PROMPT-0.mp4, ...")
     p.add_argument("--batch", type=COUNT, default=4, help="clips at a time on each process")
     p.add_argument("--seed", type=NATURAL, default=0, help="seed")
     # machine
@@ -614,6 +690,18 @@ def apply_size(args, row):
     for flag, value in zip(("frames", "height", "width"), opensora_size(*names)):
         if getattr(args, flag) is None:
             setattr(args, flag, value)
+
+
+def file_names(prompts, n, vbench=False):
+    """Names of the clips, n a prompt: 0000.mp4 ..., or VBench's PROMPT-0.mp4 ... PROMPT-4.mp4."""
+    if not vbench:
+        return [f"{j:04d}.mp4" for j in range(len(prompts) * n)]
+    for prompt in prompts:
+        if "/" in prompt or len(prompt.encode()) > 240:
+            raise UserError(f"--vbench: {prompt[:60]!r} can be no file's name (a / in it, or too long)")
+        if prompts.count(prompt) > 1:
+            raise UserError(f"--vbench: the prompt {prompt[:60]!r} comes twice; give --n instead")
+    return [f"{prompt}-{k}.mp4" for prompt in prompts for k in range(n)]
 
 
 def read_jobs(args, row):
@@ -659,6 +747,7 @@ def main(argv=None):
     check_conditions(args, row)
     check_writable(args.out)
     prompts, files = read_jobs(args, row)
+    names = file_names(prompts, args.n, args.vbench)
     size = args.height, args.width
     maps = read_maps(args, size) if row.unet.maps else {}
     tracks = read_video(args.tracks, args.frames, size=size)[0] if args.tracks else None
@@ -711,7 +800,7 @@ def main(argv=None):
             if frames is not None and frames < videos.shape[2]:
                 videos = videos[:, :, ::2]  # every frame went in twice
             for j, video in zip(mine[i:i + batch], videos):
-                write_video(out / f"{j:04d}.mp4", video, args.save_fps)
+                write_video(out / names[j], video, args.save_fps)
                 if tracks is not None:  # what went in beside what came out
                     still, first = video[:, :1], jobs[j][1]
                     if first:
@@ -740,7 +829,7 @@ def main(argv=None):
         own = "image" if row.first_frame else "video"
         if args.judge and row.first_frame:
             jobs = [(prompt, out / f"{j:04d}.png", seed) for j, (prompt, _, seed) in enumerate(jobs)]
-        rows = [dict(file=f"{j:04d}.mp4", prompt=prompt, seed=seed, base=base.name, adapters=adapters,
+        rows = [dict(file=names[j], prompt=prompt, seed=seed, base=base.name, adapters=adapters,
                      **(given | ({own: str(file)} if file else {})), **settings,
                      **({"continue": args.more} if args.more else {}),
                      **({"scores": scores[j]} if scores else {}))

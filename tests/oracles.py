@@ -39,6 +39,7 @@ import sample
 import text_encoders
 import tracks
 import vae
+import videodpo
 
 
 class Unsupported(Exception):
@@ -58,8 +59,9 @@ class Case:
         vars(self).update(json.loads(self.path.read_text()))
         if self.kind == "table":
             # every expected value of every row becomes one output, so that tables are graded like the rest
+            whole = vars(self) | self.outputs.pop("rows", {})  # a grade for all rows
             for i, row in enumerate(self.rows):
-                graded = {name: row.get(name, vars(self).get(name)) for name in ("check", "tol")}
+                graded = {name: row.get(name, whole.get(name)) for name in ("check", "tol")}
                 for name, value in row["expected"].items():
                     self.outputs[f"{i}.{name}"] = {"value": value, **graded}
 
@@ -1409,6 +1411,83 @@ def clip_forward(case):
             result[name] = image.grad
         else:
             raise Unsupported(f"function {call['fn']}")
+
+
+# ---- VideoDPO
+
+def dpo_loss(case):
+    """The loss on given predictions, its gradient and its argument, for both reductions."""
+    result, inputs = {}, [case.input(k) for k in ("pred", "ref_pred", "target")]
+    for name, call in case.call.items():
+        pred = inputs[0].clone().requires_grad_()
+        loss, z = videodpo.dpo_loss(pred, *inputs[1:], case.input("dupfactor"), case.config["beta_dpo"],
+                                    call["reduce"])
+        loss.mean().backward()
+        what = "grad" if call.get("grad_of") else "inside" if "inside" in name else name
+        result[name] = {"grad": pred.grad, "inside": z, "implicit_acc": (z > 0).float().mean()[None]}.get(
+            what, loss.mean()[None])
+    return result
+
+
+def dpo_step(case):
+    """One training step from noise to gradients, all weights or the LoRA list of T2V-Turbo."""
+    config, nets = case.config, {}
+    lora = config.get("lora") if config["trains"] == "lora" else None
+    for who in ("policy", "reference"):
+        nets[who] = turbo_network(config["unet"], lora, case.params, case.left_as_built,
+                                  "active" if lora else "none", config["weights"][who])
+    net = nets["policy"]
+    if not lora:
+        net.requires_grad_(True)
+    schedule = sqrt_linear(config, use_scale=config["use_scale"])
+    noise, t = case.input("noise"), case.input("timesteps")
+    x_noisy = schedule.add_noise(case.input("x0"), noise, t)
+    given = {k: v for k, v in case.call["network"].items() if k != "x"}
+    (_, t, text), cond = vc2_arguments(case, given | {"x": "noise"})
+    with torch.no_grad():
+        ref = nets["reference"](x_noisy, t, text, **cond)
+    pred = net(x_noisy, t, text, **cond)
+    target = schedule.target(case.input("x0"), noise, t)
+    loss, _ = videodpo.dpo_loss(pred, ref, target, case.input("dupfactor"), config["beta_dpo"],
+                                config["reduce"])
+    loss.mean().backward()
+    grads = {models.videocrafter_name(k): p.grad for k, p in net.named_parameters() if p.grad is not None}
+    result = {"loss": loss.mean()[None], "x_noisy": x_noisy, "pred": pred, "ref_pred": ref,
+              "grad_total_norm": torch.stack([g.norm() for g in grads.values()]).norm()[None]}
+    entries = {layer[f"index_{end}"]: f"{layer['module']}.lora_{side}.weight" for layer in
+               (lora["targets"] if lora else []) for side, end in (("B", "up"), ("A", "down"))}
+    for name, spec in case.outputs.items():
+        key = spec.get("key") or entries.get(spec.get("lora_entry"))
+        if key in grads:
+            result[name] = grads[key]
+    return result
+
+
+def omniscore_rows(config, **raw):
+    raw = {k.replace(" ", "_"): v for k, v in raw.items()}
+    table = {k.replace(" ", "_"): (*v, config["dim_weight"][k]) for k, v in config["norm_min_max"].items()}
+    raw["subject_consistency"] /= config["subject_divisor"]  # over frames, as subject_consistency() has it
+    raw["imaging_quality"] /= config["imaging_divisor"]
+    shares = config["quality_weight"], config["semantic_weight"]
+    return metrics.omniscore(raw, table, [k.replace(" ", "_") for k in config["semantic"]], shares)
+
+
+def select_pair(config, totals):
+    win, lose, score = metrics.select_pair(totals)
+    return {"win": win, "lose": lose, "pair_score": score}
+
+
+def dupfactor(config, score, dupbeta, numerator):
+    return {"dupfactor": metrics.pair_weight(score, dupbeta, numerator)}
+
+
+def videodpo_table(case):
+    functions = {"omniscore": omniscore_rows, "select_pair": select_pair, "dupfactor": dupfactor}
+    result = {}
+    for i, row in enumerate(case.rows):
+        if row["op"] not in functions:
+            raise Unsupported(f"a table of {row['op']}")
+        result |= {f"{i}.{k}": v for k, v in functions[row["op"]](case.config, **row["inputs"]).items()}
     return result
 
 
@@ -1936,6 +2015,9 @@ KINDS = {
     ("reward_heads", "rewards"): reward_heads,
     ("reward_detection", "rewards"): reward_detection,
     ("clip_forward", "rewards"): clip_forward,
+    ("loss", "videodpo"): dpo_loss,
+    ("train_step", "videodpo"): dpo_step,
+    ("table", "videodpo"): videodpo_table,
     # CogVideoX and Diffusion as Shader
     ("dit_forward", "cogvideox_dit"): cogvideox_forward,
     ("dit_forward", "das_dit"): cogvideox_forward,

@@ -26,11 +26,13 @@ import rewards
 import sample
 import t2v
 import vader
+import videodpo
 from data import VideoDataset, read_image_prompts, read_prompts, write_video
 
 ROOT = Path(__file__).parent.parent
 MAINS = {"sample": sample.main, "vader": vader.main, "t2v": t2v.main, "i2vgen": i2vgen.main,
-         "bases": bases.main, "data": data.main, "das": das.main, "instructvideo": instructvideo.main}
+         "bases": bases.main, "data": data.main, "das": das.main, "instructvideo": instructvideo.main,
+         "videodpo": videodpo.main}
 TINY = "--base tiny --prompt 'a red circle'"
 
 BAD = [
@@ -233,6 +235,26 @@ BAD = [
     ("das", "--make-tracks clips/a.mp4 --flow-weights none.pth", "none.pth: no such file"),
     ("das", "--make-tracks", "--make-tracks: expected one argument"),
     ("sample", f"{TINY} --track-strength 1", "--track-strength: this base has no such condition"),
+    # VideoDPO
+    ("videodpo", "--base tiny --samples 0", "--samples: '0'"),
+    ("videodpo", "--base tiny --beta-dpo 0", "--beta-dpo"),
+    ("videodpo", "--base tiny --drop-pairs 2", "--drop-pairs"),
+    ("videodpo", "--base tiny --reweight -1", "--reweight"),
+    ("videodpo", "--base tiny --reduce row", "--reduce: invalid choice"),
+    ("videodpo", "--base tiny --stage all", "--stage: invalid choice"),
+    ("videodpo", "--base tiny-i2v", "does not run on it yet; it runs on tiny"),
+    ("videodpo", "--base videocrafter2", "--prompts: give a file of prompts"),
+    ("videodpo", "--base videocrafter2 --prompts good.txt", "--score-weights: OmniScore needs a folder with"),
+    ("videodpo", "--base videocrafter2 --prompts good.txt --score-weights empty",
+     "--score-weights empty: dino_vitbase16_pretrain.pth is missing"),
+    ("videodpo", "--base tiny --stage score", "metadata.json; run the stage before it first"),
+    ("videodpo", "--base tiny --stage train", "pair.json; run the stage before it first"),
+    ("videodpo", "--base tiny --stage score --pairs clips", "leave one of the two"),
+    ("videodpo", "--base tiny --eval-pairs clips", "--eval-pairs: goes with --pairs"),
+    ("videodpo", "--base tiny --pairs none", "none: no such folder of pairs"),
+    ("videodpo", "--base tiny --pairs clips", "clips/metadata.json: no such file"),
+    ("videodpo", "--base tiny --out run", "already holds a run"),
+    ("sample", "--base tiny --prompt a/b --vbench", "--vbench: 'a/b' can be no file's name"),
 ]
 
 
@@ -306,7 +328,7 @@ class Reached(Exception):
 
 
 FLAGS = {"t2v": t2v, "vader": vader, "i2vgen": i2vgen, "sample": sample, "instructvideo": instructvideo,
-         "das": das}
+         "das": das, "videodpo": videodpo}
 VALUES = st.one_of(
     st.sampled_from([
         "tiny", "tiny-i2v", "tiny-cogvideox", "modelscope", "good.txt", "clips", "run", "none", "", "all",
