@@ -255,11 +255,11 @@ def test_das(seed, tmp_path):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_videodpo(seed, tmp_path):
     """All stages, 15 CPU minutes at most. On 128 held-out prompts: 60 % win by OmniScore, dynamic degree and
-    joint accuracy lose 2 points at most; 70 % of the held-out pairs are told apart. Beside it the same pairs,
-    re-weighted."""
+    joint accuracy lose 2 points at most; 70 % of the held-out pairs are told apart. Beside it, for seed 0,
+    the same pairs re-weighted."""
     table, runs = [], {}
     pairs = ["--pairs", str(tmp_path / "off" / "train"), "--eval-pairs", str(tmp_path / "off" / "held-out")]
-    for name, more in (("off", []), ("on", [*pairs, "--reweight", "1"])):
+    for name, more in (("off", []), ("on", [*pairs, "--reweight", "1"]))[:1 + (seed == 0)]:
         start, out = time.process_time(), tmp_path / name
         videodpo.main(["--base", "tiny", "--seed", str(seed), "--dtype", "fp32", *more, "--out", str(out)])
         rows = [json.loads(x) for x in (out / "eval.jsonl").read_text().splitlines()]
