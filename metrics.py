@@ -618,11 +618,10 @@ def read_rows(args):
                 for clip, folder, prompt in read_triples(source)]
     else:
         clips = list_videos(source)
-        known = {row.get("file"): row.get("prompt") for row in read_lines(source / "index.jsonl")}
-        prompts = read_prompts(args.prompts) if args.prompts else [known.get(c.name) for c in clips]
-        if len(prompts) != len(clips) or None in prompts:
-            raise UserError(f"{source}: {len(clips)} clips, {len(prompts) - prompts.count(None)} prompts; "
-                            "give --prompts FILE, a line a clip in the order of their names")
+        prompts = prompts_of(clips, args.prompts)
+        if "" in prompts:
+            raise UserError(f"{clips[prompts.index('')]}: no prompt for it in index.jsonl; give --prompts FILE, "
+                            "a line a clip in the order of their names")
         rows = [(clip, args.references and Path(args.references), p) for clip, p in zip(clips, prompts)]
     for clip, folder, _ in rows:
         if not clip.exists():
