@@ -620,8 +620,8 @@ def read_rows(args):
         clips = list_videos(source)
         prompts = prompts_of(clips, args.prompts)
         if "" in prompts:
-            raise UserError(f"{clips[prompts.index('')]}: no prompt for it in index.jsonl; give --prompts FILE, "
-                            "a line a clip in the order of their names")
+            raise UserError(f"{clips[prompts.index('')]}: no prompt in index.jsonl beside it; give --prompts "
+                            "FILE, a line a clip in the order of their names")
         rows = [(clip, args.references and Path(args.references), p) for clip, p in zip(clips, prompts)]
     for clip, folder, _ in rows:
         if not clip.exists():
