@@ -49,10 +49,11 @@ ADAPTED = {"tiny": "tiny-dreamvideo", "modelscope-v1.5": "dreamvideo"}  # a base
 STAGES = {"token": dict(steps=3000, batch=4, lr=1e-4, save_every=200),
           "identity": dict(steps=1000, batch=4, lr=1e-5, save_every=100),
           "motion": dict(steps=1000, batch=1, lr=1e-5, save_every=100, drop_text=0.5, drop_image=0.5)}
-TINY = dict(batch=4, betas=(0.9, 0.99), picture_frames=8, vectors=2, init="white circle", offset_noise=0.0,
-            lr_schedule="cosine", cache_latents=True, workers=0, grad_ckpt=False, log_every=50)
-TINY_STAGES = {"token": dict(steps=200, lr=2e-2), "identity": dict(steps=600, lr=4e-3),
-               "motion": dict(steps=500, lr=3e-3, drop_image=0.0)}
+TINY = dict(batch=4, betas=(0.9, 0.99), picture_frames=8, vectors=2, init="white circle", masked_loss=False,
+            offset_noise=0.0, lr_schedule="cosine", cache_latents=True, workers=0, grad_ckpt=False,
+            log_every=50)
+TINY_STAGES = {"token": dict(steps=200, lr=2e-2), "identity": dict(steps=1000, lr=4e-3),
+               "motion": dict(steps=500, lr=3e-3, drop_text=0.0, drop_image=1.0)}
 
 
 def get_args(argv=None):

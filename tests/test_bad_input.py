@@ -270,7 +270,7 @@ BAD = [
     ("dreamvideo", "--base tiny --init 'a dragon'", "does not know 'dragon'"),
     ("dreamvideo", "--base tiny --data none", "none: no such folder or list of pictures"),
     ("dreamvideo", "--base tiny --data empty", "no pictures in this folder"),
-    ("dreamvideo", "--base tiny --data pictures", "no mask for a.png; --no-masked-loss"),
+    ("dreamvideo", "--base tiny --data pictures --masked-loss", "no mask for a.png; --no-masked-loss"),
     ("dreamvideo", "--base tiny --stage motion --data nocaption", "no caption beside it"),
     ("dreamvideo", "--base tiny --prompts none.txt", "none.txt: no such file"),
     ("dreamvideo", "--base tiny --prompts words.txt", "does not know 'dragon'"),

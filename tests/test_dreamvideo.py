@@ -36,7 +36,7 @@ def quick():
     with pytest.MonkeyPatch.context() as m:
         row = bases.BASES["tiny-dreamvideo"]
         m.setitem(bases.BASES, "tiny-dreamvideo", replace(row, sample=row.sample | {"sample_steps": 2}))
-        m.setattr(sample, "contact_sheet", lambda *args: None)
+        m.setattr(sample, "contact_sheet", lambda *args, **kw: None)
         yield
     gc.unfreeze()
 
@@ -136,7 +136,7 @@ def test_masks_and_dropped_conditions_reach_the_loss(runs, no_previews, tmp_path
         seen.append((None if mask is None else mask.clone(), text.clone(), cond))
         return loss(net, schedule, x0, noise, t, text, mask, **cond)
     monkeypatch.setattr(dreamvideo, "adapter_loss", spy)
-    train("identity", tmp_path / "a", runs["token"], "--steps", "1")
+    train("identity", tmp_path / "a", runs["token"], "--steps", "1", "--masked-loss")
     train("identity", tmp_path / "b", runs["token"], "--steps", "1", "--no-masked-loss")
     mask = seen[0][0]
     assert mask.shape == (2, 1, 8, 8, 8) and set(mask.unique().tolist()) == {0, 1} and seen[1][0] is None
