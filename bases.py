@@ -17,15 +17,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common import (Parser, UserError, load_checkpoint, load_safetensors, load_strict, load_weights,
-                    looks_like, net_and_text, rename, replace_part, shards_of, write_atomic)
+                    looks_like, net_and_text, rename, replace_part, run_file, shards_of, write_atomic)
 from data import NEW_MOTIONS, TINY_FPS, TINY_FRAMES, TINY_SIZE, TINY_WORDS
 from diffusion import make_schedule
 from models import (PATCH, CogVideoX, CogVideoXConfig, STDiT3, STDiT3Config, UNet3D, UNetConfig, add_lora,
                     instructvideo_lora_name, merge_lora, misfit, rope_frequencies, turbo_lora_layers,
                     unet_diffusers_name, videocrafter_name, with_tracks)
 from text_encoders import (CLIPConfig, OpenCLIPText, OpenCLIPVision, T5Config, T5Text, TinyText,
-                           clip_text_only, t5_tokenizer, text_from_hf, tiny_tokenize, tokenize,
-                           vision_from_hf)
+                           clip_text_only, load_learned, placeholder_id, save_learned, t5_tokenizer,
+                           text_from_hf, tiny_tokenize, tokenize, vision_from_hf)
 from vae import (AutoencoderKL, CogVideoXVAE, CogVideoXVAEConfig, OpenSoraVAE, OpenSoraVAEConfig, VAEConfig,
                  Tiles, opensora_vae_name, vae_diffusers_name)
 
@@ -194,7 +194,8 @@ BASES = {
         "v1.5 with adapters for a subject and a motion (arXiv 2312.04433), 32 frames; --lora fills them",
         UNetConfig(**DREAMVIDEO), VAEConfig(), CLIPConfig(), EPS,
         sampling(frames=32, start_offset=0.1),
-        {"original": VGEN | {"net": "ms:iic/dreamvideo-t2v:model_scope_v1-5_0632000.pth", "image": CLIP}}),
+        {"original": VGEN | {"net": "ms:iic/dreamvideo-t2v:model_scope_v1-5_0632000.pth", "image": CLIP}},
+        methods=("dreamvideo",)),
     "demo": Row(
         "ModelScope with a motion encoder and motion blocks (DEMO, arXiv 2410.05097)",
         UNetConfig(motion_blocks=True), VAEConfig(), CLIPConfig(), EPS, sampling(negative=NEGATIVE),
@@ -308,6 +309,13 @@ BASES = {
 }
 
 
+# tiny as "dreamvideo" is v1.5: with adapters, tiny-i2v's image tower for them, and a word to learn
+BASES["tiny-dreamvideo"] = replace(
+    BASES["tiny"], about="tiny with adapters for a subject and a motion (dreamvideo.py --base tiny)",
+    net=replace(BASES["tiny"].net, **DREAMVIDEO | dict(adapter_image_dim=32)), words=(*TINY_WORDS, "*"),
+    image=BASES["tiny-i2v"].image, methods=("dreamvideo",))
+
+
 def base_row(name, tracks=0) -> Row:
     """A base's row; tracks: number of tracking blocks (Diffusion as Shader) of a run on it."""
     if name not in BASES:
@@ -368,9 +376,24 @@ class Base:
             with torch.autocast(ids.device.type, enabled=False):  # in its own precision, see freeze()
                 return encoder(ids)
         if self.row.text is None:
-            return encoder(ids)
+            return encoder(ids, learned=self.learned)
         # the tower was built without its last block: penultimate features
         return encoder(ids, layer="last", learned=self.learned)
+
+    def learn(self, words, source):
+        """Words of a textual inversion, {token id: vectors (N, width)}: prompts may hold them from now on."""
+        if not words:
+            return
+        table = self.text_encoder.token_embedding.weight
+        for vectors in words.values():
+            if vectors.shape[-1] != table.shape[1]:
+                raise UserError(f"{source}: vectors of {vectors.shape[-1]} numbers, this base's words have "
+                                f"{table.shape[1]}")
+        self.learned |= {token: vectors.to(table.device) for token, vectors in words.items()}
+
+    def token_of(self, word) -> int:
+        """Id of a word that is one token, such as "*", the placeholder of textual inversion."""
+        return int(self.tokenize([word])[0, 0]) if self.row.text is None else placeholder_id(word)
 
     def encode_null(self, negative, n) -> Tensor:
         """(n, m, d) tokens of the unconditional branch; Open-Sora learned a text of its own for no words."""
@@ -507,6 +530,8 @@ def load_base(name, weights=None, device="cpu", dtype=torch.float32, scratch=Fal
         else:
             state = tiny_state(name, part)
             state = with_tracks(state, module) if tracks and part == "net" else state
+            if part == "net":
+                state = fresh_adapters(module) | state
         load_strict(module, state, where)
     opened.clear()
     if "lora" in files:
@@ -612,8 +637,13 @@ def fetch(url, name, flag="--base", option="--weights"):
 def tiny_state(name, part):
     """A part of a tiny base's file in assets/ (fp16, keys "net.*", "vae.*", "text.*", "image.*").
 
-    A base whose file has no autoencoder has tiny's.
+    A base whose file has no autoencoder has tiny's; tiny-dreamvideo has none of its own.
     """
+    if name == "tiny-dreamvideo":
+        state = tiny_state("tiny-i2v" if part == "image" else "tiny", part)
+        if part == "text":  # "*" is the last word: no vector of its own
+            state["token_embedding.weight"] = F.pad(state["token_embedding.weight"], (0, 0, 0, 1))
+        return state
     path = ASSETS / f"{name}.safetensors"
     tensors = load_weights(path) if path.exists() else {}
     state = {k.removeprefix(part + "."): v for k, v in tensors.items() if k.startswith(part + ".")}
@@ -625,12 +655,19 @@ def tiny_state(name, part):
     return state
 
 
+LEARNED = "string_to_param."  # before a word of textual inversion, in our runs as in DreamVideo's files
+
+
 def run_parts(tensors):
-    """The tensors of one of our runs -> {part: state} of what it trained, under bare keys."""
+    """The tensors of one of our runs -> {part: state} of what it trained, under bare keys.
+
+    "learned" is {word: vectors}.
+    """
     prefix = "image_encoder."
     image = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    net, text = net_and_text({k: v for k, v in tensors.items() if not k.startswith(prefix)})
-    return {"net": net, "text": text, "image": image}
+    words = {k.removeprefix(LEARNED): v for k, v in tensors.items() if k.startswith(LEARNED)}
+    net, text = net_and_text({k: v for k, v in tensors.items() if not k.startswith((prefix, LEARNED))})
+    return {"net": net, "text": text, "image": image, "learned": words}
 
 
 def below(state, prefix):
@@ -683,9 +720,16 @@ def start_from_text_to_video(state, net):
 
 
 def fresh_adapters(net):
-    """Initial weights of DreamVideo's adapters: the branch ends in zeros, so any start is the identity."""
-    return {k: torch.zeros(v.shape) if "up_linear" in k else torch.randn(v.shape) * v.shape[-1] ** -0.5
-            for k, v in net.state_dict().items() if "_adapter." in k}
+    """Initial weights of DreamVideo's adapters, PyTorch's of a Linear; but the branch ends in zeros, so that
+    any start is the identity."""
+    shapes = {k: v.shape for k, v in net.state_dict().items() if "_adapter." in k}
+
+    def start(key):
+        if "up_linear" in key:
+            return torch.zeros(shapes[key])
+        bound = shapes[key.replace("bias", "weight")][1] ** -0.5
+        return torch.empty(shapes[key]).uniform_(-bound, bound)
+    return {k: start(k) for k in shapes}
 
 
 def vae_state(state, vae, source):
@@ -875,6 +919,33 @@ def export_peft(run, folder):
     write_atomic(Path(folder, "adapter_config.json"), lambda p: p.write_text(json.dumps(config, indent=1)))
 
 
+def read_words(base, path):
+    """Words of a textual inversion, in DreamVideo's file or a run of dreamvideo.py: {token id: vectors}."""
+    if not Path(path).is_dir():
+        return load_learned(path)
+    words = run_parts(load_checkpoint(path)[0])["learned"]
+    if not words:
+        raise UserError(f"--learned {path}: a run without a word; give one of dreamvideo.py --stage token")
+    return {base.token_of(word): vectors for word, vectors in words.items()}
+
+
+def export_adapters(run, folder):
+    """Write a run of dreamvideo.py, RUN or RUN:STEP, into a folder in DreamVideo's own layout. -> the file"""
+    tensors, meta = load_checkpoint(run_file(run))
+    if meta["method"] != "dreamvideo":
+        raise UserError(f"--ckpt {run}: a run of {meta['method']}; only dreamvideo.py's have adapters")
+    parts, row, step = run_parts(tensors), base_row(meta["base"]), meta["step"]
+    if meta["stage"] == "token":
+        (word, vectors), = parts["learned"].items()
+        path = Path(folder, f"text_embedding_of_{word}_{step:07d}.pth")
+        save_learned(path, vectors, word, None if row.text else len(row.words))
+    else:
+        path = Path(folder, f"adapter_{step:08d}.pth")
+        state = {"state_dict": {k: nn.Parameter(v) for k, v in parts["net"].items()}, "step": step}
+        write_atomic(path, lambda p: torch.save(state, p))
+    return path
+
+
 # ---- the table
 
 def main(argv=None):
@@ -883,10 +954,16 @@ def main(argv=None):
     p.add_argument("--pack", metavar="NAME",
                    help="put network and encoders of a --scratch run into assets/NAME.safetensors")
     p.add_argument("--export-peft", metavar="FOLDER", help="write the LoRA of the run --ckpt for peft")
-    p.add_argument("--ckpt", help="with --pack or --export-peft: folder of that run")
+    p.add_argument("--export-adapters", metavar="FOLDER",
+                   help="write the word or the adapters of the run --ckpt as DreamVideo's own file")
+    p.add_argument("--ckpt", help="with --pack or one of --export: folder of that run")
     args = p.parse_args(argv)
-    if bool(args.pack or args.export_peft) != bool(args.ckpt):
-        raise UserError("--pack NAME or --export-peft FOLDER, and --ckpt RUN belong together")
+    if bool(args.pack or args.export_peft or args.export_adapters) != bool(args.ckpt):
+        raise UserError("--pack NAME or --export-peft FOLDER, and --ckpt RUN belong together (or "
+                        "--export-adapters FOLDER)")
+    if args.export_adapters:
+        print(export_adapters(args.ckpt, args.export_adapters))
+        return
     if args.export_peft:
         return export_peft(args.ckpt, args.export_peft)
     if args.pack:

@@ -585,7 +585,7 @@ def steps_saved(out):
 
 
 # what a resumed run may not change; the number of processes, --batch and --accum may
-SAME = ("base", "rank", "alpha", "lora_targets", "tracking_blocks", "seed")
+SAME = ("base", "stage", "rank", "alpha", "lora_targets", "tracking_blocks", "seed")
 
 
 def check_out(args, method):
@@ -676,6 +676,18 @@ def load_state(args, env, state, params, opt, ema=None, scaler=None) -> tuple[in
     for k in ("weights", "moments", "ema"):
         del state[k]  # main() keeps the state: not these copies for the whole run
     return state["step"], state["seen"]
+
+
+def run_file(text):
+    """--ckpt FOLDER, or FOLDER:STEP for one of the steps that --keep kept -> what load_checkpoint takes."""
+    folder, _, step = text.rpartition(":")
+    if not folder or not step.isdigit() or Path(text).exists():
+        return Path(text)
+    file = Path(folder, f"ckpt-{step}.safetensors")
+    if not file.exists():
+        kept = ", ".join(map(str, sorted(steps_saved(folder)))) or "none"
+        raise UserError(f"--ckpt {text}: no such step there; kept are {kept} (--keep K keeps more)")
+    return file
 
 
 def load_checkpoint(path):

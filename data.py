@@ -12,7 +12,7 @@ import signal
 import struct
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -38,6 +38,8 @@ BACKGROUNDS = {"black": (15, 15, 20), "gray": (70, 70, 75), "brown": (95, 55, 30
 MOTIONS = (
     "moving left", "moving right", "moving up", "moving down", "growing", "shrinking", "standing still")
 NEW_MOTIONS = ("zigzagging", "circling")  # no base is trained on them: for fine-tuning
+NEW_SHAPES = ("star",)  # nor on these, which no word names: a subject to learn from pictures
+NEW_COLOURS = {"salmon": (245, 150, 130), "pink": (250, 110, 170)}
 TINY_WORDS = sorted({
     w for part in (SHAPES, COLOURS, BACKGROUNDS, MOTIONS, ("a on background",))
     for p in part for w in p.split()})
@@ -54,6 +56,7 @@ class Scene:
     x: np.ndarray       # (f,) centre
     y: np.ndarray       # (f,)
     radius: np.ndarray  # (f,) of the circle of the same area
+    stripe: str | None = None  # colour of a band across the middle
 
     def caption(self, with_background=True):
         tail = f" on a {self.background} background" if with_background else ""
@@ -131,20 +134,45 @@ def signed_distance(shape, x, y, r):
     if shape == "square":
         half = r * np.sqrt(np.pi) / 2
         return np.maximum(np.abs(x), np.abs(y)) - half
+    if shape == "star":
+        return star_distance(x / r, y / r) * r
     inner = r * np.sqrt(np.pi / (3 * np.sqrt(3)))  # inradius of the equilateral triangle (point up)
     return np.maximum(y - inner, (np.abs(x) * np.sqrt(3) - y) / 2 - inner)
 
 
-def render(scene):
-    """Scene -> video (3,f,32,32) float32 in [-1,1], edges anti-aliased over one pixel."""
+def star_distance(x, y):
+    """signed_distance of a star of five points, point up, with the area of the unit disc."""
+    angle, reach = np.arange(10) * np.pi / 5, np.where(np.arange(10) % 2, 0.5, 1.0)
+    reach = reach * np.sqrt(np.pi / (2.5 * np.sin(np.pi / 5)))  # ten triangles of 0.5 sin(pi / 5) / 2
+    corners = np.stack([reach * np.sin(angle), -reach * np.cos(angle)], 1)
+    distance, inside = np.inf, False
+    for (ax, ay), (bx, by) in zip(corners, np.roll(corners, -1, 0)):
+        dx, dy = bx - ax, by - ay
+        along = np.clip(((x - ax) * dx + (y - ay) * dy) / (dx * dx + dy * dy), 0, 1)
+        distance = np.minimum(distance, np.hypot(x - ax - along * dx, y - ay - along * dy))
+        crossed = ((ay > y) != (by > y)) & (x < ax + dx * (y - ay) / dy)  # by a ray to the right
+        inside = inside ^ crossed
+    return np.where(inside, -distance, distance)
+
+
+def render(scene, with_mask=False):
+    """Scene -> video (3,f,32,32) float32 in [-1,1], edges anti-aliased over one pixel.
+
+    with_mask: (video, mask (1,f,32,32): 1 where the object is).
+    """
     centre = np.arange(TINY_SIZE) + 0.5
     gx = centre[None, None, :] - scene.x[:, None, None]  # f 1 w
     gy = centre[None, :, None] - scene.y[:, None, None]  # f h 1
     gx, gy = np.broadcast_arrays(gx, gy)
     alpha = np.clip(0.5 - signed_distance(scene.shape, gx, gy, scene.radius[:, None, None]), 0, 1)
-    front, back = (np.array(c, dtype=np.float32)[:, None, None, None] / 127.5 - 1
-                   for c in (COLOURS[scene.colour], BACKGROUNDS[scene.background]))
-    return torch.from_numpy((back + (front - back) * alpha).astype(np.float32))
+    palette = COLOURS | NEW_COLOURS | BACKGROUNDS
+    front, back, stripe = (np.array(palette[c], dtype=np.float32)[:, None, None, None] / 127.5 - 1
+                           for c in (scene.colour, scene.background, scene.stripe or scene.colour))
+    if scene.stripe:
+        band = np.clip(0.5 + 0.45 * scene.radius[:, None, None] - np.abs(gy), 0, 1)
+        front = front + (stripe - front) * band
+    video = torch.from_numpy((back + (front - back) * alpha).astype(np.float32))
+    return (video, torch.from_numpy((alpha[None] > 0.5).astype(np.float32))) if with_mask else video
 
 
 def tiny_batch(seed, n, frames=TINY_FRAMES, drop_background=0.2, motion=None):
@@ -161,6 +189,46 @@ TRAINING, HELD_OUT = 10 ** 6, 10 ** 6 + 1  # in the seeds of clips: the two neve
 def tiny_pairs(seed, n, frames=TINY_FRAMES, motion=None):
     """Held-out (first frame, caption) pairs -> (clips (n,3,f,32,32), captions); no TinyWorld holds them."""
     return tiny_batch((seed, HELD_OUT), n, frames, drop_background=0.0, motion=motion)[:2]
+
+
+def tiny_subject(seed, n):
+    """n pictures of a star with a stripe, in colours that no word names -> items as read_subject() has."""
+    rng, items = np.random.default_rng((seed, TRAINING)), []
+    for i in range(n):
+        x, y = rng.uniform(13.5, 18.5, 2)
+        back = tuple(BACKGROUNDS)[i % len(BACKGROUNDS)]
+        scene = Scene("star", "pink", back, "standing still", np.array([x]), np.array([y]),
+                      rng.uniform(6.0, 7.0, 1), stripe="salmon")
+        video, mask = render(scene, with_mask=True)
+        items.append({"video": video, "mask": mask, "text": f"a * standing still on a {back} background"})
+    return items
+
+
+def tiny_motion(seed, n, motion, frames=TINY_FRAMES):
+    """n clips of different objects on one path of NEW_MOTIONS -> Few, the path (f,2) in pixels."""
+    rng, items = np.random.default_rng((seed, TRAINING)), []
+    path = np.stack(new_path(rng, motion, 11.5, np.linspace(-0.5, 0.5, frames)), 1)
+    colours = rng.permutation(list(COLOURS))
+    for i in range(n):
+        shape, back = SHAPES[i % len(SHAPES)], tuple(BACKGROUNDS)[i % len(BACKGROUNDS)]
+        scene = tiny_scene(rng, shape, str(colours[i]), back, "standing still", frames)
+        # a little off the middle, so that the whole path fits
+        x, y = (TINY_SIZE / 2 + 0.5 * (v - TINY_SIZE / 2) + p for v, p in zip((scene.x, scene.y), path.T))
+        scene = replace(scene, x=x, y=y, motion="moving")
+        items.append({"video": render(scene), "text": scene.caption()})
+    return Few(items), torch.from_numpy(path).float()
+
+
+def tiny_previews(subject):
+    """[(picture or None, prompt)]: "a *" and known motions, or known objects that are just "moving"."""
+    if subject:
+        words = ("moving left on a gray", "moving up on a black", "growing on a brown",
+                 "standing still on a gray")
+        return [(None, f"a * {w} background") for w in words]
+    objects = (("circle", "red", "gray"), ("square", "blue", "black"), ("triangle", "yellow", "brown"),
+               ("circle", "white", "black"))
+    scenes = [tiny_scene(np.random.default_rng(0), *words, "standing still", 1) for words in objects]
+    return [(Image.fromarray(to_uint8(render(s))[0]), replace(s, motion="moving").caption()) for s in scenes]
 
 
 # ---- which clips make which batch
@@ -877,6 +945,15 @@ def prompt_grid(nouns, activities):
     return [f"{noun} {activity}" for noun in named for activity in rows]
 
 
+def read_triples(path):
+    """.txt of lines `clip|||folder|||prompt` -> [(clip, folder, prompt)]."""
+    rows = [(n, [s.strip() for s in line.split("|||")]) for n, line in _lines(path)]
+    for n, parts in rows:
+        if len(parts) != 3 or not all(parts):
+            raise UserError(f"{path} row {n}: wanted clip|||folder of references|||prompt")
+    return [tuple(parts) for _, parts in rows]
+
+
 def read_image_prompts(path):
     """.txt of `image|||caption` lines -> [(image path, caption)]; paths relative to the file, and checked."""
     rows = [(n, Path(path).parent / image, caption) for n, image, caption in _pairs(path, "image")]
@@ -1064,6 +1141,68 @@ class PairDataset(torch.utils.data.Dataset):
             kind = UserError if torch.utils.data.get_worker_info() is None else RuntimeError
             raise kind(f"{where}: {_reason(e)}") from None
         return {"video": torch.stack(clips), "text": text, "number": number}
+
+
+class Few(torch.utils.data.Dataset):
+    """A handful of items, kept in memory: item (i, _) is items[i]; rows: as VideoDataset's."""
+
+    def __init__(self, items):
+        self.items, self.rows = items, [(i, None, item["text"]) for i, item in enumerate(items)]
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, item):
+        return self.items[item[0]]
+
+
+def read_subject(source, size, cells, masked=True, caption="a *"):
+    """Pictures of one subject -> items {"video" (3,1,h,w) in [-1,1], "text", "mask" (1,1,*cells), 1: subject}
+
+    source: a folder of pictures, or a .txt of DreamVideo's lines `picture|||caption` ({} in a caption stands
+    for *). size, cells: (h, w) in pixels, in latents. Masks: masks/NAME.png beside the pictures, white where
+    the subject is.
+    """
+    source = Path(source)
+    if not source.exists():
+        raise UserError(f"{source}: no such folder or list of pictures")
+    if source.is_dir():
+        files = sorted((p for p in source.iterdir() if p.suffix.lower() in IMAGES), key=_natural)
+        rows = [(p, caption) for p in files]
+    else:
+        rows = [(p, text.replace("{}", "*")) for p, text in read_image_prompts(source)]
+    if not rows:
+        raise UserError(f"{source}: no pictures in this folder ({', '.join(IMAGES)})")
+    items = []
+    for path, text in rows:
+        item = {"video": image_tensor(center_crop_wide(open_image(path), size))[:, None], "text": text}
+        if masked:
+            file = path.parent / "masks" / f"{path.stem}.png"
+            if not file.is_file():
+                raise UserError(f"{file}: no mask for {path.name}; --no-masked-loss trains without masks")
+            grey = open_image(file).convert("L")
+            if grey.size != open_image(path).size:
+                raise UserError(f"{file}: {grey.width}x{grey.height} pixels, the picture has another size")
+            mask = np.array(center_crop_wide(grey, cells, Image.NEAREST))
+            if not np.isin(mask, (0, 255)).all():
+                raise UserError(f"{file}: grey pixels; a mask is white where the subject is, black elsewhere")
+            item["mask"] = torch.from_numpy(mask / 255).float()[None, None]
+        items.append(item)
+    return items
+
+
+def stand_still(items, frames, cells):
+    """Pictures -> clips of so many equal frames; cells (h, w): the latents that masks are brought to.
+
+    A cell counts if any of it is the subject's. None: the masks are left out.
+    """
+    clips = []
+    for item in items:
+        clip = {"video": item["video"].expand(-1, frames, -1, -1), "text": item["text"]}
+        if cells:
+            clip["mask"] = F.adaptive_max_pool2d(item["mask"], cells).expand(-1, frames, -1, -1)
+        clips.append(clip)
+    return Few(clips)
 
 
 def check_dataset(source, frames, height, width, fps=None):

@@ -4,6 +4,12 @@
     CLIP-I  cosine(CLIP of the frames, CLIP of the subject's pictures)
     DINO-I  cosine(DINO of the frames, DINO of the subject's pictures)
 
+    python metrics.py out/sample --references dog          # prompts: of out/sample/index.jsonl, or --prompts
+    python metrics.py clips.txt                            # lines clip|||folder of references|||prompt
+    python metrics.py out/sample --clip-weights ViT-B-32.pt --dino-weights dino_deitsmall16_pretrain.pth
+
+Every clip's scores and their means are printed and go to scores.json beside the clips.
+
 The tiny world's judge reads shape, colour, background, motion, speed and smoothness off a clip.
 
 The judge learns nothing and shares no code with the rewards: it is never a reward, so it can tell when a
@@ -15,11 +21,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
-from common import UserError, append_line, finish, load_weights, read_lines, rename, write_atomic
-from data import (BACKGROUNDS, COLOURS, SHAPES, clip_normalize, parse, quick_files, raft, read_clips,
-                  read_video)
+from common import (Parser, UserError, append_line, finish, load_weights, read_lines, rename,
+                    write_atomic)
+from data import (BACKGROUNDS, COLOURS, IMAGES, SHAPES, clip_normalize, list_videos, open_image, parse,
+                  prompts_of, quick_files, raft, read_clips, read_triples, read_video, to_uint8)
 from text_encoders import DINO, dino_name
 
 ATTRIBUTES = ("shape", "colour", "background", "motion")
@@ -39,6 +47,67 @@ def cosine(frames, targets):
 def temporal_consistency(frames):
     """Features (f, d) of a video's frames, f > 1 -> mean cosine of neighbouring frames."""
     return float(F.cosine_similarity(frames[:-1], frames[1:], dim=-1).mean())
+
+
+DINO_URL = "https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"
+
+
+def clip_towers(weights=None, device="cpu", name="ViT-B-32-quickgelu"):
+    """OpenAI's CLIP, by open_clip -> images(list of Pillow), texts(list of str): features (n, d).
+
+    weights: its file ViT-B-32.pt; None: open_clip's hub.
+    """
+    import open_clip  # slow to import
+    try:
+        net, _, prepare = open_clip.create_model_and_transforms(name, pretrained=weights or "openai")
+    except Exception as e:  # offline, no such file, another network's: all mean the same to the user
+        raise UserError(f"--clip-weights {weights or ''}: cannot load CLIP {name} ({type(e).__name__}); "
+                        "download ViT-B-32.pt elsewhere and give it with --clip-weights") from None
+    net.eval().requires_grad_(False).to(device)
+    words = open_clip.get_tokenizer(name)
+
+    def images(pictures):
+        parts = [torch.stack([prepare(p) for p in pictures[i:i + 32]]) for i in range(0, len(pictures), 32)]
+        return torch.cat([net.encode_image(part.to(device)).float().cpu() for part in parts])
+    return images, lambda texts: net.encode_text(words(texts).to(device)).float().cpu()
+
+
+def dino_tower(weights=None, device="cpu", net=None):
+    """DINO ViT-S/16 -> images(list of Pillow): features (n, 384). weights: its file; None: its authors' site.
+    """
+    from torchvision import transforms  # slow to import
+    if weights is None:
+        try:
+            state = torch.hub.load_state_dict_from_url(DINO_URL, map_location="cpu", progress=False)
+        except Exception as e:  # offline
+            raise UserError(f"cannot get {DINO_URL} ({type(e).__name__}); download it elsewhere and give it "
+                            "with --dino-weights") from None
+    else:
+        state = load_weights(weights)
+    net = net or DINO()
+    net.load_state_dict(rename(state, net, dino_name, weights or DINO_URL))
+    net.eval().requires_grad_(False).to(device)
+    prepare = transforms.Compose([
+        transforms.Resize(256, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(224),
+        transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
+
+    def images(pictures):
+        parts = [torch.stack([prepare(p) for p in pictures[i:i + 32]]) for i in range(0, len(pictures), 32)]
+        return torch.cat([net(part.to(device)).cpu() for part in parts])
+    return images
+
+
+def score_clip(frames, prompt, references, clip, dino) -> dict:
+    """Frames and reference pictures, lists of Pillow images, and the prompt -> the four scores.
+
+    clip, dino: of clip_towers() and dino_tower(). A clip of one frame has no consistency over time.
+    """
+    images, texts = clip
+    seen = images(frames)
+    scores = {"clip_t": cosine(seen, texts([prompt])),
+              "clip_i": cosine(seen, images(references) if references else []),
+              "dino_i": cosine(dino(frames), dino(references)) if references else 0.0}
+    return scores | ({"temporal_consistency": temporal_consistency(seen)} if len(frames) > 1 else {})
 
 
 def psnr(a, b):
@@ -482,3 +551,117 @@ def wins(out, name, judged, prompts):
         write_atomic(first, lambda p: p.write_text(json.dumps(scores)))
     better = [a["total"] > b["total"] for a, b in zip(scores, json.loads(first.read_text()))]
     return {k: float(np.mean([s[k] for s in scores])) for k in scores[0]} | {"wins": float(np.mean(better))}
+
+
+# ---- the tiny world's subject and motion (DreamVideo)
+
+def _histogram(frame, mask, bins=4):
+    """Colours of the pixels (h,w,3) in 0..255 where mask (h,w) is, (bins^3,), sum 1; shared out linearly."""
+    place = frame.reshape(-1, 3) / 255 * (bins - 1)
+    low = np.minimum(place.astype(int), bins - 2)
+    count = np.zeros((bins,) * 3)
+    for corner in np.ndindex(2, 2, 2):
+        weight = np.where(corner, place - low, 1 - place + low).prod(1) * mask.reshape(-1)
+        np.add.at(count, tuple((low + corner).T), weight)
+    return count.reshape(-1) / max(count.sum(), 1e-6)
+
+
+def _aligned(mask, side=24):
+    """Mask (h,w) -> (side, side): centred, and scaled so that all areas are alike."""
+    (x,), (y,) = _centres(mask[None])
+    span = (np.arange(side) + 0.5) / side * 2 - 1
+    reach = 1.1 * np.sqrt(max(mask.sum(), 1e-6)) * span
+    rows, columns = np.meshgrid(y + reach, x + reach, indexing="ij")
+    grid = np.stack([columns / mask.shape[1], rows / mask.shape[0]], -1) * 2 - 1
+    mask, grid = torch.from_numpy(mask)[None, None].double(), torch.from_numpy(grid)[None]
+    return F.grid_sample(mask, grid, align_corners=False)[0, 0].numpy()
+
+
+def subject_likeness(videos, subject) -> dict:
+    """Clips (n,3,f,h,w) in [-1,1], items of tiny_subject() -> means over all frames and pictures, 0 to 1:
+
+    "colours": intersection of the colour histograms of the two objects; "shape": intersection over union of
+    their masks, brought to one centre and area.
+    """
+    known = []
+    for item in subject:
+        frame = (item["video"][:, 0].permute(1, 2, 0).numpy() + 1) * 127.5
+        mask = item["mask"][0, 0].numpy()
+        known.append((_histogram(frame, mask), _aligned(mask)))
+    colours, shape = [], []
+    for video in videos:
+        frames, _, _, masks = _object(video)
+        for frame, mask in zip(frames, masks):
+            histogram, aligned = _histogram(frame, mask), _aligned(mask)
+            colours += [np.minimum(histogram, h).sum() for h, _ in known]
+            shape += [np.minimum(aligned, m).sum() / np.maximum(aligned, m).sum() for _, m in known]
+    return {"colours": float(np.mean(colours)), "shape": float(np.mean(shape))}
+
+
+def path_error(videos, path) -> dict:
+    """Clips (n,3,f,h,w) in [-1,1], path (f,2) in pixels -> {"path_error"}: root mean square distance of the
+    object's centroid from the path, each about its own middle, mean over the clips."""
+    target, errors = (path - path.mean(0)).numpy(), []
+    for video in videos:
+        found = np.stack(_centres(_object(video)[3]), 1)
+        errors.append(np.sqrt(((found - found.mean(0) - target) ** 2).sum(1).mean()))
+    return {"path_error": float(np.mean(errors))}
+
+
+# ---- the command
+
+def read_rows(args):
+    """-> [(clip, folder of references or None, prompt)], all checked."""
+    source = Path(args.clips)
+    if source.suffix == ".txt":
+        rows = [(source.parent / clip, source.parent / folder, prompt)
+                for clip, folder, prompt in read_triples(source)]
+    else:
+        clips = list_videos(source)
+        prompts = prompts_of(clips, args.prompts)
+        if "" in prompts:
+            raise UserError(f"{clips[prompts.index('')]}: no prompt in index.jsonl beside it; give --prompts "
+                            "FILE, a line a clip in the order of their names")
+        rows = [(clip, args.references and Path(args.references), p) for clip, p in zip(clips, prompts)]
+    for clip, folder, _ in rows:
+        if not clip.exists():
+            raise UserError(f"{clip}: no such clip")
+        if folder and not references(folder):
+            raise UserError(f"{folder}: no pictures of the subject there ({', '.join(IMAGES)})")
+    return rows
+
+
+def references(folder):
+    """Picture files in a folder, in order."""
+    return sorted(p for p in folder.glob("*") if p.suffix.lower() in IMAGES)
+
+
+@torch.no_grad()
+def main(argv=None):
+    p = Parser(__doc__)
+    p.add_argument("clips", help="folder of clips, or .txt of lines clip|||folder of references|||prompt")
+    p.add_argument("--references", metavar="FOLDER", help="pictures of the subject, for CLIP-I and DINO-I")
+    p.add_argument("--prompts", help="file of prompts, a line a clip (default: index.jsonl of the folder)")
+    p.add_argument("--clip-weights", metavar="FILE", help="OpenAI's ViT-B-32.pt (default: open_clip's hub)")
+    p.add_argument("--clip-model", default="ViT-B-32-quickgelu", help="open_clip's name of the CLIP")
+    p.add_argument("--dino-weights", metavar="FILE", help="dino_deitsmall16_pretrain.pth (default: its site)")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    args = p.parse_args(argv)
+    rows, scores = read_rows(args), []
+    clip = clip_towers(args.clip_weights, args.device, args.clip_model)
+    dino = dino_tower(args.dino_weights, args.device) if any(folder for _, folder, _ in rows) else None
+    for path, folder, prompt in rows:
+        frames = [Image.fromarray(frame) for frame in to_uint8(read_video(path)[0])]
+        pictures = [open_image(file) for file in references(folder)] if folder else []
+        scores.append(score_clip(frames, prompt, pictures, clip, dino))
+        print(path.name, " ".join(f"{k} {v:.4f}" for k, v in scores[-1].items()), flush=True)
+    names = dict.fromkeys(k for s in scores for k in s)
+    mean = {k: float(np.mean([s[k] for s in scores if k in s])) for k in names}
+    print(f"mean of {len(rows)} clips:", " ".join(f"{k} {v:.4f}" for k, v in mean.items()))
+    clips = [dict(clip=str(path), prompt=prompt, **s) for (path, _, prompt), s in zip(rows, scores)]
+    text = json.dumps(dict(mean=mean, clips=clips), indent=1)
+    write_atomic(rows[0][0].parent / "scores.json", lambda p: p.write_text(text))
+
+
+if __name__ == "__main__":
+    main()

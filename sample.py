@@ -13,6 +13,7 @@
     python sample.py --ckpt out/das --image first.png --tracks tracks.mp4 --prompt "a dog"  # and -side.mp4
     python sample.py --base sr600 --video out/sample       # every clip there, at 720x1280
     python sample.py --base modelscope-v1.4 --lora instructvideo.pth:0.8 --prompt "a fox in the snow"
+    python sample.py --ckpt out/identity:500 --ckpt out/motion --appearance-image dog.png --prompt "a * turns"
 
 Writes OUT/0000.mp4 ..., OUT/sheet.png (contact sheet), OUT/index.jsonl (file, prompt, seed, base, adapters,
 settings, and with --reward its scores).
@@ -32,9 +33,10 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from bases import BASES, base_row, fill, latent_shape, load_base, merge_public_lora, run_parts
+from bases import (BASES, LEARNED, base_row, fill, latent_shape, load_base, merge_public_lora, read_words,
+                   run_parts)
 from common import (COUNT, NATURAL, REAL, SHARE, UNSIGNED, Env, Parser, UserError, check_writable, finish,
-                    generator, load_checkpoint, load_weights, memory_advice, rename, seed_of, setup,
+                    generator, load_checkpoint, load_weights, memory_advice, rename, run_file, seed_of, setup,
                     write_atomic)
 from data import (MOTIONS, NEW_MOTIONS, center_crop_wide, clip_image, contact_sheet, encode_once,
                   image_tensor, list_videos, open_image, opensora_size, parse, prompts_of, quick_files,
@@ -42,10 +44,11 @@ from data import (MOTIONS, NEW_MOTIONS, center_crop_wide, clip_image, contact_sh
                   video_info, write_video)
 from diffusion import (appearance_matrix, cogvideox_dpm, ddim, ddim_invert, dpmpp_2m, dpmpp_2m_sde,
                        dynamic_guidance,
-                       guided, lcm, make_schedule, offset_noise, randn, rflow)
+                       guided, lcm, make_schedule, mix_noise, offset_noise, randn, rflow)
 from metrics import judge_captions, psnr
 from models import STDiT3Config, UNetConfig, add_lora, guidance_embedding, merge_lora
 from rewards import get_reward, print_scores, score_files
+from text_encoders import CLIPConfig
 
 SAMPLERS = ("ddim", "lcm", "dpmpp", "dpm", "rflow", "higen", "sr600")
 
@@ -127,12 +130,13 @@ def rollout(net, base, prompts, x_T, args, generators, cond=None, null_cond=None
 
 @torch.no_grad()
 def generate(base, env: Env, prompts, seeds, args, batch=8, progress=False, cond=None, null_cond=None,
-             video=None, sequential=False, chunk=16):
+             video=None, sequential=False, chunk=16, inverted=None):
     """Prompts -> videos (n,3,f,h,w) in [-1,1] on the CPU; clip i from noise keyed by seeds[i].
 
     args: sampling options, filled by bases.fill(): frames, height, width, negative, cfg, sample_steps, eta,
-    fps, sampler, ... cond, null_cond: as for rollout(); video (n,3,f,h,w): what SR600 enlarges. Training
-    previews and evaluations call this too: what they show is what one gets.
+    fps, sampler, ... cond, null_cond: as for rollout(); video (n,3,f,h,w): what SR600 enlarges; inverted
+    (1,c,f,h,w): noise to mix into all clips', of invert_clip(). Training previews and evaluations call this
+    too: what they show is what one gets.
     """
     shape, videos = latent_shape(base.name, args.frames, args.height, args.width), []
     bar = tqdm if progress else None
@@ -156,6 +160,9 @@ def generate(base, env: Env, prompts, seeds, args, batch=8, progress=False, cond
             if getattr(args, "start_offset", None):
                 shared = randn((n, *shape[:2], 1, 1), generators, env.device)
                 x_T = offset_noise(x_T, shared, args.start_offset)
+            if inverted is not None:
+                x_T = mix_noise(inverted, x_T, args.inverse_noise)
+
             if args.sampler == "higen":
                 _, latents = higen(
                     base.net, base.schedule, text, null, image_noise, x_T, args.sample_steps, args.cfg,
@@ -243,6 +250,13 @@ def decode(base, latents, frames, chunk=16, chosen=None):
     """
     more = {"num_frames": frames} if base.row.schedule is None else {}
     return base.vae.decode(latents, chosen, chunk, **more)
+
+
+def invert_clip(base, env, args, video):
+    """The noise (1,c,f,h,w) that DDIM would turn into a clip (3,f,h,w): without words, guidance or image."""
+    latents = base.vae.encode(video[None].to(env.device, env.dtype)).float()
+    null = base.encode_null("", 1)
+    return ddim_invert(lambda x, t: base.net(x, t, null), latents, base.schedule, args.sample_steps)
 
 
 def frame_rate(args, n, device) -> dict:
@@ -339,7 +353,11 @@ def check_conditions(args, row):
     if row.unet.maps:
         takes |= {"image", "video", "mask", "depth", "midas", "sketch", "motion_vectors", "style_image"}
     if row.unet.adapter_image_dim:
-        takes |= {"appearance_image"}
+        takes |= {"appearance_image", "video"}
+    if args.learned and not Path(args.learned).exists():
+        raise UserError(f"--learned {args.learned}: no such file, nor a run's folder")
+    if args.learned and row.text is not None and not isinstance(row.text, CLIPConfig):
+        raise UserError("--learned: this base's text encoder knows no learned words")
     for flag in FILE_FLAGS:
         value, option = getattr(args, flag), f"--{flag.replace('_', '-')}"
         if value and flag not in takes:
@@ -365,7 +383,10 @@ def check_conditions(args, row):
         raise UserError("this base follows tracks: give the tracking video with --tracks")
     if row.unet.super_resolution and not args.video:
         raise UserError("super-resolution: give the clip, or a folder of clips, with --video")
-    if bool(args.mask) != bool(args.video) and not row.unet.super_resolution:
+    if bool(args.inverse_noise) != bool(args.video and row.unet.adapter_image_dim):
+        raise UserError("--inverse-noise and --video belong together (DreamVideo): how much of the inverted "
+                        "clip to start from")
+    if bool(args.mask) != bool(args.video) and row.unet.maps:
         raise UserError("--mask and --video belong together: the part of the video that is hidden")
     if args.midas and not args.depth:
         raise UserError("--midas: give the video whose depth it is to estimate with --depth")
@@ -415,10 +436,10 @@ def conditions(base, env, args, images, maps=None):
     if getattr(args, "style_image", None):
         cond["image"] = clip_embedding([open_image(args.style_image)]).expand(n, -1, -1)
         null["image"] = torch.zeros_like(cond["image"])
-    if getattr(args, "appearance_image", None):
-        cond["appearance"] = clip_embedding([open_image(args.appearance_image)]).expand(n, -1, -1)
+    if row.unet.adapter_image_dim and images[0] is not None:
+        cond["appearance"] = clip_embedding(images)
         null["appearance"] = torch.zeros_like(cond["appearance"])
-        for branch, strength in zip((cond, null), args.strength):
+        for branch, strength in zip((cond, null), getattr(args, "strength", (1.0, 1.0))):
             branch["strength"] = torch.full((n,), strength)
     for name, value in (maps or {}).items():
         cond[name] = value.expand(n, *value.shape[1:])
@@ -574,17 +595,42 @@ def estimate_depth(path, video, device):
 
 # ---- runs and public adapters
 
-def load_run(path, tensors, meta, weights):
-    """What load_checkpoint(path) gave -> the run's base with its trained tensors put in, on the CPU."""
+def read_runs(args):
+    """Every --ckpt -> [(path, tensors, meta)]; several must be adapters that go together (DreamVideo)."""
+    runs = [(text, *load_checkpoint(run_file(text))) for text in args.ckpt]
+    known = {}
+    for text, tensors, meta in runs:
+        if args.base and args.base != meta["base"]:
+            raise UserError(f"--ckpt {text}: was trained on base {meta['base']}, not {args.base}")
+        if meta["base"] != runs[0][2]["base"]:
+            raise UserError(f"--ckpt {text}: was trained on base {meta['base']}, {runs[0][0]} on "
+                            f"{runs[0][2]['base']}; they cannot be joined")
+        if len(runs) > 1 and meta["method"] != "dreamvideo":
+            raise UserError(f"--ckpt {text}: a run of {meta['method']}; only DreamVideo's can be joined")
+        twice = [k for k in tensors if k in known and not k.startswith(LEARNED)]
+        if twice:
+            raise UserError(f"--ckpt {text}: trained the same as {known[twice[0]]} ({twice[0]}); give one "
+                            "subject and one motion")
+        known |= dict.fromkeys(tensors, text)
+    return runs
+
+
+def load_run(path, tensors, meta, weights, base=None):
+    """What load_checkpoint(path) gave -> the run's base with its trained tensors put in, on the CPU.
+
+    base: one that another run was put into.
+    """
     # a run of all weights holds the whole network, whatever it started from
     whole = not meta["rank"]
-    base = load_base(meta["base"], weights or meta["args"].get("weights"), "cpu", torch.float32,
-                     scratch=bool(whole and meta["args"].get("scratch")), start=whole,
-                     tracks=meta.get("tracking_blocks", 0))
+    base = base or load_base(meta["base"], weights or meta["args"].get("weights"), "cpu", torch.float32,
+                             scratch=bool(whole and meta["args"].get("scratch")), start=whole,
+                             tracks=meta.get("tracking_blocks", 0))
     if meta["rank"]:
         add_lora(base.net, meta["rank"], meta["alpha"], meta["lora_targets"])
     modules = {"net": base.net, "text": base.text_encoder, "image": base.image_encoder}
-    for part, state in run_parts(tensors).items():
+    parts = run_parts(tensors)
+    base.learn({base.token_of(word): vectors for word, vectors in parts.pop("learned").items()}, path)
+    for part, state in parts.items():
         if not state:
             continue
         unexpected = modules[part].load_state_dict(state, strict=False).unexpected_keys
@@ -611,7 +657,9 @@ def get_args(argv=None):
     # what
     p.add_argument("--base", help=f"base to sample from: {', '.join(BASES)} (default: the run's)")
     p.add_argument("--weights", help="folder with the base's public weights (default: its hub)")
-    p.add_argument("--ckpt", help="folder of one of our runs")
+    p.add_argument("--ckpt", action="append", default=[], metavar="FOLDER[:STEP]",
+                   help="folder of one of our runs; twice to join DreamVideo's subject and motion")
+    p.add_argument("--learned", metavar="FILE", help="words of a textual inversion (DreamVideo's file)")
     p.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]",
                    help="LoRA or adapter file (T2V-Turbo, VADER, InstructVideo, DreamVideo); repeatable")
     p.add_argument("--out", default="out/sample", help="folder to write")
@@ -630,7 +678,8 @@ def get_args(argv=None):
                    help="image to video: K further clips, each from the last frame of the one before, joined")
     p.add_argument("--tracks", help="tracking video (Diffusion as Shader; das.py --make-tracks makes one)")
     p.add_argument("--track-strength", type=UNSIGNED, help="how much the tracks count: 0 not at all (1)")
-    p.add_argument("--video", help="clip or folder of clips (SR600); what --mask hides (VideoComposer)")
+    p.add_argument("--video", help="clip or folder of clips (SR600); what --mask hides (VideoComposer); clip "
+                   "whose motion to start near (DreamVideo)")
     p.add_argument("--mask", help="picture, white where the video is hidden (VideoComposer)")
     p.add_argument("--depth", help="depth maps: .npy or video; with --midas any video (VideoComposer)")
     p.add_argument("--midas", metavar="FILE", help="estimate the depth of the video --depth with these "
@@ -641,6 +690,8 @@ def get_args(argv=None):
     p.add_argument("--appearance-image", help="picture that guides the motion adapter (DreamVideo)")
     p.add_argument("--strength", type=REAL, nargs=2, default=(1.0, 1.0), metavar=("COND", "UNCOND"),
                    help="of the appearance image in the two branches of guidance")
+    p.add_argument("--inverse-noise", type=SHARE, default=0.0, help="share of the inverted --video in the "
+                   "starting noise (DreamVideo; advice: 0 to 0.5 for a motion learned from one clip)")
     p.add_argument("--motion-factor", type=NATURAL, help="HiGen: more is more motion (500)")
     p.add_argument("--appearance-factor", type=REAL, help="HiGen: more is more change over the clip (1.0)")
     # pixels
@@ -704,6 +755,14 @@ def file_names(prompts, n, vbench=False):
     return [f"{prompt}-{k}.mp4" for prompt in prompts for k in range(n)]
 
 
+def read_pairs(path, row, image=None):
+    """A prompt file -> [(image or None, prompt)]; the image of all, or of each line image|||prompt."""
+    optional = row.unet.adapter_image_dim and Path(path).is_file() and b"|||" in Path(path).read_bytes()
+    if not image and (row.first_frame or optional):
+        return read_image_prompts(path)
+    return [(image, prompt) for prompt in read_prompts(path)]
+
+
 def read_jobs(args, row):
     """-> prompts, and for each its first frame (I2VGen-XL), its clip (SR600), both readable, or None."""
     if args.judge and row.first_frame:
@@ -721,11 +780,8 @@ def read_jobs(args, row):
         for clip in clips:
             video_info(clip)
         return prompts_of(clips, args.prompts, args.prompt), clips
-    if row.first_frame and not args.image:
-        pairs = read_image_prompts(args.prompts)
-    else:
-        prompts = [args.prompt] if args.prompt else read_prompts(args.prompts)
-        pairs = [(args.image if row.first_frame else None, prompt) for prompt in prompts]
+    image = args.image if row.first_frame else args.appearance_image
+    pairs = [(image, args.prompt)] if args.prompt else read_pairs(args.prompts, row, image)
     for image in dict.fromkeys(image for image, _ in pairs if image):
         open_image(image)
     return [caption for _, caption in pairs], [image for image, _ in pairs]
@@ -735,13 +791,14 @@ def main(argv=None):
     args = get_args(argv)
     if args.base:
         base_row(args.base)  # an unknown name is refused before anything is read
-    tensors, meta = load_checkpoint(args.ckpt) if args.ckpt else ({}, {"base": args.base, "sample": {}})
-    if args.base and args.base != meta["base"]:
-        raise UserError(f"--ckpt {args.ckpt}: was trained on base {meta['base']}, not {args.base}")
-    row = base_row(meta["base"], meta.get("tracking_blocks", 0))
+    runs = read_runs(args)
+    name, known = args.base or runs[0][2]["base"], {}
+    for _, _, meta in runs:
+        known |= meta["sample"]
+    row = base_row(name, runs[0][2].get("tracking_blocks", 0) if runs else 0)
     if args.size:
         apply_size(args, row)
-    settings = fill(args, meta["base"], meta["sample"])
+    settings = fill(args, name, known)
     if row.unet.super_resolution:
         del settings["frames"]  # each clip keeps its own
     check_conditions(args, row)
@@ -752,16 +809,20 @@ def main(argv=None):
     maps = read_maps(args, size) if row.unet.maps else {}
     tracks = read_video(args.tracks, args.frames, size=size)[0] if args.tracks else None
     loras = [lora_file(text) for text in args.lora]
+    start_near = read_video(args.video, args.frames, size=size)[0] if args.inverse_noise else None
     env = setup(args)
     reward = get_reward(args.reward, env.device, args.reward_weights) if args.reward else None
     if reward:
         reward.check(prompts)
     if args.midas:
         maps["depth"] = estimate_depth(args.midas, maps["depth"], env.device)
-    if args.ckpt:
-        base = load_run(args.ckpt, tensors, meta, args.weights)
-    else:
+    base = None
+    for text, tensors, meta in runs:
+        base = load_run(text, tensors, meta, args.weights, base)
+    if base is None:
         base = load_base(args.base, args.weights, "cpu", torch.float32 if loras else env.dtype)
+    if args.learned:
+        base.learn(read_words(base, args.learned), f"--learned {args.learned}")
     for path, scale in loras:
         merge_public_lora(base.net, path, scale)
     base.freeze(env.dtype)
@@ -769,7 +830,9 @@ def main(argv=None):
     for encoder in filter(None, (base.text_encoder, base.motion_encoder)):
         encoder.to(env.device)
     with torch.no_grad(), env.autocast():
-        base.remember([prompt + args.suffix for prompt in prompts] + [args.negative])
+        base.learned = {token: vectors.to(env.device) for token, vectors in base.learned.items()}
+        base.remember([prompt + args.suffix for prompt in prompts] +
+                      [args.negative, *([""] if args.inverse_noise else [])])
     for module in base.parts().values():
         module.to(env.device)
 
@@ -779,8 +842,11 @@ def main(argv=None):
     mine = list(range(env.rank, len(jobs), env.world))
     advice = memory_advice("--batch 1", "--sequential", "--decode-chunk 1", "--dtype bf16", "fewer --frames",
                            "a smaller --height and --width")
-    batch = 1 if row.unet.super_resolution else args.batch
+    batch, inverted = 1 if row.unet.super_resolution else args.batch, None
     with advice:
+        if start_near is not None:
+            with env.autocast(), torch.no_grad():
+                inverted = invert_clip(base, env, args, start_near)
         if tracks is not None:
             with env.autocast():
                 maps |= encode_tracks(base, env, tracks)
@@ -789,6 +855,7 @@ def main(argv=None):
         for i in range(0, len(mine), batch):
             part = [jobs[j] for j in mine[i:i + batch]]
             options, frames = dict(sequential=args.sequential, chunk=args.decode_chunk), None
+            options["inverted"] = inverted
             prompt, images, seed = (list(column) for column in zip(*part))
             bar = env.main and env.device.type == "cuda"
             if row.unet.super_resolution:
@@ -824,9 +891,10 @@ def main(argv=None):
     if env.world > 1:
         dist.barrier()
     if env.main:
-        adapters = ([args.ckpt] if args.ckpt else []) + args.lora
+        adapters = args.ckpt + ([args.learned] if args.learned else []) + args.lora
         given = {flag: getattr(args, flag) for flag in FILE_FLAGS if getattr(args, flag)}
-        own = "image" if row.first_frame else "video"
+        own = ("image" if row.first_frame else "appearance_image" if row.unet.adapter_image_dim else
+               "video")
         if args.judge and row.first_frame:
             jobs = [(prompt, out / f"{j:04d}.png", seed) for j, (prompt, _, seed) in enumerate(jobs)]
         rows = [dict(file=names[j], prompt=prompt, seed=seed, base=base.name, adapters=adapters,

@@ -254,10 +254,11 @@ def load_learned(path):
             vectors.detach().reshape(-1, vectors.shape[-1]) for word, vectors in words.items()}
 
 
-def save_learned(path, vectors, word="*"):
-    """vectors (N, width) of one word -> .pth in DreamVideo's own layout."""
+def save_learned(path, vectors, word="*", token=None):
+    """vectors (N, width) of one word -> .pth in DreamVideo's own layout; token: its id, if not CLIP's."""
     words = nn.ParameterDict({word: nn.Parameter(vectors.detach().cpu().clone())})
-    state = {"string_to_token": {word: torch.tensor(placeholder_id(word))}, "string_to_param": words}
+    token = placeholder_id(word) if token is None else token
+    state = {"string_to_token": {word: torch.tensor(token)}, "string_to_param": words}
     write_atomic(path, lambda tmp: torch.save(state, tmp))
 
 
@@ -510,7 +511,9 @@ class TinyText(nn.Module):
         self.transformer = Transformer(width, heads, layers)
         self.ln_final = nn.LayerNorm(width)
 
-    def forward(self, ids):
-        """ids (b, n) -> token features (b, n, width)."""
-        x = self.token_embedding(ids) + self.positional_embedding
-        return self.ln_final(self.transformer(x))
+    def forward(self, ids, learned=None):
+        """ids (b, n) -> token features (b, n, width); learned: as in OpenCLIPText."""
+        x = self.token_embedding(ids)
+        for placeholder, vectors in (learned or {}).items():
+            ids, x = insert_vectors(ids, x, placeholder, vectors)
+        return self.ln_final(self.transformer(x + self.positional_embedding))

@@ -31,6 +31,7 @@ import common
 import das
 import data
 import diffusion
+import dreamvideo
 import instructvideo
 import metrics
 import models
@@ -506,6 +507,65 @@ def adapter_merge(case):
     return result
 
 
+def train_step_dreamvideo(case):
+    """Loss and gradients of the adapters (method dreamvideo) or of the word's vectors."""
+    config, method = case.config, case.call["method"]
+    if method not in ("dreamvideo", "textual_inversion"):
+        raise Unsupported(f"train_step of method {method}")
+    schedule, tower, nets = diffusion_schedule(config["diffusion"]), None, {}
+    for name, spec in getattr(case, "networks", {"unet": {"key_prefix": "", "rule_prefix": ""}}).items():
+        cut = spec["key_prefix"]
+        params = {k.removeprefix(cut): v for k, v in case.params.items() if k.startswith(cut)}
+        if spec["rule_prefix"]:
+            raise Unsupported("weights under another name")
+        if name == "clip":
+            tower = clip_with_words(config["clip"], params, case.left_as_built)
+        else:
+            nets[name] = vgen_unet(case.call["network"], config["unet"], params, case.left_as_built)
+    net, result = nets["unet"], {}
+    for module in filter(None, (net, tower)):
+        module.requires_grad_(False)
+    trainable = "" if case.call["trainable"] == "all" else case.call["trainable"]
+    wanted = {} if tower else {k: p for k, p in net.named_parameters() if trainable in k}
+    for p in wanted.values():
+        p.requires_grad_(True)
+
+    def loss(run, vectors=None):
+        given = {k: case.input(v) if isinstance(v, str) else v for k, v in run.items()}
+        noise, text, cond = given["noise"], given.get("y"), {}
+        if given.get("offset_noise") is not None:
+            noise = diffusion.offset_noise(noise, given["offset_noise"], case.call["offset_strength"])
+        if tower:
+            text = tower(given["tokens"], config["layer"], {config["placeholder_token"]: vectors})
+        if given.get("y_image") is not None:
+            cond["appearance"] = given["y_image"]
+        result["xt"] = schedule.add_noise(given["x0"], noise, given["t"])
+        return dreamvideo.adapter_loss(net, schedule, given["x0"], noise, given["t"], text,
+                                       given.get("mask"), **cond)
+
+    runs, chosen = case.call["runs"], case.call["runs"][case.call["grad_of"]]
+    vectors = torch.nn.Parameter(case.input(chosen["vectors"])) if tower else None
+    result |= {name: loss(run, vectors) for name, run in runs.items()}
+    result[case.call["grad_of"]].mean().backward()
+    if tower:
+        result["grad"], result["embedding_before"] = vectors.grad.clone(), vectors.detach().clone()
+        o = case.call["optimizer"]
+        if o["name"] != "adamw":
+            raise Unsupported(f"optimizer {o['name']}")
+        opt = torch.optim.AdamW([vectors], o["lr"], o["betas"], o["eps"], weight_decay=o["weight_decay"])
+        for _ in range(o["steps"]):
+            opt.zero_grad()
+            loss(chosen, vectors).mean().backward()
+            opt.step()
+        result["embedding_after"] = vectors.detach()
+    for name, spec in case.outputs.items():
+        if "names" in spec:
+            result[name] = torch.stack([wanted[k].grad.norm() for k in spec["names"]])
+        elif "param" in spec:
+            result[name] = part(wanted[spec["param"]].grad, spec)
+    return result
+
+
 def train_step_t2v(case):
     if case.call["method"] != "t2v":
         raise Unsupported(f"train_step of method {case.call['method']}")
@@ -676,14 +736,19 @@ def thinned(value, spec):
     return value[tuple(index)]
 
 
-def text_with_vectors(case):
-    clip, layer = case.config["clip"], case.config["layer"]
+def clip_with_words(clip, params, left_as_built):
+    """The text tower of a case of textual inversion, filled."""
     cfg = text_encoders.CLIPConfig(
         embed_dim=clip["proj"], vocab_size=clip["vocab"], context_length=clip["n_ctx"],
         text_width=clip["width"], text_heads=clip["heads"], text_layers=clip["layers"],
         text_mlp_ratio=clip["mlp_ratio"])
     # the case's tower lacks the temperature of CLIP's loss, which nothing here reads
-    net = fill(text_encoders.OpenCLIPText(cfg), {"logit_scale": []} | case.params, case.left_as_built)
+    return fill(text_encoders.OpenCLIPText(cfg), {"logit_scale": []} | params, left_as_built)
+
+
+def text_with_vectors(case):
+    layer = case.config["layer"]
+    net = clip_with_words(case.config["clip"], case.params, case.left_as_built)
     result = {}
     with torch.no_grad():
         for name, call in calls(case):
@@ -1991,6 +2056,7 @@ KINDS = {
     ("lora", "t2v_turbo_unet"): turbo_lora,
     ("fourier_filter", "sr600_unet"): fourier,
     ("adapter_merge", "dreamvideo"): adapter_merge,
+    ("train_step", "dreamvideo"): train_step_dreamvideo,
     ("pipeline", "higen_unet"): higen_two_pass,
     ("train_step", "modelscope_unet"): train_step_t2v,
     ("vae_encode_decode", "sd_vae"): vae_encode_decode,

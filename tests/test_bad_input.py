@@ -20,6 +20,7 @@ import bases
 import common
 import das
 import data
+import dreamvideo
 import i2vgen
 import instructvideo
 import rewards
@@ -32,7 +33,7 @@ from data import VideoDataset, read_image_prompts, read_prompts, write_video
 ROOT = Path(__file__).parent.parent
 MAINS = {"sample": sample.main, "vader": vader.main, "t2v": t2v.main, "i2vgen": i2vgen.main,
          "bases": bases.main, "data": data.main, "das": das.main, "instructvideo": instructvideo.main,
-         "videodpo": videodpo.main}
+         "videodpo": videodpo.main, "dreamvideo": dreamvideo.main}
 TINY = "--base tiny --prompt 'a red circle'"
 
 BAD = [
@@ -255,6 +256,31 @@ BAD = [
     ("videodpo", "--base tiny --pairs clips", "clips/metadata.json: no such file"),
     ("videodpo", "--base tiny --out run", "already holds a run"),
     ("sample", "--base tiny --prompt a/b --vbench", "--vbench: 'a/b' can be no file's name"),
+    # DreamVideo
+    ("dreamvideo", "", "--data: give a folder or list of pictures"),
+    ("dreamvideo", "--stage style", "--stage: invalid choice"),
+    ("dreamvideo", "--base modelscope --data pictures", "dreamvideo.py does not run on it yet"),
+    ("dreamvideo", "--base tiny --motion circling", "--motion circling: --base tiny --stage motion has"),
+    ("dreamvideo", "--base tiny --stage motion --motion growing", "zigzagging, circling"),
+    ("dreamvideo", "--base tiny --learned run", "only --stage identity goes on from a word"),
+    ("dreamvideo", "--base tiny --stage identity --learned none", "--learned none: no such file"),
+    ("dreamvideo", "--base tiny --stage identity --learned run", "a run without a word"),
+    ("dreamvideo", "--base tiny --stage identity", "the captions hold *"),
+    ("dreamvideo", "--base tiny --init 'a red circle'", "one word, or one for each of the 2 vectors"),
+    ("dreamvideo", "--base tiny --init 'a dragon'", "does not know 'dragon'"),
+    ("dreamvideo", "--base tiny --data none", "none: no such folder or list of pictures"),
+    ("dreamvideo", "--base tiny --data empty", "no pictures in this folder"),
+    ("dreamvideo", "--base tiny --data pictures --masked-loss", "no mask for a.png; --no-masked-loss"),
+    ("dreamvideo", "--base tiny --stage motion --data nocaption", "no caption beside it"),
+    ("dreamvideo", "--base tiny --prompts none.txt", "none.txt: no such file"),
+    ("dreamvideo", "--base tiny --prompts words.txt", "does not know 'dragon'"),
+    ("dreamvideo", "--base tiny --stage motion --prompts bars.txt", "bars.txt row 1: none.png"),
+    ("bases", "--export-adapters out --ckpt run", "a run of t2v; only dreamvideo.py's"),
+    ("bases", "--export-adapters out", "and --ckpt RUN belong together (or --export-adapters"),
+    ("sample", "--ckpt run:7 --prompt a", "no such step there; kept are 2"),
+    ("sample", "--ckpt run --ckpt run --prompt a", "only DreamVideo's can be joined"),
+    ("sample", f"{TINY} --inverse-noise 0.5", "--inverse-noise and --video belong together"),
+    ("sample", f"{TINY} --learned none.pth", "--learned none.pth: no such file"),
 ]
 
 

@@ -16,7 +16,9 @@ import pytest
 
 import das
 import data
+import dreamvideo
 import i2vgen
+import metrics
 import sample
 import vader
 import videodpo
@@ -278,3 +280,86 @@ def test_videodpo(seed, tmp_path):
     assert after["wins"] >= 0.6 and after["accuracy"] >= 0.7 and runs["off"]["minutes"] <= 15
     assert after["judge"]["joint"] >= before["judge"]["joint"] - 0.0201
     assert after["dynamic_degree"] >= before["dynamic_degree"] - 0.0201
+
+
+# ---- DreamVideo
+
+BACKS = ("gray", "black", "brown")
+
+
+def played(out, prompts, *command, n):
+    """Clips of a list of prompts by sample.py, as written to files, n a prompt."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in prompts))
+    sample.main([*map(str, command), "--prompts", str(out / "prompts.txt"), "--n", str(n), "--batch", "16",
+                 "--out", str(out)])
+    return [data.read_video(out / f"{i:04d}.mp4")[0] for i in range(n * len(prompts))]
+
+
+def best_words(out, subject, path):
+    """The tiny base's best wordings: of 24 objects and 36 of two colours, and of 7 motions and just "moving".
+
+    -> likeness and its words, path error and its words. Two clips a wording of the subject, 6 of the motion.
+    """
+    warm = ("red", "orange", "purple", "white")  # what is nearest to salmon and pink
+    colours = [*data.COLOURS, *(f"{a} {b}" for a in warm for b in warm if a != b)]
+    objects = [f"{c} {s}" for c in colours for s in data.SHAPES]
+    clips = played(out / "subject", [f"a {o} moving left on a gray background" for o in objects],
+                   "--base", "tiny", n=2)
+    likeness = {o: metrics.subject_likeness(clips[2 * i:2 * i + 2], subject) for i, o in enumerate(objects)}
+    motions = (*data.MOTIONS, "moving")
+    prompts = [prompt.replace("moving", m) for m in motions for _, prompt in data.tiny_previews(False)[:3]]
+    clips = played(out / "motion", prompts, "--base", "tiny", n=2)
+    errors = {m: metrics.path_error(clips[6 * i:6 * i + 6], path)["path_error"]
+              for i, m in enumerate(motions)}
+    words, motion = max(likeness, key=lambda o: sum(likeness[o].values())), min(errors, key=errors.get)
+    return likeness[words] | {"path_error": errors[motion], "words": f"{words}; {motion}"}
+
+
+@pytest.mark.effect
+@pytest.mark.parametrize("motion, seed", [("circling", 0), ("zigzagging", 1)])
+def test_dreamvideo(motion, seed, tmp_path):
+    """A star with a stripe from 4 pictures, a path from 3 clips, each stage in 10 CPU minutes at most.
+
+    Likeness (colours + shape, 0 to 2) of the subject at least 0.1 above the best words, path error at most
+    half that of the best words; both together: likeness at most 0.1 below, path error at most 0.5 pixels
+    above that of each alone.
+    """
+    subject, path = data.tiny_subject(seed, 4), data.tiny_motion(seed, 3, motion)[1]
+    run, minutes = {stage: tmp_path / stage for stage in dreamvideo.STAGES}, {}
+    for stage in run:
+        more = {"token": [], "identity": ["--learned", str(run["token"])], "motion": ["--motion", motion]}
+        start = time.process_time()
+        dreamvideo.main(["--base", "tiny", "--stage", stage, "--seed", str(seed), *more[stage],
+                         "--out", str(run[stage])])
+        minutes[stage] = (time.process_time() - start) / 60
+    found = {"words": best_words(tmp_path / "words", subject, path)}
+    moved = [f"a * {m} on a {b} background"
+             for m in ("moving left", "moving up", "standing still") for b in BACKS]
+    for stage in ("token", "identity"):
+        clips = played(tmp_path / f"s-{stage}", moved, "--ckpt", run[stage], n=2)
+        found[stage] = metrics.subject_likeness(clips, subject)
+    lines = [prompt for _, prompt in data.tiny_previews(False)[:3]]
+    clips = played(tmp_path / "s-motion", lines, "--ckpt", run["motion"], n=4)
+    found["motion"] = metrics.path_error(clips, path)
+    both = ["--ckpt", run["identity"], "--ckpt", run["motion"]]
+    clips = played(tmp_path / "s-joint", [f"a * moving on a {b} background" for b in BACKS], *both, n=4)
+    found["joint"] = metrics.subject_likeness(clips, subject) | metrics.path_error(clips, path)
+
+    table = []
+    for name, row in found.items():
+        row["likeness"] = row["colours"] + row["shape"] if "colours" in row else None
+        cells = [f"{row[k]:.2f}" if row.get(k) is not None else "-"
+                 for k in ("colours", "shape", "likeness", "path_error")]
+        table.append(f"| {motion} | {name} | {' | '.join(cells)} | "
+                     f"{f'{minutes[name]:.1f}' if name in minutes else '-'} |")
+    write(f"dreamvideo_{motion}", table, seed=seed, minutes=minutes, **found)
+    for name in ("s-identity", "s-motion", "s-joint"):
+        sheet = (tmp_path / name / "sheet.png").read_bytes()
+        (RESULTS / f"dreamvideo_{motion}_{name[2:]}.png").write_bytes(sheet)
+    words, joint = found["words"], found["joint"]
+    assert found["identity"]["likeness"] >= words["likeness"] + 0.1
+    assert found["motion"]["path_error"] <= words["path_error"] / 2
+    assert joint["likeness"] >= max(words["likeness"] + 0.1, found["identity"]["likeness"] - 0.1)
+    assert joint["path_error"] <= min(words["path_error"] / 2, found["motion"]["path_error"] + 0.5)
+    assert max(minutes.values()) <= 10
