@@ -280,11 +280,11 @@ def test_steps_without_gradient_hold_nothing():
 
 @pytest.mark.effect
 def test_what_a_step_holds_at_a_middle_size(monkeypatch):
-    """ModelScope of width 128 (of 320), 8 frames of 128x128: `last` holds at most 0.35 of 20 steps with
+    """ModelScope of width 128 (of 320), 4 frames of 64x64: `last` holds at most 0.35 of 20 steps with
     gradient; from 10 to 50 sampling steps it grows by at most 2 %."""
     row = bases.BASES["modelscope"]
     row = replace(row, net=replace(row.net, dim=128, context_dim=256), vae=replace(row.vae, ch=64),
-                  sample=row.sample | dict(frames=8, height=128, width=128))
+                  sample=row.sample | dict(frames=4, height=64, width=64))
     monkeypatch.setitem(bases.BASES, "modelscope", row)
     base = bases.Base("modelscope", row, UNet3D(row.net).eval(), AutoencoderKL(row.vae).eval(), None,
                       bases.make_schedule(**row.schedule), None)
