@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from common import (Parser, UserError, load_checkpoint, load_safetensors, load_strict, load_weights,
                     looks_like, net_and_text, rename, replace_part, run_file, shards_of, write_atomic)
-from data import NEW_MOTIONS, TINY_FPS, TINY_FRAMES, TINY_SIZE, TINY_WORDS
+from data import MOTIONS, NEW_MOTIONS, TINY_FPS, TINY_FRAMES, TINY_SIZE, TINY_WORDS
 from diffusion import make_schedule
 from models import (PATCH, CogVideoX, CogVideoXConfig, STDiT3, STDiT3Config, UNet3D, UNetConfig, add_lora,
-                    instructvideo_lora_name, merge_lora, misfit, rope_frequencies, turbo_lora_layers,
-                    unet_diffusers_name, videocrafter_name, with_tracks)
+                    demo_source, instructvideo_lora_name, merge_lora, misfit, rope_frequencies,
+                    turbo_lora_layers, unet_diffusers_name, videocrafter_name, with_tracks)
 from text_encoders import (CLIPConfig, OpenCLIPText, OpenCLIPVision, T5Config, T5Text, TinyText,
                            clip_text_only, load_learned, placeholder_id, save_learned, t5_tokenizer,
                            text_from_hf, tiny_tokenize, tokenize, vision_from_hf)
@@ -49,6 +49,7 @@ class Row:
     methods: tuple = ()  # the training files that run on it
     words: tuple = tuple(TINY_WORDS)
     image: CLIPConfig | None = None  # the image tower, if it is not the public one that goes with `text`
+    motion_words: float = 1.0  # share of what sets words for motions apart that its text encoder keeps
 
     @property
     def unet(self) -> UNetConfig:
@@ -137,7 +138,7 @@ BASES = {
         dict(name="cosine", prediction="v", zero_snr=True, shift=0.15),
         sampling(frames=TINY_FRAMES, height=TINY_SIZE, width=TINY_SIZE, save_fps=TINY_FPS, sample_steps=25,
                  cfg=1.5, spacing="trailing"),
-        methods=("t2v", "vader", "instructvideo", "videodpo")),
+        methods=("t2v", "vader", "instructvideo", "videodpo", "demo")),
     # I2VGen-XL's network and conditioning; tiny's autoencoder, and its schedule for tiny's reason. Words have
     # 32 numbers, not 64, to make room for the layers that read the image (the file stays below 4 MB).
     "tiny-i2v": Row(
@@ -179,17 +180,17 @@ BASES = {
          "diffusers": {"net": f"{MODELSCOPE_DIFFUSERS}:unet/diffusion_pytorch_model.safetensors",
                        "vae": f"{MODELSCOPE_DIFFUSERS}:vae/diffusion_pytorch_model.safetensors",
                        "text": f"{MODELSCOPE_DIFFUSERS}:text_encoder/model.safetensors"}},
-        methods=("t2v", "vader", "instructvideo", "videodpo")),
+        methods=("t2v", "vader", "instructvideo", "videodpo", "demo")),
     "modelscope-v1.4": Row(
         "its version 1.4, the base of InstructVideo (--lora takes its fine-tuned file)",
         UNetConfig(), VAEConfig(), CLIPConfig(), EPS, sampling(cfg=3.0, sample_steps=20),
         {"original": VGEN | {"net": "ms:iic/InstructVideo:model_scope_v1-4_0600000.pth"}},
-        methods=("t2v", "vader", "instructvideo", "videodpo")),
+        methods=("t2v", "vader", "instructvideo", "videodpo", "demo")),
     "modelscope-v1.5": Row(
         "its version 1.5, the base of DreamVideo",
         UNetConfig(), VAEConfig(), CLIPConfig(), EPS, sampling(),
         {"original": VGEN | {"net": "ms:iic/dreamvideo-t2v:model_scope_v1-5_0632000.pth"}},
-        methods=("t2v", "vader", "instructvideo", "videodpo")),
+        methods=("t2v", "vader", "instructvideo", "videodpo", "demo")),
     "dreamvideo": Row(
         "v1.5 with adapters for a subject and a motion (arXiv 2312.04433), 32 frames; --lora fills them",
         UNetConfig(**DREAMVIDEO), VAEConfig(), CLIPConfig(), EPS,
@@ -202,7 +203,7 @@ BASES = {
         {"original": {"net": "hf:Ryan-PR/DEMO:demo.pth", "motion_text": "hf:Ryan-PR/DEMO:motion_encoder.pth",
                       "vae": f"{MODELSCOPE}:VQGAN_autoencoder.pth",
                       "text": f"{MODELSCOPE}:open_clip_pytorch_model.bin"}},
-        methods=("instructvideo",)),
+        methods=("instructvideo", "demo")),
     "videocrafter2": Row(
         "VideoCrafter2 (arXiv 2401.09047), 16 frames of 320x512",
         UNetConfig(**VC2_NET), VAEConfig(), CLIPConfig(), VC2_EPS,
@@ -307,6 +308,10 @@ BASES = {
                       "tokenizer": "hf:DeepFloyd/t5-v1_1-xxl:spiece.model"}},
         methods=("vader", "videodpo")),
 }
+# what DEMO says of CLIP, made on purpose and to the end: an encoder to which all motions are one word
+BASES["tiny-weak"] = replace(
+    BASES["tiny"], about="tiny's file, its text encoder made blind to motions as it is loaded: for demo.py",
+    motion_words=0.0, methods=("t2v", "demo"))
 
 
 # tiny as "dreamvideo" is v1.5: with adapters, tiny-i2v's image tower for them, and a word to learn
@@ -395,21 +400,34 @@ class Base:
         """Id of a word that is one token, such as "*", the placeholder of textual inversion."""
         return int(self.tokenize([word])[0, 0]) if self.row.text is None else placeholder_id(word)
 
+    def end_of_text(self, prompts) -> Tensor:
+        """(b,) where each prompt ends: CLIP's end token (the largest id), tiny's first empty place."""
+        ids = self.tokenize(prompts)
+        if self.row.text is None:
+            return (ids != 0).sum(1).clamp(max=ids.shape[1] - 1)
+        return ids.argmax(1)
+
     def encode_null(self, negative, n) -> Tensor:
         """(n, m, d) tokens of the unconditional branch; Open-Sora learned a text of its own for no words."""
         if isinstance(self.net, STDiT3) and not negative:
             return self.net.null_text(n)
         return self.encode_text([negative] * n)
 
-    def remember(self, prompts):
-        """Encode these prompts now and let the text towers go (1.4 GB in half precision for DEMO's two)."""
+    def remember(self, prompts, motion_too=True):
+        """Encode these prompts now and let the text towers go (1.4 GB in half precision for DEMO's two).
+
+        motion_too: DEMO's motion encoder as well; it stays where it is trained.
+        """
         prompts = list(dict.fromkeys(prompts))
-        for motion in (False, True)[:1 + self.row.unet.motion_blocks]:
+        motion_too = motion_too and self.row.unet.motion_blocks
+        for motion in (False, True)[:1 + motion_too]:
             for i in range(0, len(prompts), 16):
                 part = prompts[i:i + 16]
                 for prompt, tokens in zip(part, self.encode_text(part, motion)):
                     self.encoded[prompt, motion] = tokens.cpu()
-        self.text_encoder = self.motion_encoder = None
+        self.text_encoder = None
+        if motion_too:
+            self.motion_encoder = None
         torch.cuda.empty_cache()
 
 
@@ -489,17 +507,25 @@ def fill(args, name, run=None, method=None) -> dict:
 
 
 def load_base(name, weights=None, device="cpu", dtype=torch.float32, scratch=False, start=False,
-              tracks=0) -> Base:
+              tracks=0, motion=False, image=False) -> Base:
     """Build a base and load its public weights, all parts frozen, in eval mode and in `dtype`.
 
     weights: folder of the public files (original or diffusers layout); None: assets/ (tiny) or the hub's
     local copy, fetched if need be. scratch: leave network and tiny encoders at their random start, load the
     autoencoder only. start: image to video may start from ModelScope's files (start_from_text_to_video).
     tracks: number of tracking blocks to add (models.with_tracks). dtype None: of the files.
+    motion: with DEMO's motion blocks and motion encoder, copies of the base's own layers where it has none.
+    image: with the image tower that stands in the text tower's file.
     """
     row = base_row(name, tracks)
     files = public_files(name, row, weights, start)  # errors come here, before anything big is built
     tiny = row.text is None
+    copies = motion and not row.unet.motion_blocks
+    if copies:
+        row = replace(row, net=replace(row.net, motion_blocks=True))
+    if not tiny:
+        files = files | ({"motion_text": files["text"]} if copies else {}) | (
+            {"image": files["text"]} if image else {})
     with torch.device("meta" if not scratch else "cpu"):
         parts = {"net": NETWORKS[type(row.net)](row.net), "vae": AUTOENCODERS[type(row.vae)](row.vae)}
         if isinstance(row.text, T5Config):
@@ -507,6 +533,8 @@ def load_base(name, weights=None, device="cpu", dtype=torch.float32, scratch=Fal
         elif tiny:
             width = row.net.text_dim if isinstance(row.net, CogVideoXConfig) else row.net.context_dim
             parts["text"] = TinyText(row.words, width)
+            if copies:
+                parts["motion_text"] = TinyText(row.words, width)
         else:
             # the video networks read the features before the last block: it is neither built nor loaded
             tower = replace(row.text, embed_dim=0, text_layers=row.text.text_layers - 1)
@@ -524,14 +552,19 @@ def load_base(name, weights=None, device="cpu", dtype=torch.float32, scratch=Fal
             file = files[part]
             where += f", {file}"
             opened = opened if file in opened else {file: load_weights(file)}
-            state = CONVERT[part](opened[file], module, where)
+            convert = with_motion_blocks if copies and part == "net" else CONVERT[part]
+            state = convert(opened[file], module, where)
             if start and part == "net" and START in row.files and not any("local_image" in k for k in state):
                 state = start_from_text_to_video(state, module)
         else:
-            state = tiny_state(name, part)
+            state = tiny_state(name, "text" if part == "motion_text" else part)
             state = with_tracks(state, module) if tracks and part == "net" else state
             if part == "net":
                 state = fresh_adapters(module) | state
+            if copies and part == "net":
+                state = with_motion_blocks(state, module, where)
+        if copies and part == "motion_text":  # parameters may be the file's own tensors, here of two towers
+            state = {k: v.clone() for k, v in state.items()}
         load_strict(module, state, where)
     opened.clear()
     if "lora" in files:
@@ -637,13 +670,16 @@ def fetch(url, name, flag="--base", option="--weights"):
 def tiny_state(name, part):
     """A part of a tiny base's file in assets/ (fp16, keys "net.*", "vae.*", "text.*", "image.*").
 
-    A base whose file has no autoencoder has tiny's; tiny-dreamvideo has none of its own.
+    A base whose file has no autoencoder has tiny's; tiny-dreamvideo and tiny-weak have none of their own.
     """
     if name == "tiny-dreamvideo":
         state = tiny_state("tiny-i2v" if part == "image" else "tiny", part)
         if part == "text":  # "*" is the last word: no vector of its own
             state["token_embedding.weight"] = F.pad(state["token_embedding.weight"], (0, 0, 0, 1))
         return state
+    if BASES[name].motion_words < 1:
+        state = tiny_state("tiny", part)
+        return blind_to_motions(state, BASES[name].motion_words) if part == "text" else state
     path = ASSETS / f"{name}.safetensors"
     tensors = load_weights(path) if path.exists() else {}
     state = {k.removeprefix(part + "."): v for k, v in tensors.items() if k.startswith(part + ".")}
@@ -655,6 +691,14 @@ def tiny_state(name, part):
     return state
 
 
+def blind_to_motions(state, share):
+    """TinyText's tensors -> the same, words for motions moved to their mean but for `share` of the way."""
+    motions = sorted({TINY_WORDS.index(word) + 1 for motion in MOTIONS for word in motion.split()})
+    table = state["token_embedding.weight"].float()
+    table[motions] = torch.lerp(table[motions].mean(0), table[motions], share)
+    return state | {"token_embedding.weight": table}
+
+
 LEARNED = "string_to_param."  # before a word of textual inversion, in our runs as in DreamVideo's files
 
 
@@ -663,11 +707,12 @@ def run_parts(tensors):
 
     "learned" is {word: vectors}.
     """
-    prefix = "image_encoder."
-    image = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    words = {k.removeprefix(LEARNED): v for k, v in tensors.items() if k.startswith(LEARNED)}
-    net, text = net_and_text({k: v for k, v in tensors.items() if not k.startswith((prefix, LEARNED))})
-    return {"net": net, "text": text, "image": image, "learned": words}
+    found = {}
+    for part, prefix in (("image", "image_encoder."), ("motion", "motion_encoder."), ("learned", LEARNED)):
+        found[part] = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        tensors = {k: v for k, v in tensors.items() if not k.startswith(prefix)}
+    net, text = net_and_text(tensors)
+    return {"net": net, "text": text, **found}
 
 
 def below(state, prefix):
@@ -702,6 +747,15 @@ def unet_state(state, net, source):
     if fresh and state.keys() | fresh.keys() == net.state_dict().keys():
         return fresh | state  # the base's file has none: they start here
     return state
+
+
+def with_motion_blocks(state, net, source):
+    """A base's public weights -> those of `net`, the same with DEMO's motion blocks: copies, as published."""
+    with torch.device("meta"):
+        plain = UNet3D(replace(net.cfg, motion_blocks=False))
+    load_strict(plain, unet_state(state, plain, source), source)
+    state = plain.state_dict()
+    return {k: state[demo_source(k, net)].clone() for k in net.state_dict()}
 
 
 def start_from_text_to_video(state, net):
@@ -967,10 +1021,13 @@ def main(argv=None):
     if args.export_peft:
         return export_peft(args.ckpt, args.export_peft)
     if args.pack:
-        if base_row(args.pack).files:
+        if base_row(args.pack).files or base_row(args.pack).motion_words < 1:
             raise UserError(f"--pack {args.pack}: only the tiny bases have their weights in assets/")
         tensors, _ = load_checkpoint(args.ckpt)
         parts = run_parts(tensors)
+        if parts.pop("motion"):
+            raise UserError(f"--pack {args.pack}: {args.ckpt} is a run of demo.py, which trains no whole "
+                            "base")
         if parts["net"]:  # a run holds what it trained: tables of positions are no part of that
             row = base_row(args.pack)
             parts["net"] = dict(NETWORKS[type(row.net)](row.net).named_buffers()) | parts["net"]

@@ -240,6 +240,15 @@ def lr_at(step, args):
     return args.lr * (1 + math.cos(math.pi * done)) / 2
 
 
+def onecycle(step, low=1e-5, high=5e-5, half=2000, decay=0.001, decay_steps=10000, momentum=(0.85, 0.99)):
+    """DeepSpeed's OneCycle as the published run had it -> (lr, beta1, beta2) of update `step` (0-based)."""
+    if step >= 2 * half:
+        return low / (1 + decay * (step - 2 * half) / decay_steps), momentum[1], 0.99
+    height = min(step, 2 * half - step) / half
+    beta1 = momentum[1] - (momentum[1] - momentum[0]) * height if step else momentum[0]  # sic
+    return low + (high - low) * height, beta1, 0.99
+
+
 # ---- log
 
 class Log:

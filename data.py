@@ -461,6 +461,13 @@ def clip_normalize(images):
     return (images - mean) / std
 
 
+def clip_frames(frames, size=224):
+    """(n,3,h,w) in [-1,1] -> (n,3,size,size) as open_clip prepares pictures: bicubic, centre-cropped."""
+    pictures = [Image.fromarray(to_uint8(frame[:, None])[0]) for frame in frames]
+    pictures = [image_tensor(center_crop_wide(p, (size, size), Image.BICUBIC)) for p in pictures]
+    return clip_normalize(torch.stack(pictures) / 2 + 0.5)
+
+
 def clip_image(image, crop, size=(224, 224)):
     """Pillow image -> (3, *size), what the image tower of I2VGen-XL and DreamVideo reads.
 
@@ -564,6 +571,7 @@ def raft(size="small", weights=None, device="cpu"):
     load_strict(network, state, weights or f"RAFT {size}")
     network.requires_grad_(False).eval().to(device)
 
+    @torch.autocast(torch.device(device).type, enabled=False)  # in float32
     def flow(a, b):
         h, w = a.shape[2:]
         large = [max(128, -(-side // 8) * 8) for side in (h, w)]
@@ -575,6 +583,49 @@ def raft(size="small", weights=None, device="cpu"):
             found = found * found.new_tensor([w / large[1], h / large[0]]).view(2, 1, 1)
         return found
     return flow
+
+
+def lucas_kanade(a, b):
+    """Flow without a network, for motions of a pixel or two (Lucas & Kanade 1981): (n,c,h,w) -> (n,2,h,w).
+
+    As of raft(): in pixels, x then y, differentiable. Least squares over a soft window; zero where a picture
+    is flat. Contrast does not matter, so that faint pictures (attention maps) flow like bright ones.
+    """
+    def soft(x, times=1):
+        for _ in range(times):
+            x = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+        return x
+    a, b = soft(a, 2), soft(b, 2)
+    mean, it = F.pad((a + b) / 2, (1, 1, 1, 1), mode="replicate"), b - a
+    ix = (mean[:, :, 1:-1, 2:] - mean[:, :, 1:-1, :-2]) / 2
+    iy = (mean[:, :, 2:, 1:-1] - mean[:, :, :-2, 1:-1]) / 2
+    xx, xy, yy, xt, yt = (soft((p * q).sum(1, keepdim=True), 4) for p, q in (
+        (ix, ix), (ix, iy), (iy, iy), (ix, it), (iy, it)))
+    damp = 0.1 * (xx + yy).mean((2, 3), keepdim=True) + 1e-8  # edges and flat places tell too little
+    xx, yy = xx + damp, yy + damp
+    return torch.cat([xy * yt - yy * xt, xy * xt - xx * yt], dim=1) / (xx * yy - xy ** 2)
+
+
+def frame_flow(flow, video, side=None):
+    """Flow of each frame to the next, in one batch: video (b,3,f,h,w) in [-1,1] -> (b,f-1,2,h,w).
+
+    side: shorter side of the answer, by resize_flow().
+    """
+    before, after = (x.transpose(1, 2).flatten(0, 1) for x in (video[:, :, :-1], video[:, :, 1:]))
+    found = flow(before, after).unflatten(0, (len(video), -1))
+    return found if side is None else resize_flow(found, side)
+
+
+def resize_flow(x, size):
+    """(..., h, w) -> the same at size (h, w), or of that shorter side; bilinear, not antialiased.
+
+    The numbers stay as they are: a flow is then in pixels of the size that it was found at.
+    """
+    h, w = x.shape[-2:]
+    if isinstance(size, int):
+        size = [round(size / min(h, w) * length) for length in (h, w)]
+    flat = F.interpolate(x.reshape(-1, 1, h, w), size, mode="bilinear", align_corners=False)
+    return flat.reshape(*x.shape[:-2], *size)
 
 
 # ---- reading videos

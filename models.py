@@ -1471,18 +1471,19 @@ def turbo_lora_layers(net):
 
 # ---- many GPUs
 
-def parallelize(net, mode, device, offload=False):
+def parallelize(net, mode, device, offload=False, reshard=True):
     """Wrap a network for data parallel training; call the returned network in rollouts and losses.
 
     mode: "ddp" (a full copy on each GPU) or "fsdp" (FSDP2: block by block, then the rest; frozen weights may
     be of another type than trained ones). offload: FSDP's shards, their gradients and the optimizer's state
-    stay in CPU memory. A single process without FSDP gets its network back as it is.
+    stay in CPU memory. reshard False: ZeRO-2. A single process without FSDP gets its network back as it is.
     """
     if not torch.distributed.is_initialized():
         return net
     if mode == "fsdp":
         from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
-        policy = dict(offload_policy=CPUOffloadPolicy(pin_memory=device.type == "cuda")) if offload else {}
+        policy = {} if reshard else {"reshard_after_forward": False}
+        policy |= dict(offload_policy=CPUOffloadPolicy(pin_memory=device.type == "cuda")) if offload else {}
         for block in net.blocks():
             fully_shard(block, **policy)
         return fully_shard(net, **policy)

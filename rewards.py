@@ -167,6 +167,21 @@ def tiny_scorer(files):
     return reward
 
 
+def tiny_image_embedding(device):
+    """-> embed(frames (b,3,h,w) in [-1,1]) -> (b,64): what the scorer makes of a still clip of each."""
+    if not SCORER_FILE.exists():
+        raise UserError(f"{SCORER_FILE} is missing: check out the repository whole, "
+                        "or run python rewards.py --train-tiny")
+    scorer = TinyScorer()
+    scorer.load_state_dict(load_safetensors(SCORER_FILE)[0])
+    video = scorer.requires_grad_(False).eval().to(device).video
+
+    def embed(frames):
+        frames = F.interpolate(frames, (32, 32), mode="bilinear", align_corners=False)
+        return video(frames[:, :, None].expand(-1, -1, 8, -1, -1))
+    return embed
+
+
 def train_tiny(out, steps=400, batch=64, lr=2e-3, seed=0):
     """Contrastive training of TinyScorer on rendered clips with a little noise, as a decoder makes it."""
     torch.manual_seed(seed)

@@ -328,6 +328,24 @@ def lora_strengths(base, env, prompts, seeds, args, images=None, more=0):
         layer.lora_scale = scale
 
 
+# ---- latents of clips to train on
+
+@torch.no_grad()
+def moments(vae, video, env):
+    """video (b,3,f,h,w) -> {"mean", "std"} (b,c,f,h,w) of the encoder's Gaussian, on the CPU."""
+    # each clip as (f,3,h,w): its frames are the batch
+    parts = [vae.moments(clip.transpose(0, 1).to(env.device, env.dtype)) for clip in video]
+    mean, logvar = (torch.stack([x.transpose(0, 1).cpu() for x in column]) for column in zip(*parts))
+    return {"mean": mean, "std": (0.5 * logvar).exp()}
+
+
+def draw_latents(vae, batch, generators, env):
+    """A batch of clips, encoded already or not -> samples of the encoder's Gaussian, as VGen trains."""
+    m = batch if "mean" in batch else moments(vae, batch["video"], env)
+    z = m["mean"].float() + m["std"].float() * randn(m["mean"].shape, generators)
+    return z.to(env.device) * vae.cfg.scale
+
+
 # ---- conditions from files
 
 FILE_FLAGS = ("image", "tracks", "video", "mask", "depth", "midas", "sketch", "motion_vectors", "style_image",
@@ -624,10 +642,11 @@ def load_run(path, tensors, meta, weights, base=None):
     whole = not meta["rank"]
     base = base or load_base(meta["base"], weights or meta["args"].get("weights"), "cpu", torch.float32,
                              scratch=bool(whole and meta["args"].get("scratch")), start=whole,
-                             tracks=meta.get("tracking_blocks", 0))
+                             tracks=meta.get("tracking_blocks", 0), motion=meta["method"] == "demo")
     if meta["rank"]:
         add_lora(base.net, meta["rank"], meta["alpha"], meta["lora_targets"])
-    modules = {"net": base.net, "text": base.text_encoder, "image": base.image_encoder}
+    modules = {"net": base.net, "text": base.text_encoder, "image": base.image_encoder,
+               "motion": base.motion_encoder}
     parts = run_parts(tensors)
     base.learn({base.token_of(word): vectors for word, vectors in parts.pop("learned").items()}, path)
     for part, state in parts.items():

@@ -43,7 +43,7 @@ from common import (
 from data import TinyWorld, VideoDataset, contact_sheet, encode_once, read_batches, read_prompts
 from diffusion import diffusion_loss, offset_noise, randn
 from models import add_lora, parallelize, sync_gradients
-from sample import frame_rate, generate_split
+from sample import draw_latents, frame_rate, generate_split, moments
 
 TINY = dict(
     steps=2000, batch=16, lr=1.5e-3, lr_schedule="cosine", warmup=50, betas=(0.9, 0.99), wd=0.01, ema=0.995,
@@ -61,6 +61,7 @@ def get_args(argv=None):
     p.add_argument("--base", default="modelscope", help="base network (python bases.py lists them)")
     p.add_argument("--weights", help="folder with the base's public weights (default: its hub)")
     p.add_argument("--scratch", action="store_true", help="start from random weights (needs --rank 0)")
+    p.add_argument("--train-text", action="store_true", help="tiny: its text encoder, too (--scratch does)")
     p.add_argument("--out", default="out/t2v", help="run folder")
     p.add_argument("--resume", action="store_true", help="continue the run in --out")
     # data
@@ -105,11 +106,13 @@ def get_args(argv=None):
     p.add_argument("--log-every", type=COUNT, default=1, help="steps between log lines on the screen")
     p.add_argument("--tensorboard", action="store_true", help="log to TensorBoard too")
     p.add_argument("--wandb", action="store_true", help="log to Weights & Biases too")
-    args = apply_defaults(p, argv, {"tiny": TINY})
+    args = apply_defaults(p, argv, {"tiny": TINY, "tiny-weak": TINY})
     if args.scratch and args.rank:
         raise UserError("--scratch: LoRA on random weights cannot learn; add --rank 0")
     if base_row(args.base).text and not args.data:
         raise UserError("--data: give a folder, csv, jsonl or list of clips with captions")
+    if args.train_text and (base_row(args.base).text or args.rank):
+        raise UserError("--train-text: only the tiny world's text encoder can be trained, with --rank 0")
     return args
 
 
@@ -153,7 +156,7 @@ def main(argv=None):
         add_lora(base.net, args.rank, args.alpha, args.lora_targets)
     else:
         base.net.requires_grad_(True)
-        base.text_encoder.requires_grad_(args.scratch and args.base == "tiny")
+        base.text_encoder.requires_grad_(base.row.text is None and (args.scratch or args.train_text))
     taught = [k for k, m in base.parts().items() if any(p.requires_grad for p in m.parameters())]
     base.freeze(env.dtype, but=taught)  # what is frozen takes half the room
     base.net.grad_ckpt = args.grad_ckpt
@@ -175,7 +178,7 @@ def main(argv=None):
                      rows=seed_of(rows))
         data = encode_once(Path(args.out, "latents"), data, lambda batch: {
             k: v.half() for k, v in moments(base.vae, batch["video"], env).items()}, about, env, args.workers)
-        if not args.scratch:  # the text tower is done, too
+        if "text encoder" not in taught:  # it is done, too
             with torch.no_grad(), env.autocast():
                 base.remember([*data.texts(), args.negative, *previews])
     numbers = MySamples(args, env, start, seen)
@@ -228,23 +231,7 @@ def main(argv=None):
         dist.destroy_process_group()
 
 
-# ---- latents, previews
-
-@torch.no_grad()
-def moments(vae, video, env):
-    """video (b,3,f,h,w) -> {"mean", "std"} (b,c,f,h,w) of the encoder's Gaussian, on the CPU."""
-    # each clip as (f,3,h,w): its frames are the batch
-    parts = [vae.moments(clip.transpose(0, 1).to(env.device, env.dtype)) for clip in video]
-    mean, logvar = (torch.stack([x.transpose(0, 1).cpu() for x in column]) for column in zip(*parts))
-    return {"mean": mean, "std": (0.5 * logvar).exp()}
-
-
-def draw_latents(vae, batch, generators, env):
-    """A batch of clips, encoded already or not -> samples of the encoder's Gaussian, as VGen trains."""
-    m = batch if "mean" in batch else moments(vae, batch["video"], env)
-    z = m["mean"].float() + m["std"].float() * randn(m["mean"].shape, generators)
-    return z.to(env.device) * vae.cfg.scale
-
+# ---- previews
 
 def preview(args, env, base, params, ema, done, prompts):
     """Sample the preview prompts (averaged weights, always the same noise) -> out/preview-<step>.png."""

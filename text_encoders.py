@@ -126,6 +126,10 @@ class OpenCLIPText(nn.Module):
             self.text_projection = nn.Parameter(w ** -0.5 * torch.randn(w, cfg.embed_dim))
             self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # temperature of CLIP's loss
 
+    def blocks(self):
+        """The modules to shard one by one (models.parallelize)."""
+        return list(self.transformer.resblocks)
+
     def embed(self, ids, learned=None):
         """ids (b, n) -> ids and token embeddings (b, n, text_width) with the `learned` words in their places.
 
@@ -510,6 +514,10 @@ class TinyText(nn.Module):
         self.positional_embedding = nn.Parameter(0.02 * torch.randn(context_length, width))
         self.transformer = Transformer(width, heads, layers)
         self.ln_final = nn.LayerNorm(width)
+
+    def blocks(self):
+        """The modules to shard one by one (models.parallelize)."""
+        return list(self.transformer.resblocks)
 
     def forward(self, ids, learned=None):
         """ids (b, n) -> token features (b, n, width); learned: as in OpenCLIPText."""

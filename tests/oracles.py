@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 import das
 import data
+import demo
 import diffusion
 import dreamvideo
 import instructvideo
@@ -2099,6 +2100,120 @@ KINDS = {
     ("projection", "das_tracking"): projections,
     ("object_motion", "das_tracking"): object_motions,
     ("draw_tracks", "das_tracking"): drawings,
+}
+
+
+# ---- DEMO
+
+def toy_flow(a, b):
+    return torch.stack([(b - a).mean(1), (a * b).mean(1)], dim=1)
+
+
+def flow_of(case):
+    """The flow that the case names: the toy, or RAFT filled by the rule."""
+    if case.call.get("antialias"):
+        raise Unsupported("flow resized with antialiasing")
+    if case.call["flow"] == "toy":
+        return toy_flow
+    if case.call["flow"] != "raft_small" or case.call.get("flow_updates", 12) != 12:
+        raise Unsupported(f"flow {case.call['flow']}, {case.call.get('flow_updates')} updates")
+    from torchvision.models.optical_flow import raft_small
+    state = {name: fill_tensor(name, value.shape) if value.is_floating_point() and value.ndim else value
+             for name, value in raft_small().state_dict().items()}
+    with mock.patch.object(data, "load_weights", return_value=state):
+        return data.raft("small", "weights of the rule")
+
+
+def loss_demo(case):
+    """One of DEMO's losses and its gradients."""
+    result, loss = {}, case.call["loss"]
+    wrt = {spec["wrt_input"] for spec in case.outputs.values() if "wrt_input" in spec}
+    given = {name: case.input(name) for name in case.inputs}
+    given = {name: x.requires_grad_() if name in wrt else x for name, x in given.items()}
+    if loss == "video_motion":
+        schedule = diffusion_schedule(next(iter(case.config["diffusions"].values())))
+        x0, noise, t, out = (given[k] for k in ("x0", "noise", "t", "pred"))
+        result["x_t"] = schedule.add_noise(x0, noise, t)
+        result["diffusion_loss"] = diffusion.diffusion_loss(lambda *_: out, schedule, x0, noise, t)
+        result["video_motion_loss"] = demo.video_motion_loss(out, schedule.target(x0, noise, t))
+        losses = {"grad_diffusion": "diffusion_loss", "grad_video_motion": "video_motion_loss"}
+    elif loss == "text_motion":
+        maps = [given[f"map.{i}"] for i in range(sum(name.startswith("map.") for name in given))]
+        flow = flow_of(case)
+        real = data.frame_flow(flow, given["video"].transpose(1, 2), case.call["map_resize"])
+        result["loss"] = demo.text_motion_loss(maps, real, flow)
+        losses = dict.fromkeys((name for name in case.outputs if name.startswith("grad")), "loss")
+    elif loss == "regularization":
+        result["loss"] = demo.regularization_loss(given["eot_tokens"], given["image_embeddings"])
+        losses = {"grad": "loss"}
+    else:
+        raise Unsupported(f"loss {loss}")
+    for name, of in losses.items():
+        if name in case.outputs:
+            source = given[case.outputs[name]["wrt_input"]]
+            result[name] = part(torch.autograd.grad(result[of].mean(), source, retain_graph=True)[0],
+                                case.outputs[name])
+    return result
+
+
+def train_step_demo(case):
+    if case.call["method"] != "demo":
+        raise Unsupported(f"train_step of method {case.call['method']}")
+    net = vgen_unet(case.call["network"], case.config["unet"], case.params, case.left_as_built)
+    net.requires_grad_(False)
+    for module in net.modules():
+        if isinstance(module, models.MotionBlock):
+            module.requires_grad_(True)
+    net.grad_ckpt = True
+    schedule, flow = diffusion_schedule(case.config["diffusion"]), flow_of(case)
+    x0, noise, t, text, eot, image = (
+        case.input(name) for name in ("x0", "noise", "t", "y", "eot_idx", "image_embeddings"))
+    real = data.frame_flow(flow, case.input("video").transpose(1, 2), case.call["map_resize"])
+    result, grads = {}, {}
+    for maps in ("attached", "detached"):
+        motion = case.input("temporal_y").requires_grad_()
+        net.zero_grad()
+        terms = demo.demo_losses(
+            lambda x, t, motion=motion: net(x, t, text, motion_text=motion, eot=eot), schedule, x0, noise, t,
+            real, flow, motion[torch.arange(len(eot)), eot], image, detach=maps == "detached")
+        weights = {"diffusion": 1.0} | case.config["weights"]
+        total = sum(weights[name] * term for name, term in terms.items()).mean()
+        total.backward()
+        result |= terms | {"total": total}
+        grads[maps] = {"temporal_y": motion.grad} | {
+            name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    for name, spec in case.outputs.items():
+        if name in result:
+            continue
+        found = grads[spec["maps"]]
+        if isinstance(spec.get("value"), dict):
+            norms = {key: found[key].norm().item() for key in spec["value"]}
+            # of a bias that a normalisation removes both sides hold rounding errors alone (train_step_t2v)
+            noise = torch.finfo(torch.float32).eps * max(norms.values())
+            result[name] = {key: theirs if max(norms[key], theirs) < noise else norms[key]
+                            for key, theirs in spec["value"].items()}
+        else:
+            result[name] = gradient(found, spec)
+    return result
+
+
+def onecycle(config, update):
+    if config.get("decay_mom_rate"):
+        raise Unsupported("a momentum that decays")
+    if config["cycle_first_step_size"] != config["cycle_second_step_size"]:
+        raise Unsupported("unequal halves of the cycle")
+    lr, beta1, beta2 = common.onecycle(
+        update - 1, config["cycle_min_lr"], config["cycle_max_lr"], config["cycle_first_step_size"],
+        config["decay_lr_rate"], config["decay_step_size"],
+        (config["cycle_min_mom"], config["cycle_max_mom"]))
+    return {"lr": [lr] * len(config["groups"]), "beta1": beta1, "beta2": beta2}
+
+
+TABLES["onecycle"] = onecycle
+KINDS |= {
+    ("loss", "demo_losses"): loss_demo,
+    ("train_step", "demo_losses"): train_step_demo,
+    ("table", "demo_losses"): table,
 }
 
 

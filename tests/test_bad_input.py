@@ -20,6 +20,7 @@ import bases
 import common
 import das
 import data
+import demo
 import dreamvideo
 import i2vgen
 import instructvideo
@@ -33,7 +34,8 @@ from data import VideoDataset, read_image_prompts, read_prompts, write_video
 ROOT = Path(__file__).parent.parent
 MAINS = {"sample": sample.main, "vader": vader.main, "t2v": t2v.main, "i2vgen": i2vgen.main,
          "bases": bases.main, "data": data.main, "das": das.main, "instructvideo": instructvideo.main,
-         "videodpo": videodpo.main, "dreamvideo": dreamvideo.main}
+         "videodpo": videodpo.main, "dreamvideo": dreamvideo.main,
+         "demo": demo.main}
 TINY = "--base tiny --prompt 'a red circle'"
 
 BAD = [
@@ -281,6 +283,20 @@ BAD = [
     ("sample", "--ckpt run --ckpt run --prompt a", "only DreamVideo's can be joined"),
     ("sample", f"{TINY} --inverse-noise 0.5", "--inverse-noise and --video belong together"),
     ("sample", f"{TINY} --learned none.pth", "--learned none.pth: no such file"),
+    # DEMO
+    ("demo", "--base tiny --text-motion -1", "--text-motion: '-1' is not a number of 0 or more"),
+    ("demo", "--base tiny --drop-motion 2", "--drop-motion"),
+    ("demo", "--base tiny --zero 1", "--zero: invalid choice"),
+    ("demo", "--base tinny", "--base tinny: unknown"),
+    ("demo", "--base videocrafter2 --data clips", "does not run on it yet; it runs on tiny"),
+    ("demo", "--base modelscope", "--data: give a folder"),
+    ("demo", "--base tiny-weak --data none", "none: no such folder"),
+    ("demo", "--base tiny --prompts words.txt", "does not know 'dragon'"),
+    ("demo", "--base tiny --encoder-from 3", "the motion encoder has the blocks 0..0"),
+    ("demo", "--base modelscope --data clips --weights empty --text-motion 0", "is missing for modelscope"),
+    ("demo", "--base modelscope --data clips --flow-weights none.pth", "none.pth: no such file"),
+    ("demo", "--base tiny --out run --resume", "has method t2v, not demo"),
+    ("t2v", "--base tiny --train-text --rank 2", "--train-text: only the tiny"),
 ]
 
 
@@ -354,7 +370,7 @@ class Reached(Exception):
 
 
 FLAGS = {"t2v": t2v, "vader": vader, "i2vgen": i2vgen, "sample": sample, "instructvideo": instructvideo,
-         "das": das, "videodpo": videodpo}
+         "das": das, "videodpo": videodpo, "demo": demo}
 VALUES = st.one_of(
     st.sampled_from([
         "tiny", "tiny-i2v", "tiny-cogvideox", "modelscope", "good.txt", "clips", "run", "none", "", "all",
