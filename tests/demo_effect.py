@@ -40,15 +40,17 @@ def runs():
 
 
 def exploration():
-    """Learning rates of both, by which those above are chosen; checkpoints at 80, 160, 240 steps."""
-    kept = "--save-every 80 --keep 3"
-    found = {f"plain lr {lr}": f"{PLAIN} {kept} --lr {lr}" for lr in ("3e-4", "7e-4", "1.5e-3", "3e-3")}
-    found |= {f"plain LoRA lr {lr}": f"{PLAIN} {kept} --rank 16 --lr {lr}" for lr in ("1e-3", "4e-3")}
+    """Learning rates of both, by which those above are chosen; checkpoints at 100, 200, 300, 400 steps."""
+    kept = "--steps 400 --save-every 100 --keep 4"
+    found = {f"plain lr {lr}": f"{PLAIN} {kept} --lr {lr}" for lr in ("5e-4", "1.5e-3", "4e-3")}
+    found["plain LoRA lr 4e-3"] = f"{PLAIN} {kept} --rank 16 --lr 4e-3"
     found |= {f"DEMO lr {lr} encoder {e}": f"{DEMO} {kept} --lr {lr} --encoder-lr {e}"
-              for lr, e in (("1e-3", "2e-3"), ("1e-3", "1e-2"), ("2e-3", "2e-3"), ("2e-3", "1e-2"),
-                            ("4e-3", "5e-3"), ("4e-3", "2e-2"))}
+              for lr, e in (("1e-3", "1e-2"), ("2e-3", "2e-3"), ("2e-3", "1e-2"), ("4e-3", "5e-3"),
+                            ("4e-3", "2e-2"), ("8e-3", "2e-2"))}
     found["DEMO drop-motion 0"] = f"{DEMO} {kept} --drop-motion 0"
     found["DEMO text-motion 1"] = f"{DEMO} {kept} --text-motion 1"
+    found["DEMO no regularization"] = f"{DEMO} {kept} --regularization 0"
+    found["DEMO no extra loss"] = DEMO + f" {kept}" + "".join(f" --{loss} 0" for loss in LOSSES)
     return found
 
 
