@@ -137,7 +137,7 @@ def test_vader_removes_a_colour(tmp_path):
                           ("others", others)):
         (tmp_path / f"{name}.txt").write_text("\n".join(prompts))
     before, after, minutes = aligned(
-        tmp_path / "run", "--base", "tiny", "--reward", "remove-colour=red", "--lr", "1e-3", "--steps", "22",
+        tmp_path / "run", "--base", "tiny", "--reward", "remove-colour=red", "--lr", "1e-3",
         "--prompts", str(tmp_path / "train.txt"), "--eval-prompts", str(tmp_path / "held-out.txt"),
         "--eval-n", "21")
     seen = {}
