@@ -163,7 +163,7 @@ BAD = [
     ("vader", "--base tiny --prompts bad.json", "bad.json: not valid JSON"),
     ("vader", "--base tiny --prompts bad.jsonl", "bad.jsonl row 2: not valid JSON"),
     ("vader", "--base tiny --prompts clips", "prompt files are"),
-    ("vader", "--base tiny --prompts words.txt", "does not know 'dragon'"),
+    ("vader", "--base tiny --prompts words.txt", "is no caption of the tiny world ('dragon')"),
     ("sample", "--base tiny --prompts none.csv", "none.csv: no such file"),
     ("sample", "--base tiny-i2v --prompts bars.txt", "bars.txt row 1: none.png"),
     ("sample", "--base tiny-i2v --prompt a --image broken.png", "broken.png: not a readable picture"),

@@ -34,7 +34,7 @@ def test_unknown_names_list_the_choices(message, tmp_path):
     assert ", ".join(bases.BASES) in message(sample.main, ["--base", "nope", "--prompt", "a"])
     prompts = str(prompt_file(tmp_path))
     assert ", ".join(bases.BASES) in message(vader.main, ["--base", "nope", "--prompts", prompts, *out])
-    assert "tiny, modelscope" in message(vader.main, ["--base", "das", "--prompts", prompts, *out])
+    assert "it runs on tiny, tiny-i2v" in message(vader.main, ["--base", "das", "--prompts", prompts, *out])
     text = vader_error(message, "--reward", "nope", *out)
     assert "brightness" in text and "my_file.py:function" in text
     assert "no file" in vader_error(message, "--reward", "nope.py:fn", *out)
