@@ -1477,6 +1477,7 @@ def clip_forward(case):
             result[name] = image.grad
         else:
             raise Unsupported(f"function {call['fn']}")
+    return result
 
 
 # ---- VideoDPO

@@ -163,6 +163,7 @@ def run(tmp_path):
     return [str(script), *TINY, "--no-cache-latents", "--steps", "2", "--batch", "1", "--lr", "1e-4"]
 
 
+@pytest.mark.slow
 def test_fsdp_on_two_processes_equals_one(run, tmp_path):
     one = test_dist.launch(1, tmp_path / "one", *run, "--accum", "2")
     two = test_dist.launch(2, tmp_path / "two", *run, "--parallel", "fsdp")

@@ -19,7 +19,7 @@ from common import load_pickle, read_lines
 ROOT = Path(__file__).parent.parent
 VADER = [
     "vader.py", "--base", "tiny", "--sample-steps", "3", "--eval-n", "2", "--decode", "all", "--eta", "1",
-    "--steps", "5", "--batch", "1", "--lr", "2e-4"]
+    "--steps", "5", "--batch", "1", "--lr", "2e-4", "--sweep", "0"]
 T2V = [
     "t2v.py", "--base", "tiny", "--no-cache-latents", "--preview-every", "0", "--rank", "0", "--steps", "5",
     "--batch", "1", "--lr", "3e-5", "--lr-schedule", "constant", "--warmup", "0", "--ema", "0.9"]

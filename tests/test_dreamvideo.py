@@ -118,7 +118,8 @@ def test_accumulation_equals_a_large_batch(stage, runs, no_previews, tmp_path):
     assert (grads[0] - grads[1]).norm() < 2e-6 * grads[0].norm()
 
 
-@pytest.mark.parametrize("stage", ["token", pytest.param("motion", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["token", "motion"])
 def test_two_processes_equal_one(stage, tmp_path):
     (tmp_path / "one.txt").write_text("a red circle\n")  # a short preview
     args = ["dreamvideo.py", "--base", "tiny", "--stage", stage, "--steps", "2", "--batch", "1", "--lr",

@@ -56,7 +56,8 @@ def released(tmp_path_factory):
     return release(tmp_path_factory.mktemp("released"))
 
 
-TRAIN = ["--base", "tiny", "--batch", "2", "--eval-n", "1", "--sample-steps", "1", "--lr", "1e-4"]
+TRAIN = ["--base", "tiny", "--batch", "2", "--eval-n", "1", "--sample-steps", "1", "--lr", "1e-4",
+         "--lr-schedule", "constant"]
 STAGED = ["--base", "tiny", "--samples", "2", "--sample-steps", "1", "--batch", "1", "--eval-n", "1"]
 
 

@@ -30,7 +30,8 @@ METHODS = {
     "t2v": (t2v, ["--base", "tiny", "--rank", "2", "--batch", "1", "--steps", "10", "--save-every", "1",
                   "--preview-every", "0", "--no-cache-latents", "--ema", "0.9"]),
     "vader": (vader, ["--base", "tiny", "--reward", "size", "--rank", "2", "--batch", "1", "--steps", "8",
-                      "--sample-steps", "2", "--decode", "0", "--eval-n", "1", "--save-every", "1"])}
+                      "--sample-steps", "2", "--decode", "0", "--eval-n", "1", "--save-every", "1",
+                      "--sweep", "0"])}
 
 
 def start(method, out):
