@@ -1410,13 +1410,13 @@ def lora_branch(layer, args, out):
 
 
 @contextmanager
-def lora_off(net):
-    """While it lasts LoRA branches count nothing. What is recomputed backward must be run outside of it."""
+def lora_strength(net, strength):
+    """While it lasts LoRA branches count `strength` times. Recomputed blocks must be run outside of it."""
     layers = [m for m in net.modules() if hasattr(m, "lora_scale")]
     scales = [layer.lora_scale for layer in layers]
     try:
-        for layer in layers:
-            layer.lora_scale = 0.0
+        for layer, scale in zip(layers, scales):
+            layer.lora_scale = strength * scale
         yield
     finally:
         for layer, scale in zip(layers, scales):
@@ -1432,7 +1432,7 @@ def frozen_copy(net, dtype, mode, device, offload=False):
 def without_lora(net):
     """-> fn, called as `net` is: the network as it was before LoRA was trained, DPO's reference."""
     def reference(*args, **cond):
-        with lora_off(net):
+        with lora_strength(net, 0.0):
             return net(*args, **cond)
     return reference
 

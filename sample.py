@@ -36,8 +36,8 @@ from tqdm import tqdm
 from bases import (BASES, LEARNED, base_row, fill, latent_shape, load_base, merge_public_lora, read_words,
                    run_parts)
 from common import (COUNT, NATURAL, REAL, SHARE, UNSIGNED, Env, Parser, UserError, check_writable, finish,
-                    generator, load_checkpoint, load_weights, memory_advice, rename, run_file, seed_of, setup,
-                    write_atomic)
+                    gather_rows, generator, load_checkpoint, load_weights, memory_advice, rename, run_file,
+                    seed_of, setup, write_atomic)
 from data import (MOTIONS, NEW_MOTIONS, center_crop_wide, clip_image, contact_sheet, encode_once,
                   image_tensor, list_videos, open_image, opensora_size, parse, prompts_of, quick_files,
                   read_image_prompts, read_map, read_prompts, read_video, tiny_captions, tiny_pairs, to_uint8,
@@ -46,7 +46,7 @@ from diffusion import (appearance_matrix, cogvideox_dpm, ddim, ddim_invert, dpmp
                        dynamic_guidance,
                        guided, lcm, make_schedule, mix_noise, offset_noise, randn, rflow)
 from metrics import judge_captions, psnr
-from models import STDiT3Config, UNetConfig, add_lora, guidance_embedding, merge_lora
+from models import STDiT3Config, UNetConfig, add_lora, guidance_embedding, lora_strength, merge_lora
 from rewards import get_reward, print_scores, score_files
 from text_encoders import CLIPConfig
 
@@ -310,22 +310,15 @@ def generate_split(base, env: Env, prompts, seeds, args, images=None, more=0, ma
     given = [None] * len(prompts) if images is None else images
     videos = generate_from(base, env, *([x[i] for i in mine] for x in (prompts, given, seeds)), args,
                            args.batch, more, {k: v[mine] for k, v in (maps or {}).items()})
-    if env.world == 1:
-        return videos
-    parts = [None] * env.world
-    dist.all_gather_object(parts, videos)
-    return torch.cat(parts)[:len(prompts)]
+    return torch.cat(gather_rows([videos], env))[:len(prompts)]
 
 
 def lora_strengths(base, env, prompts, seeds, args, images=None, more=0):
     """Yield (strength, videos): the same clips with the network's LoRA branches off (0), weaker, stronger."""
-    scales = {m: m.lora_scale for m in base.net.modules() if hasattr(m, "lora_scale")}
     for strength in (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0):
-        for layer, scale in scales.items():
-            layer.lora_scale = strength * scale
-        yield strength, generate_split(base, env, prompts, seeds, args, images, more)
-    for layer, scale in scales.items():
-        layer.lora_scale = scale
+        with lora_strength(base.net, strength):
+            videos = generate_split(base, env, prompts, seeds, args, images, more)
+        yield strength, videos
 
 
 # ---- latents of clips to train on
@@ -902,11 +895,8 @@ def main(argv=None):
     scores = {}  # by the clip's number; of the files, as one would look at them
     if reward:
         files, texts = [out / f"{j:04d}.mp4" for j in mine], [jobs[j][0] for j in mine]
-        parts = [dict(zip(mine, score_files(reward, env.device, files, texts)))]
-        if env.world > 1:
-            own, parts = parts[0], [None] * env.world
-            dist.all_gather_object(parts, own)
-        scores = {j: row for part in parts for j, row in part.items()}
+        scored = zip(mine, score_files(reward, env.device, files, texts))
+        scores = dict(gather_rows(list(scored), env))
     if env.world > 1:
         dist.barrier()
     if env.main:
