@@ -699,6 +699,9 @@ def _opened(path):
                 first = file.metadata(index=0, constant_framerate=False) if count else {}
                 turns = _turns(first["DISPLAYMATRIX"]) if "DISPLAYMATRIX" in first else 0
 
+                # one thread converts a frame: starting several takes longer, on a busy machine 50 times so
+                unpack = file._unpack_frame
+                file._unpack_frame = lambda frame, format: unpack(frame.reformat(format=format, threads=1))
                 stream, at = file._video_stream, 0
                 # only where a frame's time tells its number
                 constant = stream.start_time in (0, None) and stream.guessed_rate == stream.average_rate

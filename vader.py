@@ -363,8 +363,9 @@ def evaluate(args, env, base, reward, watch, items, step, name):
     if not env.main:
         return on_any(False, env)
     row = dict(step=step, **measured(args, env, reward, videos, prompts))
-    if args.more:  # beyond what the base was trained to make
-        later = statistics(reward, videos[:, :, args.frames:], prompts, env.device)
+    if args.more:  # what is beyond the length that the base was trained to make
+        beyond = torch.cat([videos[:, :, :1], videos[:, :, args.frames:]], dim=2)  # after the first frame
+        later = statistics(reward, beyond, prompts, env.device)
         row |= {"later": later["reward"], "later_sd": later["reward_sd"]}
     row["watch"] = statistics(watch or reward, videos, prompts, env.device)["reward"]
     file = Path(args.out, "eval.jsonl")

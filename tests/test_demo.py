@@ -259,7 +259,8 @@ def one(tmp_path_factory):
     return launch(1, tmp_path_factory.mktemp("one") / "run")
 
 
-@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_two_processes_equal_one(parallel, one, tmp_path):
     """DDP, and FSDP2 as ZeRO-2, with checkpointing: the same gradients, and all that trains has one."""
     grads = {k: v["exp_avg"] for k, v in one["moments"].items()}

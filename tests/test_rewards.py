@@ -74,35 +74,30 @@ def test_gradient_takes_a_colour_away(colour):
     assert judge((clip + shift * mask).detach()[0].clamp(-1, 1))["colour"] != colour
 
 
-def test_smoothness():
-    """Steady motion costs little beside a frozen clip; jitter, jumps and changes of the object cost more."""
+def test_an_object_that_stays_itself():
+    """Motions cost little; another colour or shape, or no object, from some frame on costs more."""
     for motion in MOTIONS:
         for frames in (8, 24):
-            assert value("temporal", render(scene(motion, frames))) > -0.06
-    moving, still = scene("moving left"), scene("standing still")
-    rng, late = np.random.default_rng(1), np.arange(24) > 15
+            assert value("temporal", render(scene(motion, frames))) > 0.65, motion
+    moving = scene("moving left")
     clip = render(moving)
-    for bad in (dataclasses.replace(moving, x=moving.x + 0.5 * rng.normal(size=24)),
-                dataclasses.replace(still, x=still.x + 0.2 * rng.normal(size=24)),
-                dataclasses.replace(moving, x=moving.x + 6 * late),
-                dataclasses.replace(moving, radius=moving.radius * (1 + 0.5 * late))):
-        assert value("temporal", render(bad)) < -0.07
-    blue = render(dataclasses.replace(moving, colour="blue"))
+    good = value("temporal", clip)
     empty = clip[:, :, :1, :1].expand_as(clip)
-    for other in (blue, empty):
-        assert value("temporal", torch.cat([clip[:, :16], other[:, 16:]], dim=1)) < -0.1
+    for other in (render(dataclasses.replace(moving, colour="blue")), empty,
+                  render(dataclasses.replace(moving, shape="triangle"))):
+        assert value("temporal", torch.cat([clip[:, :16], other[:, 16:]], dim=1)) < good - 0.1
 
 
-def test_moving_less_hardly_pays():
-    """A clip that trembles and moves is not much better for standing still: less than for not trembling."""
-    noise = 0.3 * np.random.default_rng(2).normal(size=8)
+def test_standing_still_hardly_pays():
+    """A clip of which the colour drifts gains less by freezing its object than by halving the drift."""
     moving = scene(frames=8)
     frozen = dataclasses.replace(moving, x=np.full(8, moving.x.mean()))
-    def trembling(s):
-        return value("temporal", render(dataclasses.replace(s, x=s.x + noise)))
-    calm = value("temporal", render(moving))
-    assert trembling(moving) > trembling(frozen)
-    assert calm > trembling(moving) + 0.1
+    def drifting(s, share):
+        clip, other = render(s), render(dataclasses.replace(s, colour="purple"))
+        weight = share * torch.linspace(0, 1, 8).view(1, 8, 1, 1)
+        return value("temporal", (1 - weight) * clip + weight * other)
+    now = drifting(moving, 0.5)
+    assert drifting(frozen, 0.5) - now < 0.5 * (drifting(moving, 0.25) - now)
 
 
 @pytest.mark.parametrize("spec", ["remove-colour=red", "temporal", "brightness", "redness", "size", "tiny"])
