@@ -179,9 +179,12 @@ class Adapter(nn.Module):
         self.down_linear = nn.Linear(dim, hidden or dim // 2)
         self.up_linear = zero_init(nn.Linear(hidden or dim // 2, dim))
         self.condition_linear = nn.Linear(image_dim, dim) if image_dim else None
+        self.on = True
 
     def forward(self, x, image=None, strength=1.0):
         """x (n,f,d); image (b,f,e), n a multiple of b: one CLIP embedding a frame, or None."""
+        if not self.on:
+            return x
         h = x
         if self.condition_linear is not None and image is not None:
             cond = strength * self.condition_linear(image)

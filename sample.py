@@ -46,7 +46,9 @@ from diffusion import (appearance_matrix, cogvideox_dpm, ddim, ddim_invert, dpmp
                        dynamic_guidance,
                        guided, lcm, make_schedule, mix_noise, offset_noise, randn, rflow)
 from metrics import judge_captions, psnr
-from models import STDiT3Config, UNetConfig, add_lora, guidance_embedding, lora_strength, merge_lora
+from models import (
+    Adapter, SpatialTransformer, STDiT3Config, UNetConfig, add_lora, guidance_embedding, lora_strength,
+    merge_lora)
 from rewards import get_reward, print_scores, score_files
 from text_encoders import CLIPConfig
 
@@ -116,6 +118,8 @@ def rollout(net, base, prompts, x_T, args, generators, cond=None, null_cond=None
     if rule != "off":
         cfg = dynamic_guidance(cfg, args.sample_steps, as_published=rule == "published")
     fn = guided(net, text, null, cfg, sequential=sequential, null_cond=null_cond, **cond)
+    if getattr(args, "subject_below", None) is not None:
+        fn = late_subject(fn, net, args.subject_below)
     many = dict(grad_last=grad_last, progress=progress)
     if args.sampler == "rflow":
         size = args.frames, args.height, args.width
@@ -126,6 +130,23 @@ def rollout(net, base, prompts, x_T, args, generators, cond=None, null_cond=None
         return dpmpp_2m(fn, x_T, base.schedule, args.sample_steps, **many)
     return ddim(fn, x_T, base.schedule, args.sample_steps, args.eta, generators, spacing=args.spacing,
                 last=last, **many)
+
+
+def late_subject(fn, net, below):
+    """fn(x, t) with DreamVideo's subject adapters off at steps t >= below: there the path is laid out, and a
+    subject that was learned from pictures which stand still holds it back."""
+    adapters = [a for m in net.modules() if isinstance(m, SpatialTransformer)
+                for a in m.modules() if isinstance(a, Adapter)]
+
+    def late(x, t):
+        for adapter in adapters:
+            adapter.on = bool(t.max() < below)
+        try:
+            return fn(x, t)
+        finally:
+            for adapter in adapters:
+                adapter.on = True
+    return late
 
 
 @torch.no_grad()
@@ -376,6 +397,8 @@ def check_conditions(args, row):
             raise UserError(f"{option}: this base has no such condition; it takes {known}")
         if value and not Path(value).exists():
             raise UserError(f"{option} {value}: no such file")
+    if args.subject_below is not None and not row.unet.adapter_image_dim:
+        raise UserError("--subject-below: this base has no adapters of a subject")
     for flag in ("motion_factor", "appearance_factor", "motion_cfg", "dynamic_cfg"):
         if getattr(args, flag) is not None and flag not in row.sample:
             raise UserError(f"--{flag.replace('_', '-')}: this base has no such condition")
@@ -702,6 +725,8 @@ def get_args(argv=None):
     p.add_argument("--appearance-image", help="picture that guides the motion adapter (DreamVideo)")
     p.add_argument("--strength", type=REAL, nargs=2, default=(1.0, 1.0), metavar=("COND", "UNCOND"),
                    help="of the appearance image in the two branches of guidance")
+    p.add_argument("--subject-below", type=NATURAL, metavar="T", help="the subject's adapters act at noise "
+                   "steps below T alone (DreamVideo, with a motion; tiny: 300)")
     p.add_argument("--inverse-noise", type=SHARE, default=0.0, help="share of the inverted --video in the "
                    "starting noise (DreamVideo; advice: 0 to 0.5 for a motion learned from one clip)")
     p.add_argument("--motion-factor", type=NATURAL, help="HiGen: more is more motion (500)")

@@ -281,6 +281,7 @@ BAD = [
     ("bases", "--export-adapters out", "and --ckpt RUN belong together (or --export-adapters"),
     ("sample", "--ckpt run:7 --prompt a", "no such step there; kept are 2"),
     ("sample", "--ckpt run --ckpt run --prompt a", "only DreamVideo's can be joined"),
+    ("sample", f"{TINY} --subject-below 300", "--subject-below: this base has no adapters of a subject"),
     ("sample", f"{TINY} --inverse-noise 0.5", "--inverse-noise and --video belong together"),
     ("sample", f"{TINY} --learned none.pth", "--learned none.pth: no such file"),
     # DEMO

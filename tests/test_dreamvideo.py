@@ -173,6 +173,10 @@ def test_subject_motion_and_both(runs, tmp_path):
         assert (other - joint).abs().max() > 0
     # strength 0 in both branches is no image at all
     assert torch.equal(clips(*subject, *motion, *image, "--strength", 0, 0), clips(*subject, *motion))
+    # never, some of the time, always: the subject's adapters (its word is another matter)
+    late = [clips(*subject, *motion, *image, "--subject-below", t) for t in (0, 600, 1000)]
+    assert torch.equal(late[0], clips("--ckpt", runs["token"], *motion, *image))
+    assert torch.equal(late[2], joint) and all((late[1] - late[i]).abs().max() > 0 for i in (0, 2))
     (tmp_path / "list.txt").write_text("# image|||prompt\npicture.png|||a * moving on a gray background\n")
     listed, rows = play(tmp_path / "listed", *subject, *motion, "--prompts", tmp_path / "list.txt")
     assert torch.equal(listed, joint) and rows[0]["appearance_image"].endswith("picture.png")
