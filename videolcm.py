@@ -53,7 +53,8 @@ from common import (
     COUNT, DECAY, NATURAL, POSITIVE, REAL, UNSIGNED, FiniteGuard, Log, MySamples, Parser, UserError,
     agree_to_stop, apply_defaults, catch_signals, check_out, draw_curve, generator, load_state, lr_at,
     memory_advice, move_average, save_checkpoint, seed_of, setup, trained)
-from data import TinyWorld, VideoDataset, contact_sheet, encode_once, read_batches, read_prompts
+from data import (
+    TinyWorld, VideoDataset, contact_sheet, encode_once, read_batches, read_prompts, tiny_prompts)
 from diffusion import consistency, guided, lcm_timesteps, pseudo_huber, randn
 from models import add_lora, frozen_copy, guidance_embedding, parallelize, sync_gradients, without_lora
 from rewards import get_reward, score
@@ -62,7 +63,7 @@ from sample import decode, draw_latents, frame_rate, generate_split, moments
 GUIDANCE_DIM = 256  # numbers that tell the scale, T2V-Turbo's
 SHOWN = 1, 2, 4, 8  # steps of the previews
 TINY = dict(
-    steps=600, batch=8, accum=1, lr=3e-4, origin=20, lr_schedule="cosine", warmup=20, cfg=1.5,
+    steps=600, batch=8, accum=1, lr=5e-4, origin=20, lr_schedule="cosine", warmup=20, cfg=1.5,
     cache_latents=True, workers=0, preview_every=200, save_every=200, grad_ckpt=False, log_every=25)
 PRESETS = {
     "tiny": TINY, "tiny-weak": TINY, "tft2v": dict(cfg=10.0),
@@ -183,7 +184,7 @@ def main(argv=None):
         data = VideoDataset(args.data, *size, args.read_fps, args.seed)
         rows, previews = data.rows, [data.rows[0][2]]
     else:
-        data = TinyWorld(1024, args.frames, args.seed)
+        data = TinyWorld(1024, args.frames, args.seed, captions=tiny_prompts())
         rows, previews = "tiny", PREVIEWS
     if args.prompts:
         previews = read_prompts(args.prompts)
