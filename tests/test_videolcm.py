@@ -207,8 +207,9 @@ def test_accumulation_changes_nothing(tmp_path):
                                   ["--parallel", "fsdp", "--rank", "4", "--reward", "redness"]])
 def test_two_processes_equal_one(more, tmp_path):
     """Teacher, student and average: whole on each process, or all three in shards; previews between."""
-    args = ["videolcm.py", *QUICK, "--steps", "3", "--batch", "1", "--lr", "3e-5", "--preview-every", "1",
-            *more]
+    (tmp_path / "prompts.txt").write_text("a red circle moving left\n")
+    args = ["videolcm.py", *QUICK, "--steps", "3", "--batch", "1", "--lr", "3e-5", "--preview-every", "2",
+            "--prompts", str(tmp_path / "prompts.txt"), *more]
     one = test_dist.launch(1, tmp_path / "one", *args, "--accum", "2")
     two = test_dist.launch(2, tmp_path / "two", *args)
     assert test_dist.relative(two, one, "gradients") < NEAR and test_dist.relative(two, one, "weights") < NEAR
