@@ -22,7 +22,7 @@ from data import MOTIONS, NEW_MOTIONS, TINY_FPS, TINY_FRAMES, TINY_SIZE, TINY_WO
 from diffusion import make_schedule
 from models import (PATCH, CogVideoX, CogVideoXConfig, STDiT3, STDiT3Config, UNet3D, UNetConfig, add_lora,
                     demo_source, instructvideo_lora_name, merge_lora, misfit, rope_frequencies,
-                    turbo_lora_layers, unet_diffusers_name, videocrafter_name, with_tracks)
+                    turbo_lora_layers, unet_diffusers_name, videocrafter_name, with_tracks, zero_init)
 from text_encoders import (CLIPConfig, OpenCLIPText, OpenCLIPVision, T5Config, T5Text, TinyText,
                            clip_text_only, load_learned, placeholder_id, save_learned, t5_tokenizer,
                            text_from_hf, tiny_tokenize, tokenize, vision_from_hf)
@@ -138,7 +138,7 @@ BASES = {
         dict(name="cosine", prediction="v", zero_snr=True, shift=0.15),
         sampling(frames=TINY_FRAMES, height=TINY_SIZE, width=TINY_SIZE, save_fps=TINY_FPS, sample_steps=25,
                  cfg=1.5, spacing="trailing"),
-        methods=("t2v", "vader", "instructvideo", "videodpo", "demo")),
+        methods=("t2v", "videolcm", "vader", "instructvideo", "videodpo", "demo")),
     # I2VGen-XL's network and conditioning; tiny's autoencoder, and its schedule for tiny's reason. Words have
     # 32 numbers, not 64, to make room for the layers that read the image (the file stays below 4 MB).
     "tiny-i2v": Row(
@@ -180,17 +180,17 @@ BASES = {
          "diffusers": {"net": f"{MODELSCOPE_DIFFUSERS}:unet/diffusion_pytorch_model.safetensors",
                        "vae": f"{MODELSCOPE_DIFFUSERS}:vae/diffusion_pytorch_model.safetensors",
                        "text": f"{MODELSCOPE_DIFFUSERS}:text_encoder/model.safetensors"}},
-        methods=("t2v", "vader", "instructvideo", "videodpo", "demo")),
+        methods=("t2v", "videolcm", "vader", "instructvideo", "videodpo", "demo")),
     "modelscope-v1.4": Row(
         "its version 1.4, the base of InstructVideo (--lora takes its fine-tuned file)",
         UNetConfig(), VAEConfig(), CLIPConfig(), EPS, sampling(cfg=3.0, sample_steps=20),
         {"original": VGEN | {"net": "ms:iic/InstructVideo:model_scope_v1-4_0600000.pth"}},
-        methods=("t2v", "vader", "instructvideo", "videodpo", "demo")),
+        methods=("t2v", "videolcm", "vader", "instructvideo", "videodpo", "demo")),
     "modelscope-v1.5": Row(
         "its version 1.5, the base of DreamVideo",
         UNetConfig(), VAEConfig(), CLIPConfig(), EPS, sampling(),
         {"original": VGEN | {"net": "ms:iic/dreamvideo-t2v:model_scope_v1-5_0632000.pth"}},
-        methods=("t2v", "vader", "instructvideo", "videodpo", "demo")),
+        methods=("t2v", "videolcm", "vader", "instructvideo", "videodpo", "demo")),
     "dreamvideo": Row(
         "v1.5 with adapters for a subject and a motion (arXiv 2312.04433), 32 frames; --lora fills them",
         UNetConfig(**DREAMVIDEO), VAEConfig(), CLIPConfig(), EPS,
@@ -209,7 +209,7 @@ BASES = {
         UNetConfig(**VC2_NET), VAEConfig(), CLIPConfig(), VC2_EPS,
         sampling(height=320, width=512, fps=28, save_fps=10, cfg=12.0, eta=1.0),
         {"original": {"net": VC2, "vae": VC2, "text": VC2}},
-        methods=("t2v", "vader", "instructvideo", "videodpo")),
+        methods=("t2v", "videolcm", "vader", "instructvideo", "videodpo")),
     "t2v-turbo": Row(
         "VideoCrafter2 distilled to 4 steps (T2V-Turbo, arXiv 2405.18750)",
         UNetConfig(**VC2_NET, guidance_dim=256), VAEConfig(), CLIPConfig(), EPS,
@@ -259,7 +259,7 @@ BASES = {
         UNetConfig(concat_dim=8, style_image=True), VAEConfig(), CLIPConfig(), V_ZERO_SNR,
         sampling(width=448, negative=NEGATIVE, suffix=SHARP),
         {"original": VGEN | {"net": "ms:iic/tf-t2v:tft2v_t2v_non_ema_512000.pth"}},
-        methods=("instructvideo",)),
+        methods=("instructvideo", "videolcm")),
     "vcomposer": Row(
         "VideoComposer by TF-T2V (arXiv 2306.02018): depth, sketch, motion, images as conditions",
         UNetConfig(concat_dim=8, style_image=True, maps=SIX_MAPS), VAEConfig(), CLIPConfig(), V_ZERO_SNR,
@@ -311,7 +311,7 @@ BASES = {
 # what DEMO says of CLIP, made on purpose and to the end: an encoder to which all motions are one word
 BASES["tiny-weak"] = replace(
     BASES["tiny"], about="tiny's file, its text encoder made blind to motions as it is loaded: for demo.py",
-    motion_words=0.0, methods=("t2v", "demo"))
+    motion_words=0.0, methods=("t2v", "videolcm", "demo"))
 
 
 # tiny as "dreamvideo" is v1.5: with adapters, tiny-i2v's image tower for them, and a word to learn
@@ -771,6 +771,15 @@ def start_from_text_to_video(state, net):
     if first in state and state[first].shape[1] == net.cfg.in_dim:
         fresh[first] = F.pad(state[first], (0, 0, 0, 0, 0, net.cfg.concat_dim))
     return state | fresh
+
+
+def add_guidance(base, dim):
+    """Give a loaded UNet T2V-Turbo's input for a guidance scale, `dim` numbers; its layer starts at zero."""
+    base.row = replace(base.row, net=replace(base.row.net, guidance_dim=dim))
+    like = base.net.time_embed[0].weight
+    base.net.cfg = replace(base.net.cfg, guidance_dim=dim)
+    layer = nn.Linear(dim, base.net.cfg.dim, bias=False, device=like.device, dtype=like.dtype)
+    base.net.time_cond_proj = zero_init(layer)
 
 
 def fresh_adapters(net):

@@ -185,6 +185,12 @@ def boundary_scalings(t, sigma_data=0.5, timestep_scaling=10.0):
     return sigma_data ** 2 / (u ** 2 + sigma_data ** 2), u / (u ** 2 + sigma_data ** 2) ** 0.5
 
 
+def consistency(schedule, out, x_t, t):
+    """A consistency function, f(x_t, t) = c_skip x_t + c_out x0, from the network's answer; t (b,) or int."""
+    c_skip, c_out = boundary_scalings(torch.as_tensor(t).to(x_t).reshape(-1, *[1] * (x_t.ndim - 1)))
+    return c_skip * x_t + c_out * schedule.to_x0(out, x_t, t)
+
+
 # ---- guidance
 
 def guided(net, text, null, cfg=None, rescale=0.0, sequential=False, null_cond=None, **cond):
@@ -347,8 +353,7 @@ def lcm(net_fn, x_T, schedule, steps, generators=None, origin=50, spacing="strid
     x = x_T
     for i, t in enumerate(progress(times) if progress else times):
         out = net_fn(x, torch.full((len(x),), t, device=x.device))
-        c_skip, c_out = boundary_scalings(t)
-        x0 = c_skip * x + c_out * schedule.to_x0(out.float(), x, t)
+        x0 = consistency(schedule, out.float(), x, t)
         if i + 1 < len(times):
             x = schedule.add_noise(x0, randn_like(x, generators), times[i + 1])
     return x0

@@ -1427,7 +1427,7 @@ def lora_strength(net, strength):
 
 
 def frozen_copy(net, dtype, mode, device, offload=False):
-    """What a network is before all its weights are trained: DPO's reference, sharded with fsdp."""
+    """What a network is before all its weights are trained, sharded with fsdp. dtype None: its own types."""
     frozen = copy.deepcopy(net).to(dtype).eval().requires_grad_(False)
     return parallelize(frozen, mode, device, offload) if mode == "fsdp" else frozen
 

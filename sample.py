@@ -33,8 +33,8 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from bases import (BASES, LEARNED, base_row, fill, latent_shape, load_base, merge_public_lora, read_words,
-                   run_parts)
+from bases import (BASES, LEARNED, add_guidance, base_row, fill, latent_shape, load_base, merge_public_lora,
+                   read_words, run_parts)
 from common import (COUNT, NATURAL, REAL, SHARE, UNSIGNED, Env, Parser, UserError, check_writable, finish,
                     gather_rows, generator, load_checkpoint, load_weights, memory_advice, rename, run_file,
                     seed_of, setup, write_atomic)
@@ -659,6 +659,8 @@ def load_run(path, tensors, meta, weights, base=None):
     base = base or load_base(meta["base"], weights or meta["args"].get("weights"), "cpu", torch.float32,
                              scratch=bool(whole and meta["args"].get("scratch")), start=whole,
                              tracks=meta.get("tracking_blocks", 0), motion=meta["method"] == "demo")
+    if meta.get("guidance_dim"):
+        add_guidance(base, meta["guidance_dim"])
     if meta["rank"]:
         add_lora(base.net, meta["rank"], meta["alpha"], meta["lora_targets"])
     modules = {"net": base.net, "text": base.text_encoder, "image": base.image_encoder,

@@ -8,6 +8,7 @@
 #   ./torchrun.sh t2v.py   --base modelscope --weights W --data clips.csv --rank 16 --lr 1e-4
 #   ./torchrun.sh i2vgen.py --base i2vgen-xl --weights W --data clips.csv --lr 1e-4
 #   ./torchrun.sh vader.py --base modelscope --weights W --prompts animals.txt --reward my_reward.py:fn
+#   ./torchrun.sh videolcm.py --base modelscope --weights W --data clips.csv --parallel fsdp
 #   ./torchrun.sh sample.py --ckpt out/vader --prompts prompts.txt --n 4
 # (the -- below: torchrun would take our --n for the beginning of its own --nnodes)
 set -euo pipefail

@@ -42,6 +42,7 @@ import text_encoders
 import tracks
 import vae
 import videodpo
+import videolcm
 
 
 class Unsupported(Exception):
@@ -2216,6 +2217,56 @@ KINDS |= {
     ("train_step", "demo_losses"): train_step_demo,
     ("table", "demo_losses"): table,
 }
+
+
+# ---- VideoLCM
+
+def train_step_videolcm(case):
+    config, nets, seen = case.config, {}, {}
+    if case.call["method"] != "videolcm":
+        raise Unsupported(f"train_step of method {case.call['method']}")
+    if (config["sigma_data"], config["timestep_scaling"]) != (0.5, 10) or case.call["trainable"] != "all":
+        raise Unsupported("other boundary scalings, or a part of the weights")
+    for name, spec in case.networks.items():
+        cut, terms = spec["key_prefix"], [{"prefix": spec["rule_prefix"], "coef": 1.0}]
+        params = {k.removeprefix(cut): v for k, v in case.params.items() if k.startswith(cut)}
+        net = models.UNet3D(vgen_config(case.call["network"], config["unet"]))
+        nets[name] = fill(net, params, case.left_as_built, terms=lambda key, terms=terms: terms)
+    schedule = make_schedule(config["schedule"], {"zero_terminal_snr": config["zero_terminal_snr"]},
+                             config["prediction"])
+    result = {}
+    for output, run in case.call["runs"].items():
+        x0, noise, n, text, null = (
+            case.input(run[k]) for k in ("latents", "noise", "index", "y", "y_negative"))
+
+        def spoken(name, text=text):
+            def fn(x, t):
+                seen[name] = x, t
+                return nets[name](x, t, text)
+            return fn
+        teacher = diffusion.guided(nets["teacher"], text, null.expand(len(x0), -1, -1), 1 + config["w"])
+        loss, jump = videolcm.distillation(
+            spoken("student"), teacher, spoken("target"), schedule, x0, noise, n, config["ddim_timesteps"],
+            config["huber_c"])
+        result[output] = loss.mean()[None]
+        if output == case.call["grad_of"]:
+            nets["student"].zero_grad()
+            result[output].mean().backward()
+            grads = dict(nets["student"].named_parameters())
+            names = case.params if case.outputs["grad_norms"]["names"] == "params" else (
+                case.outputs["grad_norms"]["names"])
+            zero = torch.zeros(())
+            result["grad_norms"] = torch.stack([
+                zero if grads[k].grad is None else grads[k].grad.norm() for k in names])
+            result |= {"noisy": seen["student"][0], "x_prev": seen["target"][0], "model_pred": jump,
+                       "start_timesteps": seen["student"][1], "timesteps": seen["target"][1]}
+    if "w_embedding" in case.outputs:
+        w = torch.full((len(x0),), float(config["w"]))
+        result["w_embedding"] = models.guidance_embedding(w, case.expected("w_embedding").shape[-1])
+    return result
+
+
+KINDS["train_step", "videolcm"] = train_step_videolcm
 
 
 # ---- grading

@@ -29,13 +29,14 @@ import sample
 import t2v
 import vader
 import videodpo
+import videolcm
 from data import VideoDataset, read_image_prompts, read_prompts, write_video
 
 ROOT = Path(__file__).parent.parent
 MAINS = {"sample": sample.main, "vader": vader.main, "t2v": t2v.main, "i2vgen": i2vgen.main,
          "bases": bases.main, "data": data.main, "das": das.main, "instructvideo": instructvideo.main,
          "videodpo": videodpo.main, "dreamvideo": dreamvideo.main,
-         "demo": demo.main}
+         "demo": demo.main, "videolcm": videolcm.main}
 TINY = "--base tiny --prompt 'a red circle'"
 
 BAD = [
@@ -298,6 +299,23 @@ BAD = [
     ("demo", "--base modelscope --data clips --flow-weights none.pth", "none.pth: no such file"),
     ("demo", "--base tiny --out run --resume", "has method t2v, not demo"),
     ("t2v", "--base tiny --train-text --rank 2", "--train-text: only the tiny"),
+    # VideoLCM
+    ("videolcm", "", "--data: give a folder"),
+    ("videolcm", "--base videolcm --data clips", "does not run on it yet; it runs on tiny"),
+    ("videolcm", "--base tinny", "--base tinny: unknown"),
+    ("videolcm", "--base tiny --origin 30", "--origin 30: must divide the 1000 steps"),
+    ("videolcm", "--base tiny --origin 0", "--origin: '0' is not a whole number of 1 or more"),
+    ("videolcm", "--base tiny --sample-steps 21", "--sample-steps 21: this consistency model takes 1 to 20"),
+    ("videolcm", "--base tiny --cfg-range 3 1", "--cfg-range: the first is the lower one"),
+    ("videolcm", "--base tiny --cfg-range 3", "--cfg-range: expected 2 arguments"),
+    ("videolcm", "--base tiny --cfg-range 2 3", "--cfg 1.5: outside of --cfg-range 2 3"),
+    ("videolcm", "--base tiny --reward nice", "--reward nice: unknown; choose from"),
+    ("videolcm", "--base tiny --reward tiny --prompts words.txt", "is no caption of the tiny world"),
+    ("videolcm", "--base tiny --reward-frames 0", "--reward-frames"),
+    ("videolcm", "--base tiny --rank 4 --lora-targets to_x", "--lora-targets to_x: no layer"),
+    ("videolcm", "--base tiny --prompts words.txt", "does not know 'dragon'"),
+    ("videolcm", "--base tiny --data nocaption", "a.mp4: no caption beside it"),
+    ("videolcm", "--base tiny --out run --resume", "has method t2v, not videolcm"),
 ]
 
 
@@ -371,7 +389,7 @@ class Reached(Exception):
 
 
 FLAGS = {"t2v": t2v, "vader": vader, "i2vgen": i2vgen, "sample": sample, "instructvideo": instructvideo,
-         "das": das, "videodpo": videodpo, "demo": demo}
+         "das": das, "videodpo": videodpo, "demo": demo, "videolcm": videolcm}
 VALUES = st.one_of(
     st.sampled_from([
         "tiny", "tiny-i2v", "tiny-cogvideox", "modelscope", "good.txt", "clips", "run", "none", "", "all",

@@ -14,6 +14,7 @@ import models
 import sample
 import t2v
 import vader
+import videolcm
 from bases import fill, load_base
 from common import Env, load_checkpoint, load_pickle
 
@@ -130,7 +131,8 @@ def test_one_step_of_videocrafter2(method, public, tmp_path, monkeypatch):
 @pytest.mark.parametrize("module, args", [
     (vader, ["--sample-steps", "2", "--eval-n", "1", "--sweep", "0"]),
     (t2v, ["--rank", "2", "--preview-every", "0"]),
-    (t2v, ["--preview-every", "0"]), (i2vgen, ["--base", "tiny-i2v", "--eval-n", "1"])])
+    (t2v, ["--preview-every", "0"]), (videolcm, ["--preview-every", "0"]),
+    (i2vgen, ["--base", "tiny-i2v", "--eval-n", "1"])])
 def test_the_text_tower_goes_when_all_texts_are_encoded(module, args, tmp_path, monkeypatch):
     towers, load, save = [], module.load_base, module.save_checkpoint
 
