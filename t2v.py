@@ -30,8 +30,7 @@ Differences from the original code
  - Images and videos mix by --image-share on any number of GPUs. VGen mixes by rank, so one GPU trains on
    images alone: with --mixture 8 processes have its clip lengths and rates, on fewer they take turns at them
    (of --batch clips each: VGen has 32 images, 4 clips of 16 frames, 2 of 32).
- - Data order is shuffled; each clip has exactly the frames asked for (VGen's loader is off by one and fills
-   with grey).
+ - Data order is shuffled; clips have the frames asked for (VGen's loader is off by one, fills with grey).
  - Dropped captions become --negative ("" by default; VGen: its negative prompt). VGen halves the gradients
    of what its image model had (--grad-scale 0.5), which AdamW cancels; --spatial-lr is what it meant.
  - Of TF-T2V, HiGen and VideoComposer no training code is public: what the papers say, HiGen's scale of motion
@@ -48,8 +47,7 @@ from bases import base_row, fill, forget_motion, load_base, spatial_parameters
 from common import (
     COUNT, DECAY, NATURAL, POSITIVE, SHARE, UNSIGNED, FiniteGuard, Log, MySamples, Parser, UserError,
     agree_to_stop, apply_defaults, catch_signals, check_out, draw_curve, generator, load_state, lr_at,
-    memory_advice, move_average, save_checkpoint, seed_of, setup, trained,
-    using_average)
+    memory_advice, move_average, save_checkpoint, seed_of, setup, trained, using_average)
 from data import (
     TRAVEL, Mixed, TinyWorld, VideoDataset, contact_sheet, encode_once, lucas_kanade, raft, read_batches,
     read_prompts)
@@ -133,8 +131,9 @@ def get_args(argv=None):
     p.add_argument("--wandb", action="store_true", help="log to Weights & Biases too")
     tiny = {"tiny": TINY, "tiny-weak": TINY, "tiny-higen": HIGEN, "tiny-vcomposer": FINE}
     args = apply_defaults(p, argv, tiny)
-    if args.scratch and args.rank:
-        raise UserError("--scratch: LoRA on random weights cannot learn; add --rank 0")
+    for flag in ("scratch", "forget_motion"):
+        if getattr(args, flag) and args.rank:
+            raise UserError(f"--{flag.replace('_', '-')}: LoRA on random weights cannot learn; add --rank 0")
     if base_row(args.base).text and not args.data:
         raise UserError("--data: give a folder, csv, jsonl or list of clips with captions")
     if args.mixture and (base_row(args.base).text is None or args.cache_latents):
@@ -178,14 +177,12 @@ def read_data(args):
 
 
 def turns(args, env, start, seen):
-    """-> (which of read_data() each turn reads, samples a turn): an optimizer step, or a micro-step's batch.
-
-    Drawn from the step alone: all processes train on images, or all on videos.
-    """
+    """-> (which of read_data() each turn reads, samples a turn). By default a turn is a step: all processes
+    train on images, or all on videos."""
     if args.mixture:
         kinds, first = sorted(set(MIXTURE), reverse=True), seen // args.batch
-        count = (args.steps - start) * args.accum * env.world
-        return [kinds.index(MIXTURE[(first + k) % 8]) for k in range(count)], args.batch
+        last = first + (args.steps - start) * args.accum * env.world
+        return [kinds.index(MIXTURE[k % 8]) for k in range(first, last)], args.batch
     luck = [torch.rand((), generator=generator(args.seed, s, "image")) for s in range(start, args.steps)]
     return [int(x.item() < args.image_share) for x in luck], args.batch * args.accum * env.world
 
@@ -197,9 +194,8 @@ def main(argv=None):
     settings = fill(args, args.base, method="t2v")
     parts = read_data(args)
     rows = [part.rows for part in parts] if args.data else ["tiny"]
-    previews = [rows[-1][0][2]] if args.data else PREVIEWS
-    if args.prompts:
-        previews = read_prompts(args.prompts)
+    own = [rows[-1][0][2]] if args.data else PREVIEWS
+    previews = read_prompts(args.prompts) if args.prompts else own
     state = check_out(args, "t2v")
     env = setup(args)
     dtype = env.dtype if args.rank else torch.float32  # trained weights are kept in fp32
@@ -208,11 +204,11 @@ def main(argv=None):
     base = load_base(args.base, args.weights, env.device, dtype, args.scratch, image=clip)
     if base.row.text is None:  # a word that the tiny world does not know is refused now
         base.tokenize([*previews, args.negative, *(row[2] for part in rows if args.data for row in part)])
-    if args.forget_motion and not args.resume:
+    if args.forget_motion:  # a resumed run's weights are put in later
         forget_motion(base.net)
     schedule = base.row.schedule | dict(prediction="v", zero_snr=True) if args.zero_snr else None
     base.schedule = make_schedule(**schedule) if schedule else base.schedule
-    flow = raft("large", args.flow_weights, env.device) if args.flow_weights else None
+    flow = args.flow_weights and raft("large", args.flow_weights, env.device)
     flow = flow if base.row.text else lucas_kanade
 
     # ---- what is trained: LoRA branches, or the network; from scratch the tiny text encoder as well
@@ -225,8 +221,8 @@ def main(argv=None):
     base.freeze(env.dtype, but=taught)  # what is frozen takes half the room
     base.net.grad_ckpt = args.grad_ckpt
     base.net.train()
-    net = parallelize(base.net, args.parallel, env.device, args.offload,
-                      unused=bool(unet.text_resampler or unet.concat_dim))
+    leaves_out = bool(unet.text_resampler or unet.concat_dim)  # images: layers over time, or maps
+    net = parallelize(base.net, args.parallel, env.device, args.offload, unused=leaves_out)
     if any(p.requires_grad for p in base.text_encoder.parameters()):
         base.text_encoder = parallelize(base.text_encoder, "ddp", env.device)
     params = trained({"": base.net, "text_encoder.": base.text_encoder})
@@ -249,8 +245,7 @@ def main(argv=None):
         about = dict(base=args.base, weights=args.weights, size=(args.frames, args.height, args.width),
                      fps=args.read_fps, seed=args.seed)
         parts = [encode_once(Path(args.out, "latents", *["images"] * k), part, encode,
-                             about | {"rows": seed_of(rows[k])}, env, args.workers)
-                 for k, part in enumerate(parts)]
+                 about | {"rows": seed_of(rows[k])}, env, args.workers) for k, part in enumerate(parts)]
         if "text encoder" not in taught:  # it is done, too
             with torch.no_grad(), env.autocast():
                 base.remember([text for part in parts for text in part.texts()] + [args.negative, *previews])
@@ -283,8 +278,8 @@ def main(argv=None):
             with sync_gradients(net, micro == args.accum - 1), env.autocast():
                 text = base.encode_text(captions)
                 cond = frame_rate(args, len(x0), env.device) | told(base, x0, batch, generators)
-                loss = t2v_loss(net, base.schedule, x0, text, generators, args.offset_noise, args.coherence,
-                                **cond).mean()
+                how = args.offset_noise, args.coherence
+                loss = t2v_loss(net, base.schedule, x0, text, generators, *how, **cond).mean()
                 scaler.scale(loss / args.accum).backward()
             total += loss.detach() / args.accum
         for p in within if args.grad_scale != 1 else ():
