@@ -337,7 +337,7 @@ def moments(vae, video, env):
 
 
 @torch.no_grad()
-def observed(base, batch, env, flow=None, depth=None):
+def observed(base, batch, env, flow=None):
     """What HiGen, TF-T2V and VideoComposer are told of a clip in training -> {name: (b, ...)}, on the CPU.
 
     batch {"video" (b,3,f,h,w)}, "depth" (b,1,f,h,w) where it is known. alike (b,f,f): cosines of the frames'
@@ -358,7 +358,7 @@ def observed(base, batch, env, flow=None, depth=None):
         if unet.style_image and tower:
             one["image"] = embedded(frames[f // 2:f // 2 + 1])
         if unet.maps:
-            one |= video_maps(clip, unet.maps, depth, flow)
+            one |= video_maps(clip, unet.maps, flow=flow)
         for name, value in one.items():
             found.setdefault(name, []).append(value)
     known = {"depth": batch["depth"]} if "depth" in batch else {}
