@@ -20,9 +20,10 @@ from common import (Parser, UserError, load_checkpoint, load_safetensors, load_s
                     looks_like, net_and_text, rename, replace_part, run_file, shards_of, write_atomic)
 from data import MOTIONS, NEW_MOTIONS, TINY_FPS, TINY_FRAMES, TINY_SIZE, TINY_WORDS
 from diffusion import make_schedule
-from models import (PATCH, CogVideoX, CogVideoXConfig, STDiT3, STDiT3Config, UNet3D, UNetConfig, add_lora,
-                    demo_source, instructvideo_lora_name, merge_lora, misfit, rope_frequencies,
-                    turbo_lora_layers, unet_diffusers_name, videocrafter_name, with_tracks, zero_init)
+from models import (PATCH, CogVideoX, CogVideoXConfig, STDiT3, STDiT3Config, TemporalConv,
+                    TemporalTransformer, UNet3D, UNetConfig, add_lora, demo_source, instructvideo_lora_name,
+                    merge_lora, misfit, rope_frequencies, turbo_lora_layers, unet_diffusers_name,
+                    videocrafter_name, with_tracks, zero_init)
 from text_encoders import (CLIPConfig, OpenCLIPText, OpenCLIPVision, T5Config, T5Text, TinyText,
                            clip_text_only, load_learned, placeholder_id, save_learned, t5_tokenizer,
                            text_from_hf, tiny_tokenize, tokenize, vision_from_hf)
@@ -253,18 +254,20 @@ BASES = {
         UNetConfig(text_resampler=2, num_tokens=16), VAEConfig(), CLIPConfig(), V_ZERO_SNR,
         sampling(frames=32, width=448, sampler="higen", cfg=12.0, start_offset=0.1, motion_factor=500,
                  appearance_factor=1.0),
-        {"original": VGEN | {"net": "ms:iic/HiGen:cvpr2024.t2v.e003.non_ema_0725000.pth"}}),
+        {"original": VGEN | {"net": "ms:iic/HiGen:cvpr2024.t2v.e003.non_ema_0725000.pth"}},
+        methods=("t2v",)),
     "tft2v": Row(
         "TF-T2V (arXiv 2312.15770), 16 frames of 256x448",
         UNetConfig(concat_dim=8, style_image=True), VAEConfig(), CLIPConfig(), V_ZERO_SNR,
         sampling(width=448, negative=NEGATIVE, suffix=SHARP),
         {"original": VGEN | {"net": "ms:iic/tf-t2v:tft2v_t2v_non_ema_512000.pth"}},
-        methods=("instructvideo", "videolcm")),
+        methods=("t2v", "instructvideo", "videolcm")),
     "vcomposer": Row(
         "VideoComposer by TF-T2V (arXiv 2306.02018): depth, sketch, motion, images as conditions",
         UNetConfig(concat_dim=8, style_image=True, maps=SIX_MAPS), VAEConfig(), CLIPConfig(), V_ZERO_SNR,
         sampling(width=448, negative=NEGATIVE, suffix=SHARP),
-        {"original": VGEN | {"net": "ms:iic/tf-t2v:tft2v_vcomposer_non_ema_254000.pth", "image": CLIP}}),
+        {"original": VGEN | {"net": "ms:iic/tf-t2v:tft2v_vcomposer_non_ema_254000.pth", "image": CLIP}},
+        methods=("t2v",)),
     "videolcm": Row(
         "TF-T2V distilled to 4 steps (VideoLCM, arXiv 2312.09109)",
         UNetConfig(concat_dim=8), VAEConfig(), CLIPConfig(), V_ZERO_SNR,
@@ -308,11 +311,28 @@ BASES = {
                       "tokenizer": "hf:DeepFloyd/t5-v1_1-xxl:spiece.model"}},
         methods=("vader", "videodpo")),
 }
+# TF-T2V's other weights: longer clips, larger frames
+BASES["tft2v-32"] = replace(
+    BASES["tft2v"], about="TF-T2V, 32 frames of 256x448", sample=BASES["tft2v"].sample | dict(frames=32),
+    files={"original": VGEN | {"net": "ms:iic/tf-t2v:tft2v_t2v_32frames_non_ema_560000.pth"}})
+BASES["vcomposer-hd"] = replace(
+    BASES["vcomposer"], about="VideoComposer by TF-T2V, 16 frames of 512x896",
+    sample=BASES["vcomposer"].sample | dict(height=512, width=896),
+    files={"original": VGEN | {"net": "ms:iic/tf-t2v:tft2v_vcomposer_non_ema_270000_896x512.pth",
+                               "image": CLIP}})
 # what DEMO says of CLIP, made on purpose and to the end: an encoder to which all motions are one word
 BASES["tiny-weak"] = replace(
     BASES["tiny"], about="tiny's file, its text encoder made blind to motions as it is loaded: for demo.py",
     motion_words=0.0, methods=("t2v", "videolcm", "demo"))
 
+# tiny as "higen" and "vcomposer" are ModelScope: what is new in them starts as in models.py, maps as nothing
+BASES["tiny-higen"] = replace(
+    BASES["tiny"], about="tiny with HiGen's factors, to be trained: t2v.py --base tiny-higen",
+    net=replace(BASES["tiny"].net, text_resampler=1, num_tokens=8), methods=("t2v",),
+    sample=BASES["tiny"].sample | dict(sampler="higen", motion_factor=300, appearance_factor=0.1))
+BASES["tiny-vcomposer"] = replace(
+    BASES["tiny"], about="tiny with maps of depth, sketch, motion, to be trained: t2v.py",
+    net=replace(BASES["tiny"].net, concat_dim=8, maps=("depth", "sketch", "motion")), methods=("t2v",))
 
 # tiny as "dreamvideo" is v1.5: with adapters, tiny-i2v's image tower for them, and a word to learn
 BASES["tiny-dreamvideo"] = replace(
@@ -561,6 +581,7 @@ def load_base(name, weights=None, device="cpu", dtype=torch.float32, scratch=Fal
             state = with_tracks(state, module) if tracks and part == "net" else state
             if part == "net":
                 state = fresh_adapters(module) | state
+                state = fresh_conditions(state, row.net) if name in TINY_NEW else state
             if copies and part == "net":
                 state = with_motion_blocks(state, module, where)
         if copies and part == "motion_text":  # parameters may be the file's own tensors, here of two towers
@@ -677,6 +698,8 @@ def tiny_state(name, part):
         if part == "text":  # "*" is the last word: no vector of its own
             state["token_embedding.weight"] = F.pad(state["token_embedding.weight"], (0, 0, 0, 1))
         return state
+    if name in TINY_NEW:
+        return tiny_state("tiny", part)
     if BASES[name].motion_words < 1:
         state = tiny_state("tiny", part)
         return blind_to_motions(state, BASES[name].motion_words) if part == "text" else state
@@ -780,6 +803,33 @@ def add_guidance(base, dim):
     base.net.cfg = replace(base.net.cfg, guidance_dim=dim)
     layer = nn.Linear(dim, base.net.cfg.dim, bias=False, device=like.device, dtype=like.dtype)
     base.net.time_cond_proj = zero_init(layer)
+
+
+def spatial_parameters(net):
+    """{name: parameter} of a UNet3D that an image model has, too, its time embedding left out (VGen)."""
+    own = [f"{k}." for k, m in net.named_modules() if isinstance(m, (TemporalTransformer, TemporalConv))]
+    return {k: p for k, p in net.named_parameters() if not k.startswith(("time_embed.", *own))}
+
+
+def forget_motion(net):
+    """Layers over time pass their input on, as where training starts from an image model: ends of zeros."""
+    for module in net.modules():
+        if isinstance(module, TemporalTransformer):
+            zero_init(module.proj_out)
+        if isinstance(module, TemporalConv):
+            zero_init(module.conv4[-1])
+
+
+TINY_NEW = "tiny-higen", "tiny-vcomposer"  # tiny's weights, and layers that nobody has trained yet
+
+
+def fresh_conditions(state, cfg):
+    """tiny's weights -> those of TINY_NEW's networks; the first convolution does not see its maps yet."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # the same on every process
+        torch.manual_seed(0)
+        fresh = UNet3D(cfg).state_dict()
+    first = "input_blocks.0.0.weight"
+    return fresh | state | {first: F.pad(state[first], (0, 0, 0, 0, 0, cfg.concat_dim))}
 
 
 def fresh_adapters(net):

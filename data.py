@@ -94,7 +94,10 @@ def new_path(rng, motion, travel, time):
     return side * travel * time, first * height * strokes
 
 
-def tiny_scene(rng, shape=None, colour=None, background=None, motion=None, frames=TINY_FRAMES):
+TRAVEL = 10, 13  # how far a shape moves in a clip, in pixels: from, to
+
+
+def tiny_scene(rng, shape=None, colour=None, background=None, motion=None, frames=TINY_FRAMES, travel=TRAVEL):
     """A random Scene from a numpy Generator; what is given is kept. The shape stays inside the frame."""
     def pick(given, choices):
         # drawn in any case: the rest of the scene does not depend on what is given
@@ -105,7 +108,7 @@ def tiny_scene(rng, shape=None, colour=None, background=None, motion=None, frame
     time = np.linspace(-0.5, 0.5, frames) if frames > 1 else np.zeros(1)
     # The words say nearly all. What is drawn at random here is what the noise can tell: with wide random
     # positions a small network learns to read the path from the noise and ignores the words.
-    ranges = ((4.8, 6.2), (10, 13), (2.0, 2.4), (-2, 2), (-2, 2))
+    ranges = ((4.8, 6.2), travel, (2.0, 2.4), (-2, 2), (-2, 2))
     radius, travel, ratio, u, v = (rng.uniform(*r) for r in ranges)
     directions = {"moving left": (-1, 0), "moving right": (1, 0), "moving up": (0, -1), "moving down": (0, 1)}
     dx, dy = directions.get(motion, (0, 0))
@@ -175,10 +178,10 @@ def render(scene, with_mask=False):
     return (video, torch.from_numpy((alpha[None] > 0.5).astype(np.float32))) if with_mask else video
 
 
-def tiny_batch(seed, n, frames=TINY_FRAMES, drop_background=0.2, motion=None):
+def tiny_batch(seed, n, frames=TINY_FRAMES, drop_background=0.2, motion=None, travel=TRAVEL):
     """-> (videos (n,3,f,32,32) in [-1,1], captions, scenes), from the seed (int or tuple of ints) alone."""
     rng = np.random.default_rng(seed)
-    scenes = [tiny_scene(rng, motion=motion, frames=frames) for _ in range(n)]
+    scenes = [tiny_scene(rng, motion=motion, frames=frames, travel=travel) for _ in range(n)]
     captions = [s.caption(with_background=rng.random() >= drop_background) for s in scenes]
     return torch.stack([render(s) for s in scenes]), captions, scenes
 
@@ -256,11 +259,12 @@ class TinyWorld(torch.utils.data.Dataset):
     """`n` fixed clips of the tiny world: item (i, _) -> {"video" (3,f,32,32), "text"}; f = 1 gives images.
 
     motion: of all clips; None: any of MOTIONS. captions: what the clips show in turn, such as those that a
-    test does not hold out.
+    test does not hold out. depth: with "depth" (1,f,32,32), 1 where the object is, which is in front.
     """
 
-    def __init__(self, n, frames=TINY_FRAMES, seed=0, motion=None, captions=None):
+    def __init__(self, n, frames=TINY_FRAMES, seed=0, motion=None, captions=None, travel=TRAVEL, depth=False):
         self.n, self.frames, self.seed, self.motion, self.captions = n, frames, seed, motion, captions
+        self.travel, self.depth = travel, depth
 
     def __len__(self):
         return self.n
@@ -270,8 +274,28 @@ class TinyWorld(torch.utils.data.Dataset):
         if self.captions:
             text, rng = self.captions[i % len(self.captions)], np.random.default_rng((self.seed, TRAINING, i))
             return {"video": render(tiny_scene(rng, **parse(text), frames=self.frames)), "text": text}
-        video, captions, _ = tiny_batch((self.seed, TRAINING, i), 1, self.frames, motion=self.motion)
-        return {"video": video[0], "text": captions[0]}
+        video, captions, scenes = tiny_batch(
+            (self.seed, TRAINING, i), 1, self.frames, motion=self.motion, travel=self.travel)
+        depth = {"depth": render(scenes[0], with_mask=True)[1]} if self.depth else {}
+        return {"video": video[0], "text": captions[0], **depth}
+
+
+class Mixed(torch.utils.data.Dataset):
+    """Several data sets that take turns: item (i, number) is the i-th (or i - len-th ...) of parts[turn].
+
+    turns: a part for each `size` samples of the run, from the one of number `first` on.
+    """
+
+    def __init__(self, parts, turns, size, first=0):
+        self.parts, self.turns, self.size, self.first = parts, turns, size, first
+
+    def __len__(self):
+        return max(map(len, self.parts))
+
+    def __getitem__(self, item):
+        index, number = item
+        part = self.parts[self.turns[(number - self.first) // self.size]]
+        return part[index % len(part), number]
 
 
 def leave_signals(worker):
@@ -606,6 +630,35 @@ def lucas_kanade(a, b):
     return torch.cat([xy * yt - yy * xt, xy * xt - xx * yt], dim=1) / (xx * yy - xy ** 2)
 
 
+def edges(video):
+    """Sketch of a clip (3,f,h,w) in [-1,1] without a network -> (1,f,h,w) in 0..1: Sobel's filter, soft."""
+    grey = F.pad(video.mean(0)[:, None], (1, 1, 1, 1), mode="replicate")
+    across = grey.new_tensor([[1, 0, -1], [2, 0, -2], [1, 0, -1]]) / 4
+    steep = F.conv2d(grey, torch.stack([across, across.T])[:, None]).norm(dim=1)
+    return (steep / 0.5).clamp(max=1)[None]
+
+
+def video_maps(video, names, depth=None, flow=None):
+    """VideoComposer's maps of a clip (3,f,h,w) in [-1,1] -> {name: (c,f,h,w)}, those of `names` it tells.
+
+    depth(video) -> (1,f,h,w); flow as of raft(): motion is that from the frame before, in 16 pixels, zero for
+    the first.
+    """
+    f, found = video.shape[1], {}
+    if "depth" in names and depth:
+        found["depth"] = depth(video)
+    if "sketch" in names:
+        found["sketch"] = edges(video)
+    if "single_sketch" in names:
+        found["single_sketch"] = edges(video[:, :1]).expand(-1, f, -1, -1)
+    if "local_image" in names:
+        found["local_image"] = (video[:, :1] / 2 + 0.5).expand(-1, f, -1, -1)
+    if "motion" in names and flow:
+        moved = -frame_flow(flow, video[None].flip(2))[0].flip(0).transpose(0, 1) / 16  # seen from here
+        found["motion"] = F.pad(moved, (0, 0, 0, 0, 1, 0))
+    return found
+
+
 def frame_flow(flow, video, side=None):
     """Flow of each frame to the next, in one batch: video (b,3,f,h,w) in [-1,1] -> (b,f-1,2,h,w).
 
@@ -764,6 +817,35 @@ def prompts_of(clips, file=None, prompt=None):
     index = clips[0].parent / "index.jsonl"
     known = {row.get("file"): row.get("prompt", "") for row in read_lines(index)} if index.is_file() else {}
     return [prompt or known.get(clip.name, "") for clip in clips]
+
+
+def codec_motion(video):
+    """Motion vectors by which H.264 stores a clip (3,f,h,w) in [-1,1] -> (2,f,h,w) in 16 pixels, x then y.
+
+    How far each block came since the frame before; zero for the first, and where a block was stored anew. The
+    clip is encoded for it: a file's own vectors point to frames that they do not name.
+    """
+    import av
+    (f, h, w), stored = video.shape[1:], io.BytesIO()
+    with av.open(stored, "w", format="mp4") as file:
+        stream = file.add_stream("libx264", rate=8)
+        stream.width, stream.height, stream.pix_fmt = w + w % 2, h + h % 2, "yuv420p"
+        one_before = "bframes=0:ref=1:keyint=infinite:scenecut=0:weightp=0"
+        stream.options = {"crf": MP4_CRF, "x264-params": one_before}
+        for pixels in np.pad(to_uint8(video), ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), mode="edge"):
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        file.mux(stream.encode())
+    maps = torch.zeros(2, f, h, w)
+    with av.open(io.BytesIO(stored.getvalue())) as file:
+        file.streams.video[0].codec_context.options = {"flags2": "+export_mvs"}
+        for i, frame in enumerate(file.decode(video=0)):
+            side = frame.side_data.get("MOTION_VECTORS")
+            for v in () if side is None else side.to_ndarray():
+                x, y, bw, bh = (int(v[k]) for k in ("dst_x", "dst_y", "w", "h"))  # its middle
+                left, top = max(x - bw // 2, 0), max(y - bh // 2, 0)
+                came = torch.tensor([-v["motion_x"], -v["motion_y"]]) / float(v["motion_scale"])
+                maps[:, i, top:y + bh // 2, left:x + bw // 2] = came[:, None, None] / 16
+    return maps
 
 
 def read_map(path, frames, size, channels):
@@ -1019,13 +1101,16 @@ def read_image_prompts(path):
 
 # ---- data sets of clips with captions
 
-def _folder_rows(folder):
+def _folder_rows(folder, captions=True):
     """Clips with a same-named .txt beside them -> [(row, path, caption)]; also sub-folders of pictures."""
     clips = [p for p in folder.iterdir() if not p.name.startswith(".") and
              (p.suffix.lower() in VIDEOS + IMAGES or (p.is_dir() and p.with_name(p.name + ".txt").is_file()))]
     rows = []
     for n, clip in enumerate(sorted(clips, key=_natural), 1):
         text = clip.with_name((clip.name if clip.is_dir() else clip.stem) + ".txt")
+        if not captions:
+            rows.append((n, clip, ""))
+            continue
         if not text.is_file():
             raise UserError(f"{clip}: no caption beside it; write {text.name}, or metadata.csv for all")
         rows.append((n, clip, " ".join(_read_text(text).split())))
@@ -1034,20 +1119,26 @@ def _folder_rows(folder):
     return rows
 
 
-def _clip_rows(source):
-    """Any source of VideoDataset -> (file that lists the clips, [(row, path, caption)])."""
+def _clip_rows(source, captions=True):
+    """Any source of VideoDataset -> (file that lists the clips, [(row, path, caption)]).
+
+    captions False: none are looked for, all are "".
+    """
     source = Path(source)
     if not source.exists():
         raise UserError(f"{source}: no such folder or list of clips")
     if source.is_dir():
         listed = [p for p in (source / "metadata.csv", source / "metadata.jsonl") if p.is_file()]
         if not listed:
-            return source, _folder_rows(source)
+            return source, _folder_rows(source, captions)
         source = listed[0]
     kind = source.suffix.lower()
     if kind in (".csv", ".jsonl"):
         table = [(n, row, f"{source} row {n}") for n, row in _table(source)]
-        rows = [(n, _field(row, VIDEO_KEYS, w), _field(row, CAPTION_KEYS, w)) for n, row, w in table]
+        rows = [(n, _field(row, VIDEO_KEYS, w), _field(row, CAPTION_KEYS, w) if captions else "")
+                for n, row, w in table]
+    elif kind == ".txt" and not captions:
+        rows = [(n, line.split("|||")[0].strip(), "") for n, line in _lines(source)]
     elif kind == ".txt":
         rows = _pairs(source, "video")
     else:
@@ -1071,9 +1162,9 @@ class VideoDataset(torch.utils.data.Dataset):
     Pictures count as clips when frames == 1. Item (i, number) is row i, its start drawn for `number` alone: a
     clip that comes again starts elsewhere."""
 
-    def __init__(self, source, frames, height, width, fps=None, seed=0, rows=None):
+    def __init__(self, source, frames, height, width, fps=None, seed=0, rows=None, captions=True):
         # rows: already read, [(row, path, caption)]
-        self.source, self.rows = _clip_rows(source) if rows is None else (source, rows)
+        self.source, self.rows = _clip_rows(source, captions) if rows is None else (source, rows)
         self.frames, self.size, self.fps, self.seed = frames, (height, width), fps, seed
         known = {}
         twice = [n for n, *clip in self.rows if known.setdefault(tuple(clip), n) != n]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from common import UserError
@@ -154,17 +155,21 @@ def make_schedule(name="linear_sd", prediction="eps", zero_snr=False, shift=1.0,
 
 # ---- training losses
 
-def diffusion_loss(net_fn, schedule, x0, noise, t, mask=None):
+def diffusion_loss(net_fn, schedule, x0, noise, t, mask=None, coherence=0.0):
     """Mean over all elements of |net(x_t, t) - target|^2, one value a sample (b,), in fp32.
 
     net_fn(x_t, t) -> prediction; t (b,). mask (b,1,f,h,w) multiplies prediction and target (DreamVideo's
-    subject masks); the mean still runs over all elements.
+    subject masks); the mean still runs over all elements. coherence: weight of the same distance between
+    what changes from frame to frame in the two (TF-T2V).
     """
     out = net_fn(schedule.add_noise(x0, noise, t), t).float()
     target = schedule.target(x0, noise, t).float()
     if mask is not None:
         out, target = out * mask, target * mask
-    return (out - target).square().flatten(1).mean(1)
+    loss = (out - target).square().flatten(1).mean(1)
+    if coherence and x0.shape[2] > 1:
+        loss = loss + coherence * (out - target).diff(dim=2).square().flatten(1).mean(1)
+    return loss
 
 
 def pseudo_huber(a, b, c=0.001):
@@ -556,6 +561,21 @@ def appearance_matrix(frames, factor=1.0):
     """
     i = torch.arange(frames, dtype=torch.float32)
     return 1 - factor * (i[:, None] - i).abs() / max(frames - 1, 1)
+
+
+def appearance_rows(alike):
+    """(b,f,f) likeness of frames -> (b,f,32), what the network reads: other clips' rows are stretched."""
+    return F.interpolate(alike, 32, mode="linear", align_corners=True)
+
+
+def motion_factors(latents):
+    """How far each frame is from the next, 0 (still) to 1000, whole numbers: (b,c,f,h,w) -> (b,f-1).
+
+    Root mean square, times 1000. (The paper takes differences of neighbouring frames; their scale is not
+    published. Latents of unit variance give sampling's 500 for a lively clip.)
+    """
+    step = latents.float().diff(dim=2).square().mean((1, 3, 4)).sqrt()
+    return (1000 * step).round().clamp(max=1000)
 
 
 # ---- noise

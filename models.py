@@ -9,8 +9,7 @@ misspellings included (`temopral_conv`); what VideoCrafter and diffusers name ot
 CogVideoX (2408.06072) makes video from text or an image, with the branch of Diffusion as Shader (2501.03847)
 as an option; its keys are those of the public diffusers files.
 Videos and latents are `b c f h w`; inside the UNet images travel as `(b f) c h w`, sample-major; inside
-STDiT3 tokens as `b f s d`, s the h w patches of a frame. (Some 60 lines over the budget of 1,400: three
-families of networks share this file, and a second file would tear them from the parts they share.)
+STDiT3 tokens as `b f s d`, s the h w patches of a frame. (100 lines over the budget: families share parts.)
 """
 import copy
 import math
@@ -150,8 +149,6 @@ class GEGLU(nn.Module):
 
 
 class GELU(nn.Module):
-    """Linear, then GELU in its tanh approximation."""
-
     def __init__(self, dim, inner):
         super().__init__()
         self.proj = nn.Linear(dim, inner)
@@ -329,8 +326,8 @@ class TemporalConv(nn.Module):
     def __init__(self, channels, dropout):
         super().__init__()
         def layer(*drop):
-            return nn.Sequential(nn.GroupNorm(32, channels), nn.SiLU(), *drop,
-                                 nn.Conv3d(channels, channels, (3, 1, 1), padding=(1, 0, 0)))
+            conv = nn.Conv3d(channels, channels, (3, 1, 1), padding=(1, 0, 0))
+            return nn.Sequential(nn.GroupNorm(32, channels), nn.SiLU(), *drop, conv)
         self.conv1 = layer()  # conv1 has no dropout: its convolution is `conv1.2`, the others' `.3`
         self.conv2, self.conv3, self.conv4 = (layer(nn.Dropout(dropout)) for _ in range(3))
         zero_init(self.conv4[-1])
@@ -696,7 +693,7 @@ class UNet3D(nn.Module):
             text = torch.cat([text.repeat_interleave(f, 0), extra], dim=1)
         return text
 
-    def beside(self, x, first_frame=None, maps=None):
+    def beside(self, x, first_frame=None, maps=None, map_keep=None):
         """-> (b f) c h w: the channels that join the noisy latents at the first convolution, or None."""
         cfg, (b, _, f, h, w) = self.cfg, x.shape
         if cfg.image_to_video:
@@ -710,7 +707,8 @@ class UNet3D(nn.Module):
         total = x.new_zeros(b * f, cfg.concat_dim, h, w)
         for name, value in (maps or {}).items():
             if value is not None:
-                total = total + self.encode_map(name, value, (4 * h, 4 * w))
+                keep = (map_keep or {}).get(name, x.new_ones(b)).repeat_interleave(f).view(-1, 1, 1, 1)
+                total = total + keep * self.encode_map(name, value, (4 * h, 4 * w))
         return total
 
     def encode_map(self, name, value, size):
@@ -724,7 +722,7 @@ class UNet3D(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor, fps=None, guidance=None, motion_guidance=None,
                 image=None, first_frame=None, motion_text=None, eot=None, appearance=None, strength=1.0,
-                image_prior=None, motion_factor=None, appearance_factor=None, histogram=None,
+                image_prior=None, motion_factor=None, appearance_factor=None, histogram=None, map_keep=None,
                 **maps) -> Tensor:
         """x (b,c,f,h,w) noisy latents, t (b,) step 0..999, text (b,n,d) -> prediction like x.
 
@@ -735,7 +733,7 @@ class UNet3D(nn.Module):
         motion_text (b,n,d) (DEMO), eot (b,): answer with (prediction, [map (b,h,w,f) of each motion block]);
         appearance (b,1 or f,d), strength, a number or (b,) (DreamVideo);
         image_prior (b,c,h,w), motion_factor (b,) or (b,f-1), appearance_factor (b,f,32) (HiGen);
-        histogram (b,f,156) and `maps` named in MAPS, (b,c,f,8h,8w) (VideoComposer).
+        histogram (b,f,156), `maps` of MAPS (b,c,f,8h,8w), map_keep {name: (b,): 0 drops} (VideoComposer).
         """
         cfg, (f, h, w) = self.cfg, x.shape[2:]
         if fault := misfit(cfg, f, h, w):
@@ -763,7 +761,7 @@ class UNet3D(nn.Module):
             return x
 
         conv_in, temporal_in = self.input_blocks[0]
-        beside = self.beside(x, first_frame, maps) if cfg.concat_dim else None
+        beside = self.beside(x, first_frame, maps, map_keep) if cfg.concat_dim else None
         x = rearrange(x, "b c f h w -> (b f) c h w")
         x = conv_in(x if beside is None else torch.cat([x, beside], dim=1))
         if image_prior is not None:
@@ -1474,12 +1472,13 @@ def turbo_lora_layers(net):
 
 # ---- many GPUs
 
-def parallelize(net, mode, device, offload=False, reshard=True):
+def parallelize(net, mode, device, offload=False, reshard=True, unused=False):
     """Wrap a network for data parallel training; call the returned network in rollouts and losses.
 
     mode: "ddp" (a full copy on each GPU) or "fsdp" (FSDP2: block by block, then the rest; frozen weights may
     be of another type than trained ones). offload: FSDP's shards, their gradients and the optimizer's state
-    stay in CPU memory. reshard False: ZeRO-2. A single process without FSDP gets its network back as it is.
+    stay in CPU memory. reshard False: ZeRO-2. unused: a step may leave parts of the network out. A single
+    process without FSDP gets its network back as it is.
     """
     if not torch.distributed.is_initialized():
         return net
@@ -1490,8 +1489,8 @@ def parallelize(net, mode, device, offload=False, reshard=True):
         for block in net.blocks():
             fully_shard(block, **policy)
         return fully_shard(net, **policy)
-    ids = [device.index] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(net, device_ids=ids, broadcast_buffers=False)
+    more = dict(broadcast_buffers=False, find_unused_parameters=unused)
+    return nn.parallel.DistributedDataParallel(net, [device.index] if device.type == "cuda" else None, **more)
 
 
 def sync_gradients(net, on):

@@ -8,6 +8,8 @@
     python sample.py --base i2vgen-xl --image dog.png --prompt "a dog runs"  # or --prompts: image|||caption
     python sample.py --base vcomposer --depth depth.npy --style-image painting.png --prompt "a red car"
     python sample.py --base vcomposer --depth drive.mp4 --midas midas_v3_dpt_large.pth --prompt "a red car"
+    python sample.py --base vcomposer --follow drive.mp4 --take sketch motion style --prompt "a red car"
+    python sample.py --base tft2v --prompt "a fox in the snow" --then sr600     # enlarged: OUT/sr600
     python sample.py --base tiny-i2v --image frame.png --prompt "a red circle moving left" --continue 2
     python sample.py --base tiny-i2v --judge 256           # 256 held-out first frames and captions
     python sample.py --ckpt out/das --image first.png --tracks tracks.mp4 --prompt "a dog"  # and -side.mp4
@@ -34,23 +36,25 @@ from torch import nn
 from tqdm import tqdm
 
 from bases import (BASES, LEARNED, add_guidance, base_row, fill, latent_shape, load_base, merge_public_lora,
-                   read_words, run_parts)
+                   public_files, read_words, run_parts)
 from common import (COUNT, NATURAL, REAL, SHARE, UNSIGNED, Env, Parser, UserError, check_writable, finish,
                     gather_rows, generator, load_checkpoint, load_weights, memory_advice, rename, run_file,
                     seed_of, setup, write_atomic)
-from data import (MOTIONS, NEW_MOTIONS, center_crop_wide, clip_image, contact_sheet, encode_once,
-                  image_tensor, list_videos, open_image, opensora_size, parse, prompts_of, quick_files,
-                  read_image_prompts, read_map, read_prompts, read_video, tiny_captions, tiny_pairs, to_uint8,
-                  video_info, write_video)
-from diffusion import (appearance_matrix, cogvideox_dpm, ddim, ddim_invert, dpmpp_2m, dpmpp_2m_sde,
-                       dynamic_guidance,
-                       guided, lcm, make_schedule, mix_noise, offset_noise, randn, rflow)
+from data import (MOTIONS, NEW_MOTIONS, center_crop_wide, clip_frames, clip_image, codec_motion,
+                  contact_sheet, encode_once, image_tensor, list_videos, lucas_kanade, open_image,
+                  opensora_size, parse, prompts_of, quick_files, raft, read_image_prompts, read_map,
+                  read_prompts, read_video, tiny_captions, tiny_pairs, to_uint8, video_info, video_maps,
+                  write_video)
+from diffusion import (appearance_matrix, appearance_rows, cogvideox_dpm, ddim, ddim_invert, dpmpp_2m,
+                       dpmpp_2m_sde, dynamic_guidance, guided, lcm, make_schedule, mix_noise, motion_factors,
+                       offset_noise, randn, rflow)
 from metrics import judge_captions, psnr
 from models import (
     Adapter, SpatialTransformer, STDiT3Config, UNetConfig, add_lora, guidance_embedding, lora_strength,
     merge_lora)
 from rewards import get_reward, print_scores, score_files
 from text_encoders import CLIPConfig
+from tracks import estimate_depth as distances
 
 SAMPLERS = ("ddim", "lcm", "dpmpp", "dpm", "rflow", "higen", "sr600")
 
@@ -58,10 +62,10 @@ SAMPLERS = ("ddim", "lcm", "dpmpp", "dpm", "rflow", "higen", "sr600")
 # ---- samplers that are more than one loop
 
 def higen(net, schedule, text, null, image_noise, video_noise, steps, cfg, eta=0.0, motion_factor=500,
-          appearance_factor=1.0, sequential=False, progress=None):
+          appearance_factor=1.0, sequential=False, progress=None, spacing="leading"):
     """HiGen's two passes of one network (arXiv 2312.04483): an image, then the clip around it.
 
-    image_noise (b,c,1,h,w), video_noise (b,c,f,h,w) with f = 32 -> (image, video) latents.
+    image_noise (b,c,1,h,w), video_noise (b,c,f,h,w), published f = 32 -> (image, video) latents.
     """
     b, c, f, h, w = video_noise.shape
     device = video_noise.device
@@ -69,11 +73,11 @@ def higen(net, schedule, text, null, image_noise, video_noise, steps, cfg, eta=0
     def run(noise, prior, motion, appearance):
         fn = guided(net, text, null, cfg, sequential=sequential, image_prior=prior, motion_factor=motion,
                     appearance_factor=appearance)
-        return ddim(fn, noise, schedule, steps, eta, progress=progress)
+        return ddim(fn, noise, schedule, steps, eta, progress=progress, spacing=spacing)
     prior = torch.zeros(b, c, h, w, device=device)
-    image = run(image_noise, prior, torch.zeros(b, device=device), torch.ones(b, 1, f, device=device))
+    image = run(image_noise, prior, torch.zeros(b, device=device), torch.ones(b, 1, 32, device=device))
     motion = torch.full((b, f - 1), float(motion_factor), device=device)
-    appearance = appearance_matrix(f, appearance_factor).to(device).expand(b, -1, -1)
+    appearance = appearance_rows(appearance_matrix(f, appearance_factor).to(device).expand(b, -1, -1))
     return image, run(video_noise, image[:, :, 0], motion, appearance)
 
 
@@ -187,7 +191,7 @@ def generate(base, env: Env, prompts, seeds, args, batch=8, progress=False, cond
             if args.sampler == "higen":
                 _, latents = higen(
                     base.net, base.schedule, text, null, image_noise, x_T, args.sample_steps, args.cfg,
-                    args.eta, args.motion_factor, args.appearance_factor, sequential, bar)
+                    args.eta, args.motion_factor, args.appearance_factor, sequential, bar, args.spacing)
             else:
                 c, u = ({k: v[part].to(env.device) for k, v in (d or {}).items()} for d in (cond, null_cond))
                 latents = rollout(base.net, base, prompts[part], x_T, args, generators, c, u, sequential,
@@ -353,6 +357,61 @@ def moments(vae, video, env):
     return {"mean": mean, "std": (0.5 * logvar).exp()}
 
 
+@torch.no_grad()
+def observed(base, batch, env, flow=None):
+    """What HiGen, TF-T2V and VideoComposer are told of a clip in training -> {name: (b, ...)}, on the CPU.
+
+    batch {"video" (b,3,f,h,w)}, "depth" (b,1,f,h,w) where it is known. alike (b,f,f): cosines of the frames'
+    CLIP embeddings, in the tiny world of their coarse colours; image (b,1,d): the middle frame's; maps: see
+    data.video_maps.
+    """
+    unet, tower, found = base.row.unet, base.image_encoder, {}
+    for clip in batch["video"] if unet.text_resampler or unet.style_image or unet.maps else ():
+        f, one = clip.shape[1], {}
+        frames = clip.transpose(0, 1)
+
+        def embedded(frames):
+            return tower(clip_frames(frames).to(env.device, env.dtype)).float().cpu()
+        if unet.text_resampler:
+            looks = embedded(frames) if tower else F.adaptive_avg_pool2d(frames, 4).flatten(1)
+            looks = F.normalize(looks, dim=-1)
+            one["alike"] = (looks @ looks.T).clamp(0, 1)
+        if unet.style_image and tower:
+            one["image"] = embedded(frames[f // 2:f // 2 + 1])
+        if unet.maps:
+            one |= video_maps(clip, unet.maps, flow=flow)
+        for name, value in one.items():
+            found.setdefault(name, []).append(value)
+    known = {"depth": batch["depth"]} if "depth" in batch else {}
+    return {name: torch.stack(values) for name, values in found.items()} | known
+
+
+def told(base, x0, seen, generators):
+    """observed() of a batch, or none of it for single images, and x0 -> conditions of the network.
+
+    HiGen: factors, and the middle frame as image (a pass for images has zeros there). Maps and image: each
+    dropped for half of the clips, all of them for a tenth (VGen: 0.5, 0.1, and none for another tenth).
+    """
+    unet, (b, _, f), cond = base.row.unet, x0.shape[:3], {}
+    if unet.text_resampler:
+        alike = seen["alike"].float() if f > 1 else torch.ones(b, 1, 1)
+        cond["appearance_factor"] = appearance_rows(alike).to(x0.device)
+        cond["motion_factor"] = torch.zeros(b, device=x0.device)
+        if f > 1:  # of the means: x0 is a sample, its noise would count as motion
+            cond["motion_factor"] = motion_factors(seen["mean"].to(x0) * base.vae.cfg.scale)
+        cond["image_prior"] = x0[:, :, f // 2] * (f > 1)
+    names = [k for k in seen if k in (*unet.maps, "image")] if f > 1 else []
+    luck = torch.stack([torch.rand(1 + len(names), generator=g) for g in generators]) if names else None
+    for k, name in enumerate(names, 1):
+        keep = ((luck[:, 0] > 0.1) & (luck[:, k] > 0.5)).float().to(x0.device)
+        cond[name] = seen[name].float().to(x0.device)
+        if name == "image":
+            cond[name] = cond[name] * keep.view(-1, 1, 1)
+        else:
+            cond.setdefault("map_keep", {})[name] = keep
+    return cond
+
+
 def draw_latents(vae, batch, generators, env):
     """A batch of clips, encoded already or not -> samples of the encoder's Gaussian, as VGen trains."""
     m = batch if "mean" in batch else moments(vae, batch["video"], env)
@@ -363,7 +422,8 @@ def draw_latents(vae, batch, generators, env):
 # ---- conditions from files
 
 FILE_FLAGS = ("image", "tracks", "video", "mask", "depth", "midas", "sketch", "motion_vectors", "style_image",
-              "appearance_image")
+              "appearance_image", "follow", "flow_weights")
+TAKE = "depth", "sketch", "single_sketch", "motion", "local_image", "style"  # what --follow is followed in
 
 
 def check_sampler(args, row):
@@ -383,7 +443,8 @@ def check_conditions(args, row):
     if row.unet.super_resolution:
         takes |= {"video"}
     if row.unet.maps:
-        takes |= {"image", "video", "mask", "depth", "midas", "sketch", "motion_vectors", "style_image"}
+        takes |= {"image", "video", "mask", "depth", "midas", "sketch", "motion_vectors", "style_image",
+                  "follow", "flow_weights"}
     if row.unet.adapter_image_dim:
         takes |= {"appearance_image", "video"}
     if args.learned and not Path(args.learned).exists():
@@ -422,12 +483,24 @@ def check_conditions(args, row):
                         "clip to start from")
     if bool(args.mask) != bool(args.video) and row.unet.maps:
         raise UserError("--mask and --video belong together: the part of the video that is hidden")
-    if args.midas and not args.depth:
+    if args.midas and not args.depth and "depth" not in (args.take or ()):
         raise UserError("--midas: give the video whose depth it is to estimate with --depth")
+    if bool(args.follow) != bool(args.take):
+        raise UserError(f"--follow VIDEO and --take belong together: what to take of it, {', '.join(TAKE)}")
+    for name in args.take or ():
+        if name not in row.unet.maps and not (name == "style" and row.unet.style_image):
+            raise UserError(f"--take {name}: this base has no such condition; it has "
+                            f"{', '.join(row.unet.maps)}")
+    if "depth" in (args.take or ()) and not args.midas and not args.depth_model:
+        raise UserError("--take depth: give the network that sees it, --depth-model NAME or --midas FILE")
+    if args.then and (base_row(args.then).unet.super_resolution, row.unet.super_resolution) != (True, False):
+        raise UserError(f"--then {args.then}: for a base that enlarges clips, sr600, after one that does not")
+    if args.then:  # its files are looked for now
+        public_files(args.then, base_row(args.then), args.then_weights)
     if not (args.prompt or args.prompts or args.judge or row.unet.super_resolution):
         raise UserError("give one of --prompt TEXT, --prompts FILE, --judge N (tiny)")
-    if row.unet.text_resampler and args.frames != 32:
-        raise UserError(f"--frames {args.frames}: HiGen makes clips of 32 frames")
+    if row.unet.text_resampler and args.frames != row.sample["frames"]:
+        raise UserError(f"--frames {args.frames}: HiGen makes clips of {row.sample['frames']} frames")
 
 
 def tower_image(image, width, tower_size):
@@ -467,8 +540,10 @@ def conditions(base, env, args, images, maps=None):
         cond["first_frame"] = cond["first_frame"][:, :, 0]
         cond["image"] = clip_embedding(images)
         null["image"] = torch.zeros_like(cond["image"])
-    if getattr(args, "style_image", None):
-        cond["image"] = clip_embedding([open_image(args.style_image)]).expand(n, -1, -1)
+    style = getattr(args, "style", None) or getattr(args, "style_image", None)
+    if style:
+        style = style if isinstance(style, Image.Image) else open_image(style)
+        cond["image"] = clip_embedding([style]).expand(n, -1, -1)
         null["image"] = torch.zeros_like(cond["image"])
     if row.unet.adapter_image_dim and images[0] is not None:
         cond["appearance"] = clip_embedding(images)
@@ -537,6 +612,30 @@ def read_maps(args, size):
         video, hidden = read_map(args.video, f, size, 3), read_map(args.mask, None, size, 1).round()
         shown = 1 - hidden.expand(-1, f, -1, -1)
         maps["masked"] = torch.cat([(video * 2 - 1) * shown, shown])
+    return {name: value[None] for name, value in maps.items()}
+
+
+def followed(args, row, device):
+    """--follow VIDEO -> {name: (1,c,f,h,w)}, the maps of --take; "style" is its first frame, in args.style.
+
+    3 frames a second as published, or as many as make a clip; squeezed to the clip's size, not cropped.
+    """
+    count, rate, _ = video_info(args.follow)
+    stride = max(1, min(round(rate / 3), (count - 1) // max(args.frames - 1, 1)))
+    video, size = read_video(args.follow, args.frames, rate / stride)[0], (args.height, args.width)
+    args.style = frame_picture(video[:, 0]) if "style" in args.take else None
+    video = F.interpolate(video.transpose(0, 1), size, mode="bilinear", antialias=True).transpose(0, 1)
+
+    def depth(video):
+        if args.midas:
+            return estimate_depth(args.midas, video[None], device)[0]
+        near = 1 / torch.from_numpy(distances(args.depth_model, video, device)).float()
+        return (2 * near / near.max())[None]  # about MiDaS's range; other networks have their own
+    flow = lucas_kanade if row.text is None else None
+    flow = raft("large", args.flow_weights, device) if args.flow_weights else flow
+    maps = video_maps(video, args.take, depth, flow)
+    if "motion" in args.take and not flow:
+        maps["motion"] = codec_motion(video)
     return {name: value[None] for name, value in maps.items()}
 
 
@@ -674,6 +773,7 @@ def load_run(path, tensors, meta, weights, base=None):
         if unexpected:
             raise UserError(f"--ckpt {path}: does not fit base {base.name}: unexpected {unexpected[0]}")
     merge_lora(base.net)
+    base.schedule = make_schedule(**meta["schedule"]) if meta.get("schedule") else base.schedule
     return base
 
 
@@ -724,6 +824,10 @@ def get_args(argv=None):
     p.add_argument("--sketch", help="sketches: .npy or video, or one picture (VideoComposer)")
     p.add_argument("--motion-vectors", help="motion vectors: .npy of shape 2 f h w (VideoComposer)")
     p.add_argument("--style-image", help="picture whose style and content to follow (VideoComposer)")
+    p.add_argument("--follow", metavar="VIDEO", help="clip from which to make the conditions (VideoComposer)")
+    p.add_argument("--take", nargs="+", choices=TAKE, help="which; motion: the codec's vectors")
+    p.add_argument("--depth-model", metavar="NAME", help="depth network of transformers: hub name or folder")
+    p.add_argument("--flow-weights", help="motion by torchvision's raft_large, not by the codec")
     p.add_argument("--appearance-image", help="picture that guides the motion adapter (DreamVideo)")
     p.add_argument("--strength", type=REAL, nargs=2, default=(1.0, 1.0), metavar=("COND", "UNCOND"),
                    help="of the appearance image in the two branches of guidance")
@@ -753,6 +857,10 @@ def get_args(argv=None):
     p.add_argument("--vbench", action="store_true", help="name the files as VBench wants: PROMPT-0.mp4, ...")
     p.add_argument("--batch", type=COUNT, default=4, help="clips at a time on each process")
     p.add_argument("--seed", type=NATURAL, default=0, help="seed")
+    # afterwards
+    p.add_argument("--then", metavar="BASE", help="enlarge the clips with this base, sr600, into OUT/BASE")
+    p.add_argument("--then-weights", help="folder with its public weights (default: its hub)")
+    p.add_argument("--then-size", type=COUNT, nargs=2, metavar=("HEIGHT", "WIDTH"), help="(720 1280)")
     # machine
     p.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
     p.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 on GPU, fp32 on CPU")
@@ -828,6 +936,19 @@ def read_jobs(args, row):
 
 def main(argv=None):
     args = get_args(argv)
+    play(args)  # its networks are gone when it returns
+    if args.then:
+        more = {"weights": args.then_weights, "device": args.device, "dtype": args.dtype, "seed": args.seed,
+                "video": args.out, "out": Path(args.out, args.then), "save_fps": args.save_fps,
+                **dict(zip(("height", "width"), args.then_size or ()))}
+        flags = [x for k, v in more.items() if v is not None for x in (f"--{k.replace('_', '-')}", str(v))]
+        play(get_args(["--base", args.then, *flags] + ["--sequential"] * args.sequential))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def play(args):
+    """All that the options ask for, from files to files."""
     if args.base:
         base_row(args.base)  # an unknown name is refused before anything is read
     runs = read_runs(args)
@@ -854,7 +975,10 @@ def main(argv=None):
     if reward:
         reward.check(prompts)
     if args.midas:
-        maps["depth"] = estimate_depth(args.midas, maps["depth"], env.device)
+        if args.depth:
+            maps["depth"] = estimate_depth(args.midas, maps["depth"], env.device)
+    if args.follow:
+        maps |= followed(args, row, env.device)
     base = None
     for text, tensors, meta in runs:
         base = load_run(text, tensors, meta, args.weights, base)
@@ -955,8 +1079,6 @@ def main(argv=None):
         if scores:
             print_scores([scores[j] for j in range(len(jobs))])
         print(f"{out}: {len(rows)} clips, sheet.png, index.jsonl")
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

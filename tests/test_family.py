@@ -203,7 +203,7 @@ TEXT_TO_VIDEO = {
     "modelscope-v1.5": ["--negative", "rain"], "demo": ["--negative", "rain"],
     "videocrafter2": ["--fps", "4"], "t2v-turbo": ["--cfg", "3"],
     "t2v-turbo-v2": ["--motion-cfg", "0.9"], "tft2v": ["--suffix", ""],
-    "videolcm": ["--sample-steps", "2"], "higen": ["--motion-factor", "50"]}
+    "tft2v-32": ["--cfg", "3"], "videolcm": ["--sample-steps", "2"], "higen": ["--motion-factor", "50"]}
 
 
 @pytest.mark.parametrize("name", TEXT_TO_VIDEO)
@@ -333,4 +333,5 @@ def test_half_precision(name, play, files):
 
 
 def test_every_base_is_sampled_here():
-    assert {"i2vgen-xl", "sr600", "vcomposer", *TEXT_TO_VIDEO} == set(hub.PUBLIC)
+    elsewhere = {"vcomposer-hd"}  # tests/test_conditions.py
+    assert {"i2vgen-xl", "sr600", "vcomposer", *elsewhere, *TEXT_TO_VIDEO} == set(hub.PUBLIC)
