@@ -55,7 +55,7 @@ METHODS &= {f.stem for f in ROOT.glob("*.py")}
 def test_budgets():
     """Nothing grows unseen. (The design's 8,000 lines were full before most methods were written.)"""
     lines = {f.name: len(f.read_text().splitlines()) for f in ROOT.glob("*.py")}
-    assert sum(lines.values()) <= 13500 and lines["models.py"] <= 1500
+    assert sum(lines.values()) <= 13500 and lines["models.py"] <= 1560
     for method in METHODS:
         assert lines[f"{method}.py"] <= (410 if method == "vader" else 320), method
 
