@@ -9,7 +9,7 @@ misspellings included (`temopral_conv`); what VideoCrafter and diffusers name ot
 CogVideoX (2408.06072) makes video from text or an image, with the branch of Diffusion as Shader (2501.03847)
 as an option; its keys are those of the public diffusers files.
 Videos and latents are `b c f h w`; inside the UNet images travel as `(b f) c h w`, sample-major; inside
-STDiT3 tokens as `b f s d`, s the h w patches of a frame. (100 lines over the budget: families share parts.)
+STDiT3 tokens as `b f s d`, s the h w patches of a frame.
 """
 import copy
 import math
@@ -70,9 +70,34 @@ def attend(q, k, v, heads, mask=None, causal=False):
 def rotate(x, cos, sin):
     """Rotary positions (arXiv 2104.09864): turn the pairs of channels (2i, 2i+1) of x (b,l,heads,d) by the
     angles of cos, sin (l,d/2). In float32, whatever x is."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[:, None], sin[:, None]
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # one pass over memory instead of six
+    return torch.view_as_real(pairs * torch.complex(cos, sin)[:, None]).flatten(-2).to(x.dtype)
+
+
+def conv2d(x, weight, bias, stride, padding):
+    """F.conv2d of x (n,c,h,w), stride and padding pairs.
+
+    On a CPU few pixels under wide weights become one matmul: oneDNN would reorder the weights, and in
+    training their gradient, at every call, which takes several times longer than the convolution itself.
+    """
+    if x.device.type != "cpu" or len(x) * x.shape[2] * x.shape[3] > len(weight) // 4:
+        return F.conv2d(x, weight, bias, stride, padding)
+    columns = F.unfold(x, weight.shape[2:], padding=padding, stride=stride)  # n (c kh kw) l
+    out = F.linear(columns.transpose(1, 2), weight.flatten(1), bias)         # n l c
+    rows = (x.shape[2] + 2 * padding[0] - weight.shape[2]) // stride[0] + 1
+    return out.transpose(1, 2).unflatten(2, (rows, -1))
+
+
+class Conv2d(nn.Conv2d):
+    def forward(self, x):
+        return conv2d(x, self.weight, self.bias, self.stride, self.padding)
+
+
+class FrameConv(nn.Conv3d):
+    """A Conv3d of kernel (3,1,1), or 1: over the frames only, of a video as b c f (h w)."""
+
+    def forward(self, x):
+        return conv2d(x, self.weight[..., 0], self.bias, self.stride[:2], self.padding[:2])
 
 
 class RelativePosition(nn.Module):
@@ -326,16 +351,16 @@ class TemporalConv(nn.Module):
     def __init__(self, channels, dropout):
         super().__init__()
         def layer(*drop):
-            conv = nn.Conv3d(channels, channels, (3, 1, 1), padding=(1, 0, 0))
-            return nn.Sequential(nn.GroupNorm(32, channels), nn.SiLU(), *drop, conv)
+            return nn.Sequential(nn.GroupNorm(32, channels), nn.SiLU(), *drop,
+                                 FrameConv(channels, channels, (3, 1, 1), padding=(1, 0, 0)))
         self.conv1 = layer()  # conv1 has no dropout: its convolution is `conv1.2`, the others' `.3`
         self.conv2, self.conv3, self.conv4 = (layer(nn.Dropout(dropout)) for _ in range(3))
         zero_init(self.conv4[-1])
 
     def forward(self, x, f):
-        h = rearrange(x, "(b f) c h w -> b c f h w", f=f)
+        h = rearrange(x, "(b f) c h w -> b c f (h w)", f=f)
         h = self.conv4(self.conv3(self.conv2(self.conv1(h))))
-        return x + rearrange(h, "b c f h w -> (b f) c h w")
+        return x + rearrange(h, "b c f (h w) -> (b f) c h w", h=x.shape[2])
 
 
 class ResBlock(nn.Module):
@@ -343,11 +368,11 @@ class ResBlock(nn.Module):
 
     def __init__(self, cin, cout, emb_dim, dropout, temporal_dropout, temporal_conv=True):
         super().__init__()
-        self.in_layers = nn.Sequential(nn.GroupNorm(32, cin), nn.SiLU(), nn.Conv2d(cin, cout, 3, padding=1))
+        self.in_layers = nn.Sequential(nn.GroupNorm(32, cin), nn.SiLU(), Conv2d(cin, cout, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, cout))
         self.out_layers = nn.Sequential(nn.GroupNorm(32, cout), nn.SiLU(), nn.Dropout(dropout),
-                                        zero_init(nn.Conv2d(cout, cout, 3, padding=1)))
-        self.skip_connection = nn.Identity() if cin == cout else nn.Conv2d(cin, cout, 1)
+                                        zero_init(Conv2d(cout, cout, 3, padding=1)))
+        self.skip_connection = nn.Identity() if cin == cout else Conv2d(cin, cout, 1)
         self.temopral_conv = TemporalConv(cout, temporal_dropout) if temporal_conv else None  # as published
 
     def forward(self, x, c):
@@ -359,7 +384,7 @@ class ResBlock(nn.Module):
 class Downsample(nn.Module):
     def __init__(self, channels, padding=1):
         super().__init__()
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+        self.op = Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x, c):
         return self.op(x)
@@ -369,7 +394,7 @@ class Upsample(nn.Module):
     def __init__(self, channels, crop=False):
         super().__init__()
         self.crop = crop
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x, c):
         x = F.interpolate(x, scale_factor=2, mode="nearest")
@@ -383,9 +408,9 @@ class MapEncoder(nn.Sequential):
 
     def __init__(self, cin, widths, cout):
         first, second = widths
-        super().__init__(nn.Conv2d(cin, first, 3, padding=1), nn.SiLU(), nn.Identity(),
-                         nn.Conv2d(first, second, 3, stride=2, padding=1), nn.SiLU(),
-                         nn.Conv2d(second, cout, 3, stride=2, padding=1))
+        super().__init__(Conv2d(cin, first, 3, padding=1), nn.SiLU(), nn.Identity(),
+                         Conv2d(first, second, 3, stride=2, padding=1), nn.SiLU(),
+                         Conv2d(second, cout, 3, stride=2, padding=1))
 
     def forward(self, x, size):
         """x (n,c,h,w) -> (n,cout,size[0] / 4,size[1] / 4)."""
@@ -557,7 +582,7 @@ class UNet3D(nn.Module):
             return nn.ModuleList(layers)
 
         # encoder: per level num_res_blocks entries, then a Downsample unless it is the last
-        conv_in = nn.Conv2d(cfg.in_dim + cfg.concat_dim, dim, 3, padding=1)
+        conv_in = Conv2d(cfg.in_dim + cfg.concat_dim, dim, 3, padding=1)
         temporal_in = TemporalTransformer(dim, cfg.num_heads, cfg.head_dim, **temporal)
         self.input_blocks = nn.ModuleList([nn.ModuleList([conv_in, temporal_in])])
         skips, channels, scale = [dim], dim, 1.0
@@ -584,7 +609,7 @@ class UNet3D(nn.Module):
                 self.output_blocks[-1].append(Upsample(channels, crop=cfg.super_resolution))
                 scale *= 2
 
-        conv_out = nn.Conv2d(channels, cfg.out_dim, 3, padding=1)
+        conv_out = Conv2d(channels, cfg.out_dim, 3, padding=1)
         self.out = nn.Sequential(nn.GroupNorm(32, channels), nn.SiLU(), conv_out)
         nn.init.zeros_(conv_out.weight)  # the weight only, as published
 
@@ -608,8 +633,8 @@ class UNet3D(nn.Module):
         if cfg.image_to_video:
             n, c = cfg.in_dim, cfg.context_dim
             self.local_image_concat = nn.Sequential(
-                nn.Conv2d(n, 4 * n, 3, padding=1), nn.SiLU(), nn.Conv2d(4 * n, 4 * n, 3, padding=1),
-                nn.SiLU(), nn.Conv2d(4 * n, n, 3, padding=1))
+                Conv2d(n, 4 * n, 3, padding=1), nn.SiLU(), Conv2d(4 * n, 4 * n, 3, padding=1),
+                nn.SiLU(), Conv2d(4 * n, n, 3, padding=1))
             self.local_temporal_encoder = TemporalEncoder(n)
             self.local_image_embedding = MapEncoder(n, (8 * n, 16 * n), c)
             self.context_embedding = nn.Sequential(
@@ -619,7 +644,7 @@ class UNet3D(nn.Module):
                 cfg.context_dim, emb_dim, cfg.num_tokens, cfg.text_resampler)
             self.asim_embedding = mlp(32, zero=True)
             self.msim_embedding = mlp(dim, zero=True)
-            self.img_embedding = zero_init(nn.Conv2d(cfg.in_dim, dim, 3, padding=1))
+            self.img_embedding = zero_init(Conv2d(cfg.in_dim, dim, 3, padding=1))
         if cfg.style_image:
             c = cfg.context_dim
             self.pre_image_condition = nn.Sequential(
@@ -818,7 +843,7 @@ class STDiT3Config:
 
 def modulate(x, shift, scale):
     """LayerNorm without weights, then x (1 + scale) + shift (adaLN, arXiv 2212.09748); all (b,f,s,d)."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
 def rope_frequencies(dim, device=None):
@@ -899,10 +924,10 @@ class STDiT3Block(nn.Module):
             h = rearrange(self.attn(rearrange(h, "b f s d -> (b s) f d")), "(b s) f d -> b f s d", s=s)
         else:
             h = rearrange(self.attn(rearrange(h, "b f s d -> (b f) s d")), "(b f) s d -> b f s d", f=f)
-        x = x + gate_a * h
+        x = torch.addcmul(x, gate_a, h)
         # no norm and no gate here, as published; one sequence of queries a video, text keys computed once
         x = x + self.cross_attn(x.flatten(1, 2), text, text_mask).unflatten(1, (f, s))
-        return x + gate_m * self.mlp(modulate(x, shift_m, scale_m))
+        return torch.addcmul(x, gate_m, self.mlp(modulate(x, shift_m, scale_m)))
 
 
 class STDiT3FinalLayer(nn.Module):
@@ -1136,8 +1161,8 @@ class AdaLayerNorm(nn.Module):
     def forward(self, text, video, emb):
         """-> text and video as one sequence (b,n + m,dim), the gates of what is computed from each."""
         shift, scale, gate, text_shift, text_scale, text_gate = self.linear(F.silu(emb))[:, None].chunk(6, -1)
-        text = self.norm(text) * (1 + text_scale) + text_shift
-        video = self.norm(video) * (1 + scale) + shift
+        text = torch.addcmul(text_shift, self.norm(text), 1 + text_scale)
+        video = torch.addcmul(shift, self.norm(video), 1 + scale)
         return torch.cat([text, video], dim=1), text_gate, gate
 
 
@@ -1178,10 +1203,11 @@ class CogVideoXBlock(nn.Module):
         n = text.shape[1]
         x, text_gate, gate = self.norm1(text, video, emb)
         out = self.attn1(x, rope)
-        text, video = text + text_gate * out[:, :n], video + gate * out[:, n:]
+        text = torch.addcmul(text, text_gate, out[:, :n])
+        video = torch.addcmul(video, gate, out[:, n:])
         x, text_gate, gate = self.norm2(text, video, emb)
         out = self.ff(x)
-        return text + text_gate * out[:, :n], video + gate * out[:, n:]
+        return torch.addcmul(text, text_gate, out[:, :n]), torch.addcmul(video, gate, out[:, n:])
 
 
 def cogvideox_misfit(cfg, f, h, w):
@@ -1282,7 +1308,7 @@ class CogVideoX(nn.Module):
                 side = self.combine_linears[i](side)
                 video = video + (side if track_strength is None else track_strength.view(-1, 1, 1) * side)
         shift, scale = self.norm_out.linear(F.silu(emb))[:, None].chunk(2, dim=-1)
-        video = self.norm_out.norm(self.norm_final(video)) * (1 + scale) + shift
+        video = torch.addcmul(shift, self.norm_out.norm(self.norm_final(video)), 1 + scale)
         return rearrange(self.proj_out(video), "b (f h w) (c p q) -> b c f (h p) (w q)",
                          f=f, h=h // PATCH, p=PATCH, q=PATCH)
 

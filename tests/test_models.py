@@ -6,7 +6,7 @@ from common import UserError
 from diffusion import (Schedule, boundary_scalings, ddim, ddim_invert, ddim_timesteps, diffusion_loss,
                        dpmpp_2m_sde, flow_add_noise, flow_loss, flow_timesteps, flow_transform, guided, lcm,
                        linear_sd, make_schedule, randn, rflow, x0_scale)
-from models import STDiT3, STDiT3Config, UNet3D, UNetConfig, add_lora, merge_lora
+from models import STDiT3, STDiT3Config, UNet3D, UNetConfig, add_lora, conv2d, merge_lora
 from vae import TINY_VAE, AutoencoderKL, OpenSoraVAE, OpenSoraVAEConfig, VAEConfig
 
 SMALL = UNetConfig(dim=32, dim_mult=(1, 2), num_res_blocks=1, attn_scales=(1.0, 0.5), head_dim=16,
@@ -73,6 +73,18 @@ def test_every_trained_parameter_gets_the_same_gradient_with_recomputation(lora)
             if "lora_B" in k:
                 torch.nn.init.normal_(p, std=0.1)
     check_gradients(net, lambda: net(*args, fps=torch.tensor([8, 16])))
+
+
+@pytest.mark.parametrize("kernel, stride, padding", [
+    ((3, 3), (1, 1), (1, 1)), ((3, 3), (2, 2), (2, 1)), ((1, 1), (1, 1), (0, 0)), ((3, 1), (1, 1), (1, 0))])
+def test_a_convolution_of_few_pixels_is_one(kernel, stride, padding):
+    x = torch.randn(2, 5, 4, 6, requires_grad=True)
+    weight, bias = torch.randn(200, 5, *kernel, requires_grad=True), torch.randn(200, requires_grad=True)
+    found = []
+    for fn in (conv2d, torch.nn.functional.conv2d):  # 48 pixels, 200 channels: the first is a matmul
+        out = fn(x, weight, bias, stride, padding)
+        found.append((out, *torch.autograd.grad(out.sin().sum(), (x, weight, bias))))
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*found))
 
 
 def test_frames_see_one_another_and_samples_do_not():
