@@ -1350,16 +1350,6 @@ def stand_still(items, frames, cells):
     return Few(clips)
 
 
-def shifted(x, places, most):
-    """x (b,c,f,h,w), each moved down and right by its place (row, column) less `most`; the rim is repeated.
-
-    places: b pairs from 0 to 2 most.
-    """
-    (f, h, w), wide = x.shape[2:], F.pad(x.flatten(1, 2), [most] * 4, mode="replicate")
-    moved = [v[:, 2 * most - row:, 2 * most - column:][:, :h, :w] for v, (row, column) in zip(wide, places)]
-    return torch.stack(moved).unflatten(1, (-1, f))
-
-
 def check_dataset(source, frames, height, width, fps=None):
     """Read every clip once, print the bad rows and a summary -> number of bad rows."""
     dataset, bad = VideoDataset(source, frames, height, width, fps), 0

@@ -11,7 +11,7 @@ one of the clip's frames tells these how things look, so that they need not lear
     python dreamvideo.py --base tiny --stage token --out out/token          # minutes: RESULTS.md
     python dreamvideo.py --base tiny --stage identity --learned out/token --out out/identity
     python dreamvideo.py --base tiny --stage motion --out out/motion        # --motion zigzagging: another one
-    python sample.py --ckpt out/identity --ckpt out/motion --prompt "a * moving on a gray background"
+    python sample.py --ckpt out/identity --ckpt out/motion --subject-below 300 --prompt "a * moving"
     python dreamvideo.py --weights W --stage token --data dog --init dog --out out/token     # dog/masks/*.png
     python dreamvideo.py --weights W --stage identity --data dog --learned out/token --out out/identity
     torchrun --nproc_per_node=4 dreamvideo.py --weights W --stage motion --data clips --drop-image 0
@@ -24,6 +24,7 @@ Differences from the original code
  - A picture's mask is its own or an error; clips start at the right frame, too short ones are refused.
  - Left out: div loss, latents of the last batch on disk, previews with other conditions than training.
  - The tiny base never saw single frames: pictures stand still for 8. Its word is two vectors, not one.
+ - Ours is sample.py's --subject-below: the motion lays out the path before the subject's adapters join in.
 """
 import argparse
 from pathlib import Path
@@ -38,8 +39,8 @@ from common import (
     agree_to_stop, append_line, apply_defaults, catch_signals, check_out, draw_curve, generator, keep_lines,
     load_state, lr_at, memory_advice, save_checkpoint, seed_of, setup, trained)
 from data import (
-    MOTIONS, NEW_MOTIONS, VideoDataset, contact_sheet, encode_once, read_batches, read_subject, shifted,
-    stand_still, tiny_motion, tiny_previews, tiny_subject, write_video)
+    MOTIONS, NEW_MOTIONS, VideoDataset, contact_sheet, encode_once, read_batches, read_subject, stand_still,
+    tiny_motion, tiny_previews, tiny_subject, write_video)
 from diffusion import diffusion_loss, offset_noise, randn
 from metrics import path_error, subject_likeness
 from models import SpatialTransformer, TemporalTransformer, parallelize, sync_gradients
@@ -52,7 +53,7 @@ STAGES = {"token": dict(steps=3000, batch=4, lr=1e-4, save_every=200),
 TINY = dict(batch=4, betas=(0.9, 0.99), picture_frames=8, vectors=2, init="white circle", masked_loss=False,
             offset_noise=0.0, lr_schedule="cosine", cache_latents=True, workers=0, grad_ckpt=False,
             log_every=50)
-TINY_STAGES = {"token": dict(steps=200, lr=2e-2, shift=2), "identity": dict(steps=1000, lr=4e-3, shift=2),
+TINY_STAGES = {"token": dict(steps=200, lr=2e-2), "identity": dict(steps=1000, lr=4e-3),
                "motion": dict(steps=500, lr=3e-3, drop_text=0.0, drop_image=1.0)}
 
 
@@ -73,7 +74,6 @@ def get_args(argv=None):
     p.add_argument("--vectors", type=COUNT, default=1, help="token: vectors that the word consists of")
     p.add_argument("--masked-loss", action=yes_no, default=True, help="only the subject's pixels count")
     p.add_argument("--picture-frames", type=COUNT, default=1, help="frames for which a picture stands still")
-    p.add_argument("--shift", type=NATURAL, default=0, help="pictures are moved by up to so many latents")
     p.add_argument("--frames", type=COUNT, help="frames a clip (default: the base's)")
     p.add_argument("--height", type=COUNT, help="pixels (default: the base's)")
     p.add_argument("--width", type=COUNT, help="pixels (default: the base's)")
@@ -291,11 +291,8 @@ def draw_latents(base, batch, generators, env, args):
     """A batch, encoded already or not -> samples of the encoder's Gaussian, the batch (mask, pictures)."""
     found = batch if "mean" in batch else encode(base, batch, env, args)
     found = {k: v.float().to(env.device) for k, v in found.items() if k != "text"}
-    found["x0"] = found["mean"] + found["std"] * randn(found["mean"].shape, generators, env.device)
-    if args.shift:  # the subject anywhere, by whole latents: the autoencoder need not see the picture again
-        places = [torch.randint(2 * args.shift + 1, (2,), generator=g).tolist() for g in generators]
-        found |= {k: shifted(found[k], places, args.shift) for k in ("x0", "mask") if k in found}
-    return found["x0"] * base.vae.cfg.scale, found | {"text": batch["text"]}
+    z = found["mean"] + found["std"] * randn(found["mean"].shape, generators, env.device)
+    return z * base.vae.cfg.scale, found | {"text": batch["text"]}
 
 
 # ---- evaluation
@@ -306,8 +303,7 @@ def evaluate(args, env, base, previews, truth, step):
     name = {0: "before", args.steps: "after"}.get(step, f"step-{step}")
     images, prompts = zip(*previews)
     base.net.eval()
-    seeds = [f"eval-{i}" for i in range(len(prompts))]
-    videos = generate_split(base, env, list(prompts), seeds, args, images)
+    videos = generate_split(base, env, list(prompts), [f"eval-{i}" for i in range(len(prompts))], args, images)
     base.net.train()
     if not env.main:
         return
