@@ -303,7 +303,7 @@ def evaluate(args, env, base, previews, truth, step):
     name = {0: "before", args.steps: "after"}.get(step, f"step-{step}")
     images, prompts = zip(*previews)
     base.net.eval()
-    videos = generate_split(base, env, list(prompts), [f"eval-{i}" for i in range(len(prompts))], args, images)
+    videos = generate_split(base, env, list(prompts), [f"eval-{i}" for i in range(len(images))], args, images)
     base.net.train()
     if not env.main:
         return
