@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from common import (Parser, UserError, load_checkpoint, load_safetensors, load_strict, load_weights,
                     looks_like, net_and_text, rename, replace_part, run_file, shards_of, write_atomic)
-from data import MOTIONS, NEW_MOTIONS, TINY_FPS, TINY_FRAMES, TINY_SIZE, TINY_WORDS
+from data import MOTIONS, NEW_MOTIONS, TINY_FPS, TINY_FRAMES, TINY_SIZE, TINY_WORDS, tiny_captions
 from diffusion import make_schedule
 from models import (PATCH, CogVideoX, CogVideoXConfig, STDiT3, STDiT3Config, TemporalConv,
                     TemporalTransformer, UNet3D, UNetConfig, add_lora, demo_source, instructvideo_lora_name,
@@ -328,7 +328,7 @@ BASES["tiny-weak"] = replace(
 # tiny as "higen" and "vcomposer" are ModelScope: what is new in them starts as in models.py, maps as nothing
 BASES["tiny-higen"] = replace(
     BASES["tiny"], about="tiny with HiGen's factors, to be trained: t2v.py --base tiny-higen",
-    net=replace(BASES["tiny"].net, text_resampler=1, num_tokens=8), methods=("t2v",),
+    net=replace(BASES["tiny"].net, text_resampler=1, num_tokens=10), methods=("t2v",),
     sample=BASES["tiny"].sample | dict(sampler="higen", motion_factor=300, appearance_factor=0.1))
 BASES["tiny-vcomposer"] = replace(
     BASES["tiny"], about="tiny with maps of depth, sketch, motion, to be trained: t2v.py",
@@ -830,6 +830,25 @@ def fresh_conditions(state, cfg):
         fresh = UNet3D(cfg).state_dict()
     first = "input_blocks.0.0.weight"
     return fresh | state | {first: F.pad(state[first], (0, 0, 0, 0, 0, cfg.concat_dim))}
+
+
+def fit_resampler(base, steps=300, batch=64):
+    """tiny-higen: its new reader of texts learns to hand on tiny's tokens: words keep their meaning."""
+    reader, captions = base.net.context_embedding, tiny_captions()
+    captions += [caption.split(" on a ")[0] for caption in captions] + [""] * 40
+    device = next(reader.parameters()).device
+    with torch.no_grad():
+        tokens = base.encode_text(captions).float()
+    rates, draw = torch.linspace(3e-3, 0, steps), torch.Generator().manual_seed(0)
+    reader.requires_grad_(True)
+    opt = torch.optim.AdamW(reader.parameters(), betas=(0.9, 0.99))
+    for rate in rates.tolist():
+        opt.param_groups[0]["lr"] = rate
+        rows = tokens[torch.randint(len(tokens), (batch,), generator=draw).to(device)]
+        loss = (reader(rows) - rows).square().mean()
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
 
 
 def fresh_adapters(net):

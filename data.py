@@ -825,7 +825,10 @@ def codec_motion(video):
     How far each block came since the frame before; zero for the first, and where a block was stored anew. The
     clip is encoded for it: a file's own vectors point to frames that they do not name.
     """
-    import av
+    try:
+        import av
+    except ImportError:
+        raise UserError("motion vectors need PyAV: pip install av, or give --flow-weights") from None
     (f, h, w), stored = video.shape[1:], io.BytesIO()
     with av.open(stored, "w", format="mp4") as file:
         stream = file.add_stream("libx264", rate=8)

@@ -23,8 +23,7 @@ VideoComposer (2306.02018) depth, sketches and motion, each dropped for half of 
     python sample.py --ckpt out/t2v --prompt "..."
 
 Memory: LoRA on ModelScope, 16 frames of 256x256, bf16, batch 1: at most 7.4 GB on an H100. Full fine-tuning
-of it keeps 4 fp32 copies of 1.41 G parameters (weights, gradients, two moments: 22.6 GB) plus the activations
-of one recomputed block (not measured).
+keeps 4 fp32 copies of its 1.41 G parameters (22.6 GB) and the activations of one block (not measured).
 
 Differences from the original code
  - Images and videos mix by --image-share on any number of GPUs. VGen mixes by rank, so one GPU trains on
@@ -43,7 +42,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from bases import base_row, fill, forget_motion, load_base, spatial_parameters
+from bases import base_row, fill, fit_resampler, forget_motion, load_base, spatial_parameters
 from common import (
     COUNT, DECAY, NATURAL, POSITIVE, SHARE, UNSIGNED, FiniteGuard, Log, MySamples, Parser, UserError,
     agree_to_stop, apply_defaults, catch_signals, check_out, draw_curve, generator, load_state, lr_at,
@@ -206,6 +205,8 @@ def main(argv=None):
         base.tokenize([*previews, args.negative, *(row[2] for part in rows if args.data for row in part)])
     if args.forget_motion:  # a resumed run's weights are put in later
         forget_motion(base.net)
+    if unet.text_resampler and base.row.text is None and not (state or args.rank):
+        fit_resampler(base)
     schedule = base.row.schedule | dict(prediction="v", zero_snr=True) if args.zero_snr else None
     base.schedule = make_schedule(**schedule) if schedule else base.schedule
     flow = args.flow_weights and raft("large", args.flow_weights, env.device)
@@ -262,8 +263,7 @@ def main(argv=None):
         total = 0.0
         for micro in range(args.accum):
             batch = next(batches)
-            # all that is random about a sample comes from its number: however the samples are dealt to
-            # processes and micro-steps, the run is the same
+            # all that is random comes from a sample's number: the run is the same however they are dealt out
             mine = numbers[(step - start) * args.accum + micro]
             generators = [generator(args.seed, "sample", i) for i in mine]
             torch.manual_seed(seed_of(args.seed, "dropout", mine[0]))

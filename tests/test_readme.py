@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 README, RESULTS = (ROOT / "README.md").read_text(), (ROOT / "RESULTS.md").read_text()
 ALLOWED = {
     "torch", "einops", "safetensors", "open_clip", "transformers", "tqdm", "imageio", "numpy", "PIL",
-    "matplotlib", "huggingface_hub", "sentencepiece", "torchvision", "modelscope", "wandb", "pyiqa"}
+    "matplotlib", "huggingface_hub", "sentencepiece", "torchvision", "modelscope", "wandb", "pyiqa", "av"}
 
 
 def commands():
