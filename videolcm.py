@@ -63,8 +63,8 @@ from sample import decode, draw_latents, frame_rate, generate_split, moments
 GUIDANCE_DIM = 256  # numbers that tell the scale, T2V-Turbo's
 SHOWN = 1, 2, 4, 8  # steps of the previews
 TINY = dict(
-    steps=600, batch=8, accum=1, lr=5e-4, origin=20, lr_schedule="cosine", warmup=20, cfg=1.5,
-    cache_latents=True, workers=0, preview_every=200, save_every=200, grad_ckpt=False, log_every=25)
+    steps=300, batch=8, accum=1, lr=5e-4, origin=20, lr_schedule="cosine", warmup=20, cfg=1.5,
+    cache_latents=True, workers=0, preview_every=100, save_every=100, grad_ckpt=False, log_every=25)
 PRESETS = {
     "tiny": TINY, "tiny-weak": TINY, "tft2v": dict(cfg=10.0),
     "videocrafter2": dict(steps=10000, accum=2, lr=1e-5, rank=64, alpha=64.0, ema=0.0, warmup=0, fps=16,
