@@ -140,6 +140,7 @@ def test_resume_equals_the_uninterrupted_run_and_samples(tmp_path, message):
         sample.main, ["--base", "tiny-cogvideox", "--track-strength", "1", *words])
 
 
+@pytest.mark.slow
 def test_accumulation_equals_a_large_batch(tmp_path):
     grads = []
     for batch, accum in ((4, 1), (1, 4)):

@@ -442,7 +442,8 @@ def test_accumulation_equals_a_large_batch_and_noise_is_shared_on_demand(release
     assert (large - first("c", "--batch", "4", "--no-share-noise")).norm() > 0.1 * large.norm()
 
 
-@pytest.mark.parametrize("mode", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_two_processes_equal_one(mode, released, tmp_path):
     """Blocks recomputed, the reference the network with LoRA off."""
     args = ["videodpo.py", *TRAIN, "--pairs", str(released), "--batch", "1", "--steps", "2", "--grad-ckpt"]
