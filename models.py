@@ -83,9 +83,9 @@ def conv2d(x, weight, bias, stride, padding):
     if x.device.type != "cpu" or len(x) * x.shape[2] * x.shape[3] > len(weight) // 4:
         return F.conv2d(x, weight, bias, stride, padding)
     columns = F.unfold(x, weight.shape[2:], padding=padding, stride=stride)  # n (c kh kw) l
-    out = F.linear(columns.transpose(1, 2), weight.flatten(1), bias)         # n l c
+    out = F.linear(columns.transpose(1, 2).flatten(0, 1), weight.flatten(1), bias)  # (n l) c: one matmul
     rows = (x.shape[2] + 2 * padding[0] - weight.shape[2]) // stride[0] + 1
-    return out.transpose(1, 2).unflatten(2, (rows, -1))
+    return rearrange(out, "(n h w) c -> n c h w", n=len(x), h=rows)
 
 
 class Conv2d(nn.Conv2d):
