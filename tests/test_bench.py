@@ -1,0 +1,62 @@
+"""bench.py runs on the tiny bases and writes what it found."""
+import json
+
+import pytest
+import torch
+
+import bench
+from bases import base_row
+from common import UserError
+
+
+def run(tmp_path, words):
+    bench.main([*words.split(), "--device", "cpu", "--rounds", "1", "--repeats", "1", "--threads", "1",
+                "--out", str(tmp_path)])
+    (file,) = tmp_path.glob("bench_*.json")
+    return json.loads(file.read_text())
+
+
+def test_a_question_is_answered_by_a_process_of_its_own(tmp_path, capsys):
+    found = run(tmp_path, "train --base tiny --trained lora --optimizer --grad-ckpt")
+    row = found["rows"]["ours"]
+    assert 0 < row["least"] <= row["seconds"] <= row["most"] and 0 < row["over"] < row["peak"] < 5
+    assert 0 < row["utilisation"] < 1 and found["table"][0] in capsys.readouterr().out
+    assert found["clip"] == [8, 32, 32] and "--trained lora" in found["command"]
+
+
+def measured(words, tmp_path, side="ours"):
+    """The steps of a process that measures, in this one."""
+    args = bench.get_args([*words.split(), "--repeats", "1", "--device", "cpu", "--threads", "1",
+                           "--side", side, "--answer", str(tmp_path / "answer")])
+    bench.measure(args, base_row(args.base), bench.setup(args))
+    return torch.load(tmp_path / "answer")
+
+
+@pytest.mark.parametrize("words", [
+    "forward --base tiny-i2v", "vader --base tiny --sample-steps 2",
+    "vader --base tiny-cogvideox --sample-steps 2", "sample --base tiny --sample-steps 2",
+    "decode --base tiny", "tracks --base tiny-cogvideox"])
+def test_each_question(words, tmp_path):
+    found = measured(words, tmp_path)
+    assert found["seconds"][0] > 0 and found["cpu"][0] > 0
+
+
+@pytest.mark.parametrize("question", ["forward", "train"])
+def test_both_sides_have_the_same_weights_and_inputs(question, tmp_path):
+    pytest.importorskip("diffusers")
+    ours, theirs = (measured(f"{question} --base tiny-cogvideox", tmp_path, side)["result"]
+                    for side in ("ours", "peer"))
+    assert ours.abs().max() > 0 and (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+
+
+def test_sizes_shrink_by_what_a_base_takes():
+    assert bench.smaller("modelscope", (16, 256, 256)) == (16, 128, 128)
+    assert bench.smaller("modelscope", (16, 64, 64)) == (8, 64, 64)
+    assert bench.smaller("cogvideox-5b-i2v", (49, 480, 720)) == (25, 480, 720)  # its positions are learned
+    assert bench.smaller("cogvideox-5b-i2v", (1, 480, 720)) is None
+
+
+def test_what_cannot_be_trained_is_refused():
+    args = bench.get_args("train --base tiny --trained branch --side ours --device cpu".split())
+    with pytest.raises(UserError, match="branch"):
+        bench.train(args, base_row("tiny"), bench.setup(args))
