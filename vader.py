@@ -80,7 +80,6 @@ TINY = dict(
     eval_n=64, save_every=25, log_every=5, grad_ckpt=False, sweep=16)
 # a reward that does not read the prompt pulls every clip the same way: far more effect for a step
 TINY_SIMPLE = TINY | dict(steps=30, lr=3e-4, sample_steps=10)
-# more steps gain no more (RESULTS.md)
 TINY_I2V = TINY | dict(steps=20, lr=2e-3, reward="temporal", more=2, batch=4, eval_n=32, sweep=4)
 PRESETS = {
     "videocrafter2": VIDEOCRAFTER2, "opensora": OPENSORA, "tiny-i2v": TINY_I2V, "tiny-cogvideox": TINY_I2V,
