@@ -2,7 +2,7 @@
 
     python bench.py forward                            # a call of ModelScope's network, and of diffusers'
     python bench.py forward --frames 4 --height 128 --width 128
-    python bench.py train --grad-ckpt                  # forward and backward; diffusers' UNets do not recompute
+    python bench.py train --grad-ckpt                  # forward and backward; diffusers' UNets recompute not
     python bench.py train --base cogvideox-5b-i2v --trained lora --optimizer --grad-ckpt
     python bench.py train --base das --trained branch --optimizer --grad-ckpt
     python bench.py vader --base videocrafter2         # rollout, one frame, reward of HPS's size, backward
