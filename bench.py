@@ -2,7 +2,7 @@
 
     python bench.py forward                            # a call of ModelScope's network, and of diffusers'
     python bench.py forward --frames 4 --height 128 --width 128
-    python bench.py train --grad-ckpt                  # forward and backward of all weights
+    python bench.py train --grad-ckpt                  # forward and backward; diffusers' UNets recompute not
     python bench.py train --base cogvideox-5b-i2v --trained lora --optimizer --grad-ckpt
     python bench.py train --base das --trained branch --optimizer --grad-ckpt
     python bench.py vader --base videocrafter2         # rollout, one frame, reward of HPS's size, backward
@@ -309,7 +309,7 @@ def train(args, row, env):
         if any(word in key for word in part):
             p.data = p.data.float()  # trained weights are fp32, as in every method
             p.requires_grad_(True)
-    if args.side == "peer" and args.grad_ckpt:
+    if args.side == "peer" and args.grad_ckpt and net._supports_gradient_checkpointing:  # some of them do not
         net.enable_gradient_checkpointing()
     net.grad_ckpt = args.grad_ckpt
     trained = [p for p in net.parameters() if p.requires_grad]
