@@ -45,7 +45,7 @@ from models import TRACK_BRANCH, parallelize, sync_gradients
 from sample import encode_tracks, frame_picture, generate_split, noised_first_frame
 
 TINY = dict(
-    steps=500, batch=16, accum=1, lr=1e-3, warmup=20, betas=(0.9, 0.99), wd=0.01, ema=0.99, tracking_blocks=3,
+    steps=500, batch=16, accum=1, lr=1e-3, warmup=20, betas=(0.9, 0.99), wd=0.01, ema=0.99, tracking_blocks=6,
     cache_latents=True, workers=0, grad_ckpt=False, log_every=20, eval_n=48)
 TINY_CLIPS = 2048
 

@@ -72,7 +72,7 @@ def test_imports_stay_within_the_card():
             else:
                 continue
             tops = {n.split(".")[0] for n in names} - set(sys.stdlib_module_names)
-            tops -= {"diffusers"} if f.name == "bench.py" else set()  # timed beside ours where it is installed
+            tops -= {"diffusers"} if f.name == "bench.py" else set()  # a peer, where it is installed
             assert tops <= ALLOWED | ours, f"{f.name}: {tops - ALLOWED - ours}"
             assert not tops & METHODS, f"{f.name} imports a method file"
 
