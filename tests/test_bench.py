@@ -16,6 +16,7 @@ def run(tmp_path, words):
     return json.loads(file.read_text())
 
 
+@pytest.mark.slow
 def test_a_question_is_answered_by_a_process_of_its_own(tmp_path, capsys):
     found = run(tmp_path, "train --base tiny --trained lora --optimizer --grad-ckpt")
     row = found["rows"]["ours"]
