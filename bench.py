@@ -429,7 +429,7 @@ def main(argv=None):
             words = [sys.executable, __file__, *asked, *size, "--side", side, "--answer", str(file)]
             if subprocess.run(words).returncode:
                 raise UserError(f"bench.py {args.question}: the process of {side} ended with an error")
-            runs[side].append(torch.load(file))
+            runs[side].append(torch.load(file, weights_only=True))
     flops, best = work(args, row)[0] * runs["ours"][0]["calls"], rate(env)
     what = "{} x {}x{}".format(*args.clip) + (f", {args.layers} blocks" if args.layers else "")
     rows, table = {}, []

@@ -30,7 +30,7 @@ def measured(words, tmp_path, side="ours"):
     args = bench.get_args([*words.split(), "--repeats", "1", "--device", "cpu", "--threads", "1",
                            "--side", side, "--answer", str(tmp_path / "answer")])
     bench.measure(args, base_row(args.base), bench.setup(args))
-    return torch.load(tmp_path / "answer")
+    return torch.load(tmp_path / "answer", weights_only=True)
 
 
 @pytest.mark.parametrize("words", [

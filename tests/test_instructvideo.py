@@ -203,7 +203,7 @@ def small_base(name, public, monkeypatch, tmp_path):
 
 
 NAMES = [name for name, row in bases.BASES.items() if "instructvideo" in row.methods and row.files]
-SAME = ("modelscope", "modelscope-v1.5")  # but for their weights as modelscope-v1.4
+SAME = ("modelscope", "modelscope-v1.5", "tft2v-32")  # but for their weights as modelscope-v1.4, tft2v
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in SAME])
@@ -221,8 +221,8 @@ def test_one_step_of_a_public_base(name, public, clips, monkeypatch, tmp_path):
 
 def test_every_text_to_video_base_with_a_table_of_noise_is_there():
     """Left out: distilled ones, HiGen's two passes, DreamVideo's and VideoComposer's conditions."""
-    assert {"tiny", "modelscope", "modelscope-v1.4", "modelscope-v1.5", "videocrafter2", "tft2v", "demo",
-            "cogvideox-2b", "cogvideox-5b"} == {*NAMES, "tiny"}
+    assert {"tiny", "modelscope", "modelscope-v1.4", "modelscope-v1.5", "videocrafter2", "tft2v", "tft2v-32",
+            "demo", "cogvideox-2b", "cogvideox-5b"} == {*NAMES, "tiny"}
 
 
 def test_starts_from_the_public_file(public, clips, tmp_path, message):

@@ -294,7 +294,7 @@ def test_offload_changes_nothing_but_where_things_wait(method, more, tmp_path):
 # ---- latents encoded once
 
 def test_latents_are_encoded_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(t2v, "TinyWorld", lambda n, *more: data.TinyWorld(70, *more))
+    monkeypatch.setattr(t2v, "TinyWorld", lambda n, *more, **options: data.TinyWorld(70, *more, **options))
     calls, moments = [], t2v.moments
 
     def spy(vae, video, env):
