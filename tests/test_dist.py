@@ -86,6 +86,7 @@ def test_fsdp_from_scratch(tmp_path):
     assert relative(two, one, "weights") < 1e-5 and two["ema"].keys() == two["weights"].keys()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_processes(one, tmp_path):
     """DDP on 2, FSDP2 on 2, then one process: the run that one process makes alone, and no sample twice."""
     part = [*T2V, "--save-every", "1"]

@@ -156,6 +156,7 @@ def test_resume_equals_the_uninterrupted_run(tmp_path):
     assert (tmp_path / "whole/rewards.jsonl").read_text() == (tmp_path / "parts/rewards.jsonl").read_text()
 
 
+@pytest.mark.slow
 def test_accumulation_and_processes_change_nothing(tmp_path):
     """The same samples as a batch of 2, as 2 micro-steps, and on 2 processes."""
     args = ["--lr", "2e-4"]
