@@ -15,7 +15,8 @@ whose step takes about --budget seconds, and as many blocks of a transformer; th
 diffusers' (UNet3DConditionModel, I2VGenXLUNet, CogVideoXTransformer3DModel) run in processes of their own, in
 turn: A B A B for --rounds 2, each warming up once, then --repeats timed steps, with the same weights and
 inputs. "difference" compares the predictions (train: a gradient) relative to the largest number. Seconds are
-medians (least to most); "over" is the peak of a process's first step less weights and gradients. Utilisation:
+medians (least to most); "over" is the peak of a process's first step less weights and gradients (train: of a
+second one, that adds to the gradients of the first; in the first they come as activations go). Utilisation:
 the networks' FLOPs (torch.utils.flop_counter; what is recomputed counts once) over time and peak: the data
 sheet's, or a large matmul's on this machine (CPU: both in CPU seconds, since other jobs may run beside it).
 (Over the budget of 330 lines: three families of networks, each with a peer that wants its weights otherwise.)
@@ -319,9 +320,10 @@ def train(args, row, env):
     given, cond = inputs(args, row, env.device)
     given[0].requires_grad_(args.trained == "all")  # its gradient is what is compared
 
-    def step():
+    def step(add=False):
         given[0].grad = None
-        opt.zero_grad()
+        if not add:
+            opt.zero_grad()
         with env.autocast():
             call(*given, **cond).float().square().mean().backward()
         if args.optimizer:
@@ -401,6 +403,8 @@ def measure(args, row, env):
     step, net, calls = QUESTIONS[args.question](args, row, env)
     before = restart_peak(env)
     result = step()
+    if args.question == "train":  # gradients are there while activations are, as when micro-steps add up
+        step(add=True)
     top = peak_memory(env.device) * 1e9 if env.device.type == "cuda" else memory("VmHWM")
     grads = sum(p.grad.nbytes for p in net.parameters() if p.grad is not None) if net else 0
     times = [timed(step, env) for _ in range(args.repeats)]

@@ -638,11 +638,11 @@ def edges(video):
     return (steep / 0.5).clamp(max=1)[None]
 
 
-def video_maps(video, names, depth=None, flow=None):
+def video_maps(video, names, depth=None, flow=None, block=1):
     """VideoComposer's maps of a clip (3,f,h,w) in [-1,1] -> {name: (c,f,h,w)}, those of `names` it tells.
 
-    depth(video) -> (1,f,h,w); flow as of raft(): motion is that from the frame before, in 16 pixels, zero for
-    the first.
+    depth(video) -> (1,f,h,w); flow as of raft(): motion is that from the frame before, in pixels, zero for
+    the first. block: in the middle of every block of so many pixels, zero between, as codec_motion() has it.
     """
     f, found = video.shape[1], {}
     if "depth" in names and depth:
@@ -654,8 +654,10 @@ def video_maps(video, names, depth=None, flow=None):
     if "local_image" in names:
         found["local_image"] = (video[:, :1] / 2 + 0.5).expand(-1, f, -1, -1)
     if "motion" in names and flow:
-        moved = -frame_flow(flow, video[None].flip(2))[0].flip(0).transpose(0, 1) / 16  # seen from here
-        found["motion"] = F.pad(moved, (0, 0, 0, 0, 1, 0))
+        moved = -frame_flow(flow, video[None].flip(2))[0].flip(0).transpose(0, 1)  # seen from here
+        found["motion"] = torch.zeros(2, *video.shape[1:])
+        dots = (..., slice(block // 2, None, block), slice(block // 2, None, block))
+        found["motion"][:, 1:][dots] = moved.cpu()[dots]
     return found
 
 
@@ -820,10 +822,11 @@ def prompts_of(clips, file=None, prompt=None):
 
 
 def codec_motion(video):
-    """Motion vectors by which H.264 stores a clip (3,f,h,w) in [-1,1] -> (2,f,h,w) in 16 pixels, x then y.
+    """Motion vectors by which H.264 stores a clip (3,f,h,w) in [-1,1] -> (2,f,h,w) in pixels, x then y.
 
-    How far each block came since the frame before; zero for the first, and where a block was stored anew. The
-    clip is encoded for it: a file's own vectors point to frames that they do not name.
+    How far each block came since the frame before, as one dot in its middle, as VideoComposer reads them; zero
+    elsewhere, in the first frame, and where a block was stored anew. The clip is encoded for it: a file's own
+    vectors point to frames that they do not name.
     """
     try:
         import av
@@ -844,10 +847,8 @@ def codec_motion(video):
         for i, frame in enumerate(file.decode(video=0)):
             side = frame.side_data.get("MOTION_VECTORS")
             for v in () if side is None else side.to_ndarray():
-                x, y, bw, bh = (int(v[k]) for k in ("dst_x", "dst_y", "w", "h"))  # its middle
-                left, top = max(x - bw // 2, 0), max(y - bh // 2, 0)
-                came = torch.tensor([-v["motion_x"], -v["motion_y"]]) / float(v["motion_scale"])
-                maps[:, i, top:y + bh // 2, left:x + bw // 2] = came[:, None, None] / 16
+                x, y = min(max(v["dst_x"], 0), w - 1), min(max(v["dst_y"], 0), h - 1)  # its middle
+                maps[:, i, y, x] = torch.tensor([-v["motion_x"], -v["motion_y"]]) / float(v["motion_scale"])
     return maps
 
 

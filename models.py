@@ -52,6 +52,12 @@ def zero_init(module):
     return module
 
 
+def lean(layers, x):
+    """layers(x), keeping x alone for the backward pass, which computes cheap layers (norms, activations, a
+    gather) again. The last one may be a product: its answer is not needed there, so it runs once."""
+    return checkpoint(layers, x, use_reentrant=False) if torch.is_grad_enabled() else layers(x)
+
+
 def split_heads(x, heads):
     return rearrange(x, "n l (a d) -> n a l d", a=heads)
 
@@ -168,8 +174,8 @@ class GEGLU(nn.Module):
         super().__init__()
         self.proj = nn.Linear(dim, 2 * inner)
 
-    def forward(self, x):
-        value, gate = self.proj(x).chunk(2, dim=-1)
+    def act(self, h):
+        value, gate = h.chunk(2, dim=-1)
         return value * F.gelu(gate)
 
 
@@ -178,8 +184,8 @@ class GELU(nn.Module):
         super().__init__()
         self.proj = nn.Linear(dim, inner)
 
-    def forward(self, x):
-        return F.gelu(self.proj(x), approximate="tanh")
+    def act(self, h):
+        return F.gelu(h, approximate="tanh")
 
 
 class FeedForward(nn.Module):
@@ -189,7 +195,8 @@ class FeedForward(nn.Module):
         self.net = nn.Sequential(first(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
 
     def forward(self, x):
-        return self.net(x)
+        first, _, last = self.net
+        return lean(lambda h: last(first.act(h)), first.proj(x))
 
 
 class Adapter(nn.Module):
@@ -345,14 +352,21 @@ class MotionBlock(TemporalTransformer):
         return self.back(h, x), eot_map.view(len(c.eot), *x.shape[2:], c.f)
 
 
+class Layer(nn.Sequential):
+    """Norm, SiLU, perhaps a dropout, and a convolution."""
+
+    def forward(self, x):
+        return lean(super().forward, x)
+
+
 class TemporalConv(nn.Module):
     """Four (3,1,1) convolutions over the frames, residual."""
 
     def __init__(self, channels, dropout):
         super().__init__()
         def layer(*drop):
-            return nn.Sequential(nn.GroupNorm(32, channels), nn.SiLU(), *drop,
-                                 FrameConv(channels, channels, (3, 1, 1), padding=(1, 0, 0)))
+            return Layer(nn.GroupNorm(32, channels), nn.SiLU(), *drop,
+                         FrameConv(channels, channels, (3, 1, 1), padding=(1, 0, 0)))
         self.conv1 = layer()  # conv1 has no dropout: its convolution is `conv1.2`, the others' `.3`
         self.conv2, self.conv3, self.conv4 = (layer(nn.Dropout(dropout)) for _ in range(3))
         zero_init(self.conv4[-1])
@@ -368,10 +382,10 @@ class ResBlock(nn.Module):
 
     def __init__(self, cin, cout, emb_dim, dropout, temporal_dropout, temporal_conv=True):
         super().__init__()
-        self.in_layers = nn.Sequential(nn.GroupNorm(32, cin), nn.SiLU(), Conv2d(cin, cout, 3, padding=1))
+        self.in_layers = Layer(nn.GroupNorm(32, cin), nn.SiLU(), Conv2d(cin, cout, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, cout))
-        self.out_layers = nn.Sequential(nn.GroupNorm(32, cout), nn.SiLU(), nn.Dropout(dropout),
-                                        zero_init(Conv2d(cout, cout, 3, padding=1)))
+        self.out_layers = Layer(nn.GroupNorm(32, cout), nn.SiLU(), nn.Dropout(dropout),
+                                zero_init(Conv2d(cout, cout, 3, padding=1)))
         self.skip_connection = nn.Identity() if cin == cout else Conv2d(cin, cout, 1)
         self.temopral_conv = TemporalConv(cout, temporal_dropout) if temporal_conv else None  # as published
 

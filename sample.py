@@ -379,7 +379,7 @@ def observed(base, batch, env, flow=None):
         if unet.style_image and tower:
             one["image"] = embedded(frames[f // 2:f // 2 + 1])
         if unet.maps:
-            one |= video_maps(clip, unet.maps, flow=flow)
+            one |= video_maps(clip, unet.maps, flow=flow, block=16 if base.row.text else 1)
         for name, value in one.items():
             found.setdefault(name, []).append(value)
     known = {"depth": batch["depth"]} if "depth" in batch else {}
@@ -389,8 +389,10 @@ def observed(base, batch, env, flow=None):
 def told(base, x0, seen, generators):
     """observed() of a batch, or none of it for single images, and x0 -> conditions of the network.
 
-    HiGen: factors, and the middle frame as image (a pass for images has zeros there). Maps and image: each
-    dropped for half of the clips, all of them for a tenth (VGen: 0.5, 0.1, and none for another tenth).
+    HiGen: factors, and the middle frame as image (a pass for images has zeros there). Of maps and
+    image a tenth of the clips sees none, four tenths one alone, else each is dropped for half. (VGen: none,
+    all, a tenth each, else each for half. But one alone is what is sampled with, and a map that tells less,
+    such as motion, is not learned beside others.)
     """
     unet, (b, _, f), cond = base.row.unet, x0.shape[:3], {}
     if unet.text_resampler:
@@ -403,7 +405,8 @@ def told(base, x0, seen, generators):
     names = [k for k in seen if k in (*unet.maps, "image")] if f > 1 else []
     luck = torch.stack([torch.rand(1 + len(names), generator=g) for g in generators]) if names else None
     for k, name in enumerate(names, 1):
-        keep = ((luck[:, 0] > 0.1) & (luck[:, k] > 0.5)).float().to(x0.device)
+        one, alone = ((luck[:, 0] - 0.6) / 0.4 * len(names)).floor() == k - 1, luck[:, 0] >= 0.6
+        keep = torch.where(alone, one, (luck[:, 0] > 0.1) & (luck[:, k] > 0.5)).float().to(x0.device)
         cond[name] = seen[name].float().to(x0.device)
         if name == "image":
             cond[name] = cond[name] * keep.view(-1, 1, 1)
@@ -633,7 +636,7 @@ def followed(args, row, device):
         return (2 * near / near.max())[None]  # about MiDaS's range; other networks have their own
     flow = lucas_kanade if row.text is None else None
     flow = raft("large", args.flow_weights, device) if args.flow_weights else flow
-    maps = video_maps(video, args.take, depth, flow)
+    maps = video_maps(video, args.take, depth, flow, block=16 if row.text else 1)
     if "motion" in args.take and not flow:
         maps["motion"] = codec_motion(video)
     return {name: value[None] for name, value in maps.items()}

@@ -10,7 +10,7 @@ spatial layers sharp), offset noise, a moving average of the weights, latents an
 --text-free is TF-T2V (arXiv 2312.15770): only images have captions, clips teach motion without; its networks
 see the middle frame's CLIP embedding instead, and --coherence adds || d net - d target ||^2, d the difference
 of neighbouring frames. HiGen (2312.04483) is told how much each clip moves and changes, and its middle frame;
-VideoComposer (2306.02018) depth, sketches and motion, each dropped for half of the clips.
+VideoComposer (2306.02018) depth, sketches and motion, some of them dropped (sample.told).
 
     python t2v.py --base tiny --scratch --out out/tiny      # made assets/tiny.safetensors; minutes in README
     python t2v.py --base tiny --steps 50                    # fine-tune the tiny base a little

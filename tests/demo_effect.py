@@ -20,7 +20,7 @@ SEEDS = (0, 1, 2)
 STEPS = 240
 COMMON = f"--base tiny-weak --steps {STEPS} --warmup 20"
 PLAIN = f"t2v.py {COMMON} --ema 0.98 --preview-every 0 --lr 1.5e-3"
-DEMO = f"demo.py {COMMON}"
+DEMO = f"demo.py {COMMON} --eval-n 16"
 LOSSES = ("video-motion", "text-motion", "regularization")
 ATTRIBUTES = ("shape", "colour", "background", "motion", "joint")
 
@@ -73,7 +73,8 @@ def call(line, args):
 
 
 def judged(out, checkpoint, args):
-    call(["sample.py", *checkpoint, "--judge", args.clips, "--batch", "16", "--out", str(out)], args)
+    call(["sample.py", *checkpoint, "--judge", args.clips, "--sample-steps", "10", "--batch", "16", "--out",
+          str(out)], args)
     return json.loads((out / "judge.json").read_text())
 
 

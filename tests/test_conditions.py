@@ -20,11 +20,13 @@ def test_the_codec_tells_how_blocks_move():
     places = [(36 - 2 * i, 10 + 3 * i) for i in range(6)]
     for i, (y, x) in enumerate(places):
         video[:, i, y:y + 24, x:x + 24] = patch
-    moved = 16 * data.codec_motion(video)
+    moved = data.codec_motion(video)
     assert moved.shape == (2, 6, 64, 64) and (moved[:, 0] == 0).all()
     for i, (y, x) in list(enumerate(places))[1:]:
-        inside = moved[:, i, y + 6:y + 18, x + 6:x + 18].mean((1, 2))
-        assert (inside - torch.tensor([3.0, -2.0])).abs().max() < 0.5
+        inside = moved[:, i, y:y + 24, x:x + 24].flatten(1)
+        dots = inside[:, inside.abs().sum(0) > 0]  # in the middles of blocks, zeros between
+        assert 0 < dots.shape[1] < 40
+        assert (dots.median(1).values - torch.tensor([3.0, -2.0])).abs().max() < 0.5
     assert data.codec_motion(video[:, :2, :63, :61]).shape == (2, 2, 63, 61)
 
 

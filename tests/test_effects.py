@@ -491,7 +491,7 @@ def check_text_free(found, minutes):
     assert all(clips[k] >= pairs[k] - 0.05 for k in ("shape", "colour"))
 
 
-FACTORS = (100, 175, 250, 325, 400)  # a clip's mean in training: 370 +- 150 where things move
+FACTORS = (175, 275, 375, 475, 575)  # a clip's mean in training: 370 +- 150 where things move
 MOVES = [f"a {c} moving {way} on a {b} background" for way in ("left", "right", "up", "down") for c, b in (
     ("red circle", "gray"), ("yellow square", "black"), ("cyan triangle", "brown"))]
 
@@ -516,8 +516,8 @@ def higen_speeds(out, run, minutes):
 
 @pytest.mark.effect
 def test_higen(tmp_path):
-    """Tiny with HiGen's factors, trained in 10 CPU minutes at most. The same 12 prompts and noises at motion
-    factors 100 to 400: the mean measured speed rises each time, and is at least 1.5 times as high in the end.
+    """Tiny with HiGen's factors, trained in 20 CPU minutes at most. The same 12 prompts and noises at motion
+    factors 175 to 575: the mean measured speed rises each time, and is at least 1.5 times as high in the end.
     (A first run, without fit_resampler(), saturated: 0.77, 1.22, 1.68, 1.75 and 1.68 pixels a frame at 100,
     200, 300, 400 and 500, with 17 to 42 % of the motions right.)
     """
@@ -526,7 +526,7 @@ def test_higen(tmp_path):
 
 
 def check_higen(mean, right, minutes):
-    assert all(a < b for a, b in zip(mean, mean[1:])) and mean[-1] >= 1.5 * mean[0] and minutes <= 10
+    assert all(a < b for a, b in zip(mean, mean[1:])) and mean[-1] >= 1.5 * mean[0] and minutes <= 20
 
 
 def followed_maps(run, minutes):
@@ -556,11 +556,11 @@ def followed_maps(run, minutes):
 
 @pytest.mark.effect
 def test_vcomposer(tmp_path):
-    """Tiny with maps, trained in 10 CPU minutes at most; 48 held-out scenes, captions that tell no motion. By
+    """Tiny with maps, trained in 20 CPU minutes at most; 48 held-out scenes, captions that tell no motion. By
     depth, sketch or motion alone the object is off its path by at most half of what it is without, and the
     motion is right at least 30 points more often.
     """
-    minutes = by_t2v(tmp_path, "--base", "tiny-vcomposer", "--steps", "400")
+    minutes = by_t2v(tmp_path, "--base", "tiny-vcomposer")
     check_maps(followed_maps(tmp_path, minutes), minutes)
 
 
@@ -568,4 +568,4 @@ def check_maps(found, minutes):
     for name in ("depth", "sketch", "motion"):
         assert found[name]["position"] <= found["none"]["position"] / 2, name
         assert found[name]["motion"] >= found["none"]["motion"] + 0.3, name
-    assert minutes <= 10
+    assert minutes <= 20

@@ -1,12 +1,14 @@
 """Networks, LoRA, samplers: properties that hold for any weights."""
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from common import UserError
 from diffusion import (Schedule, boundary_scalings, ddim, ddim_invert, ddim_timesteps, diffusion_loss,
                        dpmpp_2m_sde, flow_add_noise, flow_loss, flow_timesteps, flow_transform, guided, lcm,
                        linear_sd, make_schedule, randn, rflow, x0_scale)
-from models import STDiT3, STDiT3Config, UNet3D, UNetConfig, add_lora, conv2d, merge_lora
+from models import (FeedForward, Layer, STDiT3, STDiT3Config, UNet3D, UNetConfig, add_lora, conv2d, lean,
+                    merge_lora)
 from vae import TINY_VAE, AutoencoderKL, OpenSoraVAE, OpenSoraVAEConfig, VAEConfig
 
 SMALL = UNetConfig(dim=32, dim_mult=(1, 2), num_res_blocks=1, attn_scales=(1.0, 0.5), head_dim=16,
@@ -350,6 +352,30 @@ def test_flow_loss():
         v = (x - flow_add_noise(x0, noise, t)).square() + x0 - noise       # wrong at the condition alone
         return torch.cat([v, v], dim=1)
     assert flow_loss(net, x0, noise, t).max() < 1e-12 and flow_loss(net, x0, noise, t, mask).max() < 1e-12
+
+
+def test_lean_layers_keep_their_input_and_repeat_no_product():
+    """norm, SiLU, dropout, convolution and a gated layer: the gradients of the plain ones, dropout included."""
+    conv = torch.nn.Sequential(torch.nn.GroupNorm(4, 16), torch.nn.SiLU(), torch.nn.Dropout(0.3),
+                               torch.nn.Conv2d(16, 16, 3, padding=1))
+    ff = FeedForward(16)
+    for layers, same, size in ((lambda x: lean(conv, x), conv, (2, 16, 8, 8)),
+                               (ff, lambda x: ff.net[2](ff.net[0].act(ff.net[0].proj(x))), (2, 9, 16))):
+        found = []
+        for call in (layers, same):
+            kept, x = {}, torch.randn(size, generator=torch.Generator().manual_seed(0)).requires_grad_()
+            torch.manual_seed(0)
+            with torch.autograd.graph.saved_tensors_hooks(
+                    lambda y: (kept.setdefault(y.untyped_storage().data_ptr(), y), y)[1], lambda y: y):
+                out = call(x)
+            with FlopCounterMode(display=False) as counter:
+                out.square().sum().backward()
+            found.append((out.detach(), x.grad, sum(y.untyped_storage().nbytes() for y in kept.values()),
+                          counter.get_total_flops()))
+        (out, grad, held, flops), (plain, plain_grad, plainly_held, plain_flops) = found
+        assert torch.equal(out, plain) and torch.allclose(grad, plain_grad, atol=1e-6)
+        assert held < 0.8 * plainly_held and flops == plain_flops
+    assert sum(isinstance(m, Layer) for m in small_unet().modules()) > 20
 
 
 def small_opensora_vae():

@@ -179,8 +179,11 @@ def test_maps_of_a_tiny_clip():
     maps = data.video_maps(item["video"], models.MAPS, flow=data.lucas_kanade)
     inside = item["depth"][0, 1:] > 0
     assert maps["motion"].shape == (2, 8, 32, 32) and (maps["motion"][:, 0] == 0).all()
-    x, y = (16 * maps["motion"][k, 1:][inside].mean() for k in (0, 1))
+    x, y = (maps["motion"][k, 1:][inside].mean() for k in (0, 1))
     assert 0.5 < x < 3 and y.abs() < 0.3  # to the right
+    dots = data.video_maps(item["video"], ["motion"], flow=data.lucas_kanade, block=16)["motion"]
+    assert torch.equal(dots[..., 8::16, 8::16], maps["motion"][..., 8::16, 8::16])
+    assert torch.count_nonzero(dots) <= 2 * 7 * 4
     sketch = maps["sketch"]
     assert 0 <= sketch.min() and sketch.max() <= 1
     assert sketch[0, 1:][inside].mean() > 3 * sketch[0, 1:][~inside].mean()
