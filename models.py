@@ -52,10 +52,14 @@ def zero_init(module):
     return module
 
 
-def lean(layers, x):
+def lean(layers, x, width):
     """layers(x), keeping x alone for the backward pass, which computes cheap layers (norms, activations, a
-    gather) again. The last one may be a product: its answer is not needed there, so it runs once."""
-    return checkpoint(layers, x, use_reentrant=False) if torch.is_grad_enabled() else layers(x)
+    gather) again. The last one may be a product: its answer is not needed there, so it runs once.
+
+    Only from 256 channels on: in a narrow network the cheap layers take as long as the products.
+    """
+    again = width >= 256 and torch.is_grad_enabled()
+    return checkpoint(layers, x, use_reentrant=False) if again else layers(x)
 
 
 def split_heads(x, heads):
@@ -196,7 +200,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x):
         first, _, last = self.net
-        return lean(lambda h: last(first.act(h)), first.proj(x))
+        return lean(lambda h: last(first.act(h)), first.proj(x), x.shape[-1])
 
 
 class Adapter(nn.Module):
@@ -356,7 +360,7 @@ class Layer(nn.Sequential):
     """Norm, SiLU, perhaps a dropout, and a convolution."""
 
     def forward(self, x):
-        return lean(super().forward, x)
+        return lean(super().forward, x, x.shape[1])
 
 
 class TemporalConv(nn.Module):

@@ -358,9 +358,9 @@ def test_lean_layers_keep_their_input_and_repeat_no_product():
     """norm, SiLU, dropout, convolution and a gated layer: the gradients of the plain ones, dropout included."""
     conv = torch.nn.Sequential(torch.nn.GroupNorm(4, 16), torch.nn.SiLU(), torch.nn.Dropout(0.3),
                                torch.nn.Conv2d(16, 16, 3, padding=1))
-    ff = FeedForward(16)
-    for layers, same, size in ((lambda x: lean(conv, x), conv, (2, 16, 8, 8)),
-                               (ff, lambda x: ff.net[2](ff.net[0].act(ff.net[0].proj(x))), (2, 9, 16))):
+    ff = FeedForward(256)
+    for layers, same, size in ((lambda x: lean(conv, x, 256), conv, (2, 16, 8, 8)),
+                               (ff, lambda x: ff.net[2](ff.net[0].act(ff.net[0].proj(x))), (2, 9, 256))):
         found = []
         for call in (layers, same):
             kept, x = {}, torch.randn(size, generator=torch.Generator().manual_seed(0)).requires_grad_()
