@@ -4,7 +4,7 @@
     python tests/demo_effect.py --jobs 14 --device cuda --out out/effect
     python tests/demo_effect.py --explore --jobs 14 --device cuda --out out/explore  # how settings were found
 
-Runs the commands below, lets sample.py judge each run, and writes OUT/demo.json. CPU minutes are those of
+Runs the commands below, lets sample.py judge each run, and writes OUT/demo.json, demo.png. CPU minutes are those of
 the training process alone, its evaluations included.
 """
 import argparse
@@ -16,6 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import data  # noqa: E402
 SEEDS = (0, 1, 2)
 STEPS = 240
 COMMON = f"--base tiny-weak --steps {STEPS} --warmup 20"
@@ -88,6 +90,14 @@ def table(weak, found):
                    for name, run in found.items() if str(STEPS) in run["steps"]]
 
 
+def sheet(out, shown=("judge-weak", f"plain_0/judge-{STEPS}", f"DEMO_0/judge-{STEPS}")):
+    """OUT/demo.png: the same ten captions from the weak base, plain fine-tuning and DEMO, seed 0."""
+    rows = [json.loads(x) for x in (out / shown[0] / "index.jsonl").read_text().splitlines()[:10]]
+    clips = [[data.read_video(out / name / row["file"])[0] for name in shown] for row in rows]
+    data.contact_sheet(clips, out / "demo.png", [row["prompt"] for row in rows], frames=4, scale=2,
+                       headers=["tiny-weak", "plain fine-tuning", "DEMO"])
+
+
 def check(weak, found):
     """The issue's thresholds."""
     for seed in SEEDS:
@@ -128,6 +138,8 @@ def main(argv=None):
     weak = start.result()
     result = dict(table=table(weak, found), weak=weak, runs=found)
     (out / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
+    if not args.explore and not args.only:
+        sheet(out)
     print("\n".join(result["table"]), flush=True)
     return weak, found
 
