@@ -180,7 +180,8 @@ class GEGLU(nn.Module):
 
     def act(self, h):
         value, gate = h.chunk(2, dim=-1)
-        return value * F.gelu(gate)
+        out = F.gelu(gate)
+        return out * value if out.requires_grad else out.mul_(value)  # the largest tensors of a network
 
 
 class GELU(nn.Module):
