@@ -824,9 +824,9 @@ def prompts_of(clips, file=None, prompt=None):
 def codec_motion(video):
     """Motion vectors by which H.264 stores a clip (3,f,h,w) in [-1,1] -> (2,f,h,w) in pixels, x then y.
 
-    How far each block came since the frame before, as one dot in its middle, as VideoComposer reads them; zero
-    elsewhere, in the first frame, and where a block was stored anew. The clip is encoded for it: a file's own
-    vectors point to frames that they do not name.
+    How far each block came since the frame before, as one dot in its middle, as VideoComposer reads them;
+    zero elsewhere, in the first frame, and where a block was stored anew. The clip is encoded for it: a
+    file's own vectors point to frames that they do not name.
     """
     try:
         import av

@@ -4,8 +4,8 @@
     python tests/demo_effect.py --jobs 14 --device cuda --out out/effect
     python tests/demo_effect.py --explore --jobs 14 --device cuda --out out/explore  # how settings were found
 
-Runs the commands below, lets sample.py judge each run, and writes OUT/demo.json, demo.png. CPU minutes are those of
-the training process alone, its evaluations included.
+Runs the commands below, lets sample.py judge each run, and writes OUT/demo.json, demo.png. CPU minutes
+are those of the training process alone, its evaluations included.
 """
 import argparse
 import json

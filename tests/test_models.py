@@ -355,7 +355,7 @@ def test_flow_loss():
 
 
 def test_lean_layers_keep_their_input_and_repeat_no_product():
-    """norm, SiLU, dropout, convolution and a gated layer: the gradients of the plain ones, dropout included."""
+    """norm, SiLU, dropout, convolution; a gated layer: the gradients of the plain ones, dropout included."""
     conv = torch.nn.Sequential(torch.nn.GroupNorm(4, 16), torch.nn.SiLU(), torch.nn.Dropout(0.3),
                                torch.nn.Conv2d(16, 16, 3, padding=1))
     ff = FeedForward(256)
