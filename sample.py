@@ -403,10 +403,12 @@ def told(base, x0, seen, generators):
             cond["motion_factor"] = motion_factors(seen["mean"].to(x0) * base.vae.cfg.scale)
         cond["image_prior"] = x0[:, :, f // 2] * (f > 1)
     names = [k for k in seen if k in (*unet.maps, "image")] if f > 1 else []
-    luck = torch.stack([torch.rand(1 + len(names), generator=g) for g in generators]) if names else None
-    for k, name in enumerate(names, 1):
-        one, alone = ((luck[:, 0] - 0.6) / 0.4 * len(names)).floor() == k - 1, luck[:, 0] >= 0.6
-        keep = torch.where(alone, one, (luck[:, 0] > 0.1) & (luck[:, k] > 0.5)).float().to(x0.device)
+    if not names:
+        return cond
+    case, *coins = torch.stack([torch.rand(1 + len(names), generator=g) for g in generators]).T
+    alone, turn = case >= 0.6, ((case - 0.6) / 0.4 * len(names)).floor()  # whose turn it is to be alone
+    for k, (name, coin) in enumerate(zip(names, coins)):
+        keep = torch.where(alone, turn == k, (case > 0.1) & (coin > 0.5)).float().to(x0.device)
         cond[name] = seen[name].float().to(x0.device)
         if name == "image":
             cond[name] = cond[name] * keep.view(-1, 1, 1)
