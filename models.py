@@ -107,7 +107,7 @@ class FrameConv(nn.Conv3d):
     """A Conv3d of kernel (3,1,1), or 1: over the frames only, of a video as b c f (h w)."""
 
     def forward(self, x):
-        return conv2d(x, self.weight[..., 0], self.bias, self.stride[:2], self.padding[:2])
+        return conv2d(x, self.weight.squeeze(-1), self.bias, self.stride[:2], self.padding[:2])
 
 
 class RelativePosition(nn.Module):
@@ -298,7 +298,7 @@ class Conv1x1(nn.Conv1d):
     """A Conv1d of kernel 1, stored as in the public files (weight [out, in, 1]), on channels-last tokens."""
 
     def forward(self, x):
-        return F.linear(x, self.weight[..., 0], self.bias)
+        return F.linear(x, self.weight.squeeze(-1), self.bias)
 
 
 class SpatialTransformer(nn.Module):
