@@ -180,8 +180,9 @@ class GEGLU(nn.Module):
 
     def act(self, h):
         value, gate = h.chunk(2, dim=-1)
-        out = F.gelu(gate)
-        return out * value if out.requires_grad else out.mul_(value)  # the largest tensors of a network
+        if torch.is_grad_enabled():
+            return F.gelu(gate) * value
+        return value.mul_(torch.ops.aten.gelu_(gate))  # in place: these are a network's largest tensors
 
 
 class GELU(nn.Module):
@@ -190,7 +191,8 @@ class GELU(nn.Module):
         self.proj = nn.Linear(dim, inner)
 
     def act(self, h):
-        return F.gelu(h, approximate="tanh")
+        gelu = F.gelu if torch.is_grad_enabled() else torch.ops.aten.gelu_
+        return gelu(h, approximate="tanh")
 
 
 class FeedForward(nn.Module):
@@ -201,7 +203,11 @@ class FeedForward(nn.Module):
 
     def forward(self, x):
         first, _, last = self.net
-        return lean(lambda h: last(first.act(h)), first.proj(x), x.shape[-1])
+        if x.device.type != "cpu" or torch.is_grad_enabled():
+            return lean(lambda h: last(first.act(h)), first.proj(x), x.shape[-1])
+        rows = max(512, 2 ** 21 // first.proj.out_features)  # of a piece whose activations stay in the cache
+        pieces = x.flatten(0, -2).split(rows)
+        return torch.cat([last(first.act(first.proj(p))) for p in pieces]).view(x.shape)
 
 
 class Adapter(nn.Module):
@@ -314,7 +320,7 @@ class SpatialTransformer(nn.Module):
         self.proj_out = zero_init(nn.Linear(inner, channels))
 
     def forward(self, x, c):
-        h = self.proj_in(rearrange(self.norm(x), "n c h w -> n (h w) c"))
+        h = self.proj_in(rearrange(self.norm(x), "n c h w -> n (h w) c").contiguous())
         h = self.proj_out(self.transformer_blocks[0](h, c.text, c.image))
         return x + rearrange(h, "n (h w) c -> n c h w", h=x.shape[2])
 
@@ -333,7 +339,8 @@ class TemporalTransformer(nn.Module):
 
     def tokens(self, x, f):
         video = rearrange(x, "(b f) c h w -> b c f h w", f=f)
-        return self.proj_in(rearrange(self.norm(video), "b c f h w -> (b h w) f c"))  # norm over frames too
+        # the norm is over the frames, too; as it lies, linear would multiply pixel by pixel
+        return self.proj_in(rearrange(self.norm(video), "b c f h w -> (b h w) f c").contiguous())
 
     def back(self, h, x):
         return x + rearrange(self.proj_out(h), "(b h w) f c -> (b f) c h w", h=x.shape[2], w=x.shape[3])
