@@ -51,8 +51,8 @@ from sample import encode_pairs, generate_folder, generate_split, training_condi
 # what a stage begins with, in its folders
 NEEDS = {"generate": None, "score": "metadata.json", "pair": "scores.jsonl", "train": "pair.json"}
 TINY = dict(
-    steps=180, batch=8, accum=1, lr=3e-4, lr_schedule="cosine", rank=16, sample_steps=5, eval_n=128,
-    drop_pairs=0.25, max_step=0.3, share_noise=True, workers=0, save_every=45, log_every=10, grad_ckpt=False)
+    steps=120, batch=8, accum=1, lr=3e-4, lr_schedule="cosine", rank=16, sample_steps=5, eval_n=128,
+    drop_pairs=0.5, max_step=0.3, share_noise=True, workers=0, save_every=40, log_every=10, grad_ckpt=False)
 
 
 def get_args(argv=None):
