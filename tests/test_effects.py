@@ -557,7 +557,7 @@ def followed_maps(run, minutes):
 
 @pytest.mark.effect
 def test_vcomposer(tmp_path):
-    """Tiny with maps, trained in 30 CPU minutes at most; 48 held-out scenes, captions that tell no motion. By
+    """Tiny with maps, trained in 20 CPU minutes at most; 48 held-out scenes, captions that tell no motion. By
     depth, sketch or motion alone the object is off its path by at most half of what it is without, and the
     motion is right at least 30 points more often.
     """
@@ -569,4 +569,4 @@ def check_maps(found, minutes):
     for name in ("depth", "sketch", "motion"):
         assert found[name]["position"] <= found["none"]["position"] / 2, name
         assert found[name]["motion"] >= found["none"]["motion"] + 0.3, name
-    assert minutes <= 30
+    assert minutes <= 20

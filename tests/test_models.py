@@ -7,8 +7,8 @@ from common import UserError
 from diffusion import (Schedule, boundary_scalings, ddim, ddim_invert, ddim_timesteps, diffusion_loss,
                        dpmpp_2m_sde, flow_add_noise, flow_loss, flow_timesteps, flow_transform, guided, lcm,
                        linear_sd, make_schedule, randn, rflow, x0_scale)
-from models import (FeedForward, Layer, STDiT3, STDiT3Config, UNet3D, UNetConfig, add_lora, conv2d, lean,
-                    merge_lora)
+from models import (GEGLU, GELU, FeedForward, Layer, STDiT3, STDiT3Config, UNet3D, UNetConfig, add_lora,
+                    conv2d, lean, merge_lora)
 from vae import TINY_VAE, AutoencoderKL, OpenSoraVAE, OpenSoraVAEConfig, VAEConfig
 
 SMALL = UNetConfig(dim=32, dim_mult=(1, 2), num_res_blocks=1, attn_scales=(1.0, 0.5), head_dim=16,
@@ -352,6 +352,16 @@ def test_flow_loss():
         v = (x - flow_add_noise(x0, noise, t)).square() + x0 - noise       # wrong at the condition alone
         return torch.cat([v, v], dim=1)
     assert flow_loss(net, x0, noise, t).max() < 1e-12 and flow_loss(net, x0, noise, t, mask).max() < 1e-12
+
+
+@pytest.mark.parametrize("first", [GEGLU, GELU])
+def test_feed_forward_in_pieces_equals_the_whole(first):
+    """Without gradients a CPU takes 512 or 1,024 of these tokens at a time, in place; the input stays."""
+    torch.manual_seed(0)
+    ff, x = FeedForward(512, first), torch.randn(3, 700, 512)
+    whole, before = ff(x), x.clone()
+    with torch.no_grad():
+        assert torch.allclose(ff(x), whole, atol=1e-5) and torch.equal(x, before)
 
 
 def test_lean_layers_keep_their_input_and_repeat_no_product():

@@ -501,7 +501,7 @@ def made(tmp_path_factory):
     (folder / "p.txt").write_text("a red circle growing\na blue square moving left\n")
     (folder / "e.txt").write_text("a white triangle standing still\n")
     args = [*STAGED, "--prompts", str(folder / "p.txt"), "--eval-prompts", str(folder / "e.txt"),
-            "--steps", "1"]
+            "--steps", "1", "--drop-pairs", "0.25"]
     videodpo.main([*args, "--out", str(folder / "run")])
     return folder / "run", args
 
@@ -514,7 +514,7 @@ def test_all_stages_leave_what_they_promise(made):
     assert len(json.loads((out / "train" / "metadata.json").read_text())) == 4
     rows = read_lines(out / "train" / "scores.jsonl")
     assert [r["clip"] for r in rows] == ["000000-0.mp4", "000000-1.mp4", "000001-0.mp4", "000001-1.mp4"]
-    assert len(PairDataset([out / "train"], 8, 32, 32)) == 1  # of two prompts; tiny leaves out half of the pairs
+    assert len(PairDataset([out / "train"], 8, 32, 32)) == 2
     row = read_lines(out / "eval.jsonl")[-1]
     assert {"accuracy", "margin", "total", "wins", "dynamic_degree", "judge"} <= set(row)
 
