@@ -9,26 +9,32 @@ import os
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from urllib.parse import quote
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from common import (Parser, UserError, load_checkpoint, load_safetensors, load_strict, load_weights,
-                    looks_like, net_and_text, rename, replace_part, run_file, shards_of, write_atomic)
-from data import MOTIONS, NEW_MOTIONS, TINY_FPS, TINY_FRAMES, TINY_SIZE, TINY_WORDS, tiny_captions
+from common import Parser, UserError, run_command, write_atomic
 from diffusion import make_schedule
-from models import (PATCH, CogVideoX, CogVideoXConfig, STDiT3, STDiT3Config, TemporalConv,
-                    TemporalTransformer, UNet3D, UNetConfig, add_lora, demo_source, instructvideo_lora_name,
-                    merge_lora, misfit, rope_frequencies, turbo_lora_layers, unet_diffusers_name,
-                    videocrafter_name, with_tracks, zero_init)
-from text_encoders import (CLIPConfig, OpenCLIPText, OpenCLIPVision, T5Config, T5Text, TinyText,
-                           clip_text_only, load_learned, placeholder_id, save_learned, t5_tokenizer,
-                           text_from_hf, tiny_tokenize, tokenize, vision_from_hf)
-from vae import (AutoencoderKL, CogVideoXVAE, CogVideoXVAEConfig, OpenSoraVAE, OpenSoraVAEConfig, VAEConfig,
-                 Tiles, opensora_vae_name, vae_diffusers_name)
+from dit import (
+    PATCH, CogVideoX, CogVideoXConfig, STDiT3, STDiT3Config, rope_frequencies, with_tracks)
+from models import (
+    TemporalConv, TemporalTransformer, UNet3D, UNetConfig, add_lora, demo_source,
+    instructvideo_lora_name, merge_lora, misfit, turbo_lora_layers, unet_diffusers_name,
+    videocrafter_name, zero_init)
+from text_encoders import (
+    CLIPConfig, OpenCLIPText, OpenCLIPVision, T5Config, T5Text, clip_text_only, load_learned,
+    placeholder_id, save_learned, t5_tokenizer, text_from_hf, tokenize, vision_from_hf)
+from tinyworld import (
+    MOTIONS, NEW_MOTIONS, TINY_FPS, TINY_FRAMES, TINY_SIZE, TINY_WORDS, TinyText, tiny_captions,
+    tiny_tokenize)
+from vae import (
+    AutoencoderKL, CogVideoXVAE, CogVideoXVAEConfig, OpenSoraVAE, OpenSoraVAEConfig, Tiles,
+    VAEConfig, opensora_vae_name, vae_diffusers_name)
+from weights import (
+    START, below, fetch, load_checkpoint, load_safetensors, load_strict, load_weights, looks_like,
+    public_files, rename, replace_part, run_file, run_parts)
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -84,7 +90,6 @@ MODELSCOPE_DIFFUSERS = "hf:ali-vilab/text-to-video-ms-1.7b"
 I2VGEN_DIFFUSERS = "hf:ali-vilab/i2vgen-xl"
 CLIP = "hf:laion/CLIP-ViT-H-14-laion2B-s32B-b79K:open_clip_pytorch_model.bin"
 VC2 = "hf:VideoCrafter/VideoCrafter2:model.ckpt"
-START = "modelscope"  # the layout of i2vgen-xl that is not its own weights
 # what all of VGen's own networks come with
 VGEN = {"vae": "hf:stabilityai/stable-diffusion-2-1-base:v2-1_512-ema-pruned.ckpt", "text": CLIP}
 NEGATIVE = ("Distorted, discontinuous, Ugly, blurry, low resolution, motionless, static, disfigured, "
@@ -608,86 +613,6 @@ def load_base(name, weights=None, device="cpu", dtype=torch.float32, scratch=Fal
 
 # ---- public files
 
-def public_files(name, row, weights, start=False):
-    """-> {part: path}; what is missing is an error here, before long work. Empty for a base of assets/.
-
-    start: a folder of the layout START will do.
-    """
-    if not row.files:
-        if weights is not None:
-            raise UserError(f"--weights {weights}: base {name} has its weights in assets/")
-        return {}
-    if weights is None:
-        return {part: fetch(url, name) for part, url in next(iter(row.files.values())).items()}
-    root = Path(weights)
-    if not root.exists():
-        raise UserError(f"--weights {weights}: no such folder")
-    if root.is_file():
-        expected = ", ".join(names_of(row, next(iter(row.files))))
-        raise UserError(f"--weights {weights}: give the folder that holds {expected}")
-    found = {layout: {p: local_file(root, url) for p, url in files.items()}
-             for layout, files in row.files.items() if start or layout != START}
-    layout = max(found, key=lambda k: sum(v is not None for v in found[k].values()))
-    missing = [row.files[layout][p].split(":", 2)[2] for p, path in found[layout].items() if path is None]
-    if missing:
-        expected = ", ".join(names_of(row, layout))
-        raise UserError(f"--weights {weights}: {missing[0]} is missing for {name}; expected {expected}")
-    return found[layout]
-
-
-def names_of(row, layout):
-    """Names of a base's public files in one layout."""
-    return list(dict.fromkeys(url.split(":", 2)[2] for url in row.files[layout].values()))
-
-
-def local_file(root, url):
-    """The file of "hub:repo:file" below `root`, or None.
-
-    Also found: the file in a folder named after its repository (two repositories may use the same name), and
-    in diffusers layout the index of a file in shards, and .bin for .safetensors.
-    """
-    _, repo, file = url.split(":", 2)
-    names = [Path(file), Path(f"{file}.index.json")]
-    if names[0].suffix == ".safetensors":
-        names += [names[0].with_suffix(".bin"), names[0].with_name("pytorch_model.bin")]
-    folders = (root / repo.split("/")[-1], root)
-    return next((f / name for f in folders for name in names if (f / name).is_file()), None)
-
-
-def fetch(url, name, flag="--base", option="--weights"):
-    """"hub:repo:file" -> path of the local copy, downloaded if need be. Hubs: hf, ms (ModelScope), gh.
-
-    Its UserError names what asked for the file, `flag` and name, and `option`, the other way to bring it.
-    """
-    hub, repo, file = url.split(":", 2)
-    site = {"hf": "huggingface.co", "ms": "modelscope.cn", "gh": "github.com"}[hub]
-    try:
-        if hub == "gh":
-            local = Path(torch.hub.get_dir(), "checkpoints", Path(file).name)
-            if not local.exists():
-                local.parent.mkdir(parents=True, exist_ok=True)
-                address = f"https://github.com/{repo}/raw/main/{quote(file)}"
-                torch.hub.download_url_to_file(address, local, progress=False)
-            return local
-        if hub == "hf":
-            from huggingface_hub import hf_hub_download
-            from huggingface_hub.errors import EntryNotFoundError
-            try:
-                return Path(hf_hub_download(repo, file))
-            except EntryNotFoundError:  # in shards
-                index = Path(hf_hub_download(repo, f"{file}.index.json"))
-                for shard in shards_of(index):
-                    hf_hub_download(repo, str(Path(file).with_name(shard)))
-                return index
-        from modelscope import model_file_download  # optional: pip install modelscope
-        return Path(model_file_download(repo, file))
-    except Exception as e:  # offline, no such file, gated repository: all mean the same to the user
-        hint = "pip install modelscope, or " if isinstance(e, ImportError) else ""
-        raise UserError(
-            f"{flag} {name}: cannot get {file} of {site} repository {repo} ({type(e).__name__}); {hint}"
-            f"download it elsewhere and give its folder with {option}") from None
-
-
 def tiny_state(name, part):
     """A part of a tiny base's file in assets/ (fp16, keys "net.*", "vae.*", "text.*", "image.*").
 
@@ -720,28 +645,6 @@ def blind_to_motions(state, share):
     table = state["token_embedding.weight"].float()
     table[motions] = torch.lerp(table[motions].mean(0), table[motions], share)
     return state | {"token_embedding.weight": table}
-
-
-LEARNED = "string_to_param."  # before a word of textual inversion, in our runs as in DreamVideo's files
-
-
-def run_parts(tensors):
-    """The tensors of one of our runs -> {part: state} of what it trained, under bare keys.
-
-    "learned" is {word: vectors}.
-    """
-    found = {}
-    for part, prefix in (("image", "image_encoder."), ("motion", "motion_encoder."), ("learned", LEARNED)):
-        found[part] = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        tensors = {k: v for k, v in tensors.items() if not k.startswith(prefix)}
-    net, text = net_and_text(tensors)
-    return {"net": net, "text": text, **found}
-
-
-def below(state, prefix):
-    """The tensors whose keys start with `prefix`, without it; `state` itself if there are none."""
-    cut = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    return cut or state
 
 
 def unet_state(state, net, source):
@@ -1132,4 +1035,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -41,12 +41,13 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from bases import AUTOENCODERS, BASES, NETWORKS, Base, base_row, fill, latent_shape
-from common import (COUNT, POSITIVE, Parser, UserError, clip_gradients, device_name, generator, peak_memory,
-                    setup, versions, write_atomic)
+from common import (
+    COUNT, POSITIVE, Parser, UserError, clip_gradients, device_name, generator, peak_memory,
+    run_command, setup, versions, write_atomic)
 from diffusion import make_schedule, randn
-from models import (TRACK_BRANCH, CogVideoXConfig, STDiT3Config, UNetConfig, add_lora, rope_positions,
-                    unet_diffusers_name)
-from sample import decode, generate, rollout
+from dit import TRACK_BRANCH, CogVideoXConfig, STDiT3Config, rope_positions
+from models import UNetConfig, add_lora, unet_diffusers_name
+from pipeline import decode, generate, rollout
 from text_encoders import CLIPConfig, OpenCLIPVision, T5Config
 from tracks import draw_tracks, grid_colours, grid_points
 from vae import Tiles
@@ -464,4 +465,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -32,17 +32,20 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+import tinyworld
 import tracks
 from bases import BASES, base_row, fill, latent_shape, load_base
 from common import (
-    COUNT, DECAY, NATURAL, POSITIVE, SHARE, UNSIGNED, FiniteGuard, Log, MySamples, Parser, UserError,
-    agree_to_stop, append_line, apply_defaults, catch_signals, check_out, draw_curve, generator, keep_lines,
-    load_state, lr_at, memory_advice, move_average, save_checkpoint, seed_of, setup, trained, using_average)
-from data import HELD_OUT, contact_sheet, encode_once, write_video
+    COUNT, DECAY, NATURAL, POSITIVE, SHARE, UNSIGNED, FiniteGuard, Log, MySamples, Parser,
+    UserError, agree_to_stop, append_line, apply_defaults, catch_signals, check_out, draw_curve,
+    generator, keep_lines, load_state, lr_at, memory_advice, move_average, run_command,
+    save_checkpoint, seed_of, setup, trained, using_average)
+from data import contact_sheet, encode_once, write_video
 from diffusion import diffusion_loss, randn
-from metrics import position_error
-from models import TRACK_BRANCH, parallelize, sync_gradients
-from sample import encode_tracks, frame_picture, generate_split, noised_first_frame
+from dit import TRACK_BRANCH
+from models import parallelize, sync_gradients
+from pipeline import encode_tracks, frame_picture, generate_split, noised_first_frame
+from tinyworld import HELD_OUT, position_error
 
 TINY = dict(
     steps=500, batch=16, accum=1, lr=1e-3, warmup=20, betas=(0.9, 0.99), wd=0.01, ema=0.99, tracking_blocks=6,
@@ -145,7 +148,7 @@ def main(argv=None):
         latent_shape(args.base, *size)
     buckets = dict.fromkeys([(args.frames, args.height, args.width), *args.buckets])
     parts = (tracks.in_buckets(args.data, buckets, args.seed) if args.data else
-             [tracks.TinyTracks(TINY_CLIPS, args.frames, args.seed)])
+             [tinyworld.TinyTracks(TINY_CLIPS, args.frames, args.seed)])
     state = check_out(args, "das")
     env = setup(args)
     # as in the files: bf16 weights that train go to fp32 without a detour through fp16
@@ -268,9 +271,9 @@ def held_out(args, parts):
         items = [part[i, i] for i in range(min(args.eval_n, len(part)))]
         return [(item["video"], item["text"], item["tracks"], "clips", None, None) for item in items]
     pairs = []
-    for m, motion in enumerate(tracks.TINY_TRACKS):
+    for m, motion in enumerate(tinyworld.TINY_TRACKS):
         for i in range(args.eval_n):
-            item, scene = tracks.tiny_track_clip((args.seed, HELD_OUT, m, i), motion, args.frames)
+            item, scene = tinyworld.tiny_track_clip((args.seed, HELD_OUT, m, i), motion, args.frames)
             pairs.append((item["video"], item["text"], item["tracks"], motion, scene.x, scene.y))
     return pairs
 
@@ -310,4 +313,4 @@ def evaluate(args, env, base, pairs, params, ema, step):
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -12,7 +12,6 @@ import signal
 import struct
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,214 +24,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from common import (COUNT, POSITIVE, Parser, UserError, generator, load_strict, load_weights, read_lines,
-                    warn, write_atomic)
-
-# ---- the tiny world: one coloured shape on a plain background that moves, grows, shrinks or stands still
-
-SHAPES = ("circle", "square", "triangle")
-COLOURS = {
-    "red": (230, 40, 40), "green": (60, 220, 80), "blue": (60, 100, 255), "yellow": (240, 220, 50),
-    "purple": (180, 80, 230), "orange": (245, 140, 30), "cyan": (60, 210, 220), "white": (250, 250, 250)}
-BACKGROUNDS = {"black": (15, 15, 20), "gray": (70, 70, 75), "brown": (95, 55, 30)}
-MOTIONS = (
-    "moving left", "moving right", "moving up", "moving down", "growing", "shrinking", "standing still")
-NEW_MOTIONS = ("zigzagging", "circling")  # no base is trained on them: for fine-tuning
-NEW_SHAPES = ("star",)  # nor on these, which no word names: a subject to learn from pictures
-NEW_COLOURS = {"salmon": (245, 150, 130), "pink": (250, 110, 170)}
-TINY_WORDS = sorted({
-    w for part in (SHAPES, COLOURS, BACKGROUNDS, MOTIONS, ("a on background",))
-    for p in part for w in p.split()})
-TINY_SIZE, TINY_FRAMES, TINY_FPS = 32, 8, 8
-
-
-@dataclass(frozen=True)
-class Scene:
-    """Ground truth of one tiny clip; lengths in pixels of a 32 x 32 frame."""
-    shape: str
-    colour: str
-    background: str
-    motion: str
-    x: np.ndarray       # (f,) centre
-    y: np.ndarray       # (f,)
-    radius: np.ndarray  # (f,) of the circle of the same area
-    stripe: str | None = None  # colour of a band across the middle
-
-    def caption(self, with_background=True):
-        tail = f" on a {self.background} background" if with_background else ""
-        return f"a {self.colour} {self.shape} {self.motion}{tail}"
-
-
-def tiny_captions():
-    """All 504 captions with a background, in a fixed order."""
-    return [f"a {c} {s} {m} on a {b} background"
-            for s in SHAPES for c in COLOURS for m in MOTIONS for b in BACKGROUNDS]
-
-
-def parse(caption) -> dict:
-    """A tiny-world prompt -> {attribute: word} for the attributes that it mentions."""
-    choices = {"shape": SHAPES, "colour": COLOURS, "background": BACKGROUNDS, "motion": MOTIONS + NEW_MOTIONS}
-    text = f" {caption.lower()} "
-    return {attribute: word for attribute, words in choices.items() for word in words if f" {word} " in text}
-
-
-def tiny_prompts(held_out=False, n=64):
-    """The captions that alignment trains on, or the n that it never sees (the base has seen all 504)."""
-    captions = tiny_captions()
-    order = np.random.default_rng(0).permutation(len(captions))
-    return [captions[i] for i in (order[-n:] if held_out else order[:-n])]
-
-
-def new_path(rng, motion, travel, time):
-    """Path of one of NEW_MOTIONS about its middle, (x, y) in pixels; time (f,) from -0.5 to 0.5."""
-    if motion == "circling":  # once around, clockwise, from anywhere
-        radius, angle = rng.uniform(4.5, 5.5), rng.uniform(0, 2 * np.pi) + 2 * np.pi * time
-        return radius * np.cos(angle), radius * np.sin(angle)
-    # from one side to the other, in three strokes up and down
-    side, first, height = rng.choice((-1, 1)), rng.choice((-1, 1)), rng.uniform(3.5, 4.5)
-    strokes = 1 - 2 * abs(3 * (time + 0.5) % 2 - 1)  # -1, 1, -1, 1
-    return side * travel * time, first * height * strokes
-
-
-TRAVEL = 10, 13  # how far a shape moves in a clip, in pixels: from, to
-
-
-def tiny_scene(rng, shape=None, colour=None, background=None, motion=None, frames=TINY_FRAMES, travel=TRAVEL):
-    """A random Scene from a numpy Generator; what is given is kept. The shape stays inside the frame."""
-    def pick(given, choices):
-        # drawn in any case: the rest of the scene does not depend on what is given
-        drawn = choices[rng.integers(len(choices))]
-        return given or drawn
-    shape, colour = pick(shape, SHAPES), pick(colour, tuple(COLOURS))
-    background, motion = pick(background, tuple(BACKGROUNDS)), pick(motion, MOTIONS)
-    time = np.linspace(-0.5, 0.5, frames) if frames > 1 else np.zeros(1)
-    # The words say nearly all. What is drawn at random here is what the noise can tell: with wide random
-    # positions a small network learns to read the path from the noise and ignores the words.
-    ranges = ((4.8, 6.2), travel, (2.0, 2.4), (-2, 2), (-2, 2))
-    radius, travel, ratio, u, v = (rng.uniform(*r) for r in ranges)
-    directions = {"moving left": (-1, 0), "moving right": (1, 0), "moving up": (0, -1), "moving down": (0, 1)}
-    dx, dy = directions.get(motion, (0, 0))
-    growth = {"growing": 1, "shrinking": -1}.get(motion, 0) * np.log(ratio)
-    r = radius * np.exp(growth * time)
-    # a triangle's corner is 1.56 radii away, but it never points sideways and down at once
-    reach = 1.35 * r.max()
-    u, v = (np.clip(offset, -room, room) for offset, d in ((u, dx), (v, dy))
-            for room in [max(0.0, TINY_SIZE / 2 - reach - travel / 2 * abs(d))])
-    x = TINY_SIZE / 2 + u + dx * travel * time
-    y = TINY_SIZE / 2 + v + dy * travel * time
-    if motion in NEW_MOTIONS:  # drawn last: the other motions' scenes stay as they were
-        paths = new_path(rng, motion, travel, time)
-        x, y = (TINY_SIZE / 2 + np.clip(offset, -room, room) + path for offset, path in zip((u, v), paths)
-                for room in [max(0.0, TINY_SIZE / 2 - reach - abs(path).max())])
-    return Scene(shape, colour, background, motion, x, y, np.broadcast_to(r, x.shape))
-
-
-def signed_distance(shape, x, y, r):
-    """Pixels from points (x, y), relative to the centre, to the shape's edge; negative inside.
-
-    The shape has the area of a disc of radius r.
-    """
-    if shape == "circle":
-        return np.hypot(x, y) - r
-    if shape == "square":
-        half = r * np.sqrt(np.pi) / 2
-        return np.maximum(np.abs(x), np.abs(y)) - half
-    if shape == "star":
-        return star_distance(x / r, y / r) * r
-    inner = r * np.sqrt(np.pi / (3 * np.sqrt(3)))  # inradius of the equilateral triangle (point up)
-    return np.maximum(y - inner, (np.abs(x) * np.sqrt(3) - y) / 2 - inner)
-
-
-def star_distance(x, y):
-    """signed_distance of a star of five points, point up, with the area of the unit disc."""
-    angle, reach = np.arange(10) * np.pi / 5, np.where(np.arange(10) % 2, 0.5, 1.0)
-    reach = reach * np.sqrt(np.pi / (2.5 * np.sin(np.pi / 5)))  # ten triangles of 0.5 sin(pi / 5) / 2
-    corners = np.stack([reach * np.sin(angle), -reach * np.cos(angle)], 1)
-    distance, inside = np.inf, False
-    for (ax, ay), (bx, by) in zip(corners, np.roll(corners, -1, 0)):
-        dx, dy = bx - ax, by - ay
-        along = np.clip(((x - ax) * dx + (y - ay) * dy) / (dx * dx + dy * dy), 0, 1)
-        distance = np.minimum(distance, np.hypot(x - ax - along * dx, y - ay - along * dy))
-        crossed = ((ay > y) != (by > y)) & (x < ax + dx * (y - ay) / dy)  # by a ray to the right
-        inside = inside ^ crossed
-    return np.where(inside, -distance, distance)
-
-
-def render(scene, with_mask=False):
-    """Scene -> video (3,f,32,32) float32 in [-1,1], edges anti-aliased over one pixel.
-
-    with_mask: (video, mask (1,f,32,32): 1 where the object is).
-    """
-    centre = np.arange(TINY_SIZE) + 0.5
-    gx = centre[None, None, :] - scene.x[:, None, None]  # f 1 w
-    gy = centre[None, :, None] - scene.y[:, None, None]  # f h 1
-    gx, gy = np.broadcast_arrays(gx, gy)
-    alpha = np.clip(0.5 - signed_distance(scene.shape, gx, gy, scene.radius[:, None, None]), 0, 1)
-    palette = COLOURS | NEW_COLOURS | BACKGROUNDS
-    front, back, stripe = (np.array(palette[c], dtype=np.float32)[:, None, None, None] / 127.5 - 1
-                           for c in (scene.colour, scene.background, scene.stripe or scene.colour))
-    if scene.stripe:
-        band = np.clip(0.5 + 0.45 * scene.radius[:, None, None] - np.abs(gy), 0, 1)
-        front = front + (stripe - front) * band
-    video = torch.from_numpy((back + (front - back) * alpha).astype(np.float32))
-    return (video, torch.from_numpy((alpha[None] > 0.5).astype(np.float32))) if with_mask else video
-
-
-def tiny_batch(seed, n, frames=TINY_FRAMES, drop_background=0.2, motion=None, travel=TRAVEL):
-    """-> (videos (n,3,f,32,32) in [-1,1], captions, scenes), from the seed (int or tuple of ints) alone."""
-    rng = np.random.default_rng(seed)
-    scenes = [tiny_scene(rng, motion=motion, frames=frames, travel=travel) for _ in range(n)]
-    captions = [s.caption(with_background=rng.random() >= drop_background) for s in scenes]
-    return torch.stack([render(s) for s in scenes]), captions, scenes
-
-
-TRAINING, HELD_OUT = 10 ** 6, 10 ** 6 + 1  # in the seeds of clips: the two never meet
-
-
-def tiny_pairs(seed, n, frames=TINY_FRAMES, motion=None):
-    """Held-out (first frame, caption) pairs -> (clips (n,3,f,32,32), captions); no TinyWorld holds them."""
-    return tiny_batch((seed, HELD_OUT), n, frames, drop_background=0.0, motion=motion)[:2]
-
-
-def tiny_subject(seed, n):
-    """n pictures of a star with a stripe, in colours that no word names -> items as read_subject() has."""
-    rng, items = np.random.default_rng((seed, TRAINING)), []
-    for i in range(n):
-        x, y = rng.uniform(13.5, 18.5, 2)
-        back = tuple(BACKGROUNDS)[i % len(BACKGROUNDS)]
-        scene = Scene("star", "pink", back, "standing still", np.array([x]), np.array([y]),
-                      rng.uniform(6.0, 7.0, 1), stripe="salmon")
-        video, mask = render(scene, with_mask=True)
-        items.append({"video": video, "mask": mask, "text": f"a * standing still on a {back} background"})
-    return items
-
-
-def tiny_motion(seed, n, motion, frames=TINY_FRAMES):
-    """n clips of different objects on one path of NEW_MOTIONS -> Few, the path (f,2) in pixels."""
-    rng, items = np.random.default_rng((seed, TRAINING)), []
-    path = np.stack(new_path(rng, motion, 11.5, np.linspace(-0.5, 0.5, frames)), 1)
-    colours = rng.permutation(list(COLOURS))
-    for i in range(n):
-        shape, back = SHAPES[i % len(SHAPES)], tuple(BACKGROUNDS)[i % len(BACKGROUNDS)]
-        scene = tiny_scene(rng, shape, str(colours[i]), back, "standing still", frames)
-        # a little off the middle, so that the whole path fits
-        x, y = (TINY_SIZE / 2 + 0.5 * (v - TINY_SIZE / 2) + p for v, p in zip((scene.x, scene.y), path.T))
-        scene = replace(scene, x=x, y=y, motion="moving")
-        items.append({"video": render(scene), "text": scene.caption()})
-    return Few(items), torch.from_numpy(path).float()
-
-
-def tiny_previews(subject):
-    """[(picture or None, prompt)]: "a *" and known motions, or known objects that are just "moving"."""
-    if subject:
-        words = ("moving left on a gray", "moving up on a black", "growing on a brown",
-                 "standing still on a gray")
-        return [(None, f"a * {w} background") for w in words]
-    objects = (("circle", "red", "gray"), ("square", "blue", "black"), ("triangle", "yellow", "brown"),
-               ("circle", "white", "black"))
-    scenes = [tiny_scene(np.random.default_rng(0), *words, "standing still", 1) for words in objects]
-    return [(Image.fromarray(to_uint8(render(s))[0]), replace(s, motion="moving").caption()) for s in scenes]
-
+from common import (
+    COUNT, POSITIVE, Parser, UserError, generator, read_lines, run_command, warn, write_atomic)
+from weights import load_strict, load_weights
 
 # ---- which clips make which batch
 
@@ -253,31 +47,6 @@ def batch_indices(n, first, batch, seed=0):
         epoch, position = divmod(i, n)
         picked.append(int(_shuffled(n, seed, epoch)[position]))
     return picked
-
-
-class TinyWorld(torch.utils.data.Dataset):
-    """`n` fixed clips of the tiny world: item (i, _) -> {"video" (3,f,32,32), "text"}; f = 1 gives images.
-
-    motion: of all clips; None: any of MOTIONS. captions: what the clips show in turn, such as those that a
-    test does not hold out. depth: with "depth" (1,f,32,32), 1 where the object is, which is in front.
-    """
-
-    def __init__(self, n, frames=TINY_FRAMES, seed=0, motion=None, captions=None, travel=TRAVEL, depth=False):
-        self.n, self.frames, self.seed, self.motion, self.captions = n, frames, seed, motion, captions
-        self.travel, self.depth = travel, depth
-
-    def __len__(self):
-        return self.n
-
-    def __getitem__(self, item):
-        i, _ = item
-        if self.captions:
-            text, rng = self.captions[i % len(self.captions)], np.random.default_rng((self.seed, TRAINING, i))
-            return {"video": render(tiny_scene(rng, **parse(text), frames=self.frames)), "text": text}
-        video, captions, scenes = tiny_batch(
-            (self.seed, TRAINING, i), 1, self.frames, motion=self.motion, travel=self.travel)
-        depth = {"depth": render(scenes[0], with_mask=True)[1]} if self.depth else {}
-        return {"video": video[0], "text": captions[0], **depth}
 
 
 class Mixed(torch.utils.data.Dataset):
@@ -316,10 +85,11 @@ def load(data, order, workers=0):
         atexit.register(close)
     try:
         yield from batches
-    except RuntimeError as e:
+    except (RuntimeError, UserError) as e:
         if not workers:
             raise
-        reason = str(e).strip().splitlines()[-1].removeprefix("RuntimeError: ")  # the rest is its traceback
+        reason = str(e).strip().splitlines()[-1]  # the lines before it are the worker's traceback
+        reason = reason.rpartition("UserError: ")[2]
         raise UserError(f"{reason} (in a process that reads clips; --workers 0 reads without them)") from e
     finally:
         if close:
@@ -548,7 +318,7 @@ def _rgb(image):
 
 def _reason(e):
     """One line of an exception."""
-    text = str(e).removeprefix("error: ") if isinstance(e, UserError) else f"{type(e).__name__}: {e}"
+    text = str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}"
     return text.splitlines()[0][:300]
 
 
@@ -559,6 +329,8 @@ def open_image(path):
     try:
         with Image.open(path) as image:
             return Image.fromarray(_rgb(image))
+    except UserError:
+        raise
     except Exception as e:  # Pillow raises everything there is
         raise UserError(f"{path}: not a readable picture ({_reason(e)})") from None
 
@@ -768,6 +540,8 @@ def _opened(path):
                 yield count, fps, (w, h) if turns % 2 else (h, w), get
     except ImportError:
         raise UserError(f"{path}: reading it needs PyAV: pip install av (gif and pictures do not)") from None
+    except UserError:
+        raise
     except Exception as e:  # decoders raise everything there is
         raise UserError(f"{path}: cannot be decoded ({_reason(e)})") from None
 
@@ -1209,10 +983,8 @@ class VideoDataset(torch.utils.data.Dataset):
                 print(f"bad clip: {self.source} row {self.rows[row][0]}: {_reason(e)}", file=sys.stderr)
             if int(self.bad.sum()) > max(1, len(self) // 100):
                 break
-        # A loader's worker hands Exceptions on to the main process; a SystemExit would just end the worker.
-        kind = UserError if torch.utils.data.get_worker_info() is None else RuntimeError
-        raise kind(f"{self.source}: {int(self.bad.sum())} of {len(self)} clips are bad, over 1 %; "
-                   + self.advice())
+        raise UserError(f"{self.source}: {int(self.bad.sum())} of {len(self)} clips are bad, over 1 %; "
+                        + self.advice())
 
     def advice(self):
         """How to find all bad clips."""
@@ -1287,8 +1059,7 @@ class PairDataset(torch.utils.data.Dataset):
                 start = generator(self.seed, "clip", number, k)
                 clips.append(read_video(path, self.frames, fps, start, self.size)[0])
         except UserError as e:
-            kind = UserError if torch.utils.data.get_worker_info() is None else RuntimeError
-            raise kind(f"{where}: {_reason(e)}") from None
+            raise UserError(f"{where}: {_reason(e)}") from None
         return {"video": torch.stack(clips), "text": text, "number": number}
 
 
@@ -1303,55 +1074,6 @@ class Few(torch.utils.data.Dataset):
 
     def __getitem__(self, item):
         return self.items[item[0]]
-
-
-def read_subject(source, size, cells, masked=True, caption="a *"):
-    """Pictures of one subject -> items {"video" (3,1,h,w) in [-1,1], "text", "mask" (1,1,*cells), 1: subject}
-
-    source: a folder of pictures, or a .txt of DreamVideo's lines `picture|||caption` ({} in a caption stands
-    for *). size, cells: (h, w) in pixels, in latents. Masks: masks/NAME.png beside the pictures, white where
-    the subject is.
-    """
-    source = Path(source)
-    if not source.exists():
-        raise UserError(f"{source}: no such folder or list of pictures")
-    if source.is_dir():
-        files = sorted((p for p in source.iterdir() if p.suffix.lower() in IMAGES), key=_natural)
-        rows = [(p, caption) for p in files]
-    else:
-        rows = [(p, text.replace("{}", "*")) for p, text in read_image_prompts(source)]
-    if not rows:
-        raise UserError(f"{source}: no pictures in this folder ({', '.join(IMAGES)})")
-    items = []
-    for path, text in rows:
-        item = {"video": image_tensor(center_crop_wide(open_image(path), size))[:, None], "text": text}
-        if masked:
-            file = path.parent / "masks" / f"{path.stem}.png"
-            if not file.is_file():
-                raise UserError(f"{file}: no mask for {path.name}; --no-masked-loss trains without masks")
-            grey = open_image(file).convert("L")
-            if grey.size != open_image(path).size:
-                raise UserError(f"{file}: {grey.width}x{grey.height} pixels, the picture has another size")
-            mask = np.array(center_crop_wide(grey, cells, Image.NEAREST))
-            if not np.isin(mask, (0, 255)).all():
-                raise UserError(f"{file}: grey pixels; a mask is white where the subject is, black elsewhere")
-            item["mask"] = torch.from_numpy(mask / 255).float()[None, None]
-        items.append(item)
-    return items
-
-
-def stand_still(items, frames, cells):
-    """Pictures -> clips of so many equal frames; cells (h, w): the latents that masks are brought to.
-
-    A cell counts if any of it is the subject's. None: the masks are left out.
-    """
-    clips = []
-    for item in items:
-        clip = {"video": item["video"].expand(-1, frames, -1, -1), "text": item["text"]}
-        if cells:
-            clip["mask"] = F.adaptive_max_pool2d(item["mask"], cells).expand(-1, frames, -1, -1)
-        clips.append(clip)
-    return Few(clips)
 
 
 def check_dataset(source, frames, height, width, fps=None):
@@ -1379,4 +1101,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from common import UserError
 
-
 # ---- noise schedules: float64 betas
 
 def linear_sd(num=1000, first=0.00085, last=0.012):
@@ -600,3 +599,38 @@ def offset_noise(noise, shared, strength=0.1):
 def mix_noise(inverted, noise, strength):
     """sqrt(strength) inverted + sqrt(1 - strength) noise: DreamVideo's start, near a video's inversion."""
     return strength ** 0.5 * inverted + (1 - strength) ** 0.5 * noise
+
+
+# ---- samplers of two passes
+
+def higen(net, schedule, text, null, image_noise, video_noise, steps, cfg, eta=0.0, motion_factor=500,
+          appearance_factor=1.0, sequential=False, progress=None, spacing="leading"):
+    """HiGen's two passes of one network (arXiv 2312.04483): an image, then the clip around it.
+
+    image_noise (b,c,1,h,w), video_noise (b,c,f,h,w), published f = 32 -> (image, video) latents.
+    """
+    b, c, f, h, w = video_noise.shape
+    device = video_noise.device
+
+    def run(noise, prior, motion, appearance):
+        fn = guided(net, text, null, cfg, sequential=sequential, image_prior=prior, motion_factor=motion,
+                    appearance_factor=appearance)
+        return ddim(fn, noise, schedule, steps, eta, progress=progress, spacing=spacing)
+    prior = torch.zeros(b, c, h, w, device=device)
+    image = run(image_noise, prior, torch.zeros(b, device=device), torch.ones(b, 1, 32, device=device))
+    motion = torch.full((b, f - 1), float(motion_factor), device=device)
+    appearance = appearance_rows(appearance_matrix(f, appearance_factor).to(device).expand(b, -1, -1))
+    return image, run(video_noise, image[:, :, 0], motion, appearance)
+
+
+def sr600(net, schedule, text, null, latents, steps, cfg, generators=None, levels=700, inversion_steps=30,
+          rescale=0.3, sequential=False, progress=None):
+    """SR600: invert the enlarged clip's latents, then sample from there with other words (VGen).
+
+    Inversion runs on the cosine schedule with the negative prompt; sampling (on `schedule`) starts with the
+    noise that it ends in, so that the clip's layout stays.
+    """
+    cosine = make_schedule("cosine", schedule.prediction)
+    noise = ddim_invert(lambda x, t: net(x, t, null), latents, cosine, inversion_steps, levels)
+    fn = guided(net, text, null, cfg, rescale, sequential)
+    return dpmpp_2m_sde(fn, noise, schedule, steps, generators, levels, progress)

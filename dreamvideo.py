@@ -29,22 +29,28 @@ Differences from the original code
 import argparse
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
-from bases import LEARNED, base_row, fill, latent_shape, load_base, read_words
+from bases import base_row, fill, latent_shape, load_base, read_words
 from common import (
-    COUNT, DECAY, NATURAL, POSITIVE, SHARE, UNSIGNED, FiniteGuard, Log, MySamples, Parser, UserError,
-    agree_to_stop, append_line, apply_defaults, catch_signals, check_out, draw_curve, generator, keep_lines,
-    load_state, lr_at, memory_advice, save_checkpoint, seed_of, setup, trained)
+    COUNT, DECAY, NATURAL, POSITIVE, SHARE, UNSIGNED, FiniteGuard, Log, MySamples, Parser,
+    UserError, agree_to_stop, append_line, apply_defaults, catch_signals, check_out, draw_curve,
+    generator, keep_lines, load_state, lr_at, memory_advice, run_command, save_checkpoint, seed_of,
+    setup, trained)
 from data import (
-    MOTIONS, NEW_MOTIONS, VideoDataset, contact_sheet, encode_once, read_batches, read_subject, stand_still,
-    tiny_motion, tiny_previews, tiny_subject, write_video)
+    IMAGES, Few, VideoDataset, _natural, center_crop_wide, contact_sheet, encode_once, image_tensor,
+    open_image, read_batches, read_image_prompts, write_video)
 from diffusion import diffusion_loss, offset_noise, randn
-from metrics import path_error, subject_likeness
 from models import SpatialTransformer, TemporalTransformer, parallelize, sync_gradients
-from sample import frame_picture, generate_split, read_pairs, tower_image
+from pipeline import frame_picture, generate_split, read_image_pairs, tower_image
+from tinyworld import (
+    MOTIONS, NEW_MOTIONS, path_error, subject_likeness, tiny_motion, tiny_previews, tiny_subject)
+from weights import LEARNED
 
 ADAPTED = {"tiny": "tiny-dreamvideo", "modelscope-v1.5": "dreamvideo"}  # a base -> itself with adapters
 STAGES = {"token": dict(steps=3000, batch=4, lr=1e-4, save_every=200),
@@ -269,7 +275,7 @@ def read_data(args):
         else:
             items = truth = tiny_subject(args.seed, 4)
         data = stand_still(items, args.picture_frames, cells if args.masked_loss else None)
-    return data, read_pairs(args.prompts, base_row(args.base)) if args.prompts else previews, truth
+    return data, read_image_pairs(args.prompts, base_row(args.base)) if args.prompts else previews, truth
 
 
 @torch.no_grad()
@@ -316,5 +322,54 @@ def evaluate(args, env, base, previews, truth, step):
         write_video(Path(args.out, name, f"{i:04d}.mp4"), video, args.save_fps)
 
 
+def read_subject(source, size, cells, masked=True, caption="a *"):
+    """Pictures of one subject -> items {"video" (3,1,h,w) in [-1,1], "text", "mask" (1,1,*cells), 1: subject}
+
+    source: a folder of pictures, or a .txt of DreamVideo's lines `picture|||caption` ({} in a caption stands
+    for *). size, cells: (h, w) in pixels, in latents. Masks: masks/NAME.png beside the pictures, white where
+    the subject is.
+    """
+    source = Path(source)
+    if not source.exists():
+        raise UserError(f"{source}: no such folder or list of pictures")
+    if source.is_dir():
+        files = sorted((p for p in source.iterdir() if p.suffix.lower() in IMAGES), key=_natural)
+        rows = [(p, caption) for p in files]
+    else:
+        rows = [(p, text.replace("{}", "*")) for p, text in read_image_prompts(source)]
+    if not rows:
+        raise UserError(f"{source}: no pictures in this folder ({', '.join(IMAGES)})")
+    items = []
+    for path, text in rows:
+        item = {"video": image_tensor(center_crop_wide(open_image(path), size))[:, None], "text": text}
+        if masked:
+            file = path.parent / "masks" / f"{path.stem}.png"
+            if not file.is_file():
+                raise UserError(f"{file}: no mask for {path.name}; --no-masked-loss trains without masks")
+            grey = open_image(file).convert("L")
+            if grey.size != open_image(path).size:
+                raise UserError(f"{file}: {grey.width}x{grey.height} pixels, the picture has another size")
+            mask = np.array(center_crop_wide(grey, cells, Image.NEAREST))
+            if not np.isin(mask, (0, 255)).all():
+                raise UserError(f"{file}: grey pixels; a mask is white where the subject is, black elsewhere")
+            item["mask"] = torch.from_numpy(mask / 255).float()[None, None]
+        items.append(item)
+    return items
+
+
+def stand_still(items, frames, cells):
+    """Pictures -> clips of so many equal frames; cells (h, w): the latents that masks are brought to.
+
+    A cell counts if any of it is the subject's. None: the masks are left out.
+    """
+    clips = []
+    for item in items:
+        clip = {"video": item["video"].expand(-1, frames, -1, -1), "text": item["text"]}
+        if cells:
+            clip["mask"] = F.adaptive_max_pool2d(item["mask"], cells).expand(-1, frames, -1, -1)
+        clips.append(clip)
+    return Few(clips)
+
+
 if __name__ == "__main__":
-    main()
+    run_command(main)

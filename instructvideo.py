@@ -40,15 +40,16 @@ import torch.distributed as dist
 
 from bases import base_row, fill, latent_shape, load_base, start_from_lora
 from common import (
-    COUNT, DECAY, NATURAL, POSITIVE, REAL, SHARE, UNSIGNED, FiniteGuard, Log, MySamples, Parser, UserError,
-    agree_to_stop, append_line, apply_defaults, catch_signals, check_out, draw_curve, gather_rows, generator,
-    keep_lines, load_state, lr_at, memory_advice, read_lines, save_checkpoint, setup, trained)
-from data import TinyWorld, VideoDataset, contact_sheet, read_batches, read_prompts, tiny_prompts, write_video
+    COUNT, DECAY, NATURAL, POSITIVE, REAL, SHARE, UNSIGNED, FiniteGuard, Log, MySamples, Parser,
+    UserError, agree_to_stop, append_line, apply_defaults, catch_signals, check_out, draw_curve,
+    gather_rows, generator, keep_lines, load_state, lr_at, memory_advice, read_lines, run_command,
+    save_checkpoint, setup, trained)
+from data import VideoDataset, contact_sheet, read_batches, read_prompts, write_video
 from diffusion import ddim_updates, offset_noise, randn
-from metrics import judge_captions
 from models import add_lora, parallelize, sync_gradients
+from pipeline import generate_split, lora_file, rollout
 from rewards import get_reward, score, statistics
-from sample import generate_split, lora_file, rollout
+from tinyworld import TinyWorld, judge_captions, tiny_prompts
 
 TINY = dict(
     steps=100, batch=8, lr=4e-3, warmup=0, reward="tiny", sample_steps=5, rank=8, alpha=8.0, offset_noise=0.0,
@@ -315,4 +316,4 @@ def evaluate(args, env, base, reward, prompts, step, name):
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

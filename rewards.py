@@ -9,7 +9,6 @@ A reward with `clip = True` judges whole clips instead: reward(clips (b,3,f,h,w)
         return frames[:, 2].mean((1, 2))
 
     python rewards.py --video out/sample --reward hps,aesthetic   # scores of clips that exist
-    python rewards.py --train-tiny   # trains the tiny world's learned scorer (assets/tiny-scorer.safetensors)
 
 Of the published rewards minus VADER's loss is maximised; tables show the plain score. Differences from the
 original code
@@ -21,22 +20,17 @@ original code
 """
 import importlib.util
 import math
-import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bases import fetch, local_file
-from common import COUNT, Parser, UserError, load_safetensors, load_strict, load_weights, setup
-from data import (BACKGROUNDS, COLOURS, TINY_WORDS, clip_normalize, list_videos, prompts_of, read_video,
-                  tiny_batch)
+from common import Parser, UserError, run_command, setup
+from data import clip_normalize, list_videos, prompts_of, read_video
 from text_encoders import CLIP_L14, CLIPConfig, OpenCLIP, clip_from_hf, tokenize
-
-SCORER_FILE = Path(__file__).parent / "assets" / "tiny-scorer.safetensors"
-
+from tinyworld import BACKGROUNDS, COLOURS, tiny_scorer
+from weights import fetch, load_strict, load_weights, local_file
 
 # ---- hand-written rewards, for any base
 
@@ -114,102 +108,6 @@ def temporal(clips, prompts):
 
 
 temporal.clip = True
-
-
-# ---- the tiny world's learned scorer, in HPS's part: a CLIP for clips (Radford et al., arXiv 2103.00020)
-
-class TinyScorer(nn.Module):
-    """Cosine of a clip's and a caption's embedding, -1 to 1. Sees the whole clip, so motion counts."""
-    clip = True
-
-    def __init__(self, dim=64):
-        super().__init__()
-        def conv(cin, cout, stride):
-            return nn.Sequential(nn.Conv3d(cin, cout, 3, stride, padding=1), nn.GroupNorm(8, cout), nn.SiLU())
-        self.video = nn.Sequential(
-            conv(3, 24, (1, 2, 2)), conv(24, 48, (2, 2, 2)), conv(48, 64, (1, 1, 1)), conv(64, 96, (2, 2, 2)),
-            nn.Flatten(), nn.Linear(96 * 2 * 4 * 4, dim))  # 2 frames of 4x4 are left of 8 of 32x32
-        # a sum over the words: their order carries nothing in the tiny world
-        self.words = nn.EmbeddingBag(len(TINY_WORDS) + 1, 64, mode="sum", padding_idx=0)
-        self.text = nn.Sequential(nn.SiLU(), nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, dim))
-        self.log_scale = nn.Parameter(torch.tensor(2.5))
-        self.index = {w: i + 1 for i, w in enumerate(TINY_WORDS)}
-
-    def embed(self, clips, prompts):
-        """clips (b,3,8,32,32) in [0,1], prompts -> two (b, dim), unit length."""
-        ids = [[self.index[w] for w in p.split()] for p in prompts]
-        ids = torch.tensor([row + [0] * (12 - len(row)) for row in ids], device=clips.device)
-        return F.normalize(self.video(clips * 2 - 1), dim=1), F.normalize(self.text(self.words(ids)), dim=1)
-
-    def forward(self, clips, prompts):
-        video, text = self.embed(clips, prompts)
-        return (video * text).sum(1)
-
-
-def tiny_scorer(files):
-    if not SCORER_FILE.exists():
-        raise UserError(f"{SCORER_FILE} is missing: check out the repository whole, "
-                        "or run python rewards.py --train-tiny")
-    scorer = TinyScorer()
-    scorer.load_state_dict(load_safetensors(SCORER_FILE)[0])
-    scorer.requires_grad_(False).eval().to(files.device)
-
-    def check(prompts):
-        for prompt in prompts:
-            if unknown := [w for w in prompt.split() if w not in scorer.index] or prompt.split()[12:]:
-                raise UserError(f"--reward tiny: prompt {prompt!r} is no caption of the tiny world "
-                                f"({unknown[0]!r})")
-
-    def reward(clips, prompts):
-        check(prompts)
-        if clips.shape[1:] != (3, 8, 32, 32):
-            f, h, w = clips.shape[2:]
-            raise UserError(f"--reward tiny judges clips of 8 frames of 32x32, not {f} of {h}x{w}: "
-                            "use it with --base tiny and --decode all")
-        return scorer(clips, prompts)
-    reward.clip, reward.check = True, check
-    return reward
-
-
-def tiny_image_embedding(device):
-    """-> embed(frames (b,3,h,w) in [-1,1]) -> (b,64): what the scorer makes of a still clip of each."""
-    if not SCORER_FILE.exists():
-        raise UserError(f"{SCORER_FILE} is missing: check out the repository whole, "
-                        "or run python rewards.py --train-tiny")
-    scorer = TinyScorer()
-    scorer.load_state_dict(load_safetensors(SCORER_FILE)[0])
-    video = scorer.requires_grad_(False).eval().to(device).video
-
-    def embed(frames):
-        frames = F.interpolate(frames, (32, 32), mode="bilinear", align_corners=False)
-        return video(frames[:, :, None].expand(-1, -1, 8, -1, -1))
-    return embed
-
-
-def train_tiny(out, steps=400, batch=64, lr=2e-3, seed=0):
-    """Contrastive training of TinyScorer on rendered clips with a little noise, as a decoder makes it."""
-    torch.manual_seed(seed)
-    scorer, start = TinyScorer(), time.time()
-    opt = torch.optim.AdamW(scorer.parameters(), lr, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=0.1)
-    for step in range(steps):
-        clips, captions, _ = tiny_batch((seed, 7, step), batch)
-        clips = (clips + 0.1 * torch.rand(()) * torch.randn_like(clips)).clamp(-1, 1) / 2 + 0.5
-        video, text = scorer.embed(clips, captions)
-        logits = scorer.log_scale.exp() * video @ text.T
-        # captions that occur twice in the batch are right for each other's clips
-        same = torch.tensor([[a == b for b in captions] for a in captions], dtype=torch.float32)
-        target = same / same.sum(1, keepdim=True)
-        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-        schedule.step()
-        if step % 100 == 0 or step == steps - 1:
-            right = same[range(batch), logits.argmax(1)].mean()
-            print(f"step {step:5d}/{steps} | loss {loss:.4f} | right caption of {batch} {right:.3f} "
-                  f"| {time.time() - start:.0f} s", flush=True)
-    save_file({k: v.half().contiguous() for k, v in scorer.state_dict().items()}, out)
 
 
 # ---- published rewards: VADER's loss functions (arXiv 2407.08737) around towers that are given
@@ -697,6 +595,8 @@ def users_function(file, function):
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
+    except UserError:
+        raise
     except Exception as e:  # the user's own code
         raise UserError(f"--reward {name}: {file} cannot be imported ({type(e).__name__}: {e})") from e
     if not callable(getattr(module, function, None)):
@@ -772,25 +672,17 @@ def print_scores(rows):
 
 def get_args(argv=None):
     p = Parser(__doc__)
-    p.add_argument("--train-tiny", action="store_true", help="train the tiny world's scorer")
-    p.add_argument("--steps", type=COUNT, default=400, help="its optimizer steps of 64 clips")
-    p.add_argument("--out", default=str(SCORER_FILE), help="its file")
-    p.add_argument("--video", help="clip or folder of clips to score")
-    p.add_argument("--reward", help="reward, or weighted sum: see above")
+    p.add_argument("--video", required=True, help="clip or folder of clips to score")
+    p.add_argument("--reward", required=True, help="reward, or weighted sum: see above")
     p.add_argument("--reward-weights", help="folder with the rewards' public files (default: their hub)")
     p.add_argument("--prompts", help="their prompts, in order (default: the folder's index.jsonl)")
     p.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
     p.set_defaults(seed=0, dtype="fp32")
-    args = p.parse_args(argv)
-    if not args.train_tiny and not (args.video and args.reward):
-        raise UserError("give --video CLIPS and --reward NAME, or --train-tiny")
-    return args
+    return p.parse_args(argv)
 
 
 def main(argv=None):
     args = get_args(argv)
-    if args.train_tiny:
-        return train_tiny(args.out, args.steps)
     files = list_videos(args.video)
     prompts = prompts_of(files, args.prompts)
     env = setup(args)
@@ -803,4 +695,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -44,15 +44,16 @@ import torch.distributed as dist
 
 from bases import base_row, fill, fit_resampler, forget_motion, load_base, spatial_parameters
 from common import (
-    COUNT, DECAY, NATURAL, POSITIVE, SHARE, UNSIGNED, FiniteGuard, Log, MySamples, Parser, UserError,
-    agree_to_stop, apply_defaults, catch_signals, check_out, draw_curve, generator, load_state, lr_at,
-    memory_advice, move_average, save_checkpoint, seed_of, setup, trained, using_average)
+    COUNT, DECAY, NATURAL, POSITIVE, SHARE, UNSIGNED, FiniteGuard, Log, MySamples, Parser,
+    UserError, agree_to_stop, apply_defaults, catch_signals, check_out, draw_curve, generator,
+    load_state, lr_at, memory_advice, move_average, run_command, save_checkpoint, seed_of, setup,
+    trained, using_average)
 from data import (
-    TRAVEL, Mixed, TinyWorld, VideoDataset, contact_sheet, encode_once, lucas_kanade, raft, read_batches,
-    read_prompts)
+    Mixed, VideoDataset, contact_sheet, encode_once, lucas_kanade, raft, read_batches, read_prompts)
 from diffusion import diffusion_loss, make_schedule, offset_noise, randn
 from models import add_lora, parallelize, sync_gradients
-from sample import draw_latents, frame_rate, generate_split, moments, observed, told
+from pipeline import draw_latents, frame_rate, generate_split, moments, observed, told
+from tinyworld import TRAVEL, TinyWorld
 
 TINY = dict(
     steps=2000, batch=16, lr=1.5e-3, lr_schedule="cosine", warmup=50, betas=(0.9, 0.99), wd=0.01, ema=0.995,
@@ -317,4 +318,4 @@ def preview(args, env, base, params, ema, done, prompts):
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

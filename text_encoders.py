@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import UserError, load_pickle, load_safetensors, write_atomic
+from common import UserError, write_atomic
 from models import attend
+from weights import load_pickle, load_safetensors
 
 # how many blocks at the end each choice of features leaves out
 SKIP = {"last": 0, "penultimate": 1}
@@ -486,42 +487,3 @@ def dino_name(key):
 
 
 # ---- the tiny world's text encoder
-
-def tiny_tokenize(numbers, length, texts):
-    """List of str -> (b, length) long, by {word: number}; a word without one is refused."""
-    ids = torch.zeros(len(texts), length, dtype=torch.long, device="cpu")
-    for i, text in enumerate(texts):
-        words = text.lower().replace(",", " ").split()
-        unknown = [w for w in words if w not in numbers]
-        if unknown:
-            raise UserError(f"prompt {text!r}: the tiny world does not know {unknown[0]!r}; "
-                            f"its words: {' '.join(numbers)}")
-        if len(words) > length:
-            raise UserError(f"prompt {text!r}: {len(words)} words, "
-                            f"the tiny world's captions have at most {length}")
-        ids[i, :len(words)] = torch.tensor([numbers[w] for w in words], dtype=torch.long)
-    return ids
-
-
-class TinyText(nn.Module):
-    """A word a token, one transformer block, trained with the tiny network; see tiny_tokenize()."""
-
-    def __init__(self, words, width=64, heads=2, layers=1, context_length=10):
-        super().__init__()
-        self.words = {w: i + 1 for i, w in enumerate(words)}  # 0 is the padding
-        self.context_length = context_length
-        self.token_embedding = nn.Embedding(len(words) + 1, width)
-        self.positional_embedding = nn.Parameter(0.02 * torch.randn(context_length, width))
-        self.transformer = Transformer(width, heads, layers)
-        self.ln_final = nn.LayerNorm(width)
-
-    def blocks(self):
-        """The modules to shard one by one (models.parallelize)."""
-        return list(self.transformer.resblocks)
-
-    def forward(self, ids, learned=None):
-        """ids (b, n) -> token features (b, n, width); learned: as in OpenCLIPText."""
-        x = self.token_embedding(ids)
-        for placeholder, vectors in (learned or {}).items():
-            ids, x = insert_vectors(ids, x, placeholder, vectors)
-        return self.ln_final(self.transformer(x + self.positional_embedding))

@@ -22,13 +22,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 from tqdm import tqdm
 
-from common import COUNT, POSITIVE, REAL, Parser, UserError, check_writable, setup, warn, write_atomic
+from common import (
+    COUNT, POSITIVE, REAL, Parser, UserError, check_writable, setup, warn, write_atomic)
 from data import (
-    IMAGES, TINY_SIZE, TRAINING, VIDEOS, Scene, VideoDataset, _clip_rows, _field, _lines, _natural, _reason,
-    _table, batch_indices, center_crop_wide, contact_sheet, cover_and_crop, load, open_image, raft,
-    read_image, read_video, render, signed_distance, tiny_scene, video_info, write_video)
+    IMAGES, VIDEOS, VideoDataset, _clip_rows, _field, _lines, _natural, _reason, _table,
+    batch_indices, center_crop_wide, contact_sheet, cover_and_crop, load, open_image, raft,
+    read_image, read_video, video_info, write_video)
+from weights import load_weights, rename
 
 # ---- commands: what moves, from which frame to which
 
@@ -520,62 +523,6 @@ def rasterise(vertices, faces, colours, K, size):
     return image.reshape(h, w, 3).round().clip(0, 255).astype(np.uint8)
 
 
-# ---- the tiny world's tracks
-
-TINY_TRACKS = ("wandering", "zigzagging", "camera")  # das.py trains on the first alone
-
-
-def tiny_track_scene(rng, motion, frames):
-    """A Scene for das.py: "wandering" (a smooth path, at most 1.2 waves across and down), "zigzagging" (1.5,
-    with corners), or "camera": as if the camera wandered. No words tell the path, only tracks do."""
-    known = "zigzagging" if motion == "zigzagging" else "standing still"
-    scene = tiny_scene(rng, motion=known, frames=frames)
-    if motion == "zigzagging":
-        return scene
-    reach, places, time = 1.35 * scene.radius.max(), [], np.linspace(0, 1, frames)
-    for _ in "xy":
-        size, turns, start = rng.uniform(3, 8), rng.uniform(0.2, 1.2), rng.uniform(0, 1)
-        p = size * np.sin(2 * np.pi * (turns * time + start))
-        middle, room = (p.max() + p.min()) / 2, max(0.0, TINY_SIZE / 2 - reach - np.ptp(p) / 2)
-        places.append(TINY_SIZE / 2 + p - middle + rng.uniform(-room, room))
-    return Scene(scene.shape, scene.colour, scene.background, motion, *places, scene.radius)
-
-
-def tiny_tracks(scene):
-    """The true tracks of a Scene, drawn: (3,f,32,32) in [-1,1].
-
-    The object is nearer than the background, which stands still, or for the motion "camera" moves with it.
-    """
-    size, centre = (TINY_SIZE, TINY_SIZE), np.arange(TINY_SIZE) + 0.5
-    x, y = (g.reshape(-1) for g in np.meshgrid(centre, centre))
-    own = signed_distance(scene.shape, x - scene.x[0], y - scene.y[0], scene.radius[0]) < 0
-    moves = own | (scene.motion == "camera")
-    points = np.stack([x, y, np.where(own, 1.0, 2.0)], axis=-1)
-    shifts = np.stack([scene.x - scene.x[0], scene.y - scene.y[0], 0 * scene.x], axis=-1)
-    frames = (points + moves[:, None] * shift for shift in shifts)
-    return to_video(draw_tracks(frames, dense_colours(points[:, 2], size), size))
-
-
-def tiny_track_clip(seed, motion, frames):
-    """-> {"video", "tracks", "text"} and its Scene, from the seed alone; the caption names no motion."""
-    scene = tiny_track_scene(np.random.default_rng(seed), motion, frames)
-    text = f"a {scene.colour} {scene.shape} on a {scene.background} background"
-    return {"video": render(scene), "tracks": tiny_tracks(scene), "text": text}, scene
-
-
-class TinyTracks(torch.utils.data.Dataset):
-    """`n` fixed clips of the tiny world with their tracks; item (i, _)."""
-
-    def __init__(self, n, frames, seed=0, motion="wandering"):
-        self.n, self.frames, self.seed, self.motion = n, frames, seed, motion
-
-    def __len__(self):
-        return self.n
-
-    def __getitem__(self, item):
-        return tiny_track_clip((self.seed, TRAINING, item[0]), self.motion, self.frames)[0]
-
-
 # ---- data sets: clips with tracking videos
 
 def track_rows(source):
@@ -955,3 +902,79 @@ def make_dataset(args, out, tracker, estimate):
     for name, column in zip(("prompt.txt", "videos.txt", "trackings.txt"), zip(*kept)):
         write_atomic(out / name, lambda p, column=column: p.write_text("".join(f"{x}\n" for x in column)))
     print(f"{out}: {len(kept)} clips with tracks" + (f", {bad} left out" if bad else ""))
+
+
+# ---- MiDaS
+
+class MiDaS(nn.Module):
+    """Relative inverse depth of pictures: MiDaS v3 (arXiv 1907.01341), DPT-Large (2103.13413) by default.
+
+    The network is transformers'; from_public() takes the public file's tensors (midas_v3_dpt_large.pth).
+    """
+
+    def __init__(self, dim=1024, layers=24, heads=16, patch=16, image_size=384, neck=(256, 512, 1024, 1024),
+                 fusion=256):
+        super().__init__()
+        from transformers import DPTConfig, DPTForDepthEstimation
+        self.patch = patch
+        self.taps = [(k + 1) * layers // 4 - 1 for k in range(4)]  # the last block of each quarter
+        self.dpt = DPTForDepthEstimation(DPTConfig(
+            hidden_size=dim, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=4 * dim,
+            hidden_act="gelu", layer_norm_eps=1e-5, image_size=image_size, patch_size=patch,
+            is_hybrid=False, readout_type="project", backbone_out_indices=self.taps,
+            neck_hidden_sizes=list(neck), fusion_hidden_size=fusion))
+        self.dpt.dpt.layernorm = nn.Identity()  # of the last block's output, which nothing reads
+
+    def from_public(self, state, source):
+        """Take the public file's tensors: none missing, none left over. -> self, in eval mode."""
+        split = {}
+        for key, value in state.items():
+            if ".to_qkv." in key:  # rows: q, then k, then v
+                split |= {key.replace("qkv", c): rows for c, rows in zip("qkv", value.chunk(3))}
+            else:
+                split[key] = value
+        # rename reshapes: the head's last layer is (32,1,1,1) there, a transposed convolution
+        self.dpt.load_state_dict(rename(split, self.dpt, midas_name, source), assign=True)
+        return self.eval()
+
+    def forward(self, images):
+        """images (n,3,h,w) in [-1,1], sides multiples of 2 patches (32) -> inverse depth (n,h,w) >= 0."""
+        rows, columns = (side // self.patch for side in images.shape[2:])
+        states = self.dpt.dpt(images, output_hidden_states=True).hidden_states  # embeddings, then blocks
+        # part by part: called as a whole it takes square pictures only
+        return self.dpt.head(self.dpt.neck([states[i + 1] for i in self.taps], rows, columns))
+
+
+MIDAS_NAMES = {
+    "dpt.embeddings.cls_token": "cls_embedding", "dpt.embeddings.position_embeddings": "pos_embedding",
+    "dpt.embeddings.patch_embeddings.projection": "patch_embedding", "dpt.encoder.layer": "blocks",
+    "layernorm_before": "norm1", "layernorm_after": "norm2", "attention.attention.query": "attn.to_q",
+    "attention.attention.key": "attn.to_k", "attention.attention.value": "attn.to_v",
+    "attention.output.dense": "attn.proj", "intermediate.dense": "mlp.0", "output.dense": "mlp.2",
+    **{f"neck.reassemble_stage.readout_projects.{k}": f"fc{k + 1}" for k in range(4)},
+    **{f"neck.reassemble_stage.layers.{k}.projection": f"conv{k + 1}.0" for k in range(4)},
+    **{f"neck.reassemble_stage.layers.{k}.resize": f"conv{k + 1}.1" for k in range(4)},
+    **{f"neck.convs.{k}": f"conv{k + 1}.{1 if k == 2 else 2}" for k in range(4)},  # the third has no resize
+    **{f"neck.fusion_stage.layers.{k}": f"fusion{4 - k}" for k in range(4)},
+    "residual_layer": "layer", "convolution1": "residual.1", "convolution2": "residual.3",
+    "projection": "conv_out", "head.head": "head"}
+
+
+def midas_name(key):
+    """transformers' key of DPTForDepthEstimation -> the public file's, q, k and v apart."""
+    for theirs, public in MIDAS_NAMES.items():
+        key = key.replace(theirs, public)
+    return key
+
+
+@torch.no_grad()
+def midas_depth(path, video, device):
+    """Weights of MiDaS, video (1,3,f,h,w) in [-1,1] -> VideoComposer's depth (1,1,f,h,w) in 0..10, CPU.
+
+    Frame by frame, in float32 (published: float16).
+    """
+    with torch.device("meta"):  # no time for random weights
+        net = MiDaS()
+    net = net.from_public(load_weights(path), path).to(device, torch.float32)
+    depth = torch.cat([net(frame[None].to(device)).cpu() for frame in video[0].transpose(0, 1)])
+    return (depth / 20).clamp(0, 10)[None, None]

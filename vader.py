@@ -54,19 +54,20 @@ import torch.distributed as dist
 
 from bases import NETWORKS, base_row, fill, latent_shape, load_base, read_peft_lora
 from common import (
-    COUNT, DECAY, NATURAL, POSITIVE, REAL, SHARE, UNSIGNED, FiniteGuard, Log, MySamples, Parser, UserError,
-    agree_to_stop, append_line, apply_defaults, catch_signals, check_out, draw_curve, generator, keep_lines,
-    load_state, lr_at, memory_advice, on_any, read_lines, save_checkpoint, setup, trained, write_atomic)
+    COUNT, DECAY, NATURAL, POSITIVE, REAL, SHARE, UNSIGNED, FiniteGuard, Log, MySamples, Parser,
+    UserError, agree_to_stop, append_line, apply_defaults, catch_signals, check_out, draw_curve,
+    generator, keep_lines, load_state, lr_at, memory_advice, on_any, read_lines, run_command,
+    save_checkpoint, setup, trained, write_atomic)
 from data import (
-    batch_indices, contact_sheet, open_image, prompt_grid, read_image_prompts, read_prompts, tiny_pairs,
-    tiny_prompts, write_video)
+    batch_indices, contact_sheet, open_image, prompt_grid, read_image_prompts, read_prompts,
+    write_video)
 from diffusion import ddim_updates, randn
-from metrics import judge_captions
 from models import add_lora, parallelize, sync_gradients
+from pipeline import (
+    SAMPLERS, check_sampler, conditions, decode, frame_picture, generate_split, lora_file,
+    lora_strengths, rollout)
 from rewards import get_reward, score, statistics
-from sample import (
-    SAMPLERS, check_sampler, conditions, decode, frame_picture, generate_split, lora_file, lora_strengths,
-    rollout)
+from tinyworld import judge_captions, tiny_pairs, tiny_prompts
 
 PROMPTS = Path(__file__).parent / "assets" / "prompts"
 
@@ -407,4 +408,4 @@ def sweep(args, env, base, reward, items):
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

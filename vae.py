@@ -5,18 +5,14 @@ SD checkpoint's `first_stage_model.`. Latents are scaled: encode multiplies by c
 OpenSoraVAE is Open-Sora 1.2's: the same autoencoder, and one over time on its latents. CogVideoXVAE (arXiv
 2408.06072) is causal in time and has 4 times fewer latent frames than the video; its keys are those of the
 public diffusers files.
-`python vae.py --train-tiny [--base tiny-cogvideox --device cuda]` trains a tiny world's autoencoder.
 """
-import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from common import COUNT, NATURAL, Parser, UserError
 from models import attend
 
 
@@ -726,134 +722,3 @@ class CogVideoXVAE(nn.Module):
         return video if frames is None else video[:, :, frames]
 
 
-# ---- the tiny worlds' autoencoders:  python vae.py --train-tiny
-
-# what the rows of bases.py hold, but for the scale of the latents
-TINY_VAE = VAEConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, patch=2, scale=1.0)
-TINY_COGVIDEOX_VAE = CogVideoXVAEConfig(widths=(16, 24), layers=1, z_channels=8, groups=8, scale=1.0)
-TINY_VAES = {"tiny": (AutoencoderKL, TINY_VAE), "tiny-cogvideox": (CogVideoXVAE, TINY_COGVIDEOX_VAE)}
-TINY_CLIP = 9  # frames of a clip of tiny-cogvideox
-
-
-def wild_clip(rng, frames):
-    """What the tiny world's words do not say -> video (3,f,32,32): fast crooked paths, tracking videos.
-
-    Half of them a shape on a random path. Half as Diffusion as Shader draws tracks: each point's colour is
-    its place in the first frame (R: x, G: y) and its nearness (B), in marks of some pixels on black, the
-    object and the camera moving on paths of their own.
-    """
-    from data import TINY_SIZE, render, signed_distance, tiny_scene
-    time = np.linspace(0, 1, frames)
-
-    def path(most):  # a wave of up to two turns: nearly straight, bent, circling, to and fro
-        size, turns, start = rng.uniform(0, most), rng.uniform(0, 2.2), rng.uniform(0, 1)
-        wave = np.sin(2 * np.pi * (turns * time + start))
-        return size * (wave if rng.random() < 0.5 else 2 / np.pi * np.arcsin(wave))
-    scene = tiny_scene(rng, frames=frames)
-    scene = replace(scene, x=TINY_SIZE / 2 + path(9), y=TINY_SIZE / 2 + path(9))
-    if rng.random() < 0.5:
-        return render(scene)
-    gy, gx = np.mgrid[:TINY_SIZE, :TINY_SIZE] + 0.5
-    pan, still, near = (path(6), path(6)), rng.random() < 0.5, rng.uniform(0.5, 1)
-    spacing, mark = ((1, 1), (3, 2), (4, 2), (4, 3))[rng.integers(4)]
-
-    def points(dx, dy, depth):  # the first frame's points, moved by (dx, dy)
-        x, y = gx - dx, gy - dy
-        inside = (x >= 0) & (x < TINY_SIZE) & (y >= 0) & (y < TINY_SIZE)
-        shown = inside & (x.astype(int) % spacing < mark) & (y.astype(int) % spacing < mark)
-        return np.stack([x / TINY_SIZE, y / TINY_SIZE, np.full_like(x, depth)]) * shown
-    video = []
-    for k in range(frames):
-        back = points(0, 0, 0) if still else points(pan[0][k] - pan[0][0], pan[1][k] - pan[1][0], 0)
-        front = points(scene.x[k] - scene.x[0], scene.y[k] - scene.y[0], near)
-        covered = signed_distance(scene.shape, gx - scene.x[k], gy - scene.y[k], scene.radius[k]) < 0
-        video.append(np.where(covered, front, back))
-    return torch.from_numpy(np.stack(video, 1).astype(np.float32)) * 2 - 1
-
-
-def tiny_frames(seed, n):
-    """-> (n, 3, 32, 32): 4 frames each of n / 4 clips, for the autoencoder that takes frame by frame."""
-    from data import tiny_batch
-    video, _, _ = tiny_batch(seed, n // 4)
-    return rearrange(video[:, :, torch.randperm(video.shape[2])[:4]], "b c f h w -> (b f) c h w")
-
-
-def tiny_clips(seed, n):
-    """-> (n, 3, TINY_CLIP, 32, 32): half of the tiny world, half wild_clip."""
-    from data import tiny_batch
-    rng = np.random.default_rng((*seed, 1))
-    wild = [wild_clip(rng, TINY_CLIP) for _ in range(n // 2)]
-    return torch.cat([tiny_batch(seed, n - n // 2, TINY_CLIP)[0], torch.stack(wild)])
-
-
-def train_tiny(base, out, steps, decoder_steps, batch, lr=2e-3, seed=0, device="cpu"):
-    """Train a tiny base's autoencoder on rendered clips, then its decoder alone, and put it into `out`.
-
-    Loss: L1 + MSE + 1e-4 KL, errors relative to a frame's contrast. The second stage leaves the latents as
-    they are (a base may already be trained on them); with steps 0 it starts from the file's autoencoder.
-    """
-    from common import load_weights, replace_part
-    torch.manual_seed(seed)
-    build, cfg = TINY_VAES[base]
-    vae, start = build(cfg).to(device), time.time()
-    if base == "tiny":
-        draw, moments, decode = tiny_frames, vae.moments, vae.decode_images
-    else:
-        draw, decode = tiny_clips, vae.decode_latents
-
-        def moments(video):
-            return vae.moments(video).chunk(2, dim=1)
-    if not steps:
-        state = {k.removeprefix("vae."): v for k, v in load_weights(out).items() if k.startswith("vae.")}
-        vae.load_state_dict({k: v.float() for k, v in state.items()})
-    for stage, (n, first) in enumerate(((steps, 0), (decoder_steps, steps))):
-        decoder_only = stage == 1
-        for key, p in vae.named_parameters():
-            p.requires_grad_(not decoder_only or key.startswith(("decoder.", "post_quant_conv.")))
-        trained = [p for p in vae.parameters() if p.requires_grad]
-        opt = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=max(n, 1), pct_start=0.05)
-        for step in range(n):
-            images = draw((seed, first + step), batch).to(device)
-            # 3-D convolutions in bf16 take half the time on a CPU that has it, too
-            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=base != "tiny"):
-                with torch.set_grad_enabled(not decoder_only):
-                    mean, logvar = moments(images)
-                mean, logvar = mean.float(), logvar.float()
-                error = decode(mean + (0.5 * logvar).exp() * torch.randn_like(mean)).float() - images
-            kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
-            # in units of each frame's own contrast: else blue on gray stays blurred, for it costs little
-            centred = images - images.mean((-2, -1), keepdim=True)
-            contrast = centred.square().mean((1, -2, -1), keepdim=True).sqrt()
-            scaled = error * (0.3 / contrast).clamp(max=5)
-            loss = scaled.abs().mean() + scaled.square().mean() + 1e-4 * kl
-            opt.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            opt.step()
-            schedule.step()
-            if step % 100 == 0 or step == n - 1:
-                part = "decoder" if decoder_only else "all"
-                print(f"{part} {step:5d}/{n} | mse {error.square().mean():.5f} | kl {kl:.3f} "
-                      f"| latent std {mean.std():.3f} | {time.time() - start:.0f} s", flush=True)
-        replace_part(out, "vae", vae.state_dict())
-
-
-if __name__ == "__main__":
-    p = Parser(__doc__)
-    p.add_argument("--train-tiny", action="store_true", required=True,
-                   help="train a tiny world's autoencoder")
-    p.add_argument("--base", choices=TINY_VAES, default="tiny", help="tiny base")
-    p.add_argument("--out", help="file whose autoencoder is replaced (default: assets/BASE.safetensors)")
-    p.add_argument("--steps", type=NATURAL, default=2000, help="optimizer steps; 0: decoder only, of --out")
-    p.add_argument("--decoder-steps", type=NATURAL, default=1000, help="further steps, encoder frozen")
-    p.add_argument("--batch", type=COUNT, help="a step's frames (tiny: 64) or clips (tiny-cogvideox: 8)")
-    p.add_argument("--device", default="cpu", help="cuda or cpu")
-    args = p.parse_args()
-    least = 4 if args.base == "tiny" else 2
-    if args.batch and args.batch < least:
-        raise UserError(f"--batch {args.batch}: {args.base} needs {least} or more")
-    if args.device != "cpu" and not torch.cuda.is_available():
-        raise UserError(f"--device {args.device}: PyTorch sees no GPU; try --device cpu")
-    train_tiny(args.base, args.out or f"assets/{args.base}.safetensors", args.steps, args.decoder_steps,
-               args.batch or {"tiny": 64}.get(args.base, 8), device=args.device)

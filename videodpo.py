@@ -30,23 +30,28 @@ Differences from the original code
  - Gradients are clipped; a clip is encoded, and a long one cut, once; a bad one is an error with its row.
 """
 import argparse
+import json
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
 from bases import base_row, fill, load_base
 from common import (
-    COUNT, DECAY, NATURAL, POSITIVE, REAL, SHARE, UNSIGNED, FiniteGuard, Log, MySamples, Parser, UserError,
-    agree_to_stop, append_line, apply_defaults, catch_signals, check_out, check_writable, draw_curve,
-    generator, keep_lines, load_state, lr_at, memory_advice, save_checkpoint, setup, trained)
+    COUNT, DECAY, NATURAL, POSITIVE, REAL, SHARE, UNSIGNED, FiniteGuard, Log, MySamples, Parser,
+    UserError, agree_to_stop, append_line, apply_defaults, catch_signals, check_out, check_writable,
+    draw_curve, finish, generator, keep_lines, load_state, lr_at, memory_advice, read_lines,
+    run_command, save_checkpoint, setup, trained, write_atomic)
 from data import (
-    PairDataset, batch_indices, contact_sheet, read_batches, read_prompts, tiny_prompts, write_video)
+    PairDataset, batch_indices, contact_sheet, read_batches, read_clips, read_prompts, read_video,
+    write_video)
 from diffusion import noised, randn
-from metrics import check_score_files, judge_captions, pair_folder, pair_weight, score_folder, scorer, wins
 from models import add_lora, frozen_copy, parallelize, sync_gradients, without_lora
-from sample import encode_pairs, generate_folder, generate_split, training_conditions
+from omniscore import check_score_files, score_folder, scorer
+from pipeline import encode_pairs, generate_folder, generate_split, training_conditions
+from tinyworld import judge_captions, tiny_prompts
 
 # what a stage begins with, in its folders
 NEEDS = {"generate": None, "score": "metadata.json", "pair": "scores.jsonl", "train": "pair.json"}
@@ -316,5 +321,65 @@ def evaluate(args, env, base, net, reference, held, prompts, judge, step):
     contact_sheet(list(videos[:16]), Path(args.out, f"{name}.png"), prompts[:16])
 
 
+def select_pair(totals):
+    """OmniScores of one prompt's clips -> indices of the best and of the worst, the product of the two."""
+    best, worst = (pick(range(len(totals)), key=totals.__getitem__) for pick in (max, min))
+    return best, worst, totals[best] * totals[worst]
+
+
+def pair_weight(score, alpha, numerator=0.72):
+    """(0.72 / score)^alpha: 0.72 was about the largest product, so that rarer, lower pairs weigh more."""
+    return (numerator / score) ** alpha
+
+
+def pair_folder(env, folder, score="product", drop=0.0, split_average=False):
+    """Best against worst of each prompt's clips -> folder/pair.json.
+
+    score: "product" of the two OmniScores, as released; "histogram": the product of their shares among all
+    clips, as in the paper, 0.72 for the commonest pair. drop: share of pairs left out, those most alike;
+    split_average: keep those with the mean of all clips in between.
+    """
+    clips, prompts, rows = read_clips(folder), {}, []
+    totals = {row["clip"]: row["total"] for row in read_lines(Path(folder, "scores.jsonl"))}
+    absent = [path.name for path, _ in clips if path.name not in totals]
+    if absent:
+        raise UserError(f"{folder}: {absent[0]} has no score yet: --stage score first")
+    totals = [totals[path.name] for path, _ in clips]
+    for i, (path, _) in enumerate(clips):
+        prompts.setdefault(path.stem.rsplit("-", 1)[0], []).append(i)
+    counts, edges = np.histogram(totals, bins=20)
+    share = counts[np.searchsorted(edges[1:-1], totals, side="right")] / len(totals)
+    for mine in prompts.values():
+        best, worst, product = select_pair([totals[i] for i in mine])
+        best, worst = mine[best], mine[worst]
+        rows.append(dict(
+            video1=best, video2=worst, label=0, frame_caption=[clips[best][1]],
+            score=max(product, 1e-3) if score == "product" else float(share[best] * share[worst]),
+            diff_score=totals[best] - totals[worst]))
+    if score == "histogram":
+        most = max(row["score"] for row in rows)
+        rows = [row | {"score": 0.72 * row["score"] / most} for row in rows]
+    alike, mean = sorted(rows, key=lambda row: row["diff_score"])[:int(drop * len(rows))], np.mean(totals)
+    kept = [row for row in rows if row["diff_score"] > 0 and row not in alike and (
+        not split_average or totals[row["video1"]] > mean > totals[row["video2"]])]
+    if not kept:
+        raise UserError(f"{folder}: no pair is left; give a smaller --drop-pairs, or more clips: --samples")
+    finish(env, Path(folder, "pair.json"), lambda: json.dumps(kept, indent=1))
+    if env.main:
+        print(f"{folder}: {len(kept)} pairs of {len(prompts)} prompts, mean OmniScore {mean:.4f}", flush=True)
+
+
+def wins(out, name, judged, prompts):
+    """OmniScore of out/NAME/0000.mp4 ... -> means of its parts; "wins": share that beat theirs in before/."""
+    scores, first = [], Path(out, "before.json")
+    for i, prompt in enumerate(prompts):
+        video, fps = read_video(Path(out, name, f"{i:04d}.mp4"))
+        scores.append(judged(video, prompt, fps))
+    if name == "before":
+        write_atomic(first, lambda p: p.write_text(json.dumps(scores)))
+    better = [a["total"] > b["total"] for a, b in zip(scores, json.loads(first.read_text()))]
+    return {k: float(np.mean([s[k] for s in scores])) for k in scores[0]} | {"wins": float(np.mean(better))}
+
+
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -51,14 +51,15 @@ import torch.distributed as dist
 from bases import add_guidance, base_row, fill, load_base
 from common import (
     COUNT, DECAY, NATURAL, POSITIVE, REAL, UNSIGNED, FiniteGuard, Log, MySamples, Parser, UserError,
-    agree_to_stop, apply_defaults, catch_signals, check_out, draw_curve, generator, load_state, lr_at,
-    memory_advice, move_average, save_checkpoint, seed_of, setup, trained)
-from data import (
-    TinyWorld, VideoDataset, contact_sheet, encode_once, read_batches, read_prompts, tiny_prompts)
+    agree_to_stop, apply_defaults, catch_signals, check_out, draw_curve, generator, load_state,
+    lr_at, memory_advice, move_average, run_command, save_checkpoint, seed_of, setup, trained)
+from data import VideoDataset, contact_sheet, encode_once, read_batches, read_prompts
 from diffusion import consistency, guided, lcm_timesteps, pseudo_huber, randn
-from models import add_lora, frozen_copy, guidance_embedding, parallelize, sync_gradients, without_lora
+from models import (
+    add_lora, frozen_copy, guidance_embedding, parallelize, sync_gradients, without_lora)
+from pipeline import decode, draw_latents, frame_rate, generate_split, moments
 from rewards import get_reward, score
-from sample import decode, draw_latents, frame_rate, generate_split, moments
+from tinyworld import TinyWorld, tiny_prompts
 
 GUIDANCE_DIM = 256  # numbers that tell the scale, T2V-Turbo's
 SHOWN = 1, 2, 4, 8  # steps of the previews
@@ -303,4 +304,4 @@ def preview(args, env, base, target, prompts, done):
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

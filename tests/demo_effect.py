@@ -18,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
+
 SEEDS = (0, 1, 2)
 STEPS = 240
 COMMON = f"--base tiny-weak --steps {STEPS} --warmup 20"

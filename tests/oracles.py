@@ -32,17 +32,19 @@ import das
 import data
 import demo
 import diffusion
+import dit
 import dreamvideo
 import instructvideo
 import metrics
 import models
+import omniscore
 import rewards
-import sample
 import text_encoders
 import tracks
 import vae
 import videodpo
 import videolcm
+import weights
 
 
 class Unsupported(Exception):
@@ -484,7 +486,7 @@ def higen_two_pass(case):
             noise = diffusion.offset_noise(noise, shared, call["offset_strength"])
         noises.append(noise)
     motion, appearance = then["cond"]["motion_cond"]["constant"], then["cond"]["appearance_cond"]
-    image, video = sample.higen(
+    image, video = diffusion.higen(
         net, diffusion_schedule(case.config["diffusion"]), text, null, *noises, then["steps"],
         then["guide_scale"], then["eta"], motion, appearance["appearance_factor"])
     return {"image": image, "video": video}
@@ -771,7 +773,7 @@ def image_tower(case):
     net = text_encoders.DINO(config["embed_dim"], config["num_heads"], config["depth"], config["patch_size"],
                              image_size=np.ravel(config["img_size"])[0]).eval()
     state = {key: fill_tensor(key, shape) for key, shape in case.params.items()}
-    net.load_state_dict(common.rename(state, net, text_encoders.dino_name, "case"))
+    net.load_state_dict(weights.rename(state, net, text_encoders.dino_name, "case"))
     with torch.no_grad():
         return {name: net(call["image"]) for name, call in calls(case)}
 
@@ -783,7 +785,7 @@ def annotator(case):
         return {}
     if config["network"] != "midas":
         raise Unsupported(f"network {config['network']}")
-    net = sample.MiDaS(config["dim"], config["num_layers"], config["num_heads"], config["patch_size"],
+    net = tracks.MiDaS(config["dim"], config["num_layers"], config["num_heads"], config["patch_size"],
                        config["image_size"], config["neck_dims"], config["fusion_dim"])
     net.from_public({key: fill_tensor(key, shape) for key, shape in case.params.items()}, "case")
     with torch.no_grad():
@@ -1135,7 +1137,7 @@ def fixed(config, **values):
 def stdit3_forward(case):
     config, result = case.config, {}
     fixed(config, patch_size=[1, 2, 2], input_sq_size=512, mlp_ratio=4.0, qk_norm=True, pred_sigma=True)
-    net = fill(models.STDiT3(models.STDiT3Config(
+    net = fill(dit.STDiT3(dit.STDiT3Config(
         in_dim=config["in_channels"], dim=config["hidden_size"], depth=config["depth"],
         num_heads=config["num_heads"], context_dim=config["caption_channels"],
         text_length=config["model_max_length"])), case.params, case.left_as_built)
@@ -1179,7 +1181,7 @@ def opensora_vae(case):
         chunk_frames=config["micro_frame_size"], shift=tuple(config["shift"]), scale=tuple(config["scale"])))
     state = {key: getattr(net, key) if key in ("scale", "shift") else fill_tensor(key, shape)
              for key, shape in case.params.items()}
-    net.load_state_dict(common.rename(state, net, lambda k: vae.opensora_vae_name(k, len(ch)), "case"))
+    net.load_state_dict(weights.rename(state, net, lambda k: vae.opensora_vae_name(k, len(ch)), "case"))
     result, net = {}, net.eval()
     for name, call in case.call.items():
         if call["fn"] == "encode":
@@ -1460,7 +1462,7 @@ def clip_forward(case):
     else:
         state = {k: fill_tensor(k, shape) if shape else net.logit_scale.detach()
                  for k, shape in case.params.items()}
-        common.load_strict(net, convert(state), case.path)
+        weights.load_strict(net, convert(state), case.path)
     ids, image = case.input("text_tokens"), case.input("image").requires_grad_()
     if config["text_pooling"] == "first_eos" and not torch.equal(
             ids.argmax(1), (ids == config["eos"]).int().argmax(1)):
@@ -1537,16 +1539,16 @@ def omniscore_rows(config, **raw):
     raw["subject_consistency"] /= config["subject_divisor"]  # over frames, as subject_consistency() has it
     raw["imaging_quality"] /= config["imaging_divisor"]
     shares = config["quality_weight"], config["semantic_weight"]
-    return metrics.omniscore(raw, table, [k.replace(" ", "_") for k in config["semantic"]], shares)
+    return omniscore.total_score(raw, table, [k.replace(" ", "_") for k in config["semantic"]], shares)
 
 
 def select_pair(config, totals):
-    win, lose, score = metrics.select_pair(totals)
+    win, lose, score = videodpo.select_pair(totals)
     return {"win": win, "lose": lose, "pair_score": score}
 
 
 def dupfactor(config, score, dupbeta, numerator):
-    return {"dupfactor": metrics.pair_weight(score, dupbeta, numerator)}
+    return {"dupfactor": videodpo.pair_weight(score, dupbeta, numerator)}
 
 
 def videodpo_table(case):
@@ -1645,9 +1647,9 @@ def cogvideox_config(config):
     """Our CogVideoXConfig for the arguments of diffusers' CogVideoXTransformer3DModel, or DaS's."""
     rotary, learned = (config[f"use_{kind}_positional_embeddings"] for kind in ("rotary", "learned"))
     frames = (config["sample_frames"] - 1) // config["temporal_compression_ratio"] + 1
-    if config["patch_size"] != models.PATCH or (learned and not rotary):
+    if config["patch_size"] != dit.PATCH or (learned and not rotary):
         raise Unsupported(f"patches of {config['patch_size']}, or learned positions alone")
-    return models.CogVideoXConfig(
+    return dit.CogVideoXConfig(
         in_channels=config["in_channels"], out_channels=config["out_channels"],
         num_layers=config["num_layers"], heads=config["num_attention_heads"],
         head_dim=config["attention_head_dim"], time_dim=config["time_embed_dim"],
@@ -1669,7 +1671,7 @@ def cogvideox_vae(config, params):
 
 def cogvideox_forward(case):
     cfg = cogvideox_config(case.config)
-    net, result, seen = fill(models.CogVideoX(cfg), case.params, case.left_as_built), {}, {}
+    net, result, seen = fill(dit.CogVideoX(cfg), case.params, case.left_as_built), {}, {}
     with torch.no_grad():
         for name, factor in vars(case).get("param_scale", {}).items():
             net.state_dict()[name].mul_(factor)
@@ -1728,17 +1730,17 @@ def tables_of_rows(case, functions):
 
 def rope_rows(case, head_dim, base_grid, grid, frames, at):
     cos, sin = (table.repeat_interleave(2, dim=-1)
-                for table in models.rope_positions(frames, *grid, *base_grid, head_dim))
+                for table in dit.rope_positions(frames, *grid, *base_grid, head_dim))
     rows = slice(None) if at is None else case.input(at)
     return {"cos": cos[rows], "sin": sin[rows], "colsum_cos": cos.double().sum(0),
             "colsum_sin": sin.double().sum(0), "total_rows": len(cos),
-            "crop_start_stop": models.crop_window(*grid, *base_grid)}
+            "crop_start_stop": dit.crop_window(*grid, *base_grid)}
 
 
 def sincos_rows(case, dim, grid, frames, spatial_interpolation_scale, temporal_interpolation_scale, at):
     if temporal_interpolation_scale != 1:
         raise Unsupported("scaled frame numbers")
-    table = models.sincos_positions(frames, *grid, dim, spatial_interpolation_scale)
+    table = dit.sincos_positions(frames, *grid, dim, spatial_interpolation_scale)
     return {"table": table if at is None else table[case.input(at)], "colsum": table.double().sum(0),
             "total_rows": len(table)}
 
@@ -1877,7 +1879,7 @@ def das_pipeline(case):
         raise Unsupported("another sampler, tiling, or a sample of the tracking video's latents")
     parts = {part: {k.removeprefix(f"{part}."): v for k, v in case.params.items() if k.startswith(f"{part}.")}
              for part in ("transformer", "vae")}
-    net = fill(models.CogVideoX(cogvideox_config(case.config["transformer"])), parts["transformer"])
+    net = fill(dit.CogVideoX(cogvideox_config(case.config["transformer"])), parts["transformer"])
     autoencoder = cogvideox_vae(case.config["vae"], parts["vae"])
     schedule = cogvideox_schedule(case.config["scheduler"])
 
@@ -2001,7 +2003,7 @@ def drawings(case):
 def das_train_step(case):
     """One step of das.py from given latents, noise and steps, up to the gradients."""
     call = case.call
-    net = fill(models.CogVideoX(cogvideox_config(case.config)), case.params, case.left_as_built)
+    net = fill(dit.CogVideoX(cogvideox_config(case.config)), case.params, case.left_as_built)
     das.train_branch(net, torch.float32)
     if call["mode"] == "train":
         net.train()
@@ -2323,7 +2325,7 @@ def run(path, verbose=False):
                 found["failed"].append(f"{name} {e:.1e} > {spec['tol']:.0e}")
     except Unsupported as reason:
         return label, np.nan, "unsupported", str(reason)
-    except (Exception, SystemExit) as fault:  # noqa: BLE001  (UserError is a SystemExit)
+    except Exception as fault:  # noqa: BLE001
         if verbose:
             traceback.print_exc()
         return label, np.nan, "FAIL", f"{type(fault).__name__}: {fault}".splitlines()[0]

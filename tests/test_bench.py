@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import bench
+import common
 from bases import base_row
 from common import UserError
 
@@ -29,7 +30,7 @@ def measured(words, tmp_path, side="ours"):
     """The steps of a process that measures, in this one."""
     args = bench.get_args([*words.split(), "--repeats", "1", "--device", "cpu", "--threads", "1",
                            "--side", side, "--answer", str(tmp_path / "answer")])
-    bench.measure(args, base_row(args.base), bench.setup(args))
+    bench.measure(args, base_row(args.base), common.setup(args))
     return torch.load(tmp_path / "answer", weights_only=True)
 
 
@@ -60,4 +61,4 @@ def test_sizes_shrink_by_what_a_base_takes():
 def test_what_cannot_be_trained_is_refused():
     args = bench.get_args("train --base tiny --trained branch --side ours --device cpu".split())
     with pytest.raises(UserError, match="branch"):
-        bench.train(args, base_row("tiny"), bench.setup(args))
+        bench.train(args, base_row("tiny"), common.setup(args))

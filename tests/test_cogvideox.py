@@ -1,14 +1,15 @@
 """CogVideoX, its autoencoder and samplers, Diffusion as Shader: properties that hold for any weights."""
 import dataclasses
 
+import oracles
 import pytest
 import torch
 from test_models import check_gradients, gaussian
 
-import oracles
-from diffusion import (cogvideox_dpm, ddim, ddim_timesteps, ddim_updates, dynamic_guidance, guided,
-                       make_schedule)
-from models import CogVideoX, CogVideoXConfig, add_lora, merge_lora, with_tracks
+from diffusion import (
+    cogvideox_dpm, ddim, ddim_timesteps, ddim_updates, dynamic_guidance, guided, make_schedule)
+from dit import CogVideoX, CogVideoXConfig, with_tracks
+from models import add_lora, merge_lora
 from vae import CogVideoXVAE, CogVideoXVAEConfig, Tiles
 
 SMALL = CogVideoXConfig(in_channels=8, out_channels=4, num_layers=3, heads=2, head_dim=16, time_dim=24,

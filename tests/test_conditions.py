@@ -5,11 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_t2v import CLIPS, real
 
 import bases
 import data
+import diffusion
+import pipeline
 import sample
-from test_t2v import CLIPS, real
 
 SOME = ("sketch", "single_sketch", "motion", "local_image", "style")
 
@@ -32,13 +34,13 @@ def test_the_codec_tells_how_blocks_move():
 
 def played(monkeypatch, out, *args):
     """-> the clip that sample.py makes, what its network was told, its row of index.jsonl."""
-    told, rollout = {}, sample.rollout
+    told, rollout = {}, pipeline.rollout
 
     def spy(net, base, prompts, x_T, args, generators, cond=None, null_cond=None, *more, **kw):
         told.update(cond=cond, null=null_cond)
         return rollout(net, base, prompts, x_T, args, generators, cond, null_cond, *more, **kw)
     with monkeypatch.context() as m:
-        m.setattr(sample, "rollout", spy)
+        m.setattr(pipeline, "rollout", spy)
         sample.main([*map(str, args), "--prompt", "a cat", "--out", str(out)])
     row, = [json.loads(x) for x in (out / "index.jsonl").read_text().splitlines()]
     return data.read_video(out / row["file"])[0], told, row
@@ -95,8 +97,8 @@ def test_longer_and_larger_weights_of_tft2v():
 def test_enlarged_afterwards(base, public, tmp_path, monkeypatch):
     folder = [] if base == "tiny" else ["--weights", public(base)[0], "--frames", "3"]
     monkeypatch.setattr("gc.collect", lambda *args: 0)
-    plain = sample.sr600
-    monkeypatch.setattr(sample, "sr600", lambda *a, **k: plain(*a, **k, inversion_steps=1))
+    plain = diffusion.sr600
+    monkeypatch.setattr(pipeline, "sr600", lambda *a, **k: plain(*a, **k, inversion_steps=1))
     sample.main(["--base", base, *folder, "--prompt", "a red circle", "--sample-steps", "2", "--n", "2",
                  "--then", "sr600", "--then-weights", public("sr600")[0], "--then-size", "8", "12",
                  "--out", str(tmp_path)])

@@ -10,12 +10,16 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import bases
+import common
 import das
+import dit
+import pipeline
 import sample
-import tracks
-from common import generator, load_pickle, read_lines
+import tinyworld
+from common import generator, read_lines
 from data import read_video, video_info, write_video
-from models import TRACK_BRANCH
+from dit import TRACK_BRANCH
+from weights import load_pickle
 
 TINY = ["--base", "tiny-cogvideox", "--batch", "2", "--eval-n", "1", "--tracking-blocks", "2", "--warmup",
         "1", "--lr-schedule", "constant", "--save-every", "1"]
@@ -80,7 +84,7 @@ def test_only_the_branch_trains_and_all_of_it():
     random_branch(base.net)
     base.net.grad_ckpt = True
     base.net.train()
-    items = [tracks.TinyTracks(2, 9)[i, 0] for i in range(2)]
+    items = [tinyworld.TinyTracks(2, 9)[i, 0] for i in range(2)]
     loss_of(base, items).mean().backward()
     for name, p in base.net.named_parameters():
         branch = name.startswith(TRACK_BRANCH)
@@ -92,7 +96,7 @@ def test_only_the_branch_trains_and_all_of_it():
 
 def test_image_and_first_track_are_dropped_together_the_tracks_never():
     base = bases.load_base("tiny-cogvideox", tracks=2)
-    items, seen = [tracks.TinyTracks(2, 9)[i, 0] for i in range(2)], []
+    items, seen = [tinyworld.TinyTracks(2, 9)[i, 0] for i in range(2)], []
     forward = base.net.forward
     base.net.forward = lambda *args, **cond: seen.append(cond) or forward(*args, **cond)
     with torch.no_grad():
@@ -114,13 +118,13 @@ def test_resume_equals_the_uninterrupted_run_and_samples(tmp_path, message):
     assert whole.keys() == parts.keys() and all(torch.equal(whole[k], parts[k]) for k in whole)
     assert all(k.startswith(TRACK_BRANCH) for k in whole)
     rows = read_lines(tmp_path / "whole" / "eval.jsonl")
-    assert [r["step"] for r in rows] == [0, 3] and set(rows[1]["position"]) == set(tracks.TINY_TRACKS)
+    assert [r["step"] for r in rows] == [0, 3] and set(rows[1]["position"]) == set(tinyworld.TINY_TRACKS)
     assert (tmp_path / "whole" / "before.png").exists() and (tmp_path / "whole" / "after.png").exists()
     assert "has tracking_blocks 2, not 3" in message(
         das.main, [*TINY, "--tracking-blocks", "3", "--out", str(tmp_path / "whole"), "--resume"])
 
-    item, _ = tracks.tiny_track_clip(5, "camera", 9)
-    sample.frame_picture(item["video"][:, 0]).save(tmp_path / "first.png")
+    item, _ = tinyworld.tiny_track_clip(5, "camera", 9)
+    pipeline.frame_picture(item["video"][:, 0]).save(tmp_path / "first.png")
     write_video(tmp_path / "tracks.mp4", item["tracks"])
     clips = []
     for more in ((), ("--track-strength", "0"), ("--track-strength", "0")):
@@ -237,23 +241,23 @@ def test_trains_resumes_and_samples(name, more, small, tmp_path):
 def test_das_starts_from_the_files_of_i2v(small, tmp_path):
     """--base das with CogVideoX-5B-I2V's files, in bf16: exact copies in fp32; linear layers of zeros."""
     args = small("das", branch=False)
-    seen, step = {}, das.FiniteGuard.step
+    seen, step = {}, common.FiniteGuard.step
 
     def spy(self, opt, *a, **kw):
         seen.setdefault("weights", [p.detach().clone() for p in opt.param_groups[0]["params"]])
         return step(self, opt, *a, **kw)
-    das.FiniteGuard.step = spy
+    common.FiniteGuard.step = spy
     try:
         das.main([*args, "--dtype", "bf16"])
     finally:
-        das.FiniteGuard.step = step
+        common.FiniteGuard.step = step
     public = {}
     for shard in (tmp_path / "weights/transformer").glob("*.safetensors"):
         public |= load_file(shard)
     names = list(load_file(tmp_path / "run" / "ckpt.safetensors"))
     trained = {p.shape for p in seen["weights"]}
     assert len(names) == len(seen["weights"]) and trained
-    net = bases.CogVideoX(bases.BASES["das"].net)
+    net = dit.CogVideoX(bases.BASES["das"].net)
     order = [k for k, _ in net.named_parameters() if k.startswith(TRACK_BRANCH)]
     for k, p in zip(order, seen["weights"]):
         assert p.dtype == torch.float32

@@ -8,6 +8,7 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
+import hub
 import numpy as np
 import pytest
 import torch
@@ -17,11 +18,14 @@ import bases
 import common
 import data
 import demo
-import hub
 import models
 import sample
-from common import Env, generator, load_pickle
-from data import frame_flow, lucas_kanade, resize_flow, tiny_batch, write_video
+import tinyworld
+import weights
+from common import Env, generator
+from data import frame_flow, lucas_kanade, resize_flow, write_video
+from tinyworld import tiny_batch
+from weights import load_pickle
 
 ROOT = Path(__file__).parent.parent
 CLIPS = Path(os.environ.get("NANOVIDEO_CLIPS", "/work/shared/data/videos"))
@@ -206,7 +210,7 @@ def test_options(options, quick, tmp_path):
 def test_resume_equals_the_uninterrupted_run_and_sample_plays_it(quick, tmp_path):
     cached = [x for x in QUICK if x != "--no-cache-latents"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data.TinyWorld, "__len__", lambda self: 6)
+        patch.setattr(tinyworld.TinyWorld, "__len__", lambda self: 6)
         demo.main([*cached, "--steps", "4", "--lr-schedule", "constant", "--out", str(tmp_path / "whole")])
         for more in (["--steps", "2"], ["--steps", "4", "--resume"]):
             demo.main([*cached, "--lr-schedule", "constant", *more, "--out", str(tmp_path / "parts")])
@@ -279,7 +283,7 @@ def test_zero_2_keeps_whole_weights_until_the_backward_pass(monkeypatch):
     seen = []
     monkeypatch.setattr(fsdp, "fully_shard", lambda module, **kw: seen.append(kw) or module)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    encoder = bases.TinyText(["a"])
+    encoder = tinyworld.TinyText(["a"])
     for reshard in (False, True):
         models.parallelize(encoder, "fsdp", torch.device("cpu"), reshard=reshard)
     assert seen == [{"reshard_after_forward": False}] * 2 + [{}] * 2
@@ -294,7 +298,7 @@ def test_trains_on_public_files_and_samples(name, public, tmp_path):
             "--batch", "1", "--accum", "1", "--workers", "0", "--encoder-from", "1", "--flow-weights",
             raft_file(tmp_path / "raft.pth"), "--dtype", "bf16", "--read-fps", "8"]
     demo.main([*args, "--out", str(tmp_path / "run")])
-    tensors, meta = common.load_checkpoint(tmp_path / "run")
+    tensors, meta = weights.load_checkpoint(tmp_path / "run")
     assert meta["sample"]["negative"] == bases.NEGATIVE
     assert {k.split(".")[3] for k in tensors if k.startswith("motion_encoder.")} == {"1"}
     assert all(v.dtype == torch.float32 for v in tensors.values())
@@ -338,7 +342,7 @@ def test_the_words_for_motions_are_one_to_tiny_weak(monkeypatch):
     tiny, weak = (bases.load_base(name, motion=name == "tiny-weak") for name in ("tiny", "tiny-weak"))
     old, new = (b.text_encoder.token_embedding.weight for b in (tiny, weak))
     words = list(tiny.text_encoder.words)
-    motions = {w for m in data.MOTIONS for w in m.split()}
+    motions = {w for m in tinyworld.MOTIONS for w in m.split()}
     for word in words:
         i = words.index(word) + 1
         assert torch.equal(old[i], new[i]) == (word not in motions)

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import load_pickle, read_lines
+from common import read_lines
+from weights import load_pickle
 
 ROOT = Path(__file__).parent.parent
 VADER = [

@@ -19,9 +19,12 @@ import bases
 import data
 import dreamvideo
 import metrics
+import pipeline
 import sample
-from common import load_checkpoint, load_pickle
+import text_encoders
+import tinyworld
 from text_encoders import DINO, dino_name
+from weights import load_checkpoint, load_pickle
 
 SHARED = Path(__file__).parent.parent.parent.parent / "shared" / "data"
 STAGES = ("token", "identity", "motion")
@@ -153,9 +156,9 @@ def test_masks_and_dropped_conditions_reach_the_loss(runs, no_previews, tmp_path
 # ---- sampling
 
 def test_subject_motion_and_both(runs, tmp_path):
-    item = data.tiny_subject(0, 1)[0]
+    item = tinyworld.tiny_subject(0, 1)[0]
     picture = tmp_path / "picture.png"
-    sample.frame_picture(item["video"][:, 0]).save(picture)
+    pipeline.frame_picture(item["video"][:, 0]).save(picture)
     prompt, n = ["--prompt", "a * moving on a gray background"], iter(range(99))
 
     def clips(*args):
@@ -183,7 +186,7 @@ def test_subject_motion_and_both(runs, tmp_path):
 
 
 def test_inverse_noise(runs, tmp_path):
-    clip = data.tiny_motion(0, 1, "circling")[0].items[0]["video"]
+    clip = tinyworld.tiny_motion(0, 1, "circling")[0].items[0]["video"]
     data.write_video(tmp_path / "clip.mp4", clip)
     args = ["--ckpt", runs["motion"], "--prompt", "a red circle moving", "--n", "2"]
     mix = ["--video", tmp_path / "clip.mp4", "--inverse-noise"]
@@ -245,19 +248,19 @@ def test_read_subject(tmp_path, message):
     half = np.zeros((40, 64), np.uint8)
     half[:, :32] = 255
     Image.fromarray(half).save(tmp_path / "masks" / "0.png")
-    assert "no mask for 1.jpg" in message(data.read_subject, tmp_path, (32, 32), (4, 4))
-    assert len(data.read_subject(tmp_path, (32, 32), (4, 4), masked=False)) == 2
+    assert "no mask for 1.jpg" in message(dreamvideo.read_subject, tmp_path, (32, 32), (4, 4))
+    assert len(dreamvideo.read_subject(tmp_path, (32, 32), (4, 4), masked=False)) == 2
     Image.fromarray(half // 2).save(tmp_path / "masks" / "1.png")
-    assert "grey pixels" in message(data.read_subject, tmp_path, (32, 32), (4, 4))
+    assert "grey pixels" in message(dreamvideo.read_subject, tmp_path, (32, 32), (4, 4))
     Image.fromarray(255 - half).save(tmp_path / "masks" / "1.png")
-    items = data.read_subject(tmp_path, (32, 32), (4, 4))
+    items = dreamvideo.read_subject(tmp_path, (32, 32), (4, 4))
     assert items[0]["video"].shape == (3, 1, 32, 32) and items[0]["text"] == "a *"
     assert [x["mask"][0, 0, 0].tolist() for x in items] == [[1, 1, 0, 0], [0, 0, 1, 1]]
     (tmp_path / "list.txt").write_text("1.jpg|||a {} in the snow\n")
-    items = data.read_subject(tmp_path / "list.txt", (32, 32), (4, 4))
+    items = dreamvideo.read_subject(tmp_path / "list.txt", (32, 32), (4, 4))
     assert [x["text"] for x in items] == ["a * in the snow"]
     Image.fromarray(half[:20]).save(tmp_path / "masks" / "1.png")
-    assert "another size" in message(data.read_subject, tmp_path, (32, 32), (4, 4))
+    assert "another size" in message(dreamvideo.read_subject, tmp_path, (32, 32), (4, 4))
 
 
 def all_stages(public, tmp_path, pictures, clips, *more):
@@ -305,29 +308,29 @@ def test_real_pictures_and_a_real_clip(public, no_previews, tmp_path, monkeypatc
 # ---- the tiny world's subject and motion
 
 def test_likeness_and_path_error_on_the_truth():
-    subject = data.tiny_subject(0, 4)
-    truth = metrics.subject_likeness(torch.stack([x["video"] for x in subject]), subject)
+    subject = tinyworld.tiny_subject(0, 4)
+    truth = tinyworld.subject_likeness(torch.stack([x["video"] for x in subject]), subject)
     assert truth["colours"] > 0.95 and truth["shape"] > 0.9
-    clips, captions, _ = data.tiny_batch(1, 24)
-    other = metrics.subject_likeness(clips, subject)
+    clips, captions, _ = tinyworld.tiny_batch(1, 24)
+    other = tinyworld.subject_likeness(clips, subject)
     assert other["colours"] < 0.3 and other["shape"] < 0.75
-    for motion in data.NEW_MOTIONS:
-        few, path = data.tiny_motion(3, 3, motion)
+    for motion in tinyworld.NEW_MOTIONS:
+        few, path = tinyworld.tiny_motion(3, 3, motion)
         items = few.items
-        assert metrics.path_error([x["video"] for x in items], path)["path_error"] < 0.3
-        assert metrics.path_error(clips, path)["path_error"] > 2
-        assert {metrics.judge(x["video"])["motion"] for x in items} == {motion}
+        assert tinyworld.path_error([x["video"] for x in items], path)["path_error"] < 0.3
+        assert tinyworld.path_error(clips, path)["path_error"] > 2
+        assert {tinyworld.judge(x["video"])["motion"] for x in items} == {motion}
         assert all(x["text"].split()[3] == "moving" for x in items)
 
 
 def test_star():
     place = np.array([[16.0], [16.0], [7.0]])
-    scene = data.Scene("star", "pink", "black", "standing still", *place, "salmon")
-    video, mask = data.render(scene, with_mask=True)
+    scene = tinyworld.Scene("star", "pink", "black", "standing still", *place, "salmon")
+    video, mask = tinyworld.render(scene, with_mask=True)
     assert abs(mask.sum() - np.pi * 49) < 8  # the area of a disc of that radius
     assert torch.allclose(mask, mask.flip(-1))
     colours = {tuple(c) for c in data.to_uint8(video)[0].reshape(-1, 3).tolist()}
-    assert {data.NEW_COLOURS["pink"], data.NEW_COLOURS["salmon"], data.BACKGROUNDS["black"]} <= colours
+    assert {tinyworld.NEW_COLOURS["pink"], tinyworld.NEW_COLOURS["salmon"], tinyworld.BACKGROUNDS["black"]} <= colours
 
 
 # ---- metrics as a command
@@ -342,7 +345,7 @@ def test_scores_of_a_folder(tmp_path, monkeypatch, message):
     net, _, prepare = open_clip.create_model_and_transforms("small-clip")
     torch.save(net.state_dict(), tmp_path / "clip.pt")
     monkeypatch.setattr(metrics, "DINO", lambda: DINO(width=16, heads=2, layers=1))
-    dino = metrics.DINO()
+    dino = text_encoders.DINO()
     torch.save({dino_name(k): v for k, v in dino.state_dict().items()}, tmp_path / "dino.pth")
     (tmp_path / "dog").mkdir()
     for i in range(2):

@@ -12,6 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import demo_effect
 import numpy as np
 import pytest
 import torch
@@ -19,18 +20,19 @@ import torch
 import bases
 import das
 import data
-import demo_effect
 import dreamvideo
 import i2vgen
 import metrics
+import pipeline
 import sample
 import t2v
+import tinyworld
 import vader
 import videodpo
 import videolcm
-from common import Env, load_checkpoint
-from data import parse
-from metrics import judge_captions
+from common import Env
+from tinyworld import judge_captions, parse
+from weights import load_checkpoint
 
 RESULTS = Path(__file__).parent.parent / "results"
 SEEDS = (0, 1, 2)
@@ -136,9 +138,9 @@ def test_vader_removes_a_colour(tmp_path):
 
     Reported beside it: what becomes of 56 held-out captions of other colours.
     """
-    red = [c for c in data.tiny_captions() if parse(c)["colour"] == "red"]
+    red = [c for c in tinyworld.tiny_captions() if parse(c)["colour"] == "red"]
     order = np.random.default_rng(0).permutation(len(red))
-    others = [c for c in data.tiny_prompts(held_out=True) if c not in red]
+    others = [c for c in tinyworld.tiny_prompts(held_out=True) if c not in red]
     for name, prompts in (("train", [red[i] for i in order[21:]]), ("held-out", [red[i] for i in order[:21]]),
                           ("others", others)):
         (tmp_path / f"{name}.txt").write_text("\n".join(prompts))
@@ -311,15 +313,15 @@ def best_words(out, subject, path):
     -> likeness and its words, path error and its words. Two clips a wording of the subject, 6 of the motion.
     """
     warm = ("red", "orange", "purple", "white")  # what is nearest to salmon and pink
-    colours = [*data.COLOURS, *(f"{a} {b}" for a in warm for b in warm if a != b)]
-    objects = [f"{c} {s}" for c in colours for s in data.SHAPES]
+    colours = [*tinyworld.COLOURS, *(f"{a} {b}" for a in warm for b in warm if a != b)]
+    objects = [f"{c} {s}" for c in colours for s in tinyworld.SHAPES]
     clips = played(out / "subject", [f"a {o} moving left on a gray background" for o in objects],
                    "--base", "tiny", n=2)
-    likeness = {o: metrics.subject_likeness(clips[2 * i:2 * i + 2], subject) for i, o in enumerate(objects)}
-    motions = (*data.MOTIONS, "moving")
-    prompts = [prompt.replace("moving", m) for m in motions for _, prompt in data.tiny_previews(False)[:3]]
+    likeness = {o: tinyworld.subject_likeness(clips[2 * i:2 * i + 2], subject) for i, o in enumerate(objects)}
+    motions = (*tinyworld.MOTIONS, "moving")
+    prompts = [prompt.replace("moving", m) for m in motions for _, prompt in tinyworld.tiny_previews(False)[:3]]
     clips = played(out / "motion", prompts, "--base", "tiny", n=2)
-    errors = {m: metrics.path_error(clips[6 * i:6 * i + 6], path)["path_error"]
+    errors = {m: tinyworld.path_error(clips[6 * i:6 * i + 6], path)["path_error"]
               for i, m in enumerate(motions)}
     words, motion = max(likeness, key=lambda o: sum(likeness[o].values())), min(errors, key=errors.get)
     return likeness[words] | {"path_error": errors[motion], "words": f"{words}; {motion}"}
@@ -334,7 +336,7 @@ def test_dreamvideo(motion, seed, tmp_path):
     half that of the best words, also both together: then likeness at most 0.2 below, path error at most 1
     pixel above that of each alone. (--subject-below 300 was chosen on circling with seed 0.)
     """
-    subject, path = data.tiny_subject(seed, 4), data.tiny_motion(seed, 3, motion)[1]
+    subject, path = tinyworld.tiny_subject(seed, 4), tinyworld.tiny_motion(seed, 3, motion)[1]
     run, minutes = {stage: tmp_path / stage for stage in dreamvideo.STAGES}, {}
     for stage in run:
         more = {"token": [], "identity": ["--learned", str(run["token"])], "motion": ["--motion", motion]}
@@ -347,13 +349,13 @@ def test_dreamvideo(motion, seed, tmp_path):
              for m in ("moving left", "moving up", "standing still") for b in BACKS]
     for stage in ("token", "identity"):
         clips = played(tmp_path / f"s-{stage}", moved, "--ckpt", run[stage], n=2)
-        found[stage] = metrics.subject_likeness(clips, subject)
-    lines = [prompt for _, prompt in data.tiny_previews(False)[:3]]
+        found[stage] = tinyworld.subject_likeness(clips, subject)
+    lines = [prompt for _, prompt in tinyworld.tiny_previews(False)[:3]]
     clips = played(tmp_path / "s-motion", lines, "--ckpt", run["motion"], n=4)
-    found["motion"] = metrics.path_error(clips, path)
+    found["motion"] = tinyworld.path_error(clips, path)
     both = ["--ckpt", run["identity"], "--ckpt", run["motion"], "--subject-below", 300]
     clips = played(tmp_path / "s-joint", [f"a * moving on a {b} background" for b in BACKS], *both, n=4)
-    found["joint"] = metrics.subject_likeness(clips, subject) | metrics.path_error(clips, path)
+    found["joint"] = tinyworld.subject_likeness(clips, subject) | tinyworld.path_error(clips, path)
 
     table = []
     for name, row in found.items():
@@ -391,7 +393,7 @@ def few_steps(base, prompts, run, steps):
     """Clips of 64 captions, two a caption, from the same noise for every network -> clips, CPU s a clip."""
     args, start = argparse.Namespace(sample_steps=steps), time.process_time()
     bases.fill(args, "tiny", run)
-    clips = sample.generate(base, Env(0, 1, torch.device("cpu"), torch.float32), prompts,
+    clips = pipeline.generate(base, Env(0, 1, torch.device("cpu"), torch.float32), prompts,
                             [f"lcm-{i}" for i in range(len(prompts))], args, 16)
     return clips, (time.process_time() - start) / len(prompts)
 
@@ -406,16 +408,16 @@ def test_videolcm(tmp_path):
     start = time.process_time()
     videolcm.main(["--base", "tiny", "--out", str(tmp_path)])
     minutes = (time.process_time() - start) / 60
-    prompts, tiny = 2 * data.tiny_prompts(held_out=True), bases.load_base("tiny")
+    prompts, tiny = 2 * tinyworld.tiny_prompts(held_out=True), bases.load_base("tiny")
     tensors, meta = load_checkpoint(tmp_path)
-    student = sample.load_run(tmp_path, tensors, meta, None)
+    student = pipeline.load_run(tmp_path, tensors, meta, None)
     runs, clips, table = {}, {}, []
     for name, base, run, counts in (("base", tiny, {}, (50, 1, 2, 4, 8)),
                                     ("student", student, meta["sample"], (1, 2, 4, 8))):
         for steps in counts:
             made, seconds = few_steps(base, prompts, run, steps)
-            seen, whole = [metrics.judge(clip) for clip in made], clips.get("base-50", made)
-            centres = np.array([np.mean(metrics._centres(metrics._object(c)[3]), 1) for c in made])
+            seen, whole = [tinyworld.judge(clip) for clip in made], clips.get("base-50", made)
+            centres = np.array([np.mean(tinyworld._centres(tinyworld._object(c)[3]), 1) for c in made])
             row = judge_captions(made, prompts) | dict(
                 seconds=seconds, spread=float(np.sqrt(centres.var(0).sum())),
                 psnr=float(np.mean([metrics.psnr(a, b) for a, b in zip(made, whole)])) if clips else None,
@@ -463,9 +465,9 @@ def text_free(out, runs, minutes):
         seen = json.loads((out / name / "judge.json").read_text())
         index = [json.loads(x) for x in (out / name / "index.jsonl").read_text().splitlines()]
         clips.append([data.read_video(out / name / r["file"])[0] for r in index])
-        pairs = [(metrics.judge(c)["motion"], parse(r["prompt"])["motion"]) for c, r in zip(clips[-1], index)]
+        pairs = [(tinyworld.judge(c)["motion"], parse(r["prompt"])["motion"]) for c, r in zip(clips[-1], index)]
         seen["axis"] = float(np.mean([a in (b, AXIS.get(b)) for a, b in pairs]))
-        seen["smoothness"] = float(np.median([metrics.judge(c)["smoothness"] for c in clips[-1]]))
+        seen["smoothness"] = float(np.median([tinyworld.judge(c)["smoothness"] for c in clips[-1]]))
         cells = " | ".join(f"{100 * seen[k]:.1f} %" for k in ("shape", "colour", "motion", "axis"))
         rows.append(f"| {name} | {cells} | {seen['smoothness']:.2f} | {minutes[name]:.1f} |")
         found[name] = seen
@@ -502,7 +504,7 @@ def higen_speeds(out, run, minutes):
     speeds, right, clips = [], [], []
     for factor in FACTORS:
         made = played(out / str(factor), MOVES, "--ckpt", run, "--motion-factor", factor, n=1)
-        seen = [metrics.judge(clip) for clip in made]
+        seen = [tinyworld.judge(clip) for clip in made]
         speeds.append([s["speed"] for s in seen])
         right.append(float(np.mean([s["motion"] == parse(p)["motion"] for s, p in zip(seen, MOVES)])))
         clips.append(made)
@@ -532,20 +534,20 @@ def check_higen(mean, right, minutes):
 
 def followed_maps(run, minutes):
     """48 held-out scenes, words without motion, by each condition alone -> {name: figures}, written."""
-    videos, _, scenes = data.tiny_batch((0, data.HELD_OUT), 48, drop_background=0.0)
+    videos, _, scenes = tinyworld.tiny_batch((0, tinyworld.HELD_OUT), 48, drop_background=0.0)
     prompts = [f"a {s.colour} {s.shape} on a {s.background} background" for s in scenes]
     maps = [data.video_maps(v, ("sketch", "motion"), flow=data.lucas_kanade) |
-            {"depth": data.render(s, with_mask=True)[1]} for v, s in zip(videos, scenes)]
+            {"depth": tinyworld.render(s, with_mask=True)[1]} for v, s in zip(videos, scenes)]
     args = sample.get_args(["--ckpt", str(run), "--prompt", "a", "--sample-steps", "10", "--batch", "16"])
     tensors, meta = load_checkpoint(run)
-    base = sample.load_run(run, tensors, meta, None)
+    base = pipeline.load_run(run, tensors, meta, None)
     bases.fill(args, base.name, meta["sample"])
     env, found, rows, clips = Env(0, 1, torch.device("cpu"), torch.float32), {}, [], [list(videos)]
     for name in (None, "depth", "sketch", "motion"):
         given = {name: torch.stack([m[name] for m in maps])} if name else {}
-        made = sample.generate_split(base, env, prompts, [f"map-{i}" for i in range(48)], args, maps=given)
-        errors = [metrics.position_error(v, s.x, s.y) for v, s in zip(made, scenes)]
-        right = [metrics.judge(v)["motion"] == s.motion for v, s in zip(made, scenes)]
+        made = pipeline.generate_split(base, env, prompts, [f"map-{i}" for i in range(48)], args, maps=given)
+        errors = [tinyworld.position_error(v, s.x, s.y) for v, s in zip(made, scenes)]
+        right = [tinyworld.judge(v)["motion"] == s.motion for v, s in zip(made, scenes)]
         found[name or "none"] = dict(position=float(np.mean(errors)), motion=float(np.mean(right)))
         rows.append(f"| {name or 'none'} | {100 * np.mean(errors):.1f} % | {100 * np.mean(right):.1f} % |")
         clips.append(list(made))

@@ -18,9 +18,9 @@ import sample
 import t2v
 import vader
 from bases import load_base
-from common import load_checkpoint
 from data import write_video
 from models import UNet3D, unet_diffusers_name
+from weights import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
 

@@ -7,14 +7,18 @@ from pathlib import Path
 
 import hub
 import numpy as np
+import oracles
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
 import bases
-import oracles
+import diffusion
 import sample
+import text_encoders
+import pipeline
+import tracks
 from bases import load_base, merge_public_lora
 from data import read_video, video_info, write_video
 
@@ -67,7 +71,7 @@ def test_diffusers_layout(name, monkeypatch, tmp_path):
     base = load_base(name, tmp_path)
     same(base.net, expected["net"])
     same(base.vae, expected["vae"])
-    ids = bases.tokenize(["a red ball"])
+    ids = text_encoders.tokenize(["a red ball"])
     import transformers
     peer = transformers.CLIPTextModel.from_pretrained(tmp_path / "text_encoder").eval()
     with torch.no_grad():
@@ -151,7 +155,7 @@ def test_dreamvideo_adapters(public, tmp_path):
 @pytest.fixture
 def play(monkeypatch, public, tmp_path):
     """play(base, *args) -> (clips before they are written, rows of index.jsonl); the files are looked at."""
-    monkeypatch.setattr(sample, "sr600", partial(sample.sr600, inversion_steps=2))
+    monkeypatch.setattr(pipeline, "sr600", partial(diffusion.sr600, inversion_steps=2))
     monkeypatch.setattr("gc.collect", lambda *args: 0)  # imageio does at every close: 0.4 s each time here
 
     def run(name, *args):
@@ -274,8 +278,8 @@ def test_depth_of_a_video(play, tmp_path, monkeypatch):
     state = {key: oracles.fill_tensor(key, shape) for key, shape in case.params.items()}
     state["head.4.weight"] *= 20  # some of it beyond the clamp
     torch.save(state, tmp_path / "midas.pth")
-    small = partial(sample.MiDaS, 32, 4, 4, 16, 64, (8, 16, 32, 32), 16)
-    monkeypatch.setattr(sample, "MiDaS", small)
+    small = partial(tracks.MiDaS, 32, 4, 4, 16, 64, (8, 16, 32, 32), 16)
+    monkeypatch.setattr(tracks, "MiDaS", small)
     write_video(tmp_path / "clip.mp4", F.interpolate(torch.rand(3, 4, 5, 6) * 2 - 1, (64, 80)))
     frames = read_video(tmp_path / "clip.mp4", 3)[0].add(1).mul(127.5).round().byte().permute(1, 2, 3, 0)
     frames = [np.asarray(Image.fromarray(f.numpy()).resize((64, 32), Image.BILINEAR)) for f in frames]

@@ -13,11 +13,15 @@ from safetensors.torch import load_file
 
 import bases
 import i2vgen
+import pipeline
 import sample
-from common import generator, load_pickle
-from data import (MOTIONS, NEW_MOTIONS, TINY_WORDS, TinyWorld, read_video, tiny_batch, tiny_pairs, tiny_scene,
-                  video_info, write_video)
-from metrics import judge, judge_captions, psnr
+from common import generator
+from data import read_video, video_info, write_video
+from metrics import psnr
+from tinyworld import (
+    MOTIONS, NEW_MOTIONS, TINY_WORDS, TinyWorld, judge, judge_captions, tiny_batch, tiny_pairs,
+    tiny_scene)
+from weights import load_pickle
 
 ROOT = Path(__file__).parent.parent
 CLIPS = ROOT.parent / "shared" / "data" / "videos"
@@ -121,14 +125,14 @@ def test_from_scratch_to_packed_base_to_fine_tuning(tmp_path, monkeypatch):
 
 def test_a_continued_clip_starts_where_the_last_one_ended(tmp_path, monkeypatch):
     """The clip's own last frame comes back as the next one's condition, and is not there twice."""
-    seen, real = [], sample.conditions
+    seen, real = [], pipeline.conditions
     train(tmp_path / "run", 1)
 
     def spy(base, env, args, images, maps=None):
         seen.append(images[0])
         return real(base, env, args, images, maps)
-    monkeypatch.setattr(sample, "conditions", spy)
-    monkeypatch.setattr(sample, "generate", lambda base, env, prompts, seeds, args, *a, **kw: torch.stack(
+    monkeypatch.setattr(pipeline, "conditions", spy)
+    monkeypatch.setattr(pipeline, "generate", lambda base, env, prompts, seeds, args, *a, **kw: torch.stack(
         [torch.linspace(-1, 0, 8)[None, :, None, None].expand(3, 8, 32, 32)] * len(prompts)))
     Image.new("RGB", (32, 32)).save(tmp_path / "first.png")
     sample.main(["--ckpt", str(tmp_path / "run"), "--image", str(tmp_path / "first.png"), "--prompt",

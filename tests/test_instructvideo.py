@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 import bases
 import instructvideo
 import sample
-from common import generator, load_checkpoint, load_pickle, read_lines
-from data import TinyWorld, parse, tiny_prompts, write_video
+from common import generator, read_lines
+from data import write_video
 from diffusion import ddim, make_schedule
-from metrics import judge_captions
 from models import add_lora, merge_lora
+from tinyworld import TinyWorld, judge_captions, parse, tiny_prompts
+from weights import load_checkpoint, load_pickle
 
 # beside the repository, or one of its work trees
 CLIPS = [p for p in (folder / "shared/data/videos" for folder in Path(__file__).parents) if p.exists()]

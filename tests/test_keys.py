@@ -11,17 +11,20 @@ import pytest
 import torch
 
 import diffusion
-from bases import BASES, local_file, text_state, unet_state, vae_state
-from common import load_pickle, load_strict, load_weights, looks_like, rename
+from bases import BASES, text_state, unet_state, vae_state
 from data import clip_image_squeezed, clip_normalize
-from models import (CogVideoX, CogVideoXConfig, STDiT3, STDiT3Config, UNet3D, UNetConfig, add_lora,
-                    instructvideo_lora_name, turbo_lora_layers, unet_diffusers_name, videocrafter_name)
-from sample import MiDaS, midas_name
-from text_encoders import (DINO, CLIPConfig, OpenCLIP, OpenCLIPText, OpenCLIPVision, Resampler, T5Config,
-                           T5Text, clip_text_only, dino_name, save_learned, t5_tokenizer, text_from_hf,
-                           tokenize, vision_from_hf)
-from vae import (AutoencoderKL, CogVideoXVAE, CogVideoXVAEConfig, OpenSoraVAE, Tiles, VAEConfig,
-                 opensora_vae_name, vae_diffusers_name)
+from dit import CogVideoX, CogVideoXConfig, STDiT3, STDiT3Config
+from models import (
+    UNet3D, UNetConfig, add_lora, instructvideo_lora_name, turbo_lora_layers, unet_diffusers_name,
+    videocrafter_name)
+from text_encoders import (
+    DINO, CLIPConfig, OpenCLIP, OpenCLIPText, OpenCLIPVision, Resampler, T5Config, T5Text,
+    clip_text_only, dino_name, save_learned, t5_tokenizer, text_from_hf, tokenize, vision_from_hf)
+from tracks import MiDaS, midas_name
+from vae import (
+    AutoencoderKL, CogVideoXVAE, CogVideoXVAEConfig, OpenSoraVAE, Tiles, VAEConfig,
+    opensora_vae_name, vae_diffusers_name)
+from weights import load_pickle, load_strict, load_weights, local_file, looks_like, rename
 
 DATA = Path(__file__).parent / "oracle_data"
 

@@ -11,12 +11,15 @@ from safetensors.torch import load_file
 import data
 import i2vgen
 import models
+import pipeline
 import sample
 import t2v
+import tinyworld
 import vader
 import videolcm
 from bases import fill, load_base
-from common import Env, load_checkpoint, load_pickle
+from common import Env
+from weights import load_checkpoint, load_pickle
 
 T2V = ["--base", "tiny", "--batch", "2", "--no-cache-latents", "--preview-every", "0"]
 QUICK = {
@@ -147,7 +150,7 @@ def test_the_text_tower_goes_when_all_texts_are_encoded(module, args, tmp_path, 
         save(*args, **kw)
     monkeypatch.setattr(module, "load_base", spy)
     monkeypatch.setattr(module, "save_checkpoint", check)
-    monkeypatch.setattr(data.TinyWorld, "__len__", lambda self: 4)
+    monkeypatch.setattr(tinyworld.TinyWorld, "__len__", lambda self: 4)
     module.main(["--base", "tiny", "--steps", "1", "--batch", "1", *args, "--out", str(tmp_path)])
     assert towers[1:] == [True]
 
@@ -168,6 +171,6 @@ def test_a_clip_depends_neither_on_batch_nor_on_its_neighbours():
     for eta in (0.0, 1.0):
         args = argparse.Namespace(sample_steps=4, eta=eta)
         fill(args, "tiny")
-        together = sample.generate(base, env, prompts, ["a", "b", "c"], args)
-        alone = sample.generate(base, env, prompts[1:2], ["b"], args)
+        together = pipeline.generate(base, env, prompts, ["a", "b", "c"], args)
+        alone = pipeline.generate(base, env, prompts[1:2], ["b"], args)
         assert (together[1] - alone[0]).abs().max() < 1e-4

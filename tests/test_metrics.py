@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from bases import load_base
-from data import MOTIONS, parse, render, tiny_batch, tiny_captions, tiny_prompts
-from metrics import ATTRIBUTES, cosine, judge, judge_captions, temporal_consistency
+from metrics import cosine, temporal_consistency
+from tinyworld import (
+    ATTRIBUTES, MOTIONS, judge, judge_captions, parse, render, tiny_batch, tiny_captions,
+    tiny_prompts)
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import UserError
-from diffusion import (Schedule, boundary_scalings, ddim, ddim_invert, ddim_timesteps, diffusion_loss,
-                       dpmpp_2m_sde, flow_add_noise, flow_loss, flow_timesteps, flow_transform, guided, lcm,
-                       linear_sd, make_schedule, randn, rflow, x0_scale)
-from models import (GEGLU, GELU, FeedForward, Layer, STDiT3, STDiT3Config, UNet3D, UNetConfig, add_lora,
-                    conv2d, lean, merge_lora)
-from vae import TINY_VAE, AutoencoderKL, OpenSoraVAE, OpenSoraVAEConfig, VAEConfig
+from diffusion import (
+    Schedule, boundary_scalings, ddim, ddim_invert, ddim_timesteps, diffusion_loss, dpmpp_2m_sde,
+    flow_add_noise, flow_loss, flow_timesteps, flow_transform, guided, lcm, linear_sd,
+    make_schedule, randn, rflow, x0_scale)
+from dit import STDiT3, STDiT3Config
+from models import (
+    GEGLU, GELU, FeedForward, Layer, UNet3D, UNetConfig, add_lora, conv2d, lean, merge_lora)
+from tinyworld import TINY_VAE
+from vae import AutoencoderKL, OpenSoraVAE, OpenSoraVAEConfig, VAEConfig
 
 SMALL = UNetConfig(dim=32, dim_mult=(1, 2), num_res_blocks=1, attn_scales=(1.0, 0.5), head_dim=16,
                    num_heads=2, context_dim=24, dropout=0.0, use_fps_condition=True)

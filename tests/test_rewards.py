@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 
 import rewards
 import sample
-from data import COLOURS, MOTIONS, render, tiny_scene, write_video
-from metrics import judge
+from data import write_video
 from rewards import get_reward, score
 from text_encoders import CLIP_L14, CLIPConfig, OpenCLIP, clip_from_hf, tokenize
+from tinyworld import COLOURS, MOTIONS, judge, render, tiny_scene
 
 DATA = Path(__file__).parent / "oracle_data" / "rewards"
 RED = "a red circle moving left"

@@ -14,11 +14,13 @@ import torch
 from safetensors.torch import load_file
 
 import common
-import data
+import pipeline
 import sample
 import t2v
+import tinyworld
 import vader
-from common import Env, FiniteGuard, UserError, clip_gradients, load_checkpoint, load_pickle, memory_advice
+from common import Env, FiniteGuard, UserError, clip_gradients, memory_advice
+from weights import load_checkpoint, load_pickle
 
 ROOT = Path(__file__).parent.parent
 ARGS = ["--base", "tiny", "--batch", "2", "--rank", "2", "--preview-every", "0", "--save-every", "1",
@@ -294,8 +296,8 @@ def test_offload_changes_nothing_but_where_things_wait(method, more, tmp_path):
 # ---- latents encoded once
 
 def test_latents_are_encoded_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(t2v, "TinyWorld", lambda n, *more, **options: data.TinyWorld(70, *more, **options))
-    calls, moments = [], t2v.moments
+    monkeypatch.setattr(t2v, "TinyWorld", lambda n, *more, **options: tinyworld.TinyWorld(70, *more, **options))
+    calls, moments = [], pipeline.moments
 
     def spy(vae, video, env):
         calls.append(len(video))

@@ -11,10 +11,13 @@ import bases
 import data
 import diffusion
 import models
+import pipeline
 import sample
 import t2v
+import tinyworld
 from bases import forget_motion, load_base, spatial_parameters
-from common import Env, MySamples, load_checkpoint, load_pickle
+from common import Env, MySamples
+from weights import load_checkpoint, load_pickle
 
 CLIPS = [p for p in (folder / "shared/data/videos" for folder in Path(__file__).parents) if p.exists()]
 real = pytest.mark.skipif(not CLIPS, reason="needs real clips, shared/data/videos")
@@ -87,7 +90,7 @@ def test_zero_snr_goes_with_the_run(tmp_path, monkeypatch):
     monkeypatch.setitem(bases.BASES, "tiny", bases.replace(
         row, schedule=weak, sample=row.sample | {"spacing": "leading"}))
     tensors, meta = train(tmp_path / "run", "--base", "tiny", "--steps", 1, "--zero-snr", "--rank", 2)
-    base = sample.load_run(tmp_path / "run", tensors, meta, None)
+    base = pipeline.load_run(tmp_path / "run", tensors, meta, None)
     assert base.schedule.prediction == "v" and base.schedule.alpha_bar[-1] < 1e-12
     assert meta["sample"]["spacing"] == "trailing"
     assert load_base("tiny").schedule.prediction == "eps"
@@ -174,7 +177,7 @@ def test_maps_start_as_nothing_and_can_be_dropped_for_one_sample():
 
 
 def test_maps_of_a_tiny_clip():
-    rows = data.TinyWorld(40, depth=True, motion="moving right")
+    rows = tinyworld.TinyWorld(40, depth=True, motion="moving right")
     item = next(rows[i, 0] for i in range(40) if "square" in rows[i, 0]["text"])
     maps = data.video_maps(item["video"], models.MAPS, flow=data.lucas_kanade)
     inside = item["depth"][0, 1:] > 0
@@ -192,9 +195,9 @@ def test_maps_of_a_tiny_clip():
 
 def test_training_with_maps_goes_on_bit_for_bit(tmp_path):
     args = ["--base", "tiny-vcomposer", "--cache-latents", "--lr-schedule", "constant", "--image-share", 0.5]
-    small = data.TinyWorld.__init__
+    small = tinyworld.TinyWorld.__init__
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(data.TinyWorld, "__init__", lambda self, n, *a, **k: small(self, 4, *a, **k))
+        m.setattr(tinyworld.TinyWorld, "__init__", lambda self, n, *a, **k: small(self, 4, *a, **k))
         whole, _ = train(tmp_path / "whole", *args, "--steps", 4)
         train(tmp_path / "parts", *args, "--steps", 2)
         parts, _ = train(tmp_path / "parts", *args, "--steps", 4, "--resume")

@@ -4,7 +4,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from text_encoders import CLIPConfig, OpenCLIPText, insert_vectors, load_learned, save_learned, tokenize
+from text_encoders import (
+    CLIPConfig, OpenCLIPText, insert_vectors, load_learned, save_learned, tokenize)
 
 STAR = 265
 

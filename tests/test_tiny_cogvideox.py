@@ -9,14 +9,12 @@ from safetensors.torch import save_file
 
 import bases
 import sample
-import vae
+import tinyworld
 from bases import BASES, latent_shape, load_base
-from common import load_weights, replace_part
-from data import tiny_batch
-from metrics import judge_captions
-from models import PATCH, CogVideoX
-from text_encoders import TinyText
+from dit import PATCH, CogVideoX
+from tinyworld import TinyText, judge_captions, tiny_batch
 from vae import CogVideoXVAE
+from weights import load_weights, replace_part
 
 NAME, ROW = "tiny-cogvideox", BASES["tiny-cogvideox"]
 ASSET = bases.ASSETS / f"{NAME}.safetensors"
@@ -119,20 +117,20 @@ def test_autoencoder_decodes_chosen_frames_and_chunks_as_the_whole():
 
 
 def test_clips_it_is_trained_on():
-    clips = vae.tiny_clips((3, 4), 8)
+    clips = tinyworld.tiny_clips((3, 4), 8)
     assert clips.shape == (8, 3, 9, 32, 32) and clips.abs().max() <= 1
-    assert torch.equal(clips, vae.tiny_clips((3, 4), 8)) and not torch.equal(clips, vae.tiny_clips((3, 5), 8))
+    assert torch.equal(clips, tinyworld.tiny_clips((3, 4), 8)) and not torch.equal(clips, tinyworld.tiny_clips((3, 5), 8))
     assert (clips[4:].diff(dim=2).abs().amax((1, 3, 4)) > 0.1).any(1).all()  # the wild ones move
 
 
 def test_training_writes_the_part(assets):
     path = assets / f"{NAME}.safetensors"
     before = load_weights(path)
-    vae.train_tiny(NAME, path, 1, 1, 2)
+    tinyworld.train_autoencoder(NAME, path, 1, 1, 2)
     after = load_weights(path)
     changed = {k for k in before if not torch.equal(before[k], after[k])}
     assert after.keys() == before.keys() and changed and all(k.startswith("vae.") for k in changed)
-    vae.train_tiny(NAME, path, 0, 3, 2)  # the decoder alone
+    tinyworld.train_autoencoder(NAME, path, 0, 3, 2)  # the decoder alone
     again = load_weights(path)
     assert {k.split(".")[1] for k in after if not torch.equal(after[k], again[k])} == {"decoder"}
 
@@ -142,7 +140,7 @@ def test_shipped_autoencoder():
     """Held-out clips come back as they were: of the tiny world, on wild paths, tracking videos."""
     auto = load_base(NAME).vae
     video, captions, _ = tiny_batch((12, 34), 128, 9)
-    wild = torch.stack([vae.wild_clip(np.random.default_rng((5, i)), 9) for i in range(32)])
+    wild = torch.stack([tinyworld.wild_clip(np.random.default_rng((5, i)), 9) for i in range(32)])
     with torch.no_grad():
         back = auto.decode(auto.encode(video)).clamp(-1, 1)
         again = auto.decode(auto.encode(wild)).clamp(-1, 1)

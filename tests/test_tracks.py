@@ -8,8 +8,11 @@ import torch
 from PIL import Image
 
 import das
+import data
+import tinyworld
 import tracks
-from data import HELD_OUT, read_video, video_info, write_video
+from data import read_video, video_info, write_video
+from tinyworld import HELD_OUT
 
 K = tracks.intrinsics(48, 72)
 NEAR, FAR = np.array([0.2, -0.1, 2.0]), np.array([-0.2, 0.1, 8.0])
@@ -236,8 +239,8 @@ def test_grid_is_the_published_one():
 
 def test_depth_by_transformers(tmp_path, message):
     """A small network of random weights in each of the two kinds of output: nearness and distances."""
-    from transformers import (DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config,
-                              DPTImageProcessor)
+    from transformers import (
+        DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config, DPTImageProcessor)
     video = torch.rand(3, 2, 30, 40) * 2 - 1
     depths = []
     for kind in ("relative", "metric"):
@@ -321,16 +324,16 @@ def test_batches_of_buckets():
         items = [i for b, i in whole if b == bucket]
         assert all(sorted(items[i:i + n]) == list(range(n)) for i in range(0, len(items) - n, n))
     single = [i for _, i in tracks.bucket_indices([7], 3, 20, 4, seed=5)]
-    assert single == tracks.batch_indices(7, 3, 20, 5)                         # one bucket: as everywhere
+    assert single == data.batch_indices(7, 3, 20, 5)                         # one bucket: as everywhere
 
 
 # ---- the tiny world
 
-@pytest.mark.parametrize("motion", tracks.TINY_TRACKS)
+@pytest.mark.parametrize("motion", tinyworld.TINY_TRACKS)
 def test_tiny_tracks_are_where_the_object_is(motion):
-    from metrics import position_error
+    from tinyworld import position_error
     for i in range(20):
-        item, scene = tracks.tiny_track_clip((0, HELD_OUT, i), motion, 9)
+        item, scene = tinyworld.tiny_track_clip((0, HELD_OUT, i), motion, 9)
         assert position_error(item["video"], scene.x, scene.y) < 0.02
         blue = (item["tracks"][2] > 0.5).float()
         x = (blue.sum(1) * (torch.arange(32) + 0.5)).sum(1) / blue.sum((1, 2))
@@ -342,7 +345,7 @@ def test_tiny_tracks_are_where_the_object_is(motion):
 
 
 def test_position_error_of_nothing_is_half_a_frame():
-    from metrics import position_error
+    from tinyworld import position_error
     assert position_error(torch.zeros(3, 9, 32, 32), np.full(9, 16.0), np.full(9, 16.0)) == 0.5
 
 

@@ -9,12 +9,17 @@ import torch
 from safetensors.torch import save_file
 
 import bases
+import data
+import dit
 import sample
-from common import rename
+import text_encoders
+import vae
+import weights
 from data import video_info, write_video
-from models import CogVideoXConfig, STDiT3Config
+from dit import CogVideoXConfig, STDiT3Config
 from text_encoders import T5Config
 from vae import CogVideoXVAEConfig, OpenSoraVAEConfig, VAEConfig, opensora_vae_name
+from weights import rename
 
 NAMES = [name for name, row in bases.BASES.items() if isinstance(row.text, T5Config)]
 COGVIDEOX = [name for name in NAMES if name != "opensora"]
@@ -47,7 +52,7 @@ def publish(folder, name):
     spm = pytest.importorskip("sentencepiece")
     row, expected = bases.BASES[name], {}
     kinds = {"net": (bases.NETWORKS, row.net), "vae": (bases.AUTOENCODERS, row.vae),
-             "text": ({T5Config: bases.T5Text}, row.text)}
+             "text": ({T5Config: text_encoders.T5Text}, row.text)}
     for seed, (part, (table, cfg)) in enumerate(kinds.items()):
         module = hub.on_meta(table[type(cfg)], cfg)
         state = hub.random_state(module, seed)
@@ -121,7 +126,7 @@ def test_samples_end_to_end(name, monkeypatch, tmp_path, picture):
         width = row.sample["width"] // row.vae.factor * row.vae.factor
         assert video_info(out / "0001.mp4") == (row.sample["frames"], row.sample["save_fps"],
                                                 (size // row.vae.factor * row.vae.factor, width))
-        clips.append(sample.read_video(out / "0001.mp4")[0])
+        clips.append(data.read_video(out / "0001.mp4")[0])
     # whatever the batch and the order of the branches; the files are 8 bit and compressed
     assert (clips[0] - clips[1]).abs().mean() < 0.02 < clips[0].std()
 
@@ -131,7 +136,7 @@ def test_das_starts_from_i2v(monkeypatch, tmp_path):
     small(monkeypatch, "das")
     expected = publish(tmp_path, "das")["net"]
     state = {k: v for k, v in expected.items() if "_copy." not in k and "combine_linear" not in k}
-    net = hub.on_meta(bases.CogVideoX, bases.BASES["das"].net)
+    net = hub.on_meta(dit.CogVideoX, bases.BASES["das"].net)
     started = bases.unet_state(state, net, "file")
     assert started.keys() == expected.keys()
     copied = "transformer_blocks.0.attn1.to_q.weight"
@@ -171,13 +176,13 @@ def test_a_files_kind_is_named(monkeypatch, tmp_path, message):
     small(monkeypatch, "cogvideox-5b")
     publish(tmp_path, "cogvideox-5b")
     state = {key: torch.zeros(1) for key in ("patch_embed.x", "transformer_blocks.0.norm1.linear.weight")}
-    net = hub.on_meta(bases.CogVideoX, bases.BASES["cogvideox-5b"].net)
-    assert "CogVideoX" in message(bases.load_strict, net, state, "cogvideox-5b net")
+    net = hub.on_meta(dit.CogVideoX, bases.BASES["cogvideox-5b"].net)
+    assert "CogVideoX" in message(weights.load_strict, net, state, "cogvideox-5b net")
 
 
 def test_opensora_vae_renames_both_ways():
     cfg = OpenSoraVAEConfig()
-    net = hub.on_meta(bases.OpenSoraVAE, cfg)
+    net = hub.on_meta(vae.OpenSoraVAE, cfg)
     theirs = {opensora_vae_name(k): v for k, v in net.state_dict().items()}
     assert rename(theirs, net, opensora_vae_name, "file").keys() == net.state_dict().keys()
 
@@ -196,7 +201,7 @@ def test_dynamic_guidance_changes_the_clip(monkeypatch, tmp_path):
         out = tmp_path / rule
         sample.main(["--base", "cogvideox-5b", "--weights", str(tmp_path / "weights"), "--prompt",
                      "a red ball", "--dynamic-cfg", rule, "--out", str(out)])
-        clips.append(sample.read_video(out / "0000.mp4")[0])
+        clips.append(data.read_video(out / "0000.mp4")[0])
     assert all((a - b).abs().mean() > 0.005 for a, b in zip(clips, clips[1:] + clips[:1]))
 
 

@@ -4,21 +4,26 @@ from argparse import Namespace
 from dataclasses import replace
 
 import pytest
+import test_transformers
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-
-import bases
-import rewards
-import sample
-import test_transformers
-import vader
-from common import Env, load_checkpoint
-from data import video_info
-from models import UNet3D, UNetConfig, add_lora, merge_lora, videocrafter_name
 from test_effects import write
 from test_keys import on_meta, read
+
+import bases
+import common
+import diffusion
+import dit
+import pipeline
+import rewards
+import sample
+import vader
+from common import Env
+from data import video_info
+from models import UNet3D, UNetConfig, add_lora, merge_lora, videocrafter_name
 from vae import AutoencoderKL
+from weights import load_checkpoint
 
 PEFT, CRAFTER = "base_model.model.", "model.diffusion_model."
 
@@ -90,21 +95,21 @@ def test_the_rollout_and_the_evaluation_are_the_same_clip():
     image, env = Image.new("RGB", (32, 32), (60, 100, 255)), Env(0, 1, torch.device("cpu"), torch.float32)
     reward = rewards.get_reward("temporal", "cpu")
     prompt = ["a blue square moving left"]
-    noise = iter([sample.generator("sample", "a"), sample.generator("sample", "a-1")])
-    real = vader.randn
+    noise = iter([common.generator("sample", "a"), common.generator("sample", "a-1")])
+    real = diffusion.randn
     try:
-        vader.randn = lambda shape, generators, device: real(shape, [next(noise)], device)
+        diffusion.randn = lambda shape, generators, device: real(shape, [next(noise)], device)
         loss = vader.vader_loss(base.net, base, env, reward, prompt, [image], [None], args, 1, range(15))
     finally:
-        vader.randn = real
-    video = sample.generate_from(base, env, prompt, [image], ["a"], args, more=1)
+        diffusion.randn = real
+    video = pipeline.generate_from(base, env, prompt, [image], ["a"], args, more=1)
     assert torch.allclose(-loss, rewards.score(reward, video, prompt), atol=1e-6)
 
 
 # ---- which frames
 
 def test_frames_to_decode():
-    g = sample.generator(0)
+    g = common.generator(0)
     assert vader.pick_frames("first-middle-last", 9, g) == [0, 4, 8]
     assert vader.pick_frames("first-middle-last", 2, g) == [0, 1]
     assert vader.pick_frames("alt", 5, g) == [0, 2, 4] and vader.pick_frames("3", 5, g) == [3]
@@ -145,7 +150,7 @@ def test_public_lora_is_a_start_and_a_file_to_sample_with(small, tmp_path):
     tensors, meta = load_checkpoint(tmp_path / "run")
     assert meta["rank"] == 4 and meta["alpha"] == 8 and len(tensors) == len(file)
     assert torch.allclose(tensors[f"{layer}.lora_A.weight"], a)
-    run = sample.load_run(str(tmp_path / "run"), tensors, meta, args[3])
+    run = pipeline.load_run(str(tmp_path / "run"), tensors, meta, args[3])
     for k, v in run.net.state_dict().items():
         assert torch.allclose(v, base.net.state_dict()[k], atol=1e-5), k
     vader.main([*args, "--lora", str(tmp_path / "lora.pt"), "--steps", "2", "--resume"])
@@ -155,7 +160,7 @@ def test_public_lora_is_a_start_and_a_file_to_sample_with(small, tmp_path):
 @pytest.mark.parametrize("name, config, net", [
     ("vader_videocrafter_pickscore", UNetConfig(**bases.VC2_NET), UNet3D),
     ("vader_videocrafter_hps_aesthetic", UNetConfig(**bases.VC2_NET), UNet3D),
-    ("vader_opensora_lora_r16", bases.STDiT3Config(), bases.STDiT3)])
+    ("vader_opensora_lora_r16", dit.STDiT3Config(), dit.STDiT3)])
 def test_manifests_of_the_published_loras(name, config, net, tmp_path):
     file, net = read(f"vader/{name}.manifest"), on_meta(net, config)
     torch.save({k: torch.zeros(shape) for k, shape in file["keys"].items()}, tmp_path / "lora.pt")
@@ -175,7 +180,7 @@ def test_our_lora_loads_in_peft(small, tmp_path):
     bases.main(["--export-peft", str(tmp_path / "peft"), "--ckpt", str(tmp_path / "run")])
     base = bases.load_base("modelscope", args[3])
     tensors, meta = load_checkpoint(tmp_path / "run")
-    ours = sample.load_run(str(tmp_path / "run"), tensors, meta, args[3]).net
+    ours = pipeline.load_run(str(tmp_path / "run"), tensors, meta, args[3]).net
     theirs = peft.PeftModel.from_pretrained(base.net, str(tmp_path / "peft")).eval()
     x, t, text = torch.randn(1, 4, 3, 4, 6), torch.tensor([500]), torch.randn(1, 77, 32)
     plain = bases.load_base("modelscope", args[3]).net
@@ -267,7 +272,7 @@ def held(base, last, **args):
     own = {p.untyped_storage().data_ptr() for m in (base.net, base.vae) for p in m.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         vader.vader_loss(base.net, base, env, rewards.get_reward("brightness", "cpu"),
-                         ["a red circle growing"], [None], [sample.generator(0)], options, last, [3])
+                         ["a red circle growing"], [None], [common.generator(0)], options, last, [3])
     return sum(t.untyped_storage().nbytes() for k, t in seen.items() if k not in own)
 
 
@@ -287,7 +292,7 @@ def test_what_a_step_holds_at_a_middle_size(monkeypatch):
                   sample=row.sample | dict(frames=4, height=64, width=64))
     monkeypatch.setitem(bases.BASES, "modelscope", row)
     base = bases.Base("modelscope", row, UNet3D(row.net).eval(), AutoencoderKL(row.vae).eval(), None,
-                      bases.make_schedule(**row.schedule), None)
+                      diffusion.make_schedule(**row.schedule), None)
     base.freeze(torch.float32)
     base.encoded = {(prompt, False): torch.randn(77, 256) for prompt in ("a red circle growing", "")}
     runs = {(steps, last): held(base, last, sample_steps=steps) / 1e6

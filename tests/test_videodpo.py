@@ -18,16 +18,24 @@ from safetensors.torch import load_file
 from test_dist import launch, relative
 
 import bases
-import metrics
+import common
+import data
+import dit
 import models
+import omniscore
+import pipeline
 import sample
+import text_encoders
 import videodpo
 from bases import fill, load_base
-from common import Env, generator, load_checkpoint, read_lines
-from data import PairDataset, quick_files, tiny_batch, tiny_scene, render, write_video
+from common import Env, generator, read_lines
+from data import PairDataset, quick_files, write_video
 from diffusion import make_schedule, noised, randn
-from metrics import OMNISCORE_TINY, omniscore, pair_folder, scorer, tiny_dimensions
 from models import add_lora, frozen_copy, without_lora
+from omniscore import OMNISCORE_TINY, scorer, tiny_dimensions, total_score
+from tinyworld import render, tiny_batch, tiny_scene
+from videodpo import pair_folder
+from weights import load_checkpoint
 
 CPU = Env(0, 1, torch.device("cpu"), torch.float32)
 
@@ -70,15 +78,15 @@ def train(folder, out, steps, *more):
 
 def test_subject_consistency_of_what_never_changes_is_one_minus_a_frame():
     still = torch.randn(1, 32).expand(16, -1)
-    assert metrics.subject_consistency(still) == pytest.approx(15 / 16)
-    assert metrics.subject_consistency(torch.eye(16)) == 0
+    assert omniscore.subject_consistency(still) == pytest.approx(15 / 16)
+    assert omniscore.subject_consistency(torch.eye(16)) == 0
 
 
 def test_flickering():
     video = torch.ones(3, 8, 16, 16)
-    assert metrics.temporal_flickering(video) == 1
+    assert omniscore.temporal_flickering(video) == 1
     video[:, ::2] = -1
-    assert metrics.temporal_flickering(video) == 0
+    assert omniscore.temporal_flickering(video) == 0
 
 
 def sliding(step):
@@ -98,31 +106,31 @@ def sliding(step):
 def test_motion_smoothness_and_dynamic_degree_follow_the_flow():
     video, flow = sliding(2.0)
     still = lambda a, b: torch.zeros(len(a), 2, 48, 48)
-    followed, overlaid = (metrics.motion_smoothness(video, fn) for fn in (flow, still))
+    followed, overlaid = (omniscore.motion_smoothness(video, fn) for fn in (flow, still))
     assert followed > 0.98 and followed > overlaid + 0.02
     # the threshold on 48 pixels is 6 * 48 / 256 = 1.125; at 16 frames a second every second one is looked at
-    assert metrics.dynamic_degree(video, flow) == 1 and metrics.dynamic_degree(video, still) == 0
+    assert omniscore.dynamic_degree(video, flow) == 1 and omniscore.dynamic_degree(video, still) == 0
     slow, flow = sliding(0.7)
-    assert metrics.dynamic_degree(slow, flow, fps=8) == 0 and metrics.dynamic_degree(slow, flow, fps=16) == 1
+    assert omniscore.dynamic_degree(slow, flow, fps=8) == 0 and omniscore.dynamic_degree(slow, flow, fps=16) == 1
 
 
 def test_aesthetic_imaging_and_overall():
     head = torch.nn.Linear(4, 1)
     head.weight.data, head.bias.data = torch.tensor([[1.0, 0, 0, 0]]), torch.tensor([5.0])
-    assert metrics.aesthetic_quality(torch.tensor([[3.0, 0, 0, 0]]), head) == pytest.approx(0.6)  # normalised
+    assert omniscore.aesthetic_quality(torch.tensor([[3.0, 0, 0, 0]]), head) == pytest.approx(0.6)  # normalised
     seen = []
     quality = lambda frames: (seen.append(frames.shape), frames.new_full((len(frames),), 70.0))[1]
-    assert metrics.imaging_quality(torch.zeros(3, 2, 600, 1024), quality) == pytest.approx(0.7)
+    assert omniscore.imaging_quality(torch.zeros(3, 2, 600, 1024), quality) == pytest.approx(0.7)
     assert seen[0][2:] == (300, 512)
     features = torch.tensor([[2.0, 0], [0, 1.0]])
-    assert metrics.overall_consistency(features, torch.tensor([[1.0, 1.0]])) == pytest.approx(1)
+    assert omniscore.overall_consistency(features, torch.tensor([[1.0, 1.0]])) == pytest.approx(1)
 
 
 def test_omniscore_weighs_quality_four_to_one():
-    best = {k: v[1] for k, v in metrics.OMNISCORE.items()}
-    assert omniscore(best)["total"] == pytest.approx(1)
-    assert omniscore(best | {"overall_consistency": 0.0})["total"] == pytest.approx(0.8)
-    assert omniscore(best | {"dynamic_degree": 0.0})["quality"] == pytest.approx(5 / 5.5)
+    best = {k: v[1] for k, v in omniscore.OMNISCORE.items()}
+    assert total_score(best)["total"] == pytest.approx(1)
+    assert total_score(best | {"overall_consistency": 0.0})["total"] == pytest.approx(0.8)
+    assert total_score(best | {"dynamic_degree": 0.0})["quality"] == pytest.approx(5 / 5.5)
 
 
 @pytest.mark.parametrize("fault, dimension", [
@@ -162,8 +170,8 @@ def test_real_networks_with_small_stand_ins(tmp_path, monkeypatch, message):
     """All seven run on what transformers, torchvision and our DINO make of random weights of small sizes."""
     from torchvision.models import optical_flow
     from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
-    assert "score-weights" in message(metrics.check_score_files, None)
-    assert "dino_vitbase16_pretrain.pth is missing" in message(metrics.check_score_files, tmp_path)
+    assert "score-weights" in message(omniscore.check_score_files, None)
+    assert "dino_vitbase16_pretrain.pth is missing" in message(omniscore.check_score_files, tmp_path)
     tower = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
                  projection_dim=32)
     words = [*"abcdefghijklmnopqrstuvwxyz", *(f"{c}</w>" for c in "abcdefghijklmnopqrstuvwxyz"),
@@ -177,14 +185,14 @@ def test_real_networks_with_small_stand_ins(tmp_path, monkeypatch, message):
     tokenizer = CLIPTokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
     tokenizer.save_pretrained(tmp_path / "clip-vit-large-patch14")
     small = lambda width, heads: metrics_dino(width=32, heads=2, layers=1)
-    metrics_dino = metrics.DINO
-    monkeypatch.setattr(metrics, "DINO", small)
-    state = {metrics.dino_name(k): v for k, v in small(0, 0).state_dict().items()}
+    metrics_dino = text_encoders.DINO
+    monkeypatch.setattr(omniscore, "DINO", small)
+    state = {text_encoders.dino_name(k): v for k, v in small(0, 0).state_dict().items()}
     torch.save(state, tmp_path / "dino_vitbase16_pretrain.pth")
     torch.save(torch.nn.Linear(32, 1).state_dict(), tmp_path / "sa_0_4_vit_l_14_linear.pth")
     torch.save(optical_flow.raft_small().state_dict(), tmp_path / "raft.pth")
     (tmp_path / "musiq_spaq_ckpt-358bb6af.pth").touch()
-    monkeypatch.setattr(metrics, "raft", lambda size, weights, device: metrics_raft("small", weights, device))
+    monkeypatch.setattr(omniscore, "raft", lambda size, weights, device: metrics_raft("small", weights, device))
     from data import raft as metrics_raft
     asked = []
 
@@ -192,11 +200,11 @@ def test_real_networks_with_small_stand_ins(tmp_path, monkeypatch, message):
         asked.append((name, Path(pretrained_model_path).name))
         return lambda frames: frames.mean((1, 2, 3), keepdim=False)[:, None] * 100
     monkeypatch.setitem(sys.modules, "pyiqa", types.SimpleNamespace(create_metric=create_metric))
-    metrics.check_score_files(tmp_path)
+    omniscore.check_score_files(tmp_path)
     judge = scorer(False, tmp_path, tmp_path / "raft.pth")
     found = judge(torch.rand(3, 4, 128, 144) * 2 - 1, "a fox", 8)
     assert asked == [("musiq-spaq", "musiq_spaq_ckpt-358bb6af.pth")]
-    assert set(metrics.DIMENSIONS) | {"quality", "semantic", "total"} == set(found)
+    assert set(omniscore.DIMENSIONS) | {"quality", "semantic", "total"} == set(found)
     assert found["imaging_quality"] == pytest.approx(0.5, abs=0.02) and found["temporal_flickering"] < 0.7
     assert all(np.isfinite(v) for v in found.values())
 
@@ -233,8 +241,8 @@ def test_histogram_weighs_rare_pairs_more(tmp_path):
     pair_folder(CPU, tmp_path, "histogram")
     common, rare = pairs()[0]["score"], pairs()[-1]["score"]
     assert common == pytest.approx(0.72) and rare == pytest.approx(0.72 / 6)
-    assert metrics.pair_weight(common, 1.0) == pytest.approx(1) and metrics.pair_weight(rare, 0.5) > 2
-    assert metrics.pair_weight(rare, 0.0) == 1
+    assert videodpo.pair_weight(common, 1.0) == pytest.approx(1) and videodpo.pair_weight(rare, 0.5) > 2
+    assert videodpo.pair_weight(rare, 0.0) == 1
 
 
 # ---- the released layout, and its faults
@@ -359,12 +367,12 @@ def test_open_sora_and_turbo_are_told_what_they_need(public):
     public("t2v-turbo")
     base = load_base("t2v-turbo", public("t2v-turbo")[0])
     args = fill_args("t2v-turbo")
-    cond = sample.training_conditions(base, args, texts, t)
+    cond = pipeline.training_conditions(base, args, texts, t)
     assert set(cond) == {"guidance"} and torch.equal(
         cond["guidance"], models.guidance_embedding(torch.full((2,), 7.5), 256))
     fake = argparse.Namespace(row=bases.base_row("opensora"), schedule=None,
                               tokenize=lambda texts: torch.tensor([[1, 1, 0]] * len(texts)))
-    cond = sample.training_conditions(fake, fill_args("opensora"), texts, t)
+    cond = pipeline.training_conditions(fake, fill_args("opensora"), texts, t)
     assert {k: v.tolist() for k, v in cond.items()} == {
         "fps": [24, 24], "height": [240, 240], "width": [426, 426], "text_mask": [[True, True, False]] * 2}
 
@@ -377,7 +385,7 @@ def fill_args(name):
 
 def test_a_flow_network_is_trained(tmp_path):
     """Open-Sora's class, small: z is 0 at the start, and gradients flow."""
-    net = models.STDiT3(models.STDiT3Config(depth=1, dim=32, num_heads=2, context_dim=8, text_length=6))
+    net = dit.STDiT3(dit.STDiT3Config(depth=1, dim=32, num_heads=2, context_dim=8, text_length=6))
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.1)
     row = replace(bases.base_row("opensora"), net=net.cfg)
@@ -417,7 +425,7 @@ def test_resume_equals_the_uninterrupted_run(options, released, tmp_path):
     assert [row["step"] for row in evals[0]] == [0, 3] and evals[0][-1] == evals[1][-1]
     # the reference is the network before training: nothing is preferred at first, then something is
     assert logs[0][0]["loss"] == pytest.approx(np.log(2) * np.mean(
-        [metrics.pair_weight(s, 1.0) for s in first_scores(released)]), rel=1e-4)
+        [videodpo.pair_weight(s, 1.0) for s in first_scores(released)]), rel=1e-4)
     assert logs[0][0]["margin"] == pytest.approx(0, abs=1e-5) and logs[0][1]["margin"] != 0
     assert evals[0][0]["wins"] == 0 and evals[0][-1]["margin"] != 0
     assert (tmp_path / "whole" / "after.png").exists()
@@ -426,14 +434,14 @@ def test_resume_equals_the_uninterrupted_run(options, released, tmp_path):
 def first_scores(folder):
     """Of the pairs of the first step."""
     scores = PairDataset([folder], 8, 32, 32).scores
-    return [scores[i] for i in videodpo.batch_indices(4, 0, 2, 0)]
+    return [scores[i] for i in data.batch_indices(4, 0, 2, 0)]
 
 
 def test_accumulation_equals_a_large_batch_and_noise_is_shared_on_demand(released, tmp_path):
     def first(name, *more):
         out = str(tmp_path / name)
         videodpo.main([*TRAIN, "--pairs", str(released), "--steps", "1", "--out", out, *more])
-        state = videodpo.check_out(argparse.Namespace(
+        state = common.check_out(argparse.Namespace(
             out=str(tmp_path / name), resume=True, steps=2, save_every=1, base="tiny", rank=16, alpha=16.0,
             lora_targets=["to_q", "to_k", "to_v", "to_out.0"], seed=0), "videodpo")
         return torch.cat([state["moments"][k]["exp_avg"].flatten() for k in sorted(state["moments"])])

@@ -9,13 +9,14 @@ import torch
 from safetensors.torch import load_file
 
 import bases
-import data
 import models
 import sample
+import tinyworld
 import videolcm
-from common import generator, load_checkpoint, load_pickle, read_lines
+from common import generator, read_lines
 from data import write_video
 from diffusion import consistency, lcm_timesteps, make_schedule
+from weights import load_checkpoint, load_pickle
 
 # beside the repository, or one of its work trees
 CLIPS = [p for p in (folder / "shared/data/videos" for folder in Path(__file__).parents) if p.exists()]
@@ -120,7 +121,7 @@ def test_reward_of_random_frames_and_of_whole_clips():
 # ---- the method on the tiny base
 
 def test_leaves_what_it_promises_and_sample_plays_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.TinyWorld, "__len__", lambda self: 4)
+    monkeypatch.setattr(tinyworld.TinyWorld, "__len__", lambda self: 4)
     run(tmp_path / "run", 1, "--preview-every", "1", "--cache-latents", "--ema", "0.75")
     for name in ("ckpt.safetensors", "state.pt", "log.jsonl", "curve.png", "args.json", "preview-1.png"):
         assert (tmp_path / "run" / name).exists(), name

@@ -24,6 +24,7 @@ import torch
 import common
 import t2v
 import vader
+import weights
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "torture.json"
 METHODS = {
@@ -53,7 +54,7 @@ def start(method, out):
 def product(out):
     """All that a run leaves, without times and paths."""
     state = common.load_state_file(out / "state.pt")
-    tensors, meta = common.load_checkpoint(out)
+    tensors, meta = weights.load_checkpoint(out)
     log = [{k: v for k, v in row.items() if k != "seconds"} for row in common.read_lines(out / "log.jsonl")]
     return dict(weights=state["weights"], moments=state["moments"], ema=state["ema"] or {}, tensors=tensors,
                 numbers=(state["step"], state["seen"], meta["step"], log))
@@ -70,7 +71,7 @@ def equal(a, b):
 def whole(out):
     """The files that stand there can be read; -> the step to go on from, -1 before the first save."""
     if (out / "ckpt.safetensors").exists():
-        common.load_checkpoint(out / "ckpt.safetensors")
+        weights.load_checkpoint(out / "ckpt.safetensors")
     states = [out / name for name in common.STATES if (out / name).exists()]
     return common.load_state_file(states[0])["step"] if states else -1
 

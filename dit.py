@@ -1,0 +1,516 @@
+"""Video transformers: STDiT3 (Open-Sora 1.2) and CogVideoX, with the track branch of Diffusion as Shader.
+
+Parameter names are those of the public checkpoints. Videos and latents are `b c f h w`; inside STDiT3 tokens
+travel as `b f s d`, where s counts the patches of a frame.
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from common import UserError
+from models import GELU, FeedForward, attend, rotate, sinusoidal, zero_init
+
+# ---- STDiT3: Open-Sora 1.2's transformer over space and time (github.com/hpcaitech/Open-Sora)
+
+@dataclass(frozen=True)
+class STDiT3Config:
+    """Defaults: STDiT3-XL/2 (hpcai-tech/OpenSora-STDiT-v3), 1,209 M parameters."""
+    in_dim: int = 4
+    dim: int = 1152
+    depth: int = 28           # pairs of a spatial and a temporal block
+    num_heads: int = 16
+    context_dim: int = 4096   # of the T5 tokens
+    text_length: int = 300    # tokens of the null caption
+
+
+def modulate(x, shift, scale):
+    """LayerNorm without weights, then x (1 + scale) + shift (adaLN, arXiv 2212.09748); all (b,f,s,d)."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+
+
+def rope_frequencies(dim, device=None):
+    """Angles a step of the rotary embedding of `dim` numbers, (dim / 2,) float32."""
+    return 10000 ** -(torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
+
+
+class MLP(nn.Module):
+    def __init__(self, cin, inner, cout):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(cin, inner), nn.Linear(inner, cout)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class RMSNorm(nn.RMSNorm):
+    """In float32, whatever the weights and x are."""
+
+    def forward(self, x):
+        y = F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps)
+        return y.to(x.dtype)
+
+
+class STDiT3SelfAttention(nn.Module):
+    """q and k normalised head by head; over time they also carry rotary positions."""
+
+    def __init__(self, dim, heads, temporal):
+        super().__init__()
+        self.heads, self.temporal = heads, temporal
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.q_norm, self.k_norm = (RMSNorm(dim // heads, eps=1e-6) for _ in range(2))
+
+    def forward(self, x):
+        """x (n,l,d) -> (n,l,d)."""
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        q, k = (y.unflatten(-1, (self.heads, -1)) for y in (q, k))  # n l a d
+        q, k = self.q_norm(q), self.k_norm(k)
+        if self.temporal:
+            # the frequencies are made here, not read from the file's `rope.freqs`: bf16 would ruin those
+            steps = torch.arange(x.shape[1], device=x.device, dtype=torch.float32)
+            angle = torch.outer(steps, rope_frequencies(q.shape[-1], x.device))  # l d/2
+            q, k = (rotate(y, angle.cos(), angle.sin()) for y in (q, k))
+        return self.proj(attend(q.flatten(2), k.flatten(2), v, self.heads))
+
+
+class STDiT3CrossAttention(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.q_linear, self.kv_linear = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x, text, mask):
+        """x (n,l,d), text (n,m,d), mask (n,m) or None -> (n,l,d)."""
+        k, v = self.kv_linear(text).chunk(2, dim=-1)
+        return self.proj(attend(self.q_linear(x), k, v, self.heads, mask))
+
+
+class STDiT3Block(nn.Module):
+    """Self-attention within a frame, or over the frames at a place; cross-attention to the text; MLP."""
+
+    def __init__(self, dim, heads, temporal):
+        super().__init__()
+        self.temporal = temporal
+        self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim ** 0.5)
+        self.attn = STDiT3SelfAttention(dim, heads, temporal)
+        self.cross_attn = STDiT3CrossAttention(dim, heads)
+        self.mlp = MLP(dim, 4 * dim, dim)
+
+    def forward(self, x, text, text_mask, emb):
+        """x (b,f,s,d), text (b,n,d), text_mask (b,n) or None, emb (b,1 or f,6,d): embedding of the step."""
+        _, f, s, _ = x.shape
+        table = (self.scale_shift_table + emb).unsqueeze(3)  # b f 6 1 d
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = table.unbind(2)
+        h = modulate(x, shift_a, scale_a)
+        if self.temporal:
+            h = rearrange(self.attn(rearrange(h, "b f s d -> (b s) f d")), "(b s) f d -> b f s d", s=s)
+        else:
+            h = rearrange(self.attn(rearrange(h, "b f s d -> (b f) s d")), "(b f) s d -> b f s d", f=f)
+        x = torch.addcmul(x, gate_a, h)
+        # no norm and no gate here, as published; one sequence of queries a video, text keys computed once
+        x = x + self.cross_attn(x.flatten(1, 2), text, text_mask).unflatten(1, (f, s))
+        return torch.addcmul(x, gate_m, self.mlp(modulate(x, shift_m, scale_m)))
+
+
+class STDiT3FinalLayer(nn.Module):
+    def __init__(self, dim, cout):
+        super().__init__()
+        self.scale_shift_table = nn.Parameter(torch.randn(2, dim) / dim ** 0.5)
+        self.linear = nn.Linear(dim, cout)
+
+    def forward(self, x, emb, clean, frame_mask):
+        """x (b,f,s,d); emb, clean (b,1,d): embeddings of the step and of step 0 -> (b,f,s,cout)."""
+        def head(x, emb):
+            table = (self.scale_shift_table + emb.unsqueeze(2)).unsqueeze(3)  # b 1 2 1 d
+            return modulate(x, *table.unbind(2))
+        u = head(x, emb)
+        if frame_mask is not None:
+            # as published: the clean frames are modulated once more, not instead; the weights learned it so
+            u = torch.where(frame_mask[:, :, None, None], u, head(u, clean))
+        return self.linear(u)
+
+
+class STDiT3(nn.Module):
+    """Open-Sora 1.2: pairs of a spatial and a temporal block, flow prediction, any size and length."""
+    patch = 2  # latent pixels a side of a token
+
+    def __init__(self, cfg=STDiT3Config()):
+        super().__init__()
+        self.cfg = cfg
+        self.grad_ckpt = False  # recompute each block in the backward pass
+        dim, patch = cfg.dim, (1, self.patch, self.patch)
+
+        def embedder():
+            holder = nn.Module()
+            holder.mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
+            return holder
+        self.rope = nn.Module()  # a key of the public file, not used
+        self.rope.register_buffer("freqs", rope_frequencies(dim // cfg.num_heads))
+        self.x_embedder = nn.Module()
+        self.x_embedder.proj = nn.Conv3d(cfg.in_dim, dim, patch, stride=patch)
+        self.t_embedder, self.fps_embedder = embedder(), embedder()
+        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.y_embedder = nn.Module()
+        null = torch.randn(cfg.text_length, cfg.context_dim) / cfg.context_dim ** 0.5
+        self.y_embedder.register_buffer("y_embedding", null)  # frozen, as published
+        self.y_embedder.y_proj = MLP(cfg.context_dim, dim, dim)
+        self.spatial_blocks = nn.ModuleList(STDiT3Block(dim, cfg.num_heads, False) for _ in range(cfg.depth))
+        self.temporal_blocks = nn.ModuleList(STDiT3Block(dim, cfg.num_heads, True) for _ in range(cfg.depth))
+        self.final_layer = STDiT3FinalLayer(dim, self.patch ** 2 * 2 * cfg.in_dim)
+        self.init_weights()
+
+    def init_weights(self):
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.fps_embedder.mlp[0].weight, std=0.02)
+        zero_init(self.fps_embedder.mlp[2])
+        for block in self.temporal_blocks:  # the network starts as an image model
+            for layer in (block.attn.proj, block.cross_attn.proj, block.mlp.fc2):
+                zero_init(layer)
+
+    def blocks(self):
+        """The modules to shard and to recompute one by one."""
+        return [*self.spatial_blocks, *self.temporal_blocks]
+
+    def null_text(self, b):
+        """What guidance puts in the text's place (b,n,d): a learned caption, its mask the prompt's."""
+        return self.y_embedder.y_embedding.expand(b, -1, -1)
+
+    def positions(self, rows, columns, pixels):
+        """-> (rows columns, d) float32: sines and cosines of each token's column, then of its row.
+
+        pixels: height width of the clip, a tensor. Positions are those of a square of as many tokens, drawn
+        together as the clip is larger than 512x512 pixels: (index / scale) (side / number).
+        """
+        side = round((rows * columns) ** 0.5)
+        scale = pixels.float().sqrt() / 512
+
+        def wave(n):
+            p = torch.arange(n, device=pixels.device, dtype=torch.float32) / scale * (side / n)
+            return sinusoidal(p, self.cfg.dim // 2).roll(self.cfg.dim // 4, -1)  # sines first
+        column, row = wave(columns)[None].expand(rows, -1, -1), wave(rows)[:, None].expand(-1, columns, -1)
+        return torch.cat([column, row], dim=-1).flatten(0, 1)
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor, *, fps, height, width, text_mask=None,
+                frame_mask=None) -> Tensor:
+        """x (b,c,f,h,w) latents, t (b,) real in 0..1000, text (b,n,d) -> (b,2c,f,h,w).
+
+        The first c channels are the velocity x0 - noise; the others, as published, serve nothing.
+        fps, height, width (b,): of the clip, in pixels; height and width of the first sample count for all.
+        text_mask (b,n), 1 for tokens that are seen; None: all. frame_mask (b,f), True or 1 for noisy frames,
+        False for clean ones (conditions), which the network takes to be at t = 0; None: all noisy.
+        """
+        cfg, (h, w) = self.cfg, x.shape[3:]
+        dtype, p = self.x_embedder.proj.weight.dtype, self.patch
+        x = F.pad(x.to(dtype), (0, -w % p, 0, -h % p))
+        rows, columns = x.shape[3] // p, x.shape[4] // p
+        x = rearrange(self.x_embedder.proj(x), "b c f h w -> b f (h w) c")
+        x = x + self.positions(rows, columns, height[0] * width[0]).to(x.dtype)
+
+        def embed(t):
+            e = self.t_embedder.mlp(sinusoidal(t, 256).to(dtype))
+            return (e + self.fps_embedder.mlp(sinusoidal(fps, 256).to(dtype)))[:, None]  # b 1 d
+        emb = per_frame = embed(t)
+        clean = None
+        if frame_mask is not None:
+            frame_mask, clean = frame_mask.bool(), embed(torch.zeros_like(t))
+            per_frame = torch.where(frame_mask[:, :, None], emb, clean)  # b f d
+        six = self.t_block(per_frame).unflatten(-1, (6, cfg.dim))
+        text = self.y_embedder.y_proj(text.to(dtype))
+        text_mask = None if text_mask is None else text_mask.bool()
+
+        for pair in zip(self.spatial_blocks, self.temporal_blocks):
+            for block in pair:
+                if self.grad_ckpt and torch.is_grad_enabled():
+                    x = checkpoint(block, x, text, text_mask, six, use_reentrant=False)  # as in UNet3D
+                else:
+                    x = block(x, text, text_mask, six)
+        x = self.final_layer(x, emb, clean, frame_mask)
+        x = rearrange(x, "b f (h w) (p q c) -> b c f (h p) (w q)", h=rows, p=p, q=p)
+        return x[..., :h, :w]
+
+
+# ---- CogVideoX (arXiv 2408.06072), with the tracks of Diffusion as Shader (arXiv 2501.03847)
+
+@dataclass(frozen=True)
+class CogVideoXConfig:
+    """Defaults: CogVideoX-5B, text to video, 5,570 M parameters.
+
+    2B: num_layers=30, heads=30, positions="sincos". 5B-I2V: in_channels=32, positions="rope+learned".
+    Diffusion as Shader: 5B-I2V with tracking_blocks=18.
+    """
+    in_channels: int = 16       # I2V: 32, the noisy latents and beside them those of the first frame
+    out_channels: int = 16
+    num_layers: int = 42
+    heads: int = 48
+    head_dim: int = 64
+    time_dim: int = 512         # width of the step's embedding
+    text_dim: int = 4096        # of T5
+    text_length: int = 226
+    positions: str = "rope"     # "sincos": a table, added; "rope+learned": rope and a learned table, added
+    size: tuple = (13, 60, 90)  # f, h, w of the latents in training: 49 frames of 480 x 720
+    tracking_blocks: int = 0    # the first so many blocks get a trained copy that sees the tracks
+
+
+PATCH = 2  # a token is 2 x 2 latent pixels of a frame
+
+
+def sincos_positions(f, h, w, dim, scale=1.875, device=None):
+    """(f h w, dim) float32: time in dim / 4 channels, then column, then row in 3 dim / 8 each.
+
+    Each as sines, then cosines. Rows and columns count in units of `scale`, as published.
+    """
+    def wave(n, d, unit):
+        freq = 10000 ** (-torch.arange(d // 2, dtype=torch.float64) / (d // 2))
+        angle = (torch.arange(n).float() / unit)[:, None] * freq  # positions in float32, as published
+        return torch.cat([angle.sin(), angle.cos()], dim=-1).float().to(device=device)
+    return spread(wave(f, dim // 4, 1), wave(h, 3 * dim // 8, scale), wave(w, 3 * dim // 8, scale), "twh")
+
+
+def spread(t, h, w, order="thw"):
+    """Vectors for time (f,a), row (h,b), column (w,c) -> one for each token (f h w, a + b + c)."""
+    size = len(t), len(h), len(w)
+    parts = {"t": t[:, None, None], "h": h[None, :, None], "w": w[None, None]}
+    return torch.cat([parts[axis].expand(*size, -1) for axis in order], dim=-1).flatten(0, 2)
+
+
+def crop_window(h, w, base_h, base_w):
+    """(top, left), (bottom, right): where an h x w grid lies in the base grid, scaled to fit and centred."""
+    if h / w > base_h / base_w:
+        rows, columns = base_h, round(base_h / h * w)
+    else:
+        rows, columns = round(base_w / w * h), base_w
+    top, left = round((base_h - rows) / 2), round((base_w - columns) / 2)
+    return (top, left), (top + rows, left + columns)
+
+
+def rope_positions(f, h, w, base_h, base_w, head_dim):
+    """cos, sin (f h w, head_dim / 2) of rotary positions: time gets a quarter of the channels, row and
+    column 3/8 each. A grid other than the base's is stretched over the part of it that crop_window gives.
+    """
+    def angle(position, dim):
+        return position[:, None] * (1 / 10000 ** (torch.arange(0, dim, 2).float() / dim))
+    (top, left), (bottom, right) = crop_window(h, w, base_h, base_w)
+    # the end point scales with the offset in it, as published; at the base's own size: 0, 1, ... h - 1
+    rows = torch.linspace(top, bottom * (h - 1) / h, h)
+    columns = torch.linspace(left, right * (w - 1) / w, w)
+    angles = spread(angle(torch.arange(f).float(), head_dim // 4), angle(rows, 3 * head_dim // 8),
+                    angle(columns, 3 * head_dim // 8))
+    return angles.cos(), angles.sin()
+
+
+class PatchEmbed(nn.Module):
+    """Text and latents as tokens of one width; adds the positions that are added."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        dim = cfg.heads * cfg.head_dim
+        self.positions = cfg.positions
+        self.proj = nn.Conv2d(cfg.in_channels, dim, PATCH, stride=PATCH)
+        self.text_proj = nn.Linear(cfg.text_dim, dim)
+        if cfg.positions == "rope+learned":  # text rows first; a buffer as in the public class
+            f, h, w = cfg.size
+            table = sincos_positions(f, h // PATCH, w // PATCH, dim)
+            self.register_buffer("pos_embedding", F.pad(table, (0, 0, cfg.text_length, 0))[None])
+
+    def forward(self, x, text):
+        """x (b,c,f,h,w), text (b,n,d) -> text tokens (b,n,dim), video tokens (b,f h/2 w/2,dim)."""
+        b, _, f, h, w = x.shape
+        text = self.text_proj(text)
+        video = self.proj(rearrange(x, "b c f h w -> (b f) c h w"))
+        video = rearrange(video, "(b f) d h w -> b (f h w) d", b=b)  # a frame, its rows, their columns
+        n, m = text.shape[1], video.shape[1]
+        if self.positions == "sincos":
+            table = sincos_positions(f, h // PATCH, w // PATCH, video.shape[-1], device=video.device)
+            video = video + table.to(video.dtype)
+        elif self.positions == "rope+learned":
+            # fewer frames: the table's first rows, as in the authors' own code (diffusers takes sincos then)
+            table = self.pos_embedding.to(video)
+            text, video = text + table[:, :n], video + table[:, n:n + m]
+        return text, video
+
+
+class AdaLayerNorm(nn.Module):
+    """LayerNorm of text and video tokens, scaled and shifted by the step's embedding, each in its own way."""
+
+    def __init__(self, dim, time_dim):
+        super().__init__()
+        self.linear = zero_init(nn.Linear(time_dim, 6 * dim))  # gates start at 0 (DiT, arXiv 2212.09748)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, text, video, emb):
+        """-> text and video as one sequence (b,n + m,dim), the gates of what is computed from each."""
+        shift, scale, gate, text_shift, text_scale, text_gate = self.linear(F.silu(emb))[:, None].chunk(6, -1)
+        text = torch.addcmul(text_shift, self.norm(text), 1 + text_scale)
+        video = torch.addcmul(shift, self.norm(video), 1 + scale)
+        return torch.cat([text, video], dim=1), text_gate, gate
+
+
+class JointAttention(nn.Module):
+    """Self-attention over text and video together, one set of weights; q and k normalised, then rotated."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm_q, self.norm_k = (nn.LayerNorm(dim // heads, eps=1e-6) for _ in range(2))
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
+        self.to_out = nn.Sequential(nn.Linear(dim, dim))  # key `to_out.0` as published
+
+    def forward(self, x, rope):
+        """x (b,l,dim), rope: cos, sin (l,d/2) or None -> (b,l,dim)."""
+        v = self.to_v(x)
+        q = self.norm_q(self.to_q(x).unflatten(-1, (self.heads, -1)))  # b l heads d
+        k = self.norm_k(self.to_k(x).unflatten(-1, (self.heads, -1)))
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        q, k = (y.flatten(2).to(v.dtype) for y in (q, k))
+        return self.to_out(attend(q, k, v, self.heads))
+
+
+class CogVideoXBlock(nn.Module):
+    """Joint attention, then an MLP, on text and video tokens; the step modulates what goes in and out."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        dim = cfg.heads * cfg.head_dim
+        self.norm1 = AdaLayerNorm(dim, cfg.time_dim)
+        self.attn1 = JointAttention(dim, cfg.heads)
+        self.norm2 = AdaLayerNorm(dim, cfg.time_dim)
+        self.ff = FeedForward(dim, GELU)
+
+    def forward(self, text, video, emb, rope):
+        """text (b,n,dim), video (b,m,dim), emb (b,time_dim), rope of both -> text, video."""
+        n = text.shape[1]
+        x, text_gate, gate = self.norm1(text, video, emb)
+        out = self.attn1(x, rope)
+        text = torch.addcmul(text, text_gate, out[:, :n])
+        video = torch.addcmul(video, gate, out[:, n:])
+        x, text_gate, gate = self.norm2(text, video, emb)
+        out = self.ff(x)
+        return torch.addcmul(text, text_gate, out[:, :n]), torch.addcmul(video, gate, out[:, n:])
+
+
+def cogvideox_misfit(cfg, f, h, w):
+    """What is wrong with f frames of h x w latents for this transformer, in words; None if they fit."""
+    if h % PATCH or w % PATCH:
+        return f"latent size {h}x{w}: height and width must be multiples of {PATCH} for this transformer"
+    if cfg.positions == "rope+learned" and ((h, w) != cfg.size[1:] or f > cfg.size[0]):
+        return (f"{f} latent frames of {h}x{w}: this base has learned positions for "
+                f"{cfg.size[1]}x{cfg.size[2]} and at most {cfg.size[0]} latent frames")
+    return None
+
+
+class CogVideoX(nn.Module):
+    """Diffusion transformer over text and video tokens in one sequence; CogVideoX-5B by default.
+
+    tracking_blocks adds Diffusion as Shader's branch: copies of the first blocks run on the tracks' tokens,
+    and each adds its answer, through a linear layer that starts at zero, to the video tokens.
+    """
+
+    def __init__(self, cfg=CogVideoXConfig()):
+        super().__init__()
+        self.cfg = cfg
+        self.grad_ckpt = False  # recompute each block in the backward pass
+        dim = cfg.heads * cfg.head_dim
+        self.patch_embed = PatchEmbed(cfg)
+        self.time_embedding = nn.Module()
+        self.time_embedding.linear_1 = nn.Linear(dim, cfg.time_dim)
+        self.time_embedding.linear_2 = nn.Linear(cfg.time_dim, cfg.time_dim)
+        self.transformer_blocks = nn.ModuleList(CogVideoXBlock(cfg) for _ in range(cfg.num_layers))
+        self.norm_final = nn.LayerNorm(dim)
+        self.norm_out = nn.Module()
+        self.norm_out.linear = zero_init(nn.Linear(cfg.time_dim, 2 * dim))
+        self.norm_out.norm = nn.LayerNorm(dim)
+        self.proj_out = zero_init(nn.Linear(dim, cfg.out_channels * PATCH ** 2))
+        if cfg.tracking_blocks:
+            copies = range(cfg.tracking_blocks)
+            self.transformer_blocks_copy = nn.ModuleList(CogVideoXBlock(cfg) for _ in copies)
+            self.combine_linears = nn.ModuleList(zero_init(nn.Linear(dim, dim)) for _ in copies)
+            self.initial_combine_linear = zero_init(nn.Linear(dim, dim))
+
+    def blocks(self):
+        """The modules to shard and to recompute one by one."""
+        return [m for m in self.modules() if isinstance(m, CogVideoXBlock)]
+
+    def rope(self, f, h, w, n):
+        """cos, sin of n text tokens, which are not rotated (angle 0), and of the video's; None if unused."""
+        if self.cfg.positions == "sincos":
+            return None
+        base = (size // PATCH for size in self.cfg.size[1:])
+        cos, sin = rope_positions(f, h // PATCH, w // PATCH, *base, self.cfg.head_dim)
+        device = self.proj_out.weight.device
+        return F.pad(cos, (0, 0, n, 0), value=1.0).to(device), F.pad(sin, (0, 0, n, 0)).to(device)
+
+    def beside(self, x, first, name):
+        """x (b,c,f,h,w) and `first` (b,d,k,h,w), zero after its k frames, or None -> (b,c + d,f,h,w)."""
+        if first is not None:
+            first = F.pad(first, (0, 0, 0, 0, 0, x.shape[2] - first.shape[2]))
+            x = torch.cat([x, first.to(x)], dim=1)
+        if x.shape[1] != self.cfg.in_channels:
+            wanted = "needs it" if x.shape[1] < self.cfg.in_channels else "takes none"
+            raise UserError(f"condition {name}: this base {wanted}; {x.shape[1]} channels of latents "
+                            f"instead of {self.cfg.in_channels}")
+        return x
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor, first_frame=None, tracks=None,
+                first_track=None, track_strength=None) -> Tensor:
+        """x (b,c,f,h,w) noisy latents, t (b,) step 0..999, text (b,n,d) of T5 -> prediction (v) like x.
+
+        Conditions: first_frame (b,c,k,h,w), k <= f: latents of the first frame, k = 1 (I2V);
+        tracks (b,c,f,h,w), first_track (b,c,k,h,w): latents of the tracking video and of its first frame
+        (Diffusion as Shader; without tracks its branch rests); track_strength (b,) multiplies its answers.
+        """
+        cfg, (f, h, w), n = self.cfg, x.shape[2:], text.shape[1]
+        if fault := cogvideox_misfit(cfg, f, h, w):
+            raise UserError(fault)
+        if cfg.positions == "rope+learned" and n != cfg.text_length:
+            raise UserError(f"{n} text tokens: this base has learned positions for {cfg.text_length}")
+        if tracks is not None and not cfg.tracking_blocks:
+            raise UserError("condition tracks: unknown to this base")
+
+        def run(block, *args):
+            if self.grad_ckpt and torch.is_grad_enabled():
+                return checkpoint(block, *args, use_reentrant=False)
+            return block(*args)
+
+        emb = sinusoidal(t, cfg.heads * cfg.head_dim).to(self.proj_out.weight.dtype)
+        emb = self.time_embedding.linear_2(F.silu(self.time_embedding.linear_1(emb)))
+        rope = self.rope(f, h, w, n)
+        words, video = self.patch_embed(self.beside(x, first_frame, "first_frame"), text)
+        if tracks is not None:
+            _, tracking = self.patch_embed(self.beside(tracks, first_track, "first_track"), text)
+            side = self.initial_combine_linear(video + tracking)
+        for i, block in enumerate(self.transformer_blocks):
+            words, video = run(block, words, video, emb, rope)
+            if tracks is not None and i < cfg.tracking_blocks:
+                # in series: a copy reads what the linear layer of the one before answered
+                _, side = run(self.transformer_blocks_copy[i], words, side, emb, rope)
+                side = self.combine_linears[i](side)
+                video = video + (side if track_strength is None else track_strength.view(-1, 1, 1) * side)
+        shift, scale = self.norm_out.linear(F.silu(emb))[:, None].chunk(2, dim=-1)
+        video = torch.addcmul(shift, self.norm_out.norm(self.norm_final(video)), 1 + scale)
+        return rearrange(self.proj_out(video), "b (f h w) (c p q) -> b c f (h p) (w q)",
+                         f=f, h=h // PATCH, p=PATCH, q=PATCH)
+
+
+TRACK_BRANCH = ("transformer_blocks_copy", "combine_linears", "initial_combine_linear")
+
+
+def with_tracks(state, net):
+    """Weights of CogVideoX-5B-I2V -> those that Diffusion as Shader's training starts from, for `net`.
+
+    The branch's blocks are copies of the base's, its linear layers zero: the network is the base, exactly.
+    """
+    state = dict(state)
+    for key, value in net.state_dict().items():
+        if key.startswith("transformer_blocks_copy."):
+            state[key] = state[key.replace("_copy", "", 1)].clone()
+        elif key.startswith(TRACK_BRANCH[1:]):
+            state[key] = torch.zeros(value.shape)
+    return state

@@ -1,0 +1,806 @@
+"""The tiny world: procedural captioned clips, the judge that reads them, the scorer that rewards them.
+
+Everything about it is here: scenes, captions, data sets, the judge, the learned scorer, the text encoder and
+the training of its small autoencoders. Clips are 8 frames of 32x32 with one coloured shape on a plain
+background that moves, grows, shrinks or stands still.
+
+The judge reads shape, colour, background, motion, speed and smoothness off a clip. It learns nothing and
+shares no code with the scorer, and it is never a reward, so it can tell when a reward is hacked. (One
+exception: VideoDPO's OmniScore of tiny clips is made of it, see omniscore.py.)
+
+    python tinyworld.py --train scorer           # trains assets/tiny-scorer.safetensors
+    python tinyworld.py --train autoencoder      # trains the autoencoder in assets/tiny.safetensors
+"""
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from common import COUNT, NATURAL, Parser, UserError, run_command
+from data import Few, to_uint8
+from text_encoders import Transformer, insert_vectors
+from tracks import dense_colours, draw_tracks, to_video
+from vae import AutoencoderKL, CogVideoXVAE, CogVideoXVAEConfig, VAEConfig
+from weights import load_safetensors
+
+# ---- scenes and captions
+
+SHAPES = ("circle", "square", "triangle")
+COLOURS = {
+    "red": (230, 40, 40), "green": (60, 220, 80), "blue": (60, 100, 255), "yellow": (240, 220, 50),
+    "purple": (180, 80, 230), "orange": (245, 140, 30), "cyan": (60, 210, 220), "white": (250, 250, 250)}
+BACKGROUNDS = {"black": (15, 15, 20), "gray": (70, 70, 75), "brown": (95, 55, 30)}
+MOTIONS = (
+    "moving left", "moving right", "moving up", "moving down", "growing", "shrinking", "standing still")
+NEW_MOTIONS = ("zigzagging", "circling")  # no base is trained on them: for fine-tuning
+NEW_SHAPES = ("star",)  # nor on these, which no word names: a subject to learn from pictures
+NEW_COLOURS = {"salmon": (245, 150, 130), "pink": (250, 110, 170)}
+TINY_WORDS = sorted({
+    w for part in (SHAPES, COLOURS, BACKGROUNDS, MOTIONS, ("a on background",))
+    for p in part for w in p.split()})
+TINY_SIZE, TINY_FRAMES, TINY_FPS = 32, 8, 8
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Ground truth of one tiny clip; lengths in pixels of a 32 x 32 frame."""
+    shape: str
+    colour: str
+    background: str
+    motion: str
+    x: np.ndarray       # (f,) centre
+    y: np.ndarray       # (f,)
+    radius: np.ndarray  # (f,) of the circle of the same area
+    stripe: str | None = None  # colour of a band across the middle
+
+    def caption(self, with_background=True):
+        tail = f" on a {self.background} background" if with_background else ""
+        return f"a {self.colour} {self.shape} {self.motion}{tail}"
+
+
+def tiny_captions():
+    """All 504 captions with a background, in a fixed order."""
+    return [f"a {c} {s} {m} on a {b} background"
+            for s in SHAPES for c in COLOURS for m in MOTIONS for b in BACKGROUNDS]
+
+
+def parse(caption) -> dict:
+    """A tiny-world prompt -> {attribute: word} for the attributes that it mentions."""
+    choices = {"shape": SHAPES, "colour": COLOURS, "background": BACKGROUNDS, "motion": MOTIONS + NEW_MOTIONS}
+    text = f" {caption.lower()} "
+    return {attribute: word for attribute, words in choices.items() for word in words if f" {word} " in text}
+
+
+def tiny_prompts(held_out=False, n=64):
+    """The captions that alignment trains on, or the n that it never sees (the base has seen all 504)."""
+    captions = tiny_captions()
+    order = np.random.default_rng(0).permutation(len(captions))
+    return [captions[i] for i in (order[-n:] if held_out else order[:-n])]
+
+
+def new_path(rng, motion, travel, time):
+    """Path of one of NEW_MOTIONS about its middle, (x, y) in pixels; time (f,) from -0.5 to 0.5."""
+    if motion == "circling":  # once around, clockwise, from anywhere
+        radius, angle = rng.uniform(4.5, 5.5), rng.uniform(0, 2 * np.pi) + 2 * np.pi * time
+        return radius * np.cos(angle), radius * np.sin(angle)
+    # from one side to the other, in three strokes up and down
+    side, first, height = rng.choice((-1, 1)), rng.choice((-1, 1)), rng.uniform(3.5, 4.5)
+    strokes = 1 - 2 * abs(3 * (time + 0.5) % 2 - 1)  # -1, 1, -1, 1
+    return side * travel * time, first * height * strokes
+
+
+TRAVEL = 10, 13  # how far a shape moves in a clip, in pixels: from, to
+
+
+def tiny_scene(rng, shape=None, colour=None, background=None, motion=None, frames=TINY_FRAMES, travel=TRAVEL):
+    """A random Scene from a numpy Generator; what is given is kept. The shape stays inside the frame."""
+    def pick(given, choices):
+        # drawn in any case: the rest of the scene does not depend on what is given
+        drawn = choices[rng.integers(len(choices))]
+        return given or drawn
+    shape, colour = pick(shape, SHAPES), pick(colour, tuple(COLOURS))
+    background, motion = pick(background, tuple(BACKGROUNDS)), pick(motion, MOTIONS)
+    time = np.linspace(-0.5, 0.5, frames) if frames > 1 else np.zeros(1)
+    # The words say nearly all. What is drawn at random here is what the noise can tell: with wide random
+    # positions a small network learns to read the path from the noise and ignores the words.
+    ranges = ((4.8, 6.2), travel, (2.0, 2.4), (-2, 2), (-2, 2))
+    radius, travel, ratio, u, v = (rng.uniform(*r) for r in ranges)
+    directions = {"moving left": (-1, 0), "moving right": (1, 0), "moving up": (0, -1), "moving down": (0, 1)}
+    dx, dy = directions.get(motion, (0, 0))
+    growth = {"growing": 1, "shrinking": -1}.get(motion, 0) * np.log(ratio)
+    r = radius * np.exp(growth * time)
+    # a triangle's corner is 1.56 radii away, but it never points sideways and down at once
+    reach = 1.35 * r.max()
+    u, v = (np.clip(offset, -room, room) for offset, d in ((u, dx), (v, dy))
+            for room in [max(0.0, TINY_SIZE / 2 - reach - travel / 2 * abs(d))])
+    x = TINY_SIZE / 2 + u + dx * travel * time
+    y = TINY_SIZE / 2 + v + dy * travel * time
+    if motion in NEW_MOTIONS:  # drawn last: the other motions' scenes stay as they were
+        paths = new_path(rng, motion, travel, time)
+        x, y = (TINY_SIZE / 2 + np.clip(offset, -room, room) + path for offset, path in zip((u, v), paths)
+                for room in [max(0.0, TINY_SIZE / 2 - reach - abs(path).max())])
+    return Scene(shape, colour, background, motion, x, y, np.broadcast_to(r, x.shape))
+
+
+def signed_distance(shape, x, y, r):
+    """Pixels from points (x, y), relative to the centre, to the shape's edge; negative inside.
+
+    The shape has the area of a disc of radius r.
+    """
+    if shape == "circle":
+        return np.hypot(x, y) - r
+    if shape == "square":
+        half = r * np.sqrt(np.pi) / 2
+        return np.maximum(np.abs(x), np.abs(y)) - half
+    if shape == "star":
+        return star_distance(x / r, y / r) * r
+    inner = r * np.sqrt(np.pi / (3 * np.sqrt(3)))  # inradius of the equilateral triangle (point up)
+    return np.maximum(y - inner, (np.abs(x) * np.sqrt(3) - y) / 2 - inner)
+
+
+def star_distance(x, y):
+    """signed_distance of a star of five points, point up, with the area of the unit disc."""
+    angle, reach = np.arange(10) * np.pi / 5, np.where(np.arange(10) % 2, 0.5, 1.0)
+    reach = reach * np.sqrt(np.pi / (2.5 * np.sin(np.pi / 5)))  # ten triangles of 0.5 sin(pi / 5) / 2
+    corners = np.stack([reach * np.sin(angle), -reach * np.cos(angle)], 1)
+    distance, inside = np.inf, False
+    for (ax, ay), (bx, by) in zip(corners, np.roll(corners, -1, 0)):
+        dx, dy = bx - ax, by - ay
+        along = np.clip(((x - ax) * dx + (y - ay) * dy) / (dx * dx + dy * dy), 0, 1)
+        distance = np.minimum(distance, np.hypot(x - ax - along * dx, y - ay - along * dy))
+        crossed = ((ay > y) != (by > y)) & (x < ax + dx * (y - ay) / dy)  # by a ray to the right
+        inside = inside ^ crossed
+    return np.where(inside, -distance, distance)
+
+
+def render(scene, with_mask=False):
+    """Scene -> video (3,f,32,32) float32 in [-1,1], edges anti-aliased over one pixel.
+
+    with_mask: (video, mask (1,f,32,32): 1 where the object is).
+    """
+    centre = np.arange(TINY_SIZE) + 0.5
+    gx = centre[None, None, :] - scene.x[:, None, None]  # f 1 w
+    gy = centre[None, :, None] - scene.y[:, None, None]  # f h 1
+    gx, gy = np.broadcast_arrays(gx, gy)
+    alpha = np.clip(0.5 - signed_distance(scene.shape, gx, gy, scene.radius[:, None, None]), 0, 1)
+    palette = COLOURS | NEW_COLOURS | BACKGROUNDS
+    front, back, stripe = (np.array(palette[c], dtype=np.float32)[:, None, None, None] / 127.5 - 1
+                           for c in (scene.colour, scene.background, scene.stripe or scene.colour))
+    if scene.stripe:
+        band = np.clip(0.5 + 0.45 * scene.radius[:, None, None] - np.abs(gy), 0, 1)
+        front = front + (stripe - front) * band
+    video = torch.from_numpy((back + (front - back) * alpha).astype(np.float32))
+    return (video, torch.from_numpy((alpha[None] > 0.5).astype(np.float32))) if with_mask else video
+
+
+def tiny_batch(seed, n, frames=TINY_FRAMES, drop_background=0.2, motion=None, travel=TRAVEL):
+    """-> (videos (n,3,f,32,32) in [-1,1], captions, scenes), from the seed (int or tuple of ints) alone."""
+    rng = np.random.default_rng(seed)
+    scenes = [tiny_scene(rng, motion=motion, frames=frames, travel=travel) for _ in range(n)]
+    captions = [s.caption(with_background=rng.random() >= drop_background) for s in scenes]
+    return torch.stack([render(s) for s in scenes]), captions, scenes
+
+
+TRAINING, HELD_OUT = 10 ** 6, 10 ** 6 + 1  # in the seeds of clips: the two never meet
+
+
+# ---- data sets
+
+class TinyWorld(torch.utils.data.Dataset):
+    """`n` fixed clips of the tiny world: item (i, _) -> {"video" (3,f,32,32), "text"}; f = 1 gives images.
+
+    motion: of all clips; None: any of MOTIONS. captions: what the clips show in turn, such as those that a
+    test does not hold out. depth: with "depth" (1,f,32,32), 1 where the object is, which is in front.
+    """
+
+    def __init__(self, n, frames=TINY_FRAMES, seed=0, motion=None, captions=None, travel=TRAVEL, depth=False):
+        self.n, self.frames, self.seed, self.motion, self.captions = n, frames, seed, motion, captions
+        self.travel, self.depth = travel, depth
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, item):
+        i, _ = item
+        if self.captions:
+            text, rng = self.captions[i % len(self.captions)], np.random.default_rng((self.seed, TRAINING, i))
+            return {"video": render(tiny_scene(rng, **parse(text), frames=self.frames)), "text": text}
+        video, captions, scenes = tiny_batch(
+            (self.seed, TRAINING, i), 1, self.frames, motion=self.motion, travel=self.travel)
+        depth = {"depth": render(scenes[0], with_mask=True)[1]} if self.depth else {}
+        return {"video": video[0], "text": captions[0], **depth}
+
+
+def tiny_pairs(seed, n, frames=TINY_FRAMES, motion=None):
+    """Held-out (first frame, caption) pairs -> (clips (n,3,f,32,32), captions); no TinyWorld holds them."""
+    return tiny_batch((seed, HELD_OUT), n, frames, drop_background=0.0, motion=motion)[:2]
+
+
+def tiny_subject(seed, n):
+    """n pictures of a star with a stripe, in colours that no word names -> items as read_subject() has."""
+    rng, items = np.random.default_rng((seed, TRAINING)), []
+    for i in range(n):
+        x, y = rng.uniform(13.5, 18.5, 2)
+        back = tuple(BACKGROUNDS)[i % len(BACKGROUNDS)]
+        scene = Scene("star", "pink", back, "standing still", np.array([x]), np.array([y]),
+                      rng.uniform(6.0, 7.0, 1), stripe="salmon")
+        video, mask = render(scene, with_mask=True)
+        items.append({"video": video, "mask": mask, "text": f"a * standing still on a {back} background"})
+    return items
+
+
+def tiny_motion(seed, n, motion, frames=TINY_FRAMES):
+    """n clips of different objects on one path of NEW_MOTIONS -> Few, the path (f,2) in pixels."""
+    rng, items = np.random.default_rng((seed, TRAINING)), []
+    path = np.stack(new_path(rng, motion, 11.5, np.linspace(-0.5, 0.5, frames)), 1)
+    colours = rng.permutation(list(COLOURS))
+    for i in range(n):
+        shape, back = SHAPES[i % len(SHAPES)], tuple(BACKGROUNDS)[i % len(BACKGROUNDS)]
+        scene = tiny_scene(rng, shape, str(colours[i]), back, "standing still", frames)
+        # a little off the middle, so that the whole path fits
+        x, y = (TINY_SIZE / 2 + 0.5 * (v - TINY_SIZE / 2) + p for v, p in zip((scene.x, scene.y), path.T))
+        scene = replace(scene, x=x, y=y, motion="moving")
+        items.append({"video": render(scene), "text": scene.caption()})
+    return Few(items), torch.from_numpy(path).float()
+
+
+def tiny_previews(subject):
+    """[(picture or None, prompt)]: "a *" and known motions, or known objects that are just "moving"."""
+    if subject:
+        words = ("moving left on a gray", "moving up on a black", "growing on a brown",
+                 "standing still on a gray")
+        return [(None, f"a * {w} background") for w in words]
+    objects = (("circle", "red", "gray"), ("square", "blue", "black"), ("triangle", "yellow", "brown"),
+               ("circle", "white", "black"))
+    scenes = [tiny_scene(np.random.default_rng(0), *words, "standing still", 1) for words in objects]
+    return [(Image.fromarray(to_uint8(render(s))[0]), replace(s, motion="moving").caption()) for s in scenes]
+
+
+TINY_TRACKS = ("wandering", "zigzagging", "camera")  # das.py trains on the first alone
+
+
+def tiny_track_scene(rng, motion, frames):
+    """A Scene for das.py: "wandering" (a smooth path, at most 1.2 waves across and down), "zigzagging" (1.5,
+    with corners), or "camera": as if the camera wandered. No words tell the path, only tracks do."""
+    known = "zigzagging" if motion == "zigzagging" else "standing still"
+    scene = tiny_scene(rng, motion=known, frames=frames)
+    if motion == "zigzagging":
+        return scene
+    reach, places, time = 1.35 * scene.radius.max(), [], np.linspace(0, 1, frames)
+    for _ in "xy":
+        size, turns, start = rng.uniform(3, 8), rng.uniform(0.2, 1.2), rng.uniform(0, 1)
+        p = size * np.sin(2 * np.pi * (turns * time + start))
+        middle, room = (p.max() + p.min()) / 2, max(0.0, TINY_SIZE / 2 - reach - np.ptp(p) / 2)
+        places.append(TINY_SIZE / 2 + p - middle + rng.uniform(-room, room))
+    return Scene(scene.shape, scene.colour, scene.background, motion, *places, scene.radius)
+
+
+def tiny_tracks(scene):
+    """The true tracks of a Scene, drawn: (3,f,32,32) in [-1,1].
+
+    The object is nearer than the background, which stands still, or for the motion "camera" moves with it.
+    """
+    size, centre = (TINY_SIZE, TINY_SIZE), np.arange(TINY_SIZE) + 0.5
+    x, y = (g.reshape(-1) for g in np.meshgrid(centre, centre))
+    own = signed_distance(scene.shape, x - scene.x[0], y - scene.y[0], scene.radius[0]) < 0
+    moves = own | (scene.motion == "camera")
+    points = np.stack([x, y, np.where(own, 1.0, 2.0)], axis=-1)
+    shifts = np.stack([scene.x - scene.x[0], scene.y - scene.y[0], 0 * scene.x], axis=-1)
+    frames = (points + moves[:, None] * shift for shift in shifts)
+    return to_video(draw_tracks(frames, dense_colours(points[:, 2], size), size))
+
+
+def tiny_track_clip(seed, motion, frames):
+    """-> {"video", "tracks", "text"} and its Scene, from the seed alone; the caption names no motion."""
+    scene = tiny_track_scene(np.random.default_rng(seed), motion, frames)
+    text = f"a {scene.colour} {scene.shape} on a {scene.background} background"
+    return {"video": render(scene), "tracks": tiny_tracks(scene), "text": text}, scene
+
+
+class TinyTracks(torch.utils.data.Dataset):
+    """`n` fixed clips of the tiny world with their tracks; item (i, _)."""
+
+    def __init__(self, n, frames, seed=0, motion="wandering"):
+        self.n, self.frames, self.seed, self.motion = n, frames, seed, motion
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, item):
+        return tiny_track_clip((self.seed, TRAINING, item[0]), self.motion, self.frames)[0]
+
+
+# ---- the judge
+
+ATTRIBUTES = ("shape", "colour", "background", "motion")
+
+
+def _nearest(rgb, palette):
+    names = list(palette)
+    return names[int(np.argmin([np.sum((rgb - np.array(palette[n])) ** 2) for n in names]))]
+
+
+def _coverage(shape, size, cx, cy, area, sub=4):
+    """(size, size) share of each pixel that the shape covers, counted on sub x sub points a pixel."""
+    p = (np.arange(size * sub) + 0.5) / sub
+    x, y = np.meshgrid(p - cx, p - cy)
+    if shape == "circle":
+        inside = x * x + y * y < area / np.pi
+    elif shape == "square":
+        inside = np.maximum(abs(x), abs(y)) < np.sqrt(area) / 2
+    else:  # point up; the centroid is a third of the height above the base
+        side = np.sqrt(4 * area / np.sqrt(3))
+        height = side * np.sqrt(3) / 2
+        inside = (y < height / 3) & (y > abs(x) * np.sqrt(3) - 2 * height / 3)
+    return inside.reshape(size, sub, size, sub).mean((1, 3))
+
+
+def _enclosed(x, y):
+    """Area in square pixels that a path, closed by the line back to its start, goes around."""
+    return abs(np.sum(x * np.roll(y, -1) - y * np.roll(x, -1))) / 2
+
+
+def _turns(path):
+    """How often a path (f,) turns back, by steps of more than half a pixel."""
+    steps = [d for d in np.diff(path) if abs(d) > 0.5]
+    return sum(a * b < 0 for a, b in zip(steps, steps[1:]))
+
+
+def _object(video):
+    """(3,f,h,w) in [-1,1] -> frames (f,h,w,3) 0..255, the background's colour, the object's distance from it,
+    its mask (f,h,w) from 0 to 1."""
+    pixels = ((video.detach().float().cpu().numpy() + 1) * 127.5).clip(0, 255)
+    frames = pixels.transpose(1, 2, 3, 0)  # f h w c
+    f = frames.shape[0]
+    edges = [frames[:, 0], frames[:, -1], frames[:, :, 0], frames[:, :, -1]]
+    back = np.median(np.concatenate(edges, axis=1).reshape(-1, 3), axis=0)
+    distance = np.sqrt(((frames - back) ** 2).sum(-1))                 # f h w
+    level = np.percentile(distance.reshape(f, -1), 97, axis=1)         # the object's distance, in each frame
+    strong = np.median(level)
+    mask = np.clip((distance / max(strong, 1e-6) - 0.25) / 0.5, 0, 1)  # soft: 0.5 half-way to the background
+    return frames, back, strong, mask
+
+
+def _centres(mask):
+    """Masks (f,h,w) -> x (f,), y (f,) of their centroids, in pixels."""
+    grid, area = np.arange(mask.shape[1]) + 0.5, np.maximum(mask.sum((1, 2)), 1e-6)
+    return (mask.sum(1) * grid).sum(1) / area, (mask.sum(2) * grid).sum(1) / area
+
+
+def position_error(video, x, y):
+    """Clip (3,f,h,w) in [-1,1], true centre x (f,), y (f,) in pixels -> mean distance, in frame widths.
+
+    Half a width for a frame in which there is no object.
+    """
+    _, _, strong, mask = _object(video)
+    cx, cy = _centres(mask)
+    area, size = mask.sum((1, 2)), mask.shape[2]
+    shown = (area > 4) & (area < 0.8 * size * size) & (strong > 25)
+    return float(np.where(shown, np.hypot(cx - x, cy - y) / size, 0.5).mean())
+
+
+def judge(video: Tensor) -> dict:
+    """One clip (3,f,h,w) in [-1,1] -> what it shows: shape, colour, background, motion (words), and numbers:
+
+    speed (pixels a frame, of the straight line through the centroids), size (mean area, pixels), smoothness
+    (root mean square distance of the centroids from that line, pixels; 0 is perfectly smooth), visible (share
+    of frames with an object).
+    """
+    frames, back, strong, mask = _object(video)
+    f, size = frames.shape[0], frames.shape[1]
+    area = mask.sum((1, 2))
+    shown = (area > 4) & (strong > 25)
+    seen = {"background": _nearest(back, BACKGROUNDS), "visible": float(shown.mean())}
+    if shown.mean() < 0.75 or area.max() > 0.8 * size * size:
+        return seen | {"shape": "none", "colour": "none", "motion": "none",
+                       "speed": 0.0, "size": float(area.mean()), "smoothness": 99.0}
+    core = mask > 0.95
+    seen["colour"] = _nearest(np.median(frames[core], axis=0), COLOURS) if core.any() else "none"
+    cx, cy = _centres(mask)
+
+    # motion: straight lines through centroids and log radius, over the frames that show the object
+    # (the new motions bend: round a closed area, or to and fro across the line)
+    k = np.arange(f)[shown]
+    slope = [np.polyfit(k, y, 1) for y in (cx[shown], cy[shown], 0.5 * np.log(np.maximum(area[shown], 1e-6)))]
+    dx, dy, growth = (s[0] * (f - 1) for s in slope)
+    residual = [np.polyval(s, k) - y for s, y in zip(slope[:2], (cx[shown], cy[shown]))]
+    bend = float(np.sqrt(np.mean(np.square(residual).sum(0))))
+    if _enclosed(cx[shown], cy[shown]) > 20:
+        seen["motion"] = "circling"
+    elif bend > 1.5 and _turns((cy if abs(dx) > abs(dy) else cx)[shown]) >= 2:
+        seen["motion"] = "zigzagging"
+    elif max(abs(dx), abs(dy)) > 4:
+        horizontal = "moving right" if dx > 0 else "moving left"
+        vertical = "moving down" if dy > 0 else "moving up"
+        seen["motion"] = horizontal if abs(dx) > abs(dy) else vertical
+    else:
+        seen["motion"] = "growing" if growth > 0.35 else "shrinking" if growth < -0.35 else "standing still"
+
+    # shape: the template that fits best at the measured centre and area, summed over the frames
+    errors = {s: sum(np.abs(_coverage(s, size, cx[i], cy[i], area[i]) - mask[i]).sum() for i in k)
+              for s in SHAPES}
+    best = min(errors, key=errors.get)
+    seen["shape"] = best if errors[best] < 0.6 * area[k].sum() else "none"  # noise fits no template
+
+    # how well it is drawn
+    colours = np.array([np.median(frames[i][core[i]], axis=0) for i in k if core[i].any()])
+    off = [min(np.linalg.norm(rgb - np.array(named)) for named in palette.values())
+           for rgb, palette in ((np.median(frames[core], axis=0), COLOURS), (back, BACKGROUNDS))
+           ] if core.any() else [255]
+    drift = np.linalg.norm(colours - colours.mean(0), axis=1).mean() / 255 if len(colours) else 1.0
+    radius = 0.5 * np.log(np.maximum(area[shown], 1e-6))
+    empty = (mask[1:] < 0.02) & (mask[:-1] < 0.02)
+    moved = np.hypot(np.diff(cx[shown]), np.diff(cy[shown])) > 0.5
+    seen |= dict(
+        off_palette=float(sum(off)), misfit=float(errors[best] / area[k].sum()),
+        unsteady=float(drift + np.sqrt(np.mean((np.polyval(slope[2], k) - radius) ** 2))),
+        flicker=float(np.abs(np.diff(frames, axis=0)).mean(-1)[empty].mean()) if empty.any() else 255.0,
+        moving=float(np.mean(moved | (abs(np.diff(radius)) > 0.03))) if len(k) > 1 else 0.0)
+    return seen | {"speed": float(np.hypot(slope[0][0], slope[1][0])), "size": float(area.mean()),
+                   "smoothness": bend}
+
+
+def judge_captions(videos, captions) -> dict:
+    """Clips (n,3,f,h,w) in [-1,1] and tiny-world captions -> share of clips that are right, per attribute.
+
+    "joint": all that the caption mentions is right. A caption without a background is not judged on it.
+    """
+    hits = {a: [] for a in (*ATTRIBUTES, "joint")}
+    for video, caption in zip(videos, captions):
+        seen, asked = judge(video), parse(caption)
+        right = {a: seen[a] == asked[a] for a in asked}
+        for a, ok in right.items():
+            hits[a].append(ok)
+        hits["joint"].append(all(right.values()))
+    return {a: float(np.mean(v)) for a, v in hits.items() if v}
+
+
+def _histogram(frame, mask, bins=4):
+    """Colours of the pixels (h,w,3) in 0..255 where mask (h,w) is, (bins^3,), sum 1; shared out linearly."""
+    place = frame.reshape(-1, 3) / 255 * (bins - 1)
+    low = np.minimum(place.astype(int), bins - 2)
+    count = np.zeros((bins,) * 3)
+    for corner in np.ndindex(2, 2, 2):
+        weight = np.where(corner, place - low, 1 - place + low).prod(1) * mask.reshape(-1)
+        np.add.at(count, tuple((low + corner).T), weight)
+    return count.reshape(-1) / max(count.sum(), 1e-6)
+
+
+def _aligned(mask, side=24):
+    """Mask (h,w) -> (side, side): centred, and scaled so that all areas are alike."""
+    (x,), (y,) = _centres(mask[None])
+    span = (np.arange(side) + 0.5) / side * 2 - 1
+    reach = 1.1 * np.sqrt(max(mask.sum(), 1e-6)) * span
+    rows, columns = np.meshgrid(y + reach, x + reach, indexing="ij")
+    grid = np.stack([columns / mask.shape[1], rows / mask.shape[0]], -1) * 2 - 1
+    mask, grid = torch.from_numpy(mask)[None, None].double(), torch.from_numpy(grid)[None]
+    return F.grid_sample(mask, grid, align_corners=False)[0, 0].numpy()
+
+
+def subject_likeness(videos, subject) -> dict:
+    """Clips (n,3,f,h,w) in [-1,1], items of tiny_subject() -> means over all frames and pictures, 0 to 1:
+
+    "colours": intersection of the colour histograms of the two objects; "shape": intersection over union of
+    their masks, brought to one centre and area.
+    """
+    known = []
+    for item in subject:
+        frame = (item["video"][:, 0].permute(1, 2, 0).numpy() + 1) * 127.5
+        mask = item["mask"][0, 0].numpy()
+        known.append((_histogram(frame, mask), _aligned(mask)))
+    colours, shape = [], []
+    for video in videos:
+        frames, _, _, masks = _object(video)
+        for frame, mask in zip(frames, masks):
+            histogram, aligned = _histogram(frame, mask), _aligned(mask)
+            colours += [np.minimum(histogram, h).sum() for h, _ in known]
+            shape += [np.minimum(aligned, m).sum() / np.maximum(aligned, m).sum() for _, m in known]
+    return {"colours": float(np.mean(colours)), "shape": float(np.mean(shape))}
+
+
+def path_error(videos, path) -> dict:
+    """Clips (n,3,f,h,w) in [-1,1], path (f,2) in pixels -> {"path_error"}: root mean square distance of the
+    object's centroid from the path, each about its own middle, mean over the clips."""
+    target, errors = (path - path.mean(0)).numpy(), []
+    for video in videos:
+        found = np.stack(_centres(_object(video)[3]), 1)
+        errors.append(np.sqrt(((found - found.mean(0) - target) ** 2).sum(1).mean()))
+    return {"path_error": float(np.mean(errors))}
+
+
+# ---- the learned scorer: a CLIP for clips (Radford et al., arXiv 2103.00020)
+
+SCORER_FILE = Path(__file__).parent / "assets" / "tiny-scorer.safetensors"
+
+
+class TinyScorer(nn.Module):
+    """Cosine of a clip's and a caption's embedding, -1 to 1. Sees the whole clip, so motion counts."""
+    clip = True
+
+    def __init__(self, dim=64):
+        super().__init__()
+        def conv(cin, cout, stride):
+            return nn.Sequential(nn.Conv3d(cin, cout, 3, stride, padding=1), nn.GroupNorm(8, cout), nn.SiLU())
+        self.video = nn.Sequential(
+            conv(3, 24, (1, 2, 2)), conv(24, 48, (2, 2, 2)), conv(48, 64, (1, 1, 1)), conv(64, 96, (2, 2, 2)),
+            nn.Flatten(), nn.Linear(96 * 2 * 4 * 4, dim))  # 2 frames of 4x4 are left of 8 of 32x32
+        # a sum over the words: their order carries nothing in the tiny world
+        self.words = nn.EmbeddingBag(len(TINY_WORDS) + 1, 64, mode="sum", padding_idx=0)
+        self.text = nn.Sequential(nn.SiLU(), nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, dim))
+        self.log_scale = nn.Parameter(torch.tensor(2.5))
+        self.index = {w: i + 1 for i, w in enumerate(TINY_WORDS)}
+
+    def embed(self, clips, prompts):
+        """clips (b,3,8,32,32) in [0,1], prompts -> two (b, dim), unit length."""
+        ids = [[self.index[w] for w in p.split()] for p in prompts]
+        ids = torch.tensor([row + [0] * (12 - len(row)) for row in ids], device=clips.device)
+        return F.normalize(self.video(clips * 2 - 1), dim=1), F.normalize(self.text(self.words(ids)), dim=1)
+
+    def forward(self, clips, prompts):
+        video, text = self.embed(clips, prompts)
+        return (video * text).sum(1)
+
+
+def tiny_scorer(files):
+    if not SCORER_FILE.exists():
+        raise UserError(f"{SCORER_FILE} is missing: check out the repository whole, "
+                        "or run python tinyworld.py --train scorer")
+    scorer = TinyScorer()
+    scorer.load_state_dict(load_safetensors(SCORER_FILE)[0])
+    scorer.requires_grad_(False).eval().to(files.device)
+
+    def check(prompts):
+        for prompt in prompts:
+            if unknown := [w for w in prompt.split() if w not in scorer.index] or prompt.split()[12:]:
+                raise UserError(f"--reward tiny: prompt {prompt!r} is no caption of the tiny world "
+                                f"({unknown[0]!r})")
+
+    def reward(clips, prompts):
+        check(prompts)
+        if clips.shape[1:] != (3, 8, 32, 32):
+            f, h, w = clips.shape[2:]
+            raise UserError(f"--reward tiny judges clips of 8 frames of 32x32, not {f} of {h}x{w}: "
+                            "use it with --base tiny and --decode all")
+        return scorer(clips, prompts)
+    reward.clip, reward.check = True, check
+    return reward
+
+
+def tiny_image_embedding(device):
+    """-> embed(frames (b,3,h,w) in [-1,1]) -> (b,64): what the scorer makes of a still clip of each."""
+    if not SCORER_FILE.exists():
+        raise UserError(f"{SCORER_FILE} is missing: check out the repository whole, "
+                        "or run python tinyworld.py --train scorer")
+    scorer = TinyScorer()
+    scorer.load_state_dict(load_safetensors(SCORER_FILE)[0])
+    video = scorer.requires_grad_(False).eval().to(device).video
+
+    def embed(frames):
+        frames = F.interpolate(frames, (32, 32), mode="bilinear", align_corners=False)
+        return video(frames[:, :, None].expand(-1, -1, 8, -1, -1))
+    return embed
+
+
+def train_scorer(out, steps=400, batch=64, lr=2e-3, seed=0):
+    """Contrastive training of TinyScorer on rendered clips with a little noise, as a decoder makes it."""
+    torch.manual_seed(seed)
+    scorer, start = TinyScorer(), time.time()
+    opt = torch.optim.AdamW(scorer.parameters(), lr, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=0.1)
+    for step in range(steps):
+        clips, captions, _ = tiny_batch((seed, 7, step), batch)
+        clips = (clips + 0.1 * torch.rand(()) * torch.randn_like(clips)).clamp(-1, 1) / 2 + 0.5
+        video, text = scorer.embed(clips, captions)
+        logits = scorer.log_scale.exp() * video @ text.T
+        # captions that occur twice in the batch are right for each other's clips
+        same = torch.tensor([[a == b for b in captions] for a in captions], dtype=torch.float32)
+        target = same / same.sum(1, keepdim=True)
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        schedule.step()
+        if step % 100 == 0 or step == steps - 1:
+            right = same[range(batch), logits.argmax(1)].mean()
+            print(f"step {step:5d}/{steps} | loss {loss:.4f} | right caption of {batch} {right:.3f} "
+                  f"| {time.time() - start:.0f} s", flush=True)
+    save_file({k: v.half().contiguous() for k, v in scorer.state_dict().items()}, out)
+
+
+# ---- the text encoder
+
+def tiny_tokenize(numbers, length, texts):
+    """List of str -> (b, length) long, by {word: number}; a word without one is refused."""
+    ids = torch.zeros(len(texts), length, dtype=torch.long, device="cpu")
+    for i, text in enumerate(texts):
+        words = text.lower().replace(",", " ").split()
+        unknown = [w for w in words if w not in numbers]
+        if unknown:
+            raise UserError(f"prompt {text!r}: the tiny world does not know {unknown[0]!r}; "
+                            f"its words: {' '.join(numbers)}")
+        if len(words) > length:
+            raise UserError(f"prompt {text!r}: {len(words)} words, "
+                            f"the tiny world's captions have at most {length}")
+        ids[i, :len(words)] = torch.tensor([numbers[w] for w in words], dtype=torch.long)
+    return ids
+
+
+class TinyText(nn.Module):
+    """A word a token, one transformer block, trained with the tiny network; see tiny_tokenize()."""
+
+    def __init__(self, words, width=64, heads=2, layers=1, context_length=10):
+        super().__init__()
+        self.words = {w: i + 1 for i, w in enumerate(words)}  # 0 is the padding
+        self.context_length = context_length
+        self.token_embedding = nn.Embedding(len(words) + 1, width)
+        self.positional_embedding = nn.Parameter(0.02 * torch.randn(context_length, width))
+        self.transformer = Transformer(width, heads, layers)
+        self.ln_final = nn.LayerNorm(width)
+
+    def blocks(self):
+        """The modules to shard one by one (models.parallelize)."""
+        return list(self.transformer.resblocks)
+
+    def forward(self, ids, learned=None):
+        """ids (b, n) -> token features (b, n, width); learned: as in OpenCLIPText."""
+        x = self.token_embedding(ids)
+        for placeholder, vectors in (learned or {}).items():
+            ids, x = insert_vectors(ids, x, placeholder, vectors)
+        return self.ln_final(self.transformer(x + self.positional_embedding))
+
+
+# ---- training the autoencoders
+
+# what the rows of bases.py hold, but for the scale of the latents
+TINY_VAE = VAEConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, patch=2, scale=1.0)
+TINY_COGVIDEOX_VAE = CogVideoXVAEConfig(widths=(16, 24), layers=1, z_channels=8, groups=8, scale=1.0)
+TINY_VAES = {"tiny": (AutoencoderKL, TINY_VAE), "tiny-cogvideox": (CogVideoXVAE, TINY_COGVIDEOX_VAE)}
+TINY_CLIP = 9  # frames of a clip of tiny-cogvideox
+
+
+def wild_clip(rng, frames):
+    """What the tiny world's words do not say -> video (3,f,32,32): fast crooked paths, tracking videos.
+
+    Half of them a shape on a random path. Half as Diffusion as Shader draws tracks: each point's colour is
+    its place in the first frame (R: x, G: y) and its nearness (B), in marks of some pixels on black, the
+    object and the camera moving on paths of their own.
+    """
+    from tinyworld import TINY_SIZE, render, signed_distance, tiny_scene
+    time = np.linspace(0, 1, frames)
+
+    def path(most):  # a wave of up to two turns: nearly straight, bent, circling, to and fro
+        size, turns, start = rng.uniform(0, most), rng.uniform(0, 2.2), rng.uniform(0, 1)
+        wave = np.sin(2 * np.pi * (turns * time + start))
+        return size * (wave if rng.random() < 0.5 else 2 / np.pi * np.arcsin(wave))
+    scene = tiny_scene(rng, frames=frames)
+    scene = replace(scene, x=TINY_SIZE / 2 + path(9), y=TINY_SIZE / 2 + path(9))
+    if rng.random() < 0.5:
+        return render(scene)
+    gy, gx = np.mgrid[:TINY_SIZE, :TINY_SIZE] + 0.5
+    pan, still, near = (path(6), path(6)), rng.random() < 0.5, rng.uniform(0.5, 1)
+    spacing, mark = ((1, 1), (3, 2), (4, 2), (4, 3))[rng.integers(4)]
+
+    def points(dx, dy, depth):  # the first frame's points, moved by (dx, dy)
+        x, y = gx - dx, gy - dy
+        inside = (x >= 0) & (x < TINY_SIZE) & (y >= 0) & (y < TINY_SIZE)
+        shown = inside & (x.astype(int) % spacing < mark) & (y.astype(int) % spacing < mark)
+        return np.stack([x / TINY_SIZE, y / TINY_SIZE, np.full_like(x, depth)]) * shown
+    video = []
+    for k in range(frames):
+        back = points(0, 0, 0) if still else points(pan[0][k] - pan[0][0], pan[1][k] - pan[1][0], 0)
+        front = points(scene.x[k] - scene.x[0], scene.y[k] - scene.y[0], near)
+        covered = signed_distance(scene.shape, gx - scene.x[k], gy - scene.y[k], scene.radius[k]) < 0
+        video.append(np.where(covered, front, back))
+    return torch.from_numpy(np.stack(video, 1).astype(np.float32)) * 2 - 1
+
+
+def tiny_frames(seed, n):
+    """-> (n, 3, 32, 32): 4 frames each of n / 4 clips, for the autoencoder that takes frame by frame."""
+    from tinyworld import tiny_batch
+    video, _, _ = tiny_batch(seed, n // 4)
+    return rearrange(video[:, :, torch.randperm(video.shape[2])[:4]], "b c f h w -> (b f) c h w")
+
+
+def tiny_clips(seed, n):
+    """-> (n, 3, TINY_CLIP, 32, 32): half of the tiny world, half wild_clip."""
+    from tinyworld import tiny_batch
+    rng = np.random.default_rng((*seed, 1))
+    wild = [wild_clip(rng, TINY_CLIP) for _ in range(n // 2)]
+    return torch.cat([tiny_batch(seed, n - n // 2, TINY_CLIP)[0], torch.stack(wild)])
+
+
+def train_autoencoder(base, out, steps, decoder_steps, batch, lr=2e-3, seed=0, device="cpu"):
+    """Train a tiny base's autoencoder on rendered clips, then its decoder alone, and put it into `out`.
+
+    Loss: L1 + MSE + 1e-4 KL, errors relative to a frame's contrast. The second stage leaves the latents as
+    they are (a base may already be trained on them); with steps 0 it starts from the file's autoencoder.
+    """
+    from weights import load_weights, replace_part
+    torch.manual_seed(seed)
+    build, cfg = TINY_VAES[base]
+    vae, start = build(cfg).to(device), time.time()
+    if base == "tiny":
+        draw, moments, decode = tiny_frames, vae.moments, vae.decode_images
+    else:
+        draw, decode = tiny_clips, vae.decode_latents
+
+        def moments(video):
+            return vae.moments(video).chunk(2, dim=1)
+    if not steps:
+        state = {k.removeprefix("vae."): v for k, v in load_weights(out).items() if k.startswith("vae.")}
+        vae.load_state_dict({k: v.float() for k, v in state.items()})
+    for stage, (n, first) in enumerate(((steps, 0), (decoder_steps, steps))):
+        decoder_only = stage == 1
+        for key, p in vae.named_parameters():
+            p.requires_grad_(not decoder_only or key.startswith(("decoder.", "post_quant_conv.")))
+        trained = [p for p in vae.parameters() if p.requires_grad]
+        opt = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=max(n, 1), pct_start=0.05)
+        for step in range(n):
+            images = draw((seed, first + step), batch).to(device)
+            # 3-D convolutions in bf16 take half the time on a CPU that has it, too
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=base != "tiny"):
+                with torch.set_grad_enabled(not decoder_only):
+                    mean, logvar = moments(images)
+                mean, logvar = mean.float(), logvar.float()
+                error = decode(mean + (0.5 * logvar).exp() * torch.randn_like(mean)).float() - images
+            kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
+            # in units of each frame's own contrast: else blue on gray stays blurred, for it costs little
+            centred = images - images.mean((-2, -1), keepdim=True)
+            contrast = centred.square().mean((1, -2, -1), keepdim=True).sqrt()
+            scaled = error * (0.3 / contrast).clamp(max=5)
+            loss = scaled.abs().mean() + scaled.square().mean() + 1e-4 * kl
+            opt.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            opt.step()
+            schedule.step()
+            if step % 100 == 0 or step == n - 1:
+                part = "decoder" if decoder_only else "all"
+                print(f"{part} {step:5d}/{n} | mse {error.square().mean():.5f} | kl {kl:.3f} "
+                      f"| latent std {mean.std():.3f} | {time.time() - start:.0f} s", flush=True)
+        replace_part(out, "vae", vae.state_dict())
+
+
+# ---- the command that trained the files in assets/
+
+def get_args(argv=None):
+    p = Parser(__doc__)
+    p.add_argument("--train", choices=("scorer", "autoencoder"), required=True, help="what to train")
+    p.add_argument("--base", choices=TINY_VAES, default="tiny", help="tiny base whose autoencoder is trained")
+    p.add_argument("--out", help="file to write (default: the one in assets/)")
+    p.add_argument("--steps", type=NATURAL,
+                   help="optimizer steps (scorer: 400, autoencoder: 2000; 0 trains its decoder alone)")
+    p.add_argument("--decoder-steps", type=NATURAL, default=1000,
+                   help="further steps of the autoencoder in which the encoder is frozen")
+    p.add_argument("--batch", type=COUNT, help="frames (tiny: 64) or clips (tiny-cogvideox: 8) per step")
+    p.add_argument("--device", default="cpu", help="cuda or cpu")
+    args = p.parse_args(argv)
+    least = 4 if args.base == "tiny" else 2
+    if args.batch and args.batch < least:
+        raise UserError(f"--batch {args.batch}: {args.base} needs {least} or more")
+    if args.device != "cpu" and not torch.cuda.is_available():
+        raise UserError(f"--device {args.device}: PyTorch sees no GPU; try --device cpu")
+    return args
+
+
+def main(argv=None):
+    args = get_args(argv)
+    if args.train == "scorer":
+        train_scorer(args.out or SCORER_FILE, 400 if args.steps is None else args.steps)
+        return
+    batch = args.batch or (64 if args.base == "tiny" else 8)
+    train_autoencoder(
+        args.base, args.out or f"assets/{args.base}.safetensors",
+        2000 if args.steps is None else args.steps, args.decoder_steps, batch, device=args.device)
+
+
+if __name__ == "__main__":
+    run_command(main)
