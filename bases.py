@@ -6,7 +6,7 @@ original or in the diffusers layout.
 """
 import json
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,25 +18,125 @@ from torch import Tensor, nn
 from common import Parser, UserError, run_command, write_atomic
 from diffusion import make_schedule
 from dit import (
-    PATCH, CogVideoX, CogVideoXConfig, STDiT3, STDiT3Config, rope_frequencies, with_tracks)
+    PATCH,
+    CogVideoX,
+    CogVideoXConfig,
+    STDiT3,
+    STDiT3Config,
+    rope_frequencies,
+    with_tracks,
+)
 from models import (
-    TemporalConv, TemporalTransformer, UNet3D, UNetConfig, add_lora, demo_source,
-    instructvideo_lora_name, merge_lora, misfit, turbo_lora_layers, unet_diffusers_name,
-    videocrafter_name, zero_init)
+    TemporalConv,
+    TemporalTransformer,
+    UNet3D,
+    UNetConfig,
+    add_lora,
+    demo_source,
+    instructvideo_lora_name,
+    merge_lora,
+    misfit,
+    turbo_lora_layers,
+    unet_diffusers_name,
+    videocrafter_name,
+    zero_init,
+)
 from text_encoders import (
-    CLIPConfig, OpenCLIPText, OpenCLIPVision, T5Config, T5Text, clip_text_only, load_learned,
-    placeholder_id, save_learned, t5_tokenizer, text_from_hf, tokenize, vision_from_hf)
+    CLIPConfig,
+    OpenCLIPText,
+    OpenCLIPVision,
+    T5Config,
+    T5Text,
+    clip_text_only,
+    load_learned,
+    placeholder_id,
+    save_learned,
+    t5_tokenizer,
+    text_from_hf,
+    tokenize,
+    vision_from_hf,
+)
 from tinyworld import (
-    MOTIONS, NEW_MOTIONS, TINY_FPS, TINY_FRAMES, TINY_SIZE, TINY_WORDS, TinyText, tiny_captions,
-    tiny_tokenize)
+    MOTIONS,
+    NEW_MOTIONS,
+    TINY_FPS,
+    TINY_FRAMES,
+    TINY_SIZE,
+    TINY_WORDS,
+    TinyText,
+    tiny_captions,
+    tiny_tokenize,
+)
 from vae import (
-    AutoencoderKL, CogVideoXVAE, CogVideoXVAEConfig, OpenSoraVAE, OpenSoraVAEConfig, Tiles,
-    VAEConfig, opensora_vae_name, vae_diffusers_name)
+    AutoencoderKL,
+    CogVideoXVAE,
+    CogVideoXVAEConfig,
+    OpenSoraVAE,
+    OpenSoraVAEConfig,
+    Tiles,
+    VAEConfig,
+    opensora_vae_name,
+    vae_diffusers_name,
+)
 from weights import (
-    START, below, fetch, load_checkpoint, load_safetensors, load_strict, load_weights, looks_like,
-    public_files, rename, replace_part, run_file, run_parts)
+    START,
+    below,
+    fetch,
+    load_checkpoint,
+    load_safetensors,
+    load_strict,
+    load_weights,
+    looks_like,
+    public_files,
+    rename,
+    replace_part,
+    run_file,
+    run_parts,
+)
 
 ASSETS = Path(__file__).parent / "assets"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How clips are sampled; the defaults are VGen's. A base's own stand in its row, flags change them.
+
+    None in the fields from fps on: the base has no such condition or option.
+    """
+    frames: int = 16
+    height: int = 256
+    width: int = 256
+    save_fps: int = 8          # frame rate of the files
+    sampler: str = "ddim"
+    sample_steps: int = 50
+    cfg: float = 9.0           # guidance scale w in u + w (c - u)
+    eta: float = 0.0           # DDIM noise
+    spacing: str = "leading"   # how sampler steps are spread over the schedule's, see diffusion.py
+    origin: int = 50           # steps of a consistency model's distillation
+    negative: str = ""
+    suffix: str = ""           # text put after every prompt
+    fps: int | None = None             # frame rate that the network is told
+    start_offset: float | None = None  # strength of offset noise in the starting noise
+    dynamic_cfg: str | None = None     # CogVideoX: guidance that grows over the steps
+    motion_cfg: float | None = None    # T2V-Turbo-v2: scale of motion guidance
+    motion_share: float | None = None  # its share of the steps that has it
+    motion_factor: int | None = None          # HiGen: more is more motion
+    appearance_factor: float | None = None    # HiGen: more is more change
+    strength: tuple = (1.0, 1.0)       # DreamVideo: of the appearance image in the branches c and u
+    subject_below: int | None = None   # DreamVideo: the subject's adapters act at steps t below this alone
+    inverse_noise: float = 0.0         # DreamVideo: share of an inverted clip in the starting noise
+
+    @property
+    def size(self):
+        """(frames, height, width) in pixels."""
+        return self.frames, self.height, self.width
+
+    def metadata(self) -> dict:
+        """Plain values for a checkpoint or index.jsonl, without what the base does not have."""
+        return {k: v for k, v in asdict(self).items() if v is not None and k not in PER_CLIP}
+
+
+PER_CLIP = ("strength", "subject_below", "inverse_noise")  # of one call of sample.py, not of a run
 
 
 @dataclass(frozen=True)
@@ -51,12 +151,17 @@ class Row:
     vae: VAEConfig | CogVideoXVAEConfig | OpenSoraVAEConfig
     text: CLIPConfig | T5Config | None  # None: TinyText, which knows `words`
     schedule: dict | None               # None: rectified flow has no table
-    sample: dict
+    sample: Sampling
     files: dict = field(default_factory=dict)
     methods: tuple = ()  # the training files that run on it
     words: tuple = tuple(TINY_WORDS)
     image: CLIPConfig | None = None  # the image tower, if it is not the public one that goes with `text`
     motion_words: float = 1.0  # share of what sets words for motions apart that its text encoder keeps
+
+    @property
+    def tiny(self) -> bool:
+        """Is it a base of the tiny world (its weights in assets/, its words in `words`)?"""
+        return self.text is None
 
     @property
     def unet(self) -> UNetConfig:
@@ -77,12 +182,6 @@ class Row:
 
 NETWORKS = {UNetConfig: UNet3D, CogVideoXConfig: CogVideoX, STDiT3Config: STDiT3}
 AUTOENCODERS = {VAEConfig: AutoencoderKL, CogVideoXVAEConfig: CogVideoXVAE, OpenSoraVAEConfig: OpenSoraVAE}
-
-
-def sampling(**changes):
-    """Sampling settings of a base; VGen's unless changed. suffix: text put after every prompt."""
-    return dict(frames=16, height=256, width=256, fps=None, save_fps=8, sampler="ddim", sample_steps=50,
-                cfg=9.0, eta=0.0, spacing="leading", origin=50, negative="", suffix="") | changes
 
 
 MODELSCOPE = "hf:ali-vilab/modelscope-damo-text-to-video-synthesis"
@@ -142,7 +241,7 @@ BASES = {
         VAEConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, patch=2, scale=0.64),
         None,
         dict(name="cosine", prediction="v", zero_snr=True, shift=0.15),
-        sampling(frames=TINY_FRAMES, height=TINY_SIZE, width=TINY_SIZE, save_fps=TINY_FPS, sample_steps=25,
+        Sampling(frames=TINY_FRAMES, height=TINY_SIZE, width=TINY_SIZE, save_fps=TINY_FPS, sample_steps=25,
                  cfg=1.5, spacing="trailing"),
         methods=("t2v", "videolcm", "vader", "instructvideo", "videodpo", "demo")),
     # I2VGen-XL's network and conditioning; tiny's autoencoder, and its schedule for tiny's reason. Words have
@@ -156,7 +255,7 @@ BASES = {
         VAEConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, patch=2, scale=0.64),
         None,
         dict(name="cosine", prediction="v", zero_snr=True, shift=0.15),
-        sampling(frames=TINY_FRAMES, height=TINY_SIZE, width=TINY_SIZE, save_fps=TINY_FPS, sample_steps=25,
+        Sampling(frames=TINY_FRAMES, height=TINY_SIZE, width=TINY_SIZE, save_fps=TINY_FPS, sample_steps=25,
                  cfg=1.5, spacing="trailing"),
         methods=("i2vgen", "vader"),
         words=(*TINY_WORDS, *NEW_MOTIONS),
@@ -173,13 +272,13 @@ BASES = {
         CogVideoXVAEConfig(widths=(16, 24), layers=1, z_channels=8, groups=8, scale=1.0),
         None,
         COGVIDEOX | dict(divisor=1.0, shift=0.7),
-        sampling(frames=9, height=TINY_SIZE, width=TINY_SIZE, save_fps=TINY_FPS, sample_steps=25, cfg=2.0,
+        Sampling(frames=9, height=TINY_SIZE, width=TINY_SIZE, save_fps=TINY_FPS, sample_steps=25, cfg=2.0,
                  spacing="trailing"),
         methods=("i2vgen", "vader", "das"),
         words=(*TINY_WORDS, *NEW_MOTIONS)),
     "modelscope": Row(
         "ModelScope text-to-video (arXiv 2308.06571), 16 frames of 256x256",
-        UNetConfig(), VAEConfig(), CLIPConfig(), EPS, sampling(),
+        UNetConfig(), VAEConfig(), CLIPConfig(), EPS, Sampling(),
         {"original": {"net": f"{MODELSCOPE}:text2video_pytorch_model.pth",
                       "vae": f"{MODELSCOPE}:VQGAN_autoencoder.pth",
                       "text": f"{MODELSCOPE}:open_clip_pytorch_model.bin"},
@@ -189,23 +288,23 @@ BASES = {
         methods=("t2v", "videolcm", "vader", "instructvideo", "videodpo", "demo")),
     "modelscope-v1.4": Row(
         "its version 1.4, the base of InstructVideo (--lora takes its fine-tuned file)",
-        UNetConfig(), VAEConfig(), CLIPConfig(), EPS, sampling(cfg=3.0, sample_steps=20),
+        UNetConfig(), VAEConfig(), CLIPConfig(), EPS, Sampling(cfg=3.0, sample_steps=20),
         {"original": VGEN | {"net": "ms:iic/InstructVideo:model_scope_v1-4_0600000.pth"}},
         methods=("t2v", "videolcm", "vader", "instructvideo", "videodpo", "demo")),
     "modelscope-v1.5": Row(
         "its version 1.5, the base of DreamVideo",
-        UNetConfig(), VAEConfig(), CLIPConfig(), EPS, sampling(),
+        UNetConfig(), VAEConfig(), CLIPConfig(), EPS, Sampling(),
         {"original": VGEN | {"net": "ms:iic/dreamvideo-t2v:model_scope_v1-5_0632000.pth"}},
         methods=("t2v", "videolcm", "vader", "instructvideo", "videodpo", "demo")),
     "dreamvideo": Row(
         "v1.5 with adapters for a subject and a motion (arXiv 2312.04433), 32 frames; --lora fills them",
         UNetConfig(**DREAMVIDEO), VAEConfig(), CLIPConfig(), EPS,
-        sampling(frames=32, start_offset=0.1),
+        Sampling(frames=32, start_offset=0.1),
         {"original": VGEN | {"net": "ms:iic/dreamvideo-t2v:model_scope_v1-5_0632000.pth", "image": CLIP}},
         methods=("dreamvideo",)),
     "demo": Row(
         "ModelScope with a motion encoder and motion blocks (DEMO, arXiv 2410.05097)",
-        UNetConfig(motion_blocks=True), VAEConfig(), CLIPConfig(), EPS, sampling(negative=NEGATIVE),
+        UNetConfig(motion_blocks=True), VAEConfig(), CLIPConfig(), EPS, Sampling(negative=NEGATIVE),
         {"original": {"net": "hf:Ryan-PR/DEMO:demo.pth", "motion_text": "hf:Ryan-PR/DEMO:motion_encoder.pth",
                       "vae": f"{MODELSCOPE}:VQGAN_autoencoder.pth",
                       "text": f"{MODELSCOPE}:open_clip_pytorch_model.bin"}},
@@ -213,13 +312,13 @@ BASES = {
     "videocrafter2": Row(
         "VideoCrafter2 (arXiv 2401.09047), 16 frames of 320x512",
         UNetConfig(**VC2_NET), VAEConfig(), CLIPConfig(), VC2_EPS,
-        sampling(height=320, width=512, fps=28, save_fps=10, cfg=12.0, eta=1.0),
+        Sampling(height=320, width=512, fps=28, save_fps=10, cfg=12.0, eta=1.0),
         {"original": {"net": VC2, "vae": VC2, "text": VC2}},
         methods=("t2v", "videolcm", "vader", "instructvideo", "videodpo")),
     "t2v-turbo": Row(
         "VideoCrafter2 distilled to 4 steps (T2V-Turbo, arXiv 2405.18750)",
         UNetConfig(**VC2_NET, guidance_dim=256), VAEConfig(), CLIPConfig(), EPS,
-        sampling(height=320, width=512, fps=16, sampler="lcm", sample_steps=4, cfg=7.5, spacing="stride",
+        Sampling(height=320, width=512, fps=16, sampler="lcm", sample_steps=4, cfg=7.5, spacing="stride",
                  origin=50),
         {"original": {"net": VC2, "vae": VC2, "text": VC2,
                       "lora": "hf:jiachenli-ucsb/T2V-Turbo-VC2:unet_lora.pt"}},
@@ -227,7 +326,7 @@ BASES = {
     "t2v-turbo-v2": Row(
         "T2V-Turbo-v2 with motion guidance (arXiv 2410.05677), 16 steps",
         UNetConfig(**VC2_NET, guidance_dim=256, motion_guidance_dim=256), VAEConfig(), CLIPConfig(), EPS,
-        sampling(height=320, width=512, fps=16, sampler="lcm", sample_steps=16, cfg=7.5, spacing="stride",
+        Sampling(height=320, width=512, fps=16, sampler="lcm", sample_steps=16, cfg=7.5, spacing="stride",
                  origin=200, motion_cfg=0.05, motion_share=0.5),
         {"original": {"net": "hf:jiachenli-ucsb/T2V-Turbo-v2:unet_mg.pt", "vae": VC2, "text": VC2}},
         methods=("videodpo",)),
@@ -235,7 +334,7 @@ BASES = {
         "image to video (I2VGen-XL, arXiv 2311.04145), 16 frames of 704x1280",
         UNetConfig(image_to_video=True, concat_dim=4, use_fps_condition=True), VAEConfig(), CLIPConfig(),
         dict(name="cosine", prediction="v", zero_snr=True),
-        sampling(height=704, width=1280, fps=16, negative=NEGATIVE),
+        Sampling(height=704, width=1280, fps=16, negative=NEGATIVE),
         {"original": VGEN | {"net": "ms:damo/I2VGen-XL:i2vgen_xl_00854500.pth", "image": CLIP},
          "diffusers": {"net": f"{I2VGEN_DIFFUSERS}:unet/diffusion_pytorch_model.safetensors",
                        "vae": f"{I2VGEN_DIFFUSERS}:vae/diffusion_pytorch_model.safetensors",
@@ -251,64 +350,64 @@ BASES = {
         "video to video at 720x1280 (SR600, in VGen): any clip, sharper; needs --video",
         UNetConfig(super_resolution=True), VAEConfig(), CLIPConfig(),
         dict(name="logsnr_cosine_interp", prediction="v"),
-        sampling(frames=32, height=720, width=1280, sampler="sr600", sample_steps=30, suffix=SR600_SUFFIX,
+        Sampling(frames=32, height=720, width=1280, sampler="sr600", sample_steps=30, suffix=SR600_SUFFIX,
                  negative=SR600_NEGATIVE),
         {"original": VGEN | {"net": "ms:iic/HiGen:sr_step_110000_ema.pth"}}),
     "higen": Row(
         "first an image, then the clip around it (HiGen, arXiv 2312.04483), 32 frames of 256x448",
         UNetConfig(text_resampler=2, num_tokens=16), VAEConfig(), CLIPConfig(), V_ZERO_SNR,
-        sampling(frames=32, width=448, sampler="higen", cfg=12.0, start_offset=0.1, motion_factor=500,
+        Sampling(frames=32, width=448, sampler="higen", cfg=12.0, start_offset=0.1, motion_factor=500,
                  appearance_factor=1.0),
         {"original": VGEN | {"net": "ms:iic/HiGen:cvpr2024.t2v.e003.non_ema_0725000.pth"}},
         methods=("t2v",)),
     "tft2v": Row(
         "TF-T2V (arXiv 2312.15770), 16 frames of 256x448",
         UNetConfig(concat_dim=8, style_image=True), VAEConfig(), CLIPConfig(), V_ZERO_SNR,
-        sampling(width=448, negative=NEGATIVE, suffix=SHARP),
+        Sampling(width=448, negative=NEGATIVE, suffix=SHARP),
         {"original": VGEN | {"net": "ms:iic/tf-t2v:tft2v_t2v_non_ema_512000.pth"}},
         methods=("t2v", "instructvideo", "videolcm")),
     "vcomposer": Row(
         "VideoComposer by TF-T2V (arXiv 2306.02018): depth, sketch, motion, images as conditions",
         UNetConfig(concat_dim=8, style_image=True, maps=SIX_MAPS), VAEConfig(), CLIPConfig(), V_ZERO_SNR,
-        sampling(width=448, negative=NEGATIVE, suffix=SHARP),
+        Sampling(width=448, negative=NEGATIVE, suffix=SHARP),
         {"original": VGEN | {"net": "ms:iic/tf-t2v:tft2v_vcomposer_non_ema_254000.pth", "image": CLIP}},
         methods=("t2v",)),
     "videolcm": Row(
         "TF-T2V distilled to 4 steps (VideoLCM, arXiv 2312.09109)",
         UNetConfig(concat_dim=8), VAEConfig(), CLIPConfig(), V_ZERO_SNR,
-        sampling(width=448, sampler="lcm", sample_steps=4, cfg=1.0, spacing="even", origin=50,
+        Sampling(width=448, sampler="lcm", sample_steps=4, cfg=1.0, spacing="even", origin=50,
                  suffix=SHARP.replace("no blur", "Unreal Engine 5, no blur")),
         {"original": VGEN | {"net": "ms:iic/tf-t2v:videolcm_t2v_non_ema_544000.pth"}}),
     "cogvideox-2b": Row(
         "CogVideoX-2B (arXiv 2408.06072), 49 frames of 480x720",
         CogVideoXConfig(num_layers=30, heads=30, positions="sincos"), CogVideoXVAEConfig(scale=1.15258426),
         T5Config(), COGVIDEOX | dict(divisor=3.0),
-        sampling(frames=49, height=480, width=720, spacing="cogvideox", cfg=6.0),
+        Sampling(frames=49, height=480, width=720, spacing="cogvideox", cfg=6.0),
         cogvideox_files("hf:THUDM/CogVideoX-2b"),
         methods=("vader", "instructvideo", "das", "videodpo")),
     "cogvideox-5b": Row(
         "CogVideoX-5B, 49 frames of 480x720",
         CogVideoXConfig(), CogVideoXVAEConfig(), T5Config(), COGVIDEOX | dict(divisor=1.0),
-        sampling(frames=49, height=480, width=720, sampler="dpm", cfg=6.0, dynamic_cfg="published"),
+        Sampling(frames=49, height=480, width=720, sampler="dpm", cfg=6.0, dynamic_cfg="published"),
         cogvideox_files("hf:THUDM/CogVideoX-5b"),
         methods=("vader", "instructvideo", "das", "videodpo")),
     "cogvideox-5b-i2v": Row(
         "CogVideoX-5B-I2V, image to video",
         CogVideoXConfig(**COGVIDEOX_5B), CogVideoXVAEConfig(), T5Config(), COGVIDEOX | dict(divisor=1.0),
-        sampling(frames=49, height=480, width=720, sampler="dpm", cfg=6.0, dynamic_cfg="published"),
+        Sampling(frames=49, height=480, width=720, sampler="dpm", cfg=6.0, dynamic_cfg="published"),
         cogvideox_files("hf:THUDM/CogVideoX-5b-I2V"),
         methods=("i2vgen", "vader", "das")),
     "das": Row(
         "Diffusion as Shader (arXiv 2501.03847): CogVideoX-5B-I2V that follows a tracking video",
         CogVideoXConfig(**COGVIDEOX_5B, tracking_blocks=18), CogVideoXVAEConfig(), T5Config(),
         COGVIDEOX | dict(divisor=1.0),
-        sampling(frames=49, height=480, width=720, sampler="dpm", cfg=6.0, dynamic_cfg="published"),
+        Sampling(frames=49, height=480, width=720, sampler="dpm", cfg=6.0, dynamic_cfg="published"),
         cogvideox_files("hf:EXCAI/Diffusion-As-Shader"),
         methods=("das",)),
     "opensora": Row(
         "Open-Sora 1.2, 51 frames of 240x426, other sizes and lengths too",
         STDiT3Config(), OpenSoraVAEConfig(), T5Config(length=300, mask=True), None,
-        sampling(frames=51, height=240, width=426, fps=24, save_fps=24, sampler="rflow", sample_steps=30,
+        Sampling(frames=51, height=240, width=426, fps=24, save_fps=24, sampler="rflow", sample_steps=30,
                  cfg=7.0, suffix=" aesthetic score: 6.5."),
         {"original": {"net": "hf:hpcai-tech/OpenSora-STDiT-v3:model.safetensors",
                       "vae": "hf:hpcai-tech/OpenSora-VAE-v1.2:model.safetensors",
@@ -318,11 +417,11 @@ BASES = {
 }
 # TF-T2V's other weights: longer clips, larger frames
 BASES["tft2v-32"] = replace(
-    BASES["tft2v"], about="TF-T2V, 32 frames of 256x448", sample=BASES["tft2v"].sample | dict(frames=32),
+    BASES["tft2v"], about="TF-T2V, 32 frames of 256x448", sample=replace(BASES["tft2v"].sample, frames=32),
     files={"original": VGEN | {"net": "ms:iic/tf-t2v:tft2v_t2v_32frames_non_ema_560000.pth"}})
 BASES["vcomposer-hd"] = replace(
     BASES["vcomposer"], about="VideoComposer by TF-T2V, 16 frames of 512x896",
-    sample=BASES["vcomposer"].sample | dict(height=512, width=896),
+    sample=replace(BASES["vcomposer"].sample, height=512, width=896),
     files={"original": VGEN | {"net": "ms:iic/tf-t2v:tft2v_vcomposer_non_ema_270000_896x512.pth",
                                "image": CLIP}})
 # what DEMO says of CLIP, made on purpose and to the end: an encoder to which all motions are one word
@@ -334,7 +433,7 @@ BASES["tiny-weak"] = replace(
 BASES["tiny-higen"] = replace(
     BASES["tiny"], about="tiny with HiGen's factors, to be trained: t2v.py --base tiny-higen",
     net=replace(BASES["tiny"].net, text_resampler=1, num_tokens=10), methods=("t2v",),
-    sample=BASES["tiny"].sample | dict(sampler="higen", motion_factor=300, appearance_factor=0.1))
+    sample=replace(BASES["tiny"].sample, sampler="higen", motion_factor=300, appearance_factor=0.1))
 BASES["tiny-vcomposer"] = replace(
     BASES["tiny"], about="tiny with maps of depth, sketch, motion, to be trained: t2v.py",
     net=replace(BASES["tiny"].net, concat_dim=8, maps=("depth", "sketch", "motion")), methods=("t2v",))
@@ -357,6 +456,12 @@ def base_row(name, tracks=0) -> Row:
     if not 0 < tracks <= row.net.num_layers:
         raise UserError(f"--tracking-blocks {tracks}: {name} has {row.net.num_layers} blocks to copy")
     return replace(row, net=replace(row.net, tracking_blocks=tracks))
+
+
+def meta_network(name) -> nn.Module:
+    """A base's network without memory for its weights, to look at names and shapes."""
+    with torch.device("meta"):
+        return NETWORKS[type(base_row(name).net)](base_row(name).net)
 
 
 @dataclass
@@ -405,7 +510,7 @@ class Base:
         if isinstance(self.row.text, T5Config):
             with torch.autocast(ids.device.type, enabled=False):  # in its own precision, see freeze()
                 return encoder(ids)
-        if self.row.text is None:
+        if self.row.tiny:
             return encoder(ids, learned=self.learned)
         # the tower was built without its last block: penultimate features
         return encoder(ids, layer="last", learned=self.learned)
@@ -423,12 +528,12 @@ class Base:
 
     def token_of(self, word) -> int:
         """Id of a word that is one token, such as "*", the placeholder of textual inversion."""
-        return int(self.tokenize([word])[0, 0]) if self.row.text is None else placeholder_id(word)
+        return int(self.tokenize([word])[0, 0]) if self.row.tiny else placeholder_id(word)
 
     def end_of_text(self, prompts) -> Tensor:
         """(b,) where each prompt ends: CLIP's end token (the largest id), tiny's first empty place."""
         ids = self.tokenize(prompts)
-        if self.row.text is None:
+        if self.row.tiny:
             return (ids != 0).sum(1).clamp(max=ids.shape[1] - 1)
         return ids.argmax(1)
 
@@ -438,7 +543,8 @@ class Base:
             return self.net.null_text(n)
         return self.encode_text([negative] * n)
 
-    def remember(self, prompts, motion_too=True):
+    @torch.no_grad()
+    def remember(self, prompts, env, motion_too=True):
         """Encode these prompts now and let the text towers go (1.4 GB in half precision for DEMO's two).
 
         motion_too: DEMO's motion encoder as well; it stays where it is trained.
@@ -448,8 +554,9 @@ class Base:
         for motion in (False, True)[:1 + motion_too]:
             for i in range(0, len(prompts), 16):
                 part = prompts[i:i + 16]
-                for prompt, tokens in zip(part, self.encode_text(part, motion)):
-                    self.encoded[prompt, motion] = tokens.cpu()
+                with env.autocast():
+                    tokens = self.encode_text(part, motion)
+                self.encoded |= {(prompt, motion): row.cpu() for prompt, row in zip(part, tokens)}
         self.text_encoder = None
         if motion_too:
             self.motion_encoder = None
@@ -482,7 +589,7 @@ def latent_shape(name, frames, height, width):
             if size < step or size % step:
                 low = max(step, size // step * step)
                 raise UserError(f"{flag} {size}: {name} needs a multiple of {step}; nearest: {low} or "
-                                f"{low + step} (it was trained at {row.sample[flag[2:]]})")
+                                f"{low + step} (it was trained at {getattr(row.sample, flag[2:])})")
         return row.vae.z_channels, 1 + (frames - 1) // time, height // unit, width // unit
     step = row.vae.factor * 2 ** (len(row.net.dim_mult) - 1)
     for flag, size in (("--height", height), ("--width", width)):
@@ -511,24 +618,38 @@ def latent_shape(name, frames, height, width):
     return row.vae.z_channels, frames, height // row.vae.factor, width // row.vae.factor
 
 
-def fill(args, name, run=None, method=None) -> dict:
-    """Fill the sampling options that args leaves open from the run, then the base. -> all, for metadata.
+def choose_sampling(name, args, run=None, method=None, **fixed) -> Sampling:
+    """The sampling settings of base `name`: the base's own, then a run's, then flags, then `fixed`.
 
-    A size that does not fit, or a base that the method does not know, is refused here, before anything is
-    loaded.
+    args: a parsed command line; of its options those count that have a field's name and are not None.
+    run: the settings that a checkpoint holds. A size that does not fit, or a base that the method does not
+    run on, is refused here, before anything is loaded.
     """
     row = base_row(name)
     if method and method not in row.methods:
         known = ", ".join(n for n, r in BASES.items() if method in r.methods)
         raise UserError(f"--base {name}: {method}.py does not run on it yet; it runs on {known}")
-    if getattr(args, "fps", None) is not None and row.sample["fps"] is None:
-        raise UserError(f"--fps {args.fps}: base {name} takes no frame rate as a condition")
-    defaults = row.sample | {k: v for k, v in (run or {}).items() if v is not None}
-    for k, v in defaults.items():
-        if getattr(args, k, None) is None:
-            setattr(args, k, v)
-    latent_shape(name, args.frames, args.height, args.width)
-    return {k: getattr(args, k) for k in row.sample}
+    names = {f.name for f in fields(Sampling)}
+    given = {k: v for k, v in vars(args).items() if k in names and v is not None}
+    for flag in ("fps", "motion_factor", "appearance_factor", "motion_cfg", "dynamic_cfg"):
+        if flag in given and getattr(row.sample, flag) is None:
+            what = "takes no frame rate as a condition" if flag == "fps" else "has no such condition"
+            raise UserError(f"--{flag.replace('_', '-')} {given[flag]}: base {name} {what}")
+    known = {k: v for k, v in (run or {}).items() if k in names and v is not None}
+    sampling = replace(row.sample, **known | given | fixed)
+    check_sampler(sampling, row)
+    latent_shape(name, *sampling.size)
+    return sampling
+
+
+SAMPLERS = ("ddim", "lcm", "dpmpp", "dpm", "rflow", "higen", "sr600")
+
+
+def check_sampler(sampling, row):
+    """Refuse a sampler that cannot sample this base."""
+    own, unet = row.sample.sampler, isinstance(row.net, UNetConfig)
+    if sampling.sampler != own and (not unet or {sampling.sampler, own} - {"ddim", "lcm", "dpmpp"}):
+        raise UserError(f"--sampler {sampling.sampler}: this base is sampled by {own}")
 
 
 def load_base(name, weights=None, device="cpu", dtype=torch.float32, scratch=False, start=False,
@@ -544,7 +665,7 @@ def load_base(name, weights=None, device="cpu", dtype=torch.float32, scratch=Fal
     """
     row = base_row(name, tracks)
     files = public_files(name, row, weights, start)  # errors come here, before anything big is built
-    tiny = row.text is None
+    tiny = row.tiny
     copies = motion and not row.unet.motion_blocks
     if copies:
         row = replace(row, net=replace(row.net, motion_blocks=True))
@@ -898,7 +1019,7 @@ def fill_adapters(net, state, path, scale):
     net.load_state_dict(state, strict=False)
 
 
-def read_peft_lora(net, path):
+def read_peft_lora(net, path, scale=1.0):
     """A LoRA file in peft's naming (VADER's) -> {key of net: tensor}, its rank, alpha, targets (add_lora's).
 
     The layers bear the names of the base's public file, which may stand behind peft's and the pipeline's
@@ -927,6 +1048,7 @@ def read_peft_lora(net, path):
         alpha = float(json.loads(config.read_text())["lora_alpha"])
     short = list(dict.fromkeys(name.rpartition(".")[2] for name in ranks))  # to_q ... if it means the same
     same = {name for name in modules if name.rpartition(".")[2] in short} == ranks.keys()
+    found = {k: v * scale if "lora_B" in k else v for k, v in found.items()}
     return found, rank, alpha, short if same else list(ranks)
 
 

@@ -42,8 +42,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bases import AUTOENCODERS, BASES, NETWORKS, Base, base_row, fill, latent_shape
 from common import (
-    COUNT, POSITIVE, Parser, UserError, clip_gradients, device_name, generator, peak_memory,
-    run_command, setup, versions, write_atomic)
+    COUNT,
+    POSITIVE,
+    Parser,
+    UserError,
+    clip_gradients,
+    device_name,
+    generator,
+    peak_memory,
+    run_command,
+    setup,
+    versions,
+    write_atomic,
+)
 from diffusion import make_schedule, randn
 from dit import TRACK_BRANCH, CogVideoXConfig, STDiT3Config, rope_positions
 from models import UNetConfig, add_lora, unet_diffusers_name

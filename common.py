@@ -1,8 +1,10 @@
-"""The plumbing, all of it: processes, seeds, options, log, checkpoints, exact resume, weight files."""
+"""What every command shares: processes and seeds, options, the Run object, its log, saving and resuming."""
 import argparse
 import contextlib
 import errno
 import hashlib
+import importlib.util
+import io
 import json
 import math
 import os
@@ -43,7 +45,7 @@ def run_command(main):
 
 
 def warn(message):
-    """A line on stderr, from one process of a run only."""
+    """Print a warning on stderr, from one process of a run only."""
     if os.environ.get("RANK", "0") == "0":
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
@@ -52,7 +54,7 @@ def warn(message):
 
 @dataclass
 class Env:
-    """Where this process runs. `stop` turns true on SIGTERM or Ctrl-C: save and leave at the next step."""
+    """Where this process runs. `stop` turns true on SIGTERM or Ctrl-C."""
     rank: int
     world: int
     device: torch.device
@@ -66,61 +68,69 @@ class Env:
 
     @contextlib.contextmanager
     def autocast(self):
-        """For network calls: autocast, off in fp32; with --offload what backward needs waits on the CPU."""
+        """For network calls: autocast, off in fp32. With --offload, saved activations wait on the CPU."""
         pinned = self.device.type == "cuda"
-        waits = torch.autograd.graph.save_on_cpu(pinned) if self.offload else contextlib.nullcontext()
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32), waits:
+        saved = torch.autograd.graph.save_on_cpu(pinned) if self.offload else contextlib.nullcontext()
+        enabled = self.dtype != torch.float32
+        with torch.autocast(self.device.type, self.dtype, enabled=enabled), saved:
             yield
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def setup(args) -> Env:
-    """Start this process, plain `python x.py` or under torchrun (gloo on CPU, nccl on GPUs), and seed it.
+def setup(device=None, dtype=None, seed=0, parallel="ddp", offload=False) -> Env:
+    """Start this process, alone or under torchrun (gloo on CPUs, nccl on GPUs), and seed it.
 
-    Every process seeds torch alike, so that all build the same network.
+    device: "cuda", "cuda:1", "mps", "cpu" or None for the best there is; dtype: a key of DTYPES or None.
+    Every process seeds torch alike, so that all build the same network. Raises UserError.
     """
-    wanted = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(wanted)
-    except RuntimeError:
-        raise UserError(f"--device {wanted}: no such device; give cuda, cuda:0, mps or cpu") from None
     variables = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    rank, world, local = (int(os.environ.get(k, default)) for k, default in variables)
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError(f"--device {wanted}: PyTorch {torch.__version__} sees no GPU; try --device cpu")
-        device = torch.device("cuda", local if device.index is None else device.index)
-        if device.index >= torch.cuda.device_count():
-            raise UserError(f"--device {device}: this machine has {torch.cuda.device_count()} GPU(s); "
-                            "torchrun's --nproc_per_node must not be larger")
-        torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    elif device.type not in ("cpu", "mps"):
-        raise UserError(f"--device {wanted}: not supported; give cuda, cuda:0, mps or cpu")
-    # two backends: with --offload, shards and gradients are on the CPU
+    rank, world, local_rank = (int(os.environ.get(k, default)) for k, default in variables)
+    device = pick_device(device or ("cuda" if torch.cuda.is_available() else "cpu"), local_rank)
+    # two backends: with --offload, shards and gradients live on the CPU
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ and not dist.is_initialized():
         try:
             # one process may encode clips, or sample, for hours while the others wait
             dist.init_process_group(backend, timeout=timedelta(days=1))
         except (RuntimeError, ValueError) as e:
-            raise UserError(f"the {world} processes cannot reach each other ({e}); start them with torchrun "
-                            "(see torchrun.sh)") from e
-    elif getattr(args, "parallel", "ddp") == "fsdp" and not dist.is_initialized():
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # FSDP of one process
-    torch.manual_seed(args.seed)
-    dtype = DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
-    return Env(rank, world, device, dtype, getattr(args, "offload", False))
+            raise UserError(f"the {world} processes cannot reach each other ({e}); start them with "
+                            "torchrun (see torchrun.sh)") from e
+    elif parallel == "fsdp" and not dist.is_initialized():
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    torch.manual_seed(seed)
+    dtype = DTYPES[dtype or ("bf16" if device.type == "cuda" else "fp32")]
+    return Env(rank, world, device, dtype, offload)
+
+
+def pick_device(name, local_rank) -> torch.device:
+    """The torch.device called `name`, for the process number local_rank of this machine."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: no such device; give cuda, cuda:0, mps or cpu") from None
+    if device.type in ("cpu", "mps"):
+        return device
+    if device.type != "cuda":
+        raise UserError(f"--device {name}: not supported; give cuda, cuda:0, mps or cpu")
+    if not torch.cuda.is_available():
+        raise UserError(f"--device {name}: PyTorch {torch.__version__} sees no GPU; try --device cpu")
+    device = torch.device("cuda", local_rank if device.index is None else device.index)
+    if device.index >= torch.cuda.device_count():
+        raise UserError(f"--device {device}: this machine has {torch.cuda.device_count()} GPU(s); "
+                        "torchrun's --nproc_per_node must not be larger")
+    torch.cuda.set_device(device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    return device
 
 
 def catch_signals(env):
-    """For training runs: SIGTERM (pre-emption) or Ctrl-C sets env.stop, so that the loop saves and leaves."""
+    """SIGTERM (pre-emption) or Ctrl-C sets env.stop, so that the run saves and leaves."""
     asked = []
 
     def on_signal(signum, frame):
-        # torchrun hands on what the terminal has sent to all of us already: that is the same request
+        # torchrun passes on what the terminal has already sent to all of us: that is the same request
         if asked and time.monotonic() - asked[0] > 2:
             raise SystemExit(1)  # asked twice: leave at once
         env.stop = True
@@ -130,11 +140,6 @@ def catch_signals(env):
                 print("stopping after this step: saving first (again to leave at once)", flush=True)
     for s in (signal.SIGTERM, signal.SIGINT):
         signal.signal(s, on_signal)
-
-
-def agree_to_stop(env):
-    """True on every process as soon as one of them was asked to stop."""
-    return on_any(env.stop, env)
 
 
 def on_any(flag, env) -> bool:
@@ -147,7 +152,7 @@ def on_any(flag, env) -> bool:
 
 
 def seed_of(*numbers) -> int:
-    """A 63-bit seed from integers or strings, e.g. (seed, rank, step): neighbours give unrelated streams."""
+    """A 63-bit seed from integers or strings, e.g. (seed, step): neighbours give unrelated streams."""
     text = ",".join(map(str, numbers))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
@@ -157,17 +162,19 @@ def generator(*numbers) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(*numbers))
 
 
-class MySamples:
-    """For each micro-step from update `start` on, the numbers of this process's samples in the whole run.
+class SampleNumbers:
+    """The numbers, within the whole run, of the samples that this process reads: numbers[k] for micro-step k.
 
-    seen: samples that the run has read before. What is random about a sample (its place in the data, its
-    noise) comes from its number alone. numbers[k] is the range of micro-step k; it can be iterated.
+    Whatever is random about a sample (its place in the data, its noise) comes from its number alone, so a
+    run does not depend on how samples are dealt out to processes and micro-steps.
+    samples_read: how many samples the run had read before update `start`.
     """
 
-    def __init__(self, args, env, start, seen):
+    def __init__(self, args, env, start, samples_read):
         together = args.batch * env.world
-        end = seen + (args.steps - start) * args.accum * together
-        self.batch, self.firsts = args.batch, range(seen + env.rank * args.batch, end, together)
+        end = samples_read + (args.steps - start) * args.accum * together
+        self.batch = args.batch
+        self.firsts = range(samples_read + env.rank * args.batch, end, together)
 
     def __getitem__(self, k):
         return range(self.firsts[k], self.firsts[k] + self.batch)
@@ -183,12 +190,20 @@ def mean_over_ranks(values: dict, env) -> dict:
 
 
 def gather_rows(rows, env) -> list:
-    """A list of each process -> all of them joined, on every process (each must call it)."""
+    """Each process's list -> all of them joined, on every process (each must call it)."""
     if env.world == 1:
         return rows
     parts = [None] * env.world
     dist.all_gather_object(parts, rows)
     return [row for part in parts for row in part]
+
+
+def average_gradients(net, on):
+    """With on=False gradients add up on each process; the next backward with on=True averages them."""
+    if isinstance(net, torch.nn.parallel.DistributedDataParallel):
+        net.require_backward_grad_sync = on  # what DDP's no_sync() switches
+    elif hasattr(net, "set_requires_gradient_sync"):  # FSDP2
+        net.set_requires_gradient_sync(on)
 
 
 # ---- options
@@ -204,7 +219,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message.removeprefix('argument ')} ({self.prog} --help lists the options)")
 
 
-def _checked(kind, low, high, words):
+def _number(kind, low, high, words):
     """An argparse type: text -> number of `kind` within low..high (NaN is not)."""
     def parse(text):
         try:
@@ -217,19 +232,136 @@ def _checked(kind, low, high, words):
     return parse
 
 
-COUNT = _checked(int, 1, 10 ** 9, "a whole number of 1 or more")
-NATURAL = _checked(int, 0, 10 ** 15, "a whole number of 0 or more")
-REAL = _checked(float, -1e9, 1e9, "a number")
-POSITIVE = _checked(float, 1e-12, 1e9, "a number above 0")
-UNSIGNED = _checked(float, 0, 1e9, "a number of 0 or more")
-SHARE = _checked(float, 0, 1, "a number from 0 to 1")
-DECAY = _checked(float, 0, 1 - 1e-9, "a number from 0 to below 1")
+COUNT = _number(int, 1, 10 ** 9, "a whole number of 1 or more")
+NATURAL = _number(int, 0, 10 ** 15, "a whole number of 0 or more")
+REAL = _number(float, -1e9, 1e9, "a number")
+POSITIVE = _number(float, 1e-12, 1e9, "a number above 0")
+UNSIGNED = _number(float, 0, 1e9, "a number of 0 or more")
+SHARE = _number(float, 0, 1, "a number from 0 to 1")
+DECAY = _number(float, 0, 1 - 1e-9, "a number from 0 to below 1")
 
 
-def apply_defaults(parser, argv, presets, option="base"):
-    """Parse argv; presets[value of --base] replaces the parser's defaults, given flags win. -> args"""
-    chosen = getattr(parser.parse_known_args(argv)[0], option)
-    parser.set_defaults(**presets.get(chosen, {}))
+def backprop(text):
+    """An argparse type for --backprop: "last" -> 1, "last-K" -> K, "rand" -> "rand"."""
+    if text == "rand":
+        return text
+    k = "1" if text == "last" else text.removeprefix("last-")
+    if not k.isdigit() or int(k) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not last, last-K (K of 1 or more) or rand")
+    return int(k)
+
+
+# The options that mean the same in every method, by group: {group: {flag: argparse's keywords}}.
+YES_NO = argparse.BooleanOptionalAction
+OPTIONS = {
+    "base": {
+        "--base": dict(help="base model; `python bases.py` lists them"),
+        "--weights": dict(help="folder with the base's public weights (default: download from its hub)"),
+        "--out": dict(help="folder of this run: checkpoints, log, pictures"),
+        "--resume": dict(action="store_true", help="continue the run in --out, exactly"),
+    },
+    "data": {
+        "--data": dict(help="clips with captions: a folder, .csv, .jsonl or a VGen list (tiny bases make "
+                            "their own)"),
+        "--read-fps": dict(type=POSITIVE, help="frame rate at which clips are read (default: every frame)"),
+        "--cache-latents": dict(action=YES_NO, default=False,
+                                help="encode every clip once, into --out, instead of in each step"),
+        "--workers": dict(type=NATURAL, default=2, help="processes that read clips"),
+        "--drop-text": dict(type=SHARE, default=0.1,
+                            help="probability of replacing a caption by the negative prompt"),
+    },
+    "pixels": {
+        "--frames": dict(type=COUNT, help="frames per clip (default: the base's)"),
+        "--height": dict(type=COUNT, help="height in pixels (default: the base's)"),
+        "--width": dict(type=COUNT, help="width in pixels (default: the base's)"),
+        "--fps": dict(type=COUNT, help="frame rate given to the network, for bases that take one"),
+    },
+    "sampling": {
+        "--negative": dict(help="negative prompt: text of the unconditional branch (default: the base's)"),
+        "--sample-steps": dict(type=COUNT, help="sampler steps (default: the base's)"),
+        "--eta": dict(type=SHARE, help="DDIM noise: 0 is deterministic, 1 is DDPM (default: the base's)"),
+        "--cfg": dict(type=REAL, help="guidance scale w in u + w (c - u); 1 turns guidance off (default: "
+                                      "the base's)"),
+    },
+    "reward": {
+        "--reward": dict(help="a reward of rewards.py, a weighted sum such as hps:1.5,aesthetic:0.1, or "
+                              "my_file.py:function"),
+        "--reward-weights": dict(help="folder with the rewards' public files (default: download them)"),
+    },
+    "optimisation": {
+        "--steps": dict(type=COUNT, help="optimizer steps"),
+        "--batch": dict(type=COUNT, default=1, help="samples per process and micro-step"),
+        "--accum": dict(type=COUNT, default=1, help="micro-steps per optimizer step (gradient accumulation)"),
+        "--lr": dict(type=POSITIVE, help="learning rate"),
+        "--wd": dict(type=UNSIGNED, default=0.0, help="AdamW weight decay"),
+        "--betas": dict(type=DECAY, nargs=2, default=(0.9, 0.999), help="AdamW betas"),
+        "--lr-schedule": dict(choices=("constant", "cosine", "cosine-restarts"), default="constant",
+                              help="learning rate after the warm-up: constant, one cosine to 0, or four"),
+        "--warmup": dict(type=NATURAL, default=0, help="steps of linear learning-rate warm-up"),
+        "--clip": dict(type=POSITIVE, default=1.0, help="largest gradient norm; larger ones are scaled down"),
+    },
+    "ema": {
+        "--ema": dict(type=DECAY, default=0.0,
+                      help="decay of the weights' moving average, which is what gets saved; 0 turns it off"),
+    },
+    "lora": {
+        "--rank": dict(type=NATURAL, default=16, help="LoRA rank; 0 trains all weights, where the method "
+                                                      "allows it"),
+        "--alpha": dict(type=POSITIVE, default=16.0, help="LoRA branches are scaled by alpha / rank"),
+        "--lora-targets": dict(nargs="+", default=["to_q", "to_k", "to_v", "to_out.0"],
+                               help="names of the linear layers that get LoRA branches"),
+    },
+    "machine": {
+        "--device": dict(help="cuda, cuda:1, mps or cpu (default: cuda if there is one)"),
+        "--dtype": dict(choices=tuple(DTYPES),
+                        help="precision of frozen weights and of autocast (default: bf16 on a GPU, else fp32)"),
+        "--grad-ckpt": dict(action=YES_NO, default=True,
+                            help="recompute blocks in the backward pass: less memory, about a third slower"),
+        "--parallel": dict(choices=("ddp", "fsdp"), default="ddp",
+                           help="several GPUs: a full copy on each (ddp) or shards (fsdp)"),
+        "--offload": dict(action="store_true",
+                          help="keep saved activations (with fsdp weights, too) in CPU memory"),
+    },
+    "evaluation": {
+        "--eval-prompts": dict(help="file of held-out prompts to evaluate on (with a first frame: "
+                                    "image|||caption lines)"),
+        "--eval-n": dict(type=COUNT, default=8, help="number of held-out prompts used"),
+    },
+    "run": {
+        "--seed": dict(type=NATURAL, default=0, help="seed of everything random"),
+        "--save-every": dict(type=COUNT, default=500, help="steps between checkpoints"),
+        "--keep": dict(type=COUNT, default=1, help="number of numbered checkpoints kept"),
+        "--preview-every": dict(type=NATURAL, default=0,
+                                help="steps between evaluations during training; 0: none"),
+        "--log-every": dict(type=COUNT, default=1, help="steps between log lines on the screen"),
+        "--tensorboard": dict(action="store_true", help="also log to TensorBoard, into --out"),
+        "--wandb": dict(action="store_true", help="also log to Weights & Biases"),
+    },
+}
+
+
+def options(parser, groups, without=()):
+    """Declare the options of some groups of OPTIONS, e.g. options(p, "base pixels machine").
+
+    without: flags that this method does not have.
+    """
+    for group in groups.split():
+        for flag, keywords in OPTIONS[group].items():
+            if flag not in without:
+                parser.add_argument(flag, **keywords)
+
+
+def parse_options(parser, argv, defaults, presets=None):
+    """Parse the command line. `defaults`, then presets[--base], replace the parser's; given flags win.
+
+    Both are {name of an option: value}; a name that is no option is a mistake of ours.
+    """
+    known = {action.dest for action in parser._actions}
+    for given in (defaults, *(presets or {}).values()):
+        assert given.keys() <= known, f"no such option: {given.keys() - known}"
+    parser.set_defaults(**defaults)
+    base = parser.parse_known_args(argv)[0].base
+    parser.set_defaults(**(presets or {}).get(base, {}))
     return parser.parse_args(argv)
 
 
@@ -248,25 +380,258 @@ def lr_at(step, args):
     return args.lr * (1 + math.cos(math.pi * done)) / 2
 
 
-def onecycle(step, low=1e-5, high=5e-5, half=2000, decay=0.001, decay_steps=10000, momentum=(0.85, 0.99)):
-    """DeepSpeed's OneCycle as the published run had it -> (lr, beta1, beta2) of update `step` (0-based)."""
-    if step >= 2 * half:
-        return low / (1 + decay * (step - 2 * half) / decay_steps), momentum[1], 0.99
-    height = min(step, 2 * half - step) / half
-    beta1 = momentum[1] - (momentum[1] - momentum[0]) * height if step else momentum[0]  # sic
-    return low + (high - low) * height, beta1, 0.99
+# ---- a training run
+
+class Run:
+    """One training run: its processes, folder, log, optimizer state and checkpoints.
+
+    It owns state but no control flow; the loop stays in the method file:
+
+        run = Run(args, "vader")               # starts the processes; checks --out and --resume
+        run.attach(...)                        # what trains; --resume puts the state back
+        for step in run.steps():               # sets the learning rate; ends on SIGTERM
+            for numbers in run.micro_steps():  # numbers of this process's samples in the whole run
+                with run.forward():            # autocast
+                    loss = ...
+                run.backward(loss)
+            run.update()                       # clip, step, average, log, save when due
+        run.finish("loss", "grad")             # the curve; ends the processes
+
+    Attributes: args, env, out (Path), start and done (updates made before and so far), numbers, stopped.
+    """
+
+    def __init__(self, args, method):
+        check_loggers(args)
+        self.args, self.method, self.out = args, method, Path(args.out)
+        self.state = check_out(args, method)
+        self.env = setup(args.device, args.dtype, args.seed, args.parallel, args.offload)
+        self.resumed, self.stopped = self.state is not None, False
+        self.totals = {}
+
+    @property
+    def device(self):
+        return self.env.device
+
+    @property
+    def dtype(self):
+        """Precision of frozen weights and of autocast."""
+        return self.env.dtype
+
+    @property
+    def main(self):
+        """Is this the process that writes files?"""
+        return self.env.main
+
+    def attach(self, opt, params, nets, parts, meta, ema=None, ema_decay=0.0):
+        """Tell the run what trains; with --resume its state is put back here.
+
+        opt: the optimizer; params: {public key: parameter} for the checkpoint (common.trained); nets: the
+        networks that parallelize() wrapped; parts: {name: module} to count in the log; meta: plain values
+        that sample.py needs. ema: {key: tensor} that follow params with constant ema_decay; None: copies are
+        made if ema_decay is not 0, and the decay is warmed up so that the start is forgotten.
+        """
+        self.opt, self.params, self.nets = opt, params, nets
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.ema, self.ema_decay, self.ema_warmup = ema, ema_decay, ema is None
+        if ema is None and ema_decay:
+            self.ema = {k: p.detach().clone() for k, p in params.items()}
+        self.start, self.samples_read = load_state(
+            self.args, self.env, self.state, params, opt, self.ema, self.scaler)
+        self.state = None  # not these copies for the whole run
+        self.done = self.start
+        self.meta = dict(meta, method=self.method, base=self.args.base)
+        self.numbers = SampleNumbers(self.args, self.env, self.start, self.samples_read)
+        self.guard = FiniteGuard(self.env)
+        self.log = Log(self.args, self.env, parts, self.start)
+        if self.main:  # a resumed run repeats what came after its checkpoint
+            keep_lines(self.out / "eval.jsonl", min(self.start + 1, self.args.steps) if self.resumed else 0)
+
+    def steps(self):
+        """Yield the number of each update that is still to be made (0-based), its learning rate set."""
+        catch_signals(self.env)
+        for step in range(self.start, self.args.steps):
+            self.step = step
+            for group in self.opt.param_groups:
+                group["lr"] = lr_at(step, self.args) * group.get("lr_factor", 1.0)
+            yield step
+            if self.stopped:
+                return
+
+    def micro_steps(self):
+        """Yield the numbers of this process's samples, micro-step by micro-step."""
+        for micro in range(self.args.accum):
+            for net in self.nets:
+                average_gradients(net, micro == self.args.accum - 1)
+            yield self.numbers[(self.step - self.start) * self.args.accum + micro]
+
+    def generators(self, numbers):
+        """A CPU generator per sample: all that is random about it."""
+        return [generator(self.args.seed, "sample", i) for i in numbers]
+
+    def forward(self):
+        """Context for network calls: autocast and --offload."""
+        return self.env.autocast()
+
+    def backward(self, loss, **values):
+        """Accumulate the gradients of loss.mean(). `values` are averaged over the update and logged.
+
+        Without values, the loss itself is logged as "loss".
+        """
+        self.scaler.scale(loss.mean() / self.args.accum).backward()
+        for name, value in (values or {"loss": loss}).items():
+            mean = value.detach().float().mean() / self.args.accum
+            self.totals[name] = self.totals.get(name, 0.0) + mean
+
+    def update(self, **more):
+        """Make the optimizer step; log (with `more` floats), and save when due."""
+        totals, self.totals = self.totals, {}
+        norm = self.guard.step(self.opt, self.scaler, self.params.values(), self.args.clip, **totals)
+        if self.ema is not None:
+            warm = (self.step + 1) / (self.step + 10) if self.ema_warmup else 1.0
+            move_average(self.ema, self.params, min(self.ema_decay, warm))
+        self.samples_read += self.args.batch * self.args.accum * self.env.world
+        self.log.step(self.step, **totals | more, grad=norm, lr=self.opt.param_groups[0]["lr"])
+        self.done = self.step + 1
+        self.stopped = on_any(self.env.stop, self.env)
+        due = self.done % self.args.save_every == 0 or self.done == self.args.steps
+        if due or self.stopped:
+            self.save()
+
+    def save(self):
+        """Write the checkpoint and the state for --resume. Every process must call it."""
+        save_checkpoint(self.args, self.env, self.done, self.samples_read, self.params, self.meta, self.opt,
+                        self.ema, self.scaler)
+
+    @property
+    def preview_due(self):
+        """Is it time for an evaluation (--preview-every)? Those before and after training are extra."""
+        every = self.args.preview_every
+        due = every and self.done % every == 0 and self.done < self.args.steps
+        return bool(due and not self.stopped)
+
+    def averaged(self):
+        """Context in which the trained weights are their moving average, where there is one."""
+        return using_average(self.params, self.ema)
+
+    def record(self, name, row):
+        """A line of OUT/eval.jsonl and of the screen: what evaluation NAME found, {name: value or dict}."""
+        append_line(self.out / "eval.jsonl", {"step": self.done, **row})
+        numbers = {k: v for part in row.values() if isinstance(part, dict) for k, v in part.items()}
+        numbers = {k: v for k, v in row.items() if isinstance(v, float)} | numbers
+        print(f"held-out, {name}:", " ".join(f"{k} {v:.4f}" for k, v in numbers.items()), flush=True)
+        self.log.scalars(self.done, {f"held-out/{k}": v for k, v in numbers.items()})
+
+    def finish(self, *keys):
+        """Draw curve.png of these columns of the log and end the processes."""
+        if self.main:
+            title = f"{self.method} on {self.args.base}"
+            draw_curve(self.log.path, self.out / "curve.png", keys, title)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class FiniteGuard:
+    """The optimizer's step, skipped where a loss or a gradient is not finite; 10 such in a row end the run."""
+
+    def __init__(self, env):
+        self.env, self.bad = env, 0
+
+    def step(self, opt, scaler, params, clip, **terms) -> Tensor:
+        """Unscale (fp16), clip the gradients to a norm of `clip`, step, clear them. -> their norm before.
+
+        terms: the named loss terms of this step (0-d tensors). Every process decides the same.
+        """
+        scaler.unscale_(opt)
+        norm = clip_gradients(params, clip)
+        wrong = [k for k, v in (terms | {"gradient": norm}).items() if not torch.isfinite(v).all()]
+        loss_is_wrong = on_any(wrong and wrong != ["gradient"], self.env)
+        if not on_any(wrong, self.env):
+            scaler.step(opt)
+            scaler.update()
+            self.bad = 0
+        elif not loss_is_wrong and scaler.get_scale() > 1:  # 1 without fp16
+            scaler.update(scaler.get_scale() / 2)  # fp16 looks for its scale by overflowing
+        else:
+            scaler.update(scaler.get_scale())
+            self.bad += 1
+            if wrong:
+                print(f"warning: {wrong[0]} is not finite: step skipped ({self.bad} in a row)", flush=True)
+            if self.bad >= 10:
+                raise UserError(f"{(wrong or ['a loss term'])[0]} was not finite 10 steps in a row; the last "
+                                "checkpoint is kept: try a lower --lr, a smaller --clip, or --dtype fp32")
+        opt.zero_grad()
+        return norm
+
+
+def clip_gradients(params, largest):
+    """Scale the gradients to a norm of at most `largest`. -> the norm before, a plain tensor.
+
+    Whole tensors and FSDP2's shards may stand beside each other (a network and its text encoder).
+    """
+    grads = [p.grad for p in params if p.grad is not None]
+    kinds = [[g for g in grads if type(g) is kind] for kind in {type(g): None for g in grads}]
+    norms = [torch.nn.utils.get_total_norm(part) for part in kinds]
+    norms = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]
+    norm = torch.stack([n.to(norms[0].device) for n in norms]).norm()
+    factor = largest / (norm.item() + 1e-6)
+    for part in kinds if factor < 1 else ():
+        torch._foreach_mul_(part, factor)
+    return norm
+
+
+@torch.no_grad()
+def move_average(ema, params, decay):
+    """ema <- decay ema + (1 - decay) params, both {key: tensor}; shards and whole tensors side by side."""
+    for kind in {type(p): None for p in params.values()}:
+        keys = [k for k, p in params.items() if type(p) is kind]
+        torch._foreach_lerp_([ema[k] for k in keys], [params[k].detach() for k in keys], 1 - decay)
+
+
+@contextlib.contextmanager
+def using_average(params, ema):
+    """While it lasts, params {key: parameter} hold the moving average ema {key: tensor} (None: themselves)."""
+    kept = {k: params[k].detach().clone() for k in ema or {}}
+    try:
+        for k in kept:
+            params[k].data.copy_(ema[k])
+        yield
+    finally:
+        for k, weights in kept.items():
+            params[k].data.copy_(weights)
+
+
+@contextlib.contextmanager
+def memory_advice(*options):
+    """Turn an out-of-memory error into one line that lists the options that help, most effective first.
+
+    A decorator, too: `@memory_advice("--batch 1")` above a main().
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as e:
+        known = isinstance(e, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(e)
+        if not known:
+            raise
+        reason = (str(e).splitlines() or ["no memory"])[0][:120]
+        raise UserError(f"out of memory ({reason}); try, in this order: {', '.join(options)}") from e
 
 
 # ---- log
 
+def check_loggers(args):
+    """Refuse --tensorboard or --wandb, before any work, where the package is missing."""
+    for flag, package in (("tensorboard", "tensorboard"), ("wandb", "wandb")):
+        if vars(args)[flag] and importlib.util.find_spec(package) is None:
+            raise UserError(f"--{flag}: the package is missing; pip install {package}")
+
+
 class Log:
-    """One line a step on the screen and in out/log.jsonl (rank 0); TensorBoard and W&B if asked for."""
+    """One line per step on the screen and in OUT/log.jsonl (rank 0); TensorBoard and W&B on request."""
 
     def __init__(self, args, env, parts, start=0):
         """parts: {name: module}, counted in the header; start: the first step (not 0 after a resume)."""
         self.args, self.env, self.start, self.clock = args, env, start, time.time()
-        self.path = Path(args.out, "log.jsonl")
-        self.writers = []
+        self.path, self.board, self.wandb = Path(args.out, "log.jsonl"), None, None
         if not env.main:
             return
         keep_lines(self.path, start)
@@ -277,17 +642,39 @@ class Log:
               ", ".join(f"{k} {v}" for k, v in versions().items()))
         for name, module in parts.items():
             n = [(p.numel(), p.requires_grad) for p in module.parameters()]
-            print(f"{name}: {sum(k for k, g in n if g):,} trained of {sum(k for k, _ in n):,} parameters")
-        print(f"effective batch: {args.batch} a process x {args.accum} accumulated x {env.world} processes = "
-              f"{args.batch * args.accum * env.world}", flush=True)
+            print(f"{name}: {sum(k for k, g in n if g):,} of {sum(k for k, _ in n):,} parameters are trained")
+        print(f"effective batch: {args.batch} per process x {args.accum} accumulated x {env.world} processes "
+              f"= {args.batch * args.accum * env.world}", flush=True)
         if args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
-            board = SummaryWriter(args.out)
-            self.writers.append(lambda step, v: [board.add_scalar(k, x, step) for k, x in v.items()])
+            self.board = SummaryWriter(args.out)
         if args.wandb:
             import wandb
-            run = wandb.init(project="nanovideo", name=Path(args.out).name, config=vars(args))
-            self.writers.append(lambda step, v: run.log(v, step=step))
+            self.wandb = wandb.init(project="nanovideo", name=Path(args.out).name, config=vars(args))
+
+    def scalars(self, step, values):
+        """{name: float} to TensorBoard and W&B."""
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+        if self.wandb:
+            self.wandb.log(values, step=step)
+
+    def video(self, step, name, frames, fps, caption=""):
+        """uint8 frames (f,h,w,3) to TensorBoard (as a gif) and W&B."""
+        if self.board:
+            from PIL import Image
+            from tensorboard.compat.proto.summary_pb2 import Summary
+            first, *rest = [Image.fromarray(frame) for frame in frames]
+            gif = io.BytesIO()
+            first.save(gif, "GIF", save_all=True, append_images=rest, duration=1000 / fps, loop=0)
+            picture = Summary.Image(height=first.height, width=first.width, colorspace=3,
+                                    encoded_image_string=gif.getvalue())
+            self.board.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=picture)]), step)
+        if self.wandb:
+            import wandb
+            clip = wandb.Video(frames.transpose(0, 3, 1, 2), fps=fps, format="gif", caption=caption)
+            self.wandb.log({name: clip}, step=step)
 
     def step(self, step, **values):
         """Log the floats of a finished step (0-based), averaged over the processes: each must call this."""
@@ -297,14 +684,13 @@ class Log:
         if not self.env.main:
             return
         append_line(self.path, {"step": step, **values, "seconds": round(seconds, 3)})
-        for write in self.writers:
-            write(step, values)
+        self.scalars(step, values)
         if step % self.args.log_every == 0 or step == self.args.steps - 1:
             shown = " | ".join(f"{k} {v:.3g}" if k == "lr" else f"{k} {v:.4f}" for k, v in values.items())
             print(f"step {step + 1}/{self.args.steps} | {shown} | {seconds:.2f} s", flush=True)
         if step == self.start + 1:  # the first step compiles and allocates: time the second
             left = seconds * (self.args.steps - step - 1)
-            print(f"{seconds:.2f} s a step, about {left / 60:.0f} min to go, "
+            print(f"{seconds:.2f} s per step, about {left / 60:.0f} min to go, "
                   f"peak memory {peak_memory(self.env.device):.2f} GB", flush=True)
 
 
@@ -316,6 +702,11 @@ def append_line(path, row):
     except OSError as e:
         raise UserError(f"{path}: cannot be written ({e.strerror}); the last checkpoint is whole: make room, "
                         "then --resume") from e
+
+
+def write_lines(path, rows):
+    """A whole jsonl file."""
+    write_atomic(path, lambda p: p.write_text("".join(json.dumps(row) + "\n" for row in rows)))
 
 
 def read_lines(path) -> list:
@@ -381,91 +772,7 @@ def draw_curve(log_path, png, keys, title="", x="step"):
     plt.close(fig)
 
 
-class FiniteGuard:
-    """The optimizer's step; left out where a loss term is not finite, and the end after 10 such in a row."""
-
-    def __init__(self, env):
-        self.env, self.bad = env, 0
-
-    def step(self, opt, scaler, params, clip, **terms) -> Tensor:
-        """Unscale (fp16), clip the gradients to a norm of `clip`, step, clear them. -> their norm before.
-
-        terms: the named loss terms of this step (0-d tensors). Every process decides the same.
-        """
-        scaler.unscale_(opt)
-        norm = clip_gradients(params, clip)
-        wrong = [k for k, v in (terms | {"gradient": norm}).items() if not torch.isfinite(v).all()]
-        loss_is_wrong = on_any(wrong and wrong != ["gradient"], self.env)
-        if not on_any(wrong, self.env):
-            scaler.step(opt)
-            scaler.update()
-            self.bad = 0
-        elif not loss_is_wrong and scaler.get_scale() > 1:  # 1 without fp16
-            scaler.update(scaler.get_scale() / 2)  # fp16 looks for its scale by overflowing
-        else:
-            scaler.update(scaler.get_scale())
-            self.bad += 1
-            if wrong:
-                print(f"warning: {wrong[0]} is not finite: step skipped ({self.bad} in a row)", flush=True)
-            if self.bad >= 10:
-                raise UserError(f"{(wrong or ['a loss term'])[0]} was not finite 10 steps in a row; the last "
-                                "checkpoint is kept: try a lower --lr, a smaller --clip, or --dtype fp32")
-        opt.zero_grad()
-        return norm
-
-
-def clip_gradients(params, largest):
-    """Scale the gradients to a norm of at most `largest`. -> the norm before, a plain tensor.
-
-    Whole tensors and FSDP2's shards may stand beside each other (a network and its text encoder).
-    """
-    grads = [p.grad for p in params if p.grad is not None]
-    kinds = [[g for g in grads if type(g) is kind] for kind in {type(g): None for g in grads}]
-    norms = [torch.nn.utils.get_total_norm(part) for part in kinds]
-    norms = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]
-    norm = torch.stack([n.to(norms[0].device) for n in norms]).norm()
-    factor = largest / (norm.item() + 1e-6)
-    for part in kinds if factor < 1 else ():
-        torch._foreach_mul_(part, factor)
-    return norm
-
-
-@torch.no_grad()
-def move_average(ema, params, decay):
-    """ema <- decay ema + (1 - decay) params, both {key: tensor}; shards and whole tensors side by side."""
-    for kind in {type(p): None for p in params.values()}:
-        keys = [k for k, p in params.items() if type(p) is kind]
-        torch._foreach_lerp_([ema[k] for k in keys], [params[k].detach() for k in keys], 1 - decay)
-
-
-@contextlib.contextmanager
-def using_average(params, ema):
-    """While it lasts, params {key: parameter} hold the moving average ema {key: tensor}; None: themselves."""
-    kept = {k: params[k].detach().clone() for k in ema or {}}
-    for k in kept:
-        params[k].data.copy_(ema[k])
-    yield
-    for k, weights in kept.items():
-        params[k].data.copy_(weights)
-
-
-@contextlib.contextmanager
-def memory_advice(*dials):
-    """Turn an out-of-memory error into one line that lists the dials to turn, in that order.
-
-    A decorator, too: `@memory_advice("--batch 1")` above a main().
-    """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as e:
-        known = isinstance(e, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(e)
-        if not known:
-            raise
-        reason = (str(e).splitlines() or ["no memory"])[0][:120]
-        raise UserError(f"out of memory ({reason}); try, in this order: {', '.join(dials)}") from e
-
-
-# ---- checkpoints: ckpt.safetensors is what one samples from, state.pt what one resumes from
+# ---- checkpoints: ckpt.safetensors to sample from, state.pt to resume from
 
 UMASK = os.umask(0)
 os.umask(UMASK)

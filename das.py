@@ -36,10 +36,36 @@ import tinyworld
 import tracks
 from bases import BASES, base_row, fill, latent_shape, load_base
 from common import (
-    COUNT, DECAY, NATURAL, POSITIVE, SHARE, UNSIGNED, FiniteGuard, Log, MySamples, Parser,
-    UserError, agree_to_stop, append_line, apply_defaults, catch_signals, check_out, draw_curve,
-    generator, keep_lines, load_state, lr_at, memory_advice, move_average, run_command,
-    save_checkpoint, seed_of, setup, trained, using_average)
+    COUNT,
+    DECAY,
+    NATURAL,
+    POSITIVE,
+    SHARE,
+    UNSIGNED,
+    FiniteGuard,
+    Log,
+    MySamples,
+    Parser,
+    UserError,
+    agree_to_stop,
+    append_line,
+    apply_defaults,
+    catch_signals,
+    check_out,
+    draw_curve,
+    generator,
+    keep_lines,
+    load_state,
+    lr_at,
+    memory_advice,
+    move_average,
+    run_command,
+    save_checkpoint,
+    seed_of,
+    setup,
+    trained,
+    using_average,
+)
 from data import contact_sheet, encode_once, write_video
 from diffusion import diffusion_loss, randn
 from dit import TRACK_BRANCH

@@ -25,7 +25,16 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from common import (
-    COUNT, POSITIVE, Parser, UserError, generator, read_lines, run_command, warn, write_atomic)
+    COUNT,
+    POSITIVE,
+    Parser,
+    UserError,
+    generator,
+    read_lines,
+    run_command,
+    warn,
+    write_atomic,
+)
 from weights import load_strict, load_weights
 
 # ---- which clips make which batch

@@ -34,13 +34,49 @@ import torch.nn.functional as F
 
 from bases import BASES, NEGATIVE, base_row, fill, load_base
 from common import (
-    COUNT, DECAY, NATURAL, POSITIVE, SHARE, UNSIGNED, FiniteGuard, Log, MySamples, Parser,
-    UserError, agree_to_stop, append_line, apply_defaults, catch_signals, check_out, draw_curve,
-    generator, keep_lines, load_state, lr_at, memory_advice, move_average, onecycle, run_command,
-    save_checkpoint, seed_of, setup, trained, using_average)
+    COUNT,
+    DECAY,
+    NATURAL,
+    POSITIVE,
+    SHARE,
+    UNSIGNED,
+    FiniteGuard,
+    Log,
+    MySamples,
+    Parser,
+    UserError,
+    agree_to_stop,
+    append_line,
+    apply_defaults,
+    catch_signals,
+    check_out,
+    draw_curve,
+    generator,
+    keep_lines,
+    load_state,
+    lr_at,
+    memory_advice,
+    move_average,
+    onecycle,
+    run_command,
+    save_checkpoint,
+    seed_of,
+    setup,
+    trained,
+    using_average,
+)
 from data import (
-    VideoDataset, clip_frames, contact_sheet, encode_once, frame_flow, lucas_kanade, raft,
-    read_batches, read_prompts, resize_flow)
+    VideoDataset,
+    clip_frames,
+    contact_sheet,
+    encode_once,
+    frame_flow,
+    lucas_kanade,
+    raft,
+    read_batches,
+    read_prompts,
+    resize_flow,
+)
 from diffusion import diffusion_loss, randn
 from models import MotionBlock, parallelize, sync_gradients
 from pipeline import draw_latents, generate_split, moments

@@ -275,6 +275,13 @@ def ddim_updates(steps, num=1000, spacing="leading"):
     return [(t, t - num // steps) for t in times]
 
 
+def number_of_updates(sampler, steps, spacing="leading") -> int:
+    """How many updates a sampler makes: `steps`, or what a spacing of DDIM's makes of them."""
+    if sampler == "dpm":
+        return len(ddim_updates(steps, spacing="cogvideox"))
+    return len(ddim_updates(steps, spacing=spacing)) if sampler == "ddim" else steps
+
+
 def ddim_step(schedule, out, x, t, t_prev, eta=0.0, noise=None):
     """One update from step t to t_prev (ints; -1: all the way to x0), eq. 12. `noise` like x when eta > 0."""
     x0, eps = schedule.to_x0(out, x, t), schedule.to_eps(out, x, t)
@@ -604,7 +611,7 @@ def mix_noise(inverted, noise, strength):
 # ---- samplers of two passes
 
 def higen(net, schedule, text, null, image_noise, video_noise, steps, cfg, eta=0.0, motion_factor=500,
-          appearance_factor=1.0, sequential=False, progress=None, spacing="leading"):
+          appearance_factor=1.0, sequential=False, progress=None, spacing="leading", generators=None):
     """HiGen's two passes of one network (arXiv 2312.04483): an image, then the clip around it.
 
     image_noise (b,c,1,h,w), video_noise (b,c,f,h,w), published f = 32 -> (image, video) latents.
@@ -615,7 +622,7 @@ def higen(net, schedule, text, null, image_noise, video_noise, steps, cfg, eta=0
     def run(noise, prior, motion, appearance):
         fn = guided(net, text, null, cfg, sequential=sequential, image_prior=prior, motion_factor=motion,
                     appearance_factor=appearance)
-        return ddim(fn, noise, schedule, steps, eta, progress=progress, spacing=spacing)
+        return ddim(fn, noise, schedule, steps, eta, generators, progress=progress, spacing=spacing)
     prior = torch.zeros(b, c, h, w, device=device)
     image = run(image_noise, prior, torch.zeros(b, device=device), torch.ones(b, 1, 32, device=device))
     motion = torch.full((b, f - 1), float(motion_factor), device=device)

@@ -38,18 +38,60 @@ from torch import nn
 
 from bases import base_row, fill, latent_shape, load_base, read_words
 from common import (
-    COUNT, DECAY, NATURAL, POSITIVE, SHARE, UNSIGNED, FiniteGuard, Log, MySamples, Parser,
-    UserError, agree_to_stop, append_line, apply_defaults, catch_signals, check_out, draw_curve,
-    generator, keep_lines, load_state, lr_at, memory_advice, run_command, save_checkpoint, seed_of,
-    setup, trained)
+    COUNT,
+    DECAY,
+    NATURAL,
+    POSITIVE,
+    SHARE,
+    UNSIGNED,
+    FiniteGuard,
+    Log,
+    MySamples,
+    Parser,
+    UserError,
+    agree_to_stop,
+    append_line,
+    apply_defaults,
+    catch_signals,
+    check_out,
+    draw_curve,
+    generator,
+    keep_lines,
+    load_state,
+    lr_at,
+    memory_advice,
+    run_command,
+    save_checkpoint,
+    seed_of,
+    setup,
+    trained,
+)
 from data import (
-    IMAGES, Few, VideoDataset, _natural, center_crop_wide, contact_sheet, encode_once, image_tensor,
-    open_image, read_batches, read_image_prompts, write_video)
+    IMAGES,
+    Few,
+    VideoDataset,
+    _natural,
+    center_crop_wide,
+    contact_sheet,
+    encode_once,
+    image_tensor,
+    open_image,
+    read_batches,
+    read_image_prompts,
+    write_video,
+)
 from diffusion import diffusion_loss, offset_noise, randn
 from models import SpatialTransformer, TemporalTransformer, parallelize, sync_gradients
 from pipeline import frame_picture, generate_split, read_image_pairs, tower_image
 from tinyworld import (
-    MOTIONS, NEW_MOTIONS, path_error, subject_likeness, tiny_motion, tiny_previews, tiny_subject)
+    MOTIONS,
+    NEW_MOTIONS,
+    path_error,
+    subject_likeness,
+    tiny_motion,
+    tiny_previews,
+    tiny_subject,
+)
 from weights import LEARNED
 
 ADAPTED = {"tiny": "tiny-dreamvideo", "modelscope-v1.5": "dreamvideo"}  # a base -> itself with adapters

@@ -31,18 +31,58 @@ import torch.distributed as dist
 
 from bases import BASES, base_row, fill, load_base
 from common import (
-    COUNT, DECAY, NATURAL, POSITIVE, SHARE, UNSIGNED, FiniteGuard, Log, MySamples, Parser,
-    UserError, agree_to_stop, append_line, apply_defaults, catch_signals, check_out, draw_curve,
-    generator, keep_lines, load_state, lr_at, memory_advice, move_average, run_command,
-    save_checkpoint, seed_of, setup, trained, using_average)
+    COUNT,
+    DECAY,
+    NATURAL,
+    POSITIVE,
+    SHARE,
+    UNSIGNED,
+    FiniteGuard,
+    Log,
+    MySamples,
+    Parser,
+    UserError,
+    agree_to_stop,
+    append_line,
+    apply_defaults,
+    catch_signals,
+    check_out,
+    draw_curve,
+    generator,
+    keep_lines,
+    load_state,
+    lr_at,
+    memory_advice,
+    move_average,
+    run_command,
+    save_checkpoint,
+    seed_of,
+    setup,
+    trained,
+    using_average,
+)
 from data import (
-    VideoDataset, center_crop_wide, contact_sheet, encode_once, image_tensor, open_image,
-    read_batches, read_image_prompts, write_video)
+    VideoDataset,
+    center_crop_wide,
+    contact_sheet,
+    encode_once,
+    image_tensor,
+    open_image,
+    read_batches,
+    read_image_prompts,
+    write_video,
+)
 from diffusion import diffusion_loss, offset_noise, randn
 from dit import CogVideoXConfig
 from models import add_lora, parallelize, sync_gradients
 from pipeline import (
-    first_frame_kept, frame_picture, frame_rate, generate_split, noised_first_frame, tower_image)
+    first_frame_kept,
+    frame_picture,
+    frame_rate,
+    generate_split,
+    noised_first_frame,
+    tower_image,
+)
 from tinyworld import MOTIONS, NEW_MOTIONS, TinyWorld, judge_captions, tiny_pairs
 
 # CogVideo's finetune/; its SAT: --rank 0 --lr 1e-5 --betas 0.9 0.95 --wd 1e-4 --clip 0.1 --drop-text 0.1

@@ -40,10 +40,36 @@ import torch.distributed as dist
 
 from bases import base_row, fill, latent_shape, load_base, start_from_lora
 from common import (
-    COUNT, DECAY, NATURAL, POSITIVE, REAL, SHARE, UNSIGNED, FiniteGuard, Log, MySamples, Parser,
-    UserError, agree_to_stop, append_line, apply_defaults, catch_signals, check_out, draw_curve,
-    gather_rows, generator, keep_lines, load_state, lr_at, memory_advice, read_lines, run_command,
-    save_checkpoint, setup, trained)
+    COUNT,
+    DECAY,
+    NATURAL,
+    POSITIVE,
+    REAL,
+    SHARE,
+    UNSIGNED,
+    FiniteGuard,
+    Log,
+    MySamples,
+    Parser,
+    UserError,
+    agree_to_stop,
+    append_line,
+    apply_defaults,
+    catch_signals,
+    check_out,
+    draw_curve,
+    gather_rows,
+    generator,
+    keep_lines,
+    load_state,
+    lr_at,
+    memory_advice,
+    read_lines,
+    run_command,
+    save_checkpoint,
+    setup,
+    trained,
+)
 from data import VideoDataset, contact_sheet, read_batches, read_prompts, write_video
 from diffusion import ddim_updates, offset_noise, randn
 from models import add_lora, parallelize, sync_gradients

@@ -1,86 +1,100 @@
 """From prompts to videos and from clips to latents: what sample.py and all methods share.
 
-rollout() runs a sampler on a base, generate() makes videos of it, conditions() turns pictures and maps into
-what the network is told, and moments() and draw_latents() encode clips for training.
+rollout() runs a base's sampler, generate() makes videos with it, conditions() turns pictures and maps into
+what the network is told, encode_clips() and draw_latents() prepare clips for training, show() writes what an
+evaluation made.
 """
 import json
 import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from bases import add_guidance, latent_shape, load_base
-from common import Env, UserError, finish, gather_rows, generator, seed_of
+from bases import Sampling, add_guidance, base_row, latent_shape, load_base
+from common import Env, UserError, finish, gather_rows, generator
 from data import (
-    center_crop_wide, clip_frames, clip_image, encode_once, image_tensor, open_image, quick_files,
-    read_image_prompts, read_prompts, read_video, to_uint8, video_info, video_maps, write_video)
+    center_crop_wide, clip_image, contact_sheet, encode_once, image_tensor, open_image, prompt_grid,
+    quick_files, read_image_prompts, read_prompts, to_uint8, write_video)
 from diffusion import (
-    appearance_rows, cogvideox_dpm, ddim, ddim_invert, dpmpp_2m, dynamic_guidance, guided, higen,
-    lcm, make_schedule, mix_noise, motion_factors, offset_noise, randn, rflow, sr600)
+    cogvideox_dpm, ddim, ddim_invert, dpmpp_2m, dynamic_guidance, guided, higen, lcm, make_schedule,
+    mix_noise, offset_noise, randn, rflow, sr600)
 from metrics import psnr
-from models import (
-    Adapter, SpatialTransformer, UNetConfig, add_lora, guidance_embedding, lora_strength,
-    merge_lora)
-from weights import LEARNED, load_checkpoint, run_file, run_parts
+from models import Adapter, SpatialTransformer, add_lora, guidance_embedding, merge_lora
+from rewards import statistics
+from tinyworld import judge_captions, tiny_pairs, tiny_prompts
+from weights import run_parts
 
-# ---- prompts to videos
-
-SAMPLERS = ("ddim", "lcm", "dpmpp", "dpm", "rflow", "higen", "sr600")
+ASSET_PROMPTS = Path(__file__).parent / "assets" / "prompts"
 
 
-def check_sampler(args, row):
-    """Refuse a sampler that cannot sample this base."""
-    own, unet = row.sample["sampler"], isinstance(row.net, UNetConfig)
-    if args.sampler != own and (not unet or {args.sampler, own} - {"ddim", "lcm", "dpmpp"}):
-        raise UserError(f"--sampler {args.sampler}: this base is sampled by {own}")
+# ---- prompts to latents
 
-
-def rollout(net, base, prompts, x_T, args, generators, cond=None, null_cond=None, sequential=False,
+def rollout(net, base, prompts, x_T, sampling, generators, cond=None, null_cond=None, sequential=False,
             grad_last=0, progress=None, last=None):
-    """Prompts and noise x_T (n,c,f,h,w) -> latents, by the sampler and the guidance of args (bases.fill()).
+    """Prompts and noise x_T (n,c,f,h,w) -> latents (n,c,f,h,w), by the base's sampler with guidance.
 
     net: base.net, or what DDP or FSDP made of it. cond, null_cond: {condition of the network: tensor (n,
-    ...)}, the second replacing some in the unconditional branch. generators: one a clip, for what the sampler
-    draws. grad_last: the last K updates record gradients (VADER), which texts and conditions have none of.
-    last: as in ddim(), the only sampler that has it.
+    ...)}; the second replaces some in the unconditional branch. generators: one per clip, for the noise that
+    a sampler draws. grad_last: the last K updates record gradients; the state before them is a constant, and
+    texts and conditions have none. last: as in ddim(), the only sampler that has it.
     """
-    texts, n, device = [prompt + args.suffix for prompt in prompts], len(prompts), x_T.device
-    cond, null_cond = dict(cond or {}) | frame_rate(args, n, device), dict(null_cond or {})
+    texts, n, device = [prompt + sampling.suffix for prompt in prompts], len(prompts), x_T.device
+    cond = dict(cond or {}) | frame_rate(sampling.fps, n, device)
+    null_cond = dict(null_cond or {})
     with torch.no_grad():
-        text, null = base.encode_text(texts), base.encode_null(args.negative, n)
+        text, null = base.encode_text(texts), base.encode_null(sampling.negative, n)
         if base.row.unet.motion_blocks:
             cond["motion_text"] = base.encode_text(texts, motion=True)
-            null_cond["motion_text"] = base.encode_text([args.negative] * n, motion=True)
-    if args.sampler == "lcm":
-        return lcm(distilled(net, text, cond, args), x_T, base.schedule, args.sample_steps, generators,
-                   args.origin, args.spacing, progress)
-    if args.sampler == "rflow":
-        cond |= {k: torch.full((n,), float(getattr(args, k)), device=device) for k in ("height", "width")}
+            null_cond["motion_text"] = base.encode_text([sampling.negative] * n, motion=True)
+    steps = sampling.sample_steps
+    if sampling.sampler == "lcm":
+        fn = distilled(net, text, cond, sampling)
+        return lcm(fn, x_T, base.schedule, steps, generators, sampling.origin, sampling.spacing, progress)
+    if sampling.sampler == "rflow":
+        cond |= clip_size(sampling, n, device)
         cond["text_mask"] = (base.tokenize(texts) != 0).to(device)  # in both branches, as published
-    cfg, rule = args.cfg, getattr(args, "dynamic_cfg", None) or "off"
+
+    cfg, rule = sampling.cfg, sampling.dynamic_cfg or "off"
     if rule != "off":
-        cfg = dynamic_guidance(cfg, args.sample_steps, as_published=rule == "published")
+        cfg = dynamic_guidance(cfg, steps, as_published=rule == "published")
     fn = guided(net, text, null, cfg, sequential=sequential, null_cond=null_cond, **cond)
-    if getattr(args, "subject_below", None) is not None:
-        fn = late_subject(fn, net, args.subject_below)
-    many = dict(grad_last=grad_last, progress=progress)
-    if args.sampler == "rflow":
-        size = args.frames, args.height, args.width
-        return rflow(fn, x_T, args.sample_steps, size, generators=generators, **many)
-    if args.sampler == "dpm":
-        return cogvideox_dpm(fn, x_T, base.schedule, args.sample_steps, generators, **many)
-    if args.sampler == "dpmpp":
-        return dpmpp_2m(fn, x_T, base.schedule, args.sample_steps, **many)
-    return ddim(fn, x_T, base.schedule, args.sample_steps, args.eta, generators, spacing=args.spacing,
-                last=last, **many)
+    if sampling.subject_below is not None:
+        fn = late_subject(fn, net, sampling.subject_below)
+    shared = dict(grad_last=grad_last, progress=progress)
+    if sampling.sampler == "rflow":
+        return rflow(fn, x_T, steps, sampling.size, generators=generators, **shared)
+    if sampling.sampler == "dpm":
+        return cogvideox_dpm(fn, x_T, base.schedule, steps, generators, **shared)
+    if sampling.sampler == "dpmpp":
+        return dpmpp_2m(fn, x_T, base.schedule, steps, **shared)
+    return ddim(fn, x_T, base.schedule, steps, sampling.eta, generators, spacing=sampling.spacing, last=last,
+                **shared)
+
+
+def distilled(net, text, cond, sampling):
+    """A consistency model's fn(x, t): no second branch, the guidance scale is a condition (T2V-Turbo)."""
+    def embedded(scale):
+        scales = torch.full((len(text),), scale, device=text.device)
+        return guidance_embedding(scales, net.cfg.guidance_dim)
+    if net.cfg.guidance_dim:
+        cond = cond | {"guidance": embedded(sampling.cfg)}
+
+    def fn(x, t):
+        if not net.cfg.motion_guidance_dim:
+            return net(x, t, text, **cond)
+        early = t[0] >= 1000 * (1 - sampling.motion_share)  # motion is decided in the first steps
+        motion = embedded(sampling.motion_cfg if early else 0.0)
+        return net(x, t, text, motion_guidance=motion, **cond)
+    return fn
 
 
 def late_subject(fn, net, below):
-    """fn(x, t) with DreamVideo's subject adapters off at steps t >= below: there the path is laid out, and a
-    subject that was learned from pictures which stand still holds it back."""
+    """fn(x, t) with DreamVideo's subject adapters off at steps t >= below.
+
+    The path is laid out at those steps, and a subject learned from still pictures would hold it back.
+    """
     adapters = [a for m in net.modules() if isinstance(m, SpatialTransformer)
                 for a in m.modules() if isinstance(a, Adapter)]
 
@@ -95,194 +109,284 @@ def late_subject(fn, net, below):
     return late
 
 
-def distilled(net, text, cond, args):
-    """A consistency model's fn(x, t): no second branch, the guidance scale is a condition (T2V-Turbo)."""
-    def embedded(scale):
-        return guidance_embedding(torch.full((len(text),), scale, device=text.device), net.cfg.guidance_dim)
-    if net.cfg.guidance_dim:
-        cond = cond | {"guidance": embedded(args.cfg)}
-
-    def fn(x, t):
-        if not net.cfg.motion_guidance_dim:
-            return net(x, t, text, **cond)
-        early = t[0] >= 1000 * (1 - args.motion_share)  # motion is decided in the first steps
-        return net(x, t, text, motion_guidance=embedded(args.motion_cfg if early else 0.0), **cond)
-    return fn
-
-
-def frame_rate(args, n, device) -> dict:
+def frame_rate(fps, n, device) -> dict:
     """{"fps": (n,)} for a base that takes the frame rate as a condition, else {}."""
-    return {} if args.fps is None else {"fps": torch.full((n,), args.fps, device=device)}
+    return {} if fps is None else {"fps": torch.full((n,), fps, device=device)}
 
+
+def clip_size(sampling, n, device) -> dict:
+    """Open-Sora's conditions {"height", "width": (n,)}, in pixels."""
+    return {k: torch.full((n,), float(v), device=device)
+            for k, v in (("height", sampling.height), ("width", sampling.width))}
+
+
+def invert_clip(base, env, video, steps):
+    """The noise (1,c,f,h,w) that DDIM would turn into a clip (3,f,h,w): without words or guidance."""
+    latents = base.vae.encode(video[None].to(env.device, env.dtype)).float()
+    null = base.encode_null("", 1)
+    return ddim_invert(lambda x, t: base.net(x, t, null), latents, base.schedule, steps)
+
+
+# ---- prompts to videos
 
 @torch.no_grad()
-def generate(base, env: Env, prompts, seeds, args, batch=8, progress=False, cond=None, null_cond=None,
-             video=None, sequential=False, chunk=16, inverted=None):
-    """Prompts -> videos (n,3,f,h,w) in [-1,1] on the CPU; clip i from noise keyed by seeds[i].
+def generate(base, env: Env, prompts, seeds, sampling: Sampling, batch=8, progress=False, cond=None,
+             null_cond=None, video=None, sequential=False, chunk=16, inverted=None):
+    """Prompts -> videos (n,3,f,h,w) in [-1,1] on the CPU; clip i comes from noise keyed by seeds[i].
 
-    args: sampling options, filled by bases.fill(): frames, height, width, negative, cfg, sample_steps, eta,
-    fps, sampler, ... cond, null_cond: as for rollout(); video (n,3,f,h,w): what SR600 enlarges; inverted
-    (1,c,f,h,w): noise to mix into all clips', of invert_clip(). Training previews and evaluations call this
-    too: what they show is what one gets.
+    cond, null_cond: as for rollout(); video (n,3,f,h,w): what SR600 enlarges; inverted (1,c,f,h,w): noise to
+    mix into all clips', see invert_clip(). chunk: frames the autoencoder takes at a time. Evaluations during
+    training call this, too, so they show what sample.py will make.
     """
-    shape, videos = latent_shape(base.name, args.frames, args.height, args.width), []
-    bar = tqdm if progress else None
+    videos, bar = [], tqdm if progress else None
     for i in range(0, len(prompts), batch):
         part = slice(i, i + batch)
-        n = len(prompts[part])
         generators = [generator("sample", s) for s in seeds[part]]
         with env.autocast():
-            if args.sampler in ("sr600", "higen"):
-                text = base.encode_text([prompt + args.suffix for prompt in prompts[part]])
-                null = base.encode_null(args.negative, n)
-            if args.sampler == "sr600":
+            if sampling.sampler == "sr600":
                 latents = base.vae.encode(video[part].to(env.device), chunk=chunk)
-                latents = sr600(base.net, base.schedule, text, null, latents, args.sample_steps, args.cfg,
-                                generators, sequential=sequential, progress=bar)
+                latents = enlarged(base, prompts[part], latents, sampling, generators, sequential, bar)
                 videos.append(base.vae.decode(latents, chunk=chunk).float().clamp(-1, 1).cpu())
                 continue
-            if args.sampler == "higen":
-                image_noise = randn((n, shape[0], 1, *shape[2:]), generators, env.device)
-            x_T = randn((n, *shape), generators, env.device)
-            if getattr(args, "start_offset", None):
-                shared = randn((n, *shape[:2], 1, 1), generators, env.device)
-                x_T = offset_noise(x_T, shared, args.start_offset)
-            if inverted is not None:
-                x_T = mix_noise(inverted, x_T, args.inverse_noise)
-
-            if args.sampler == "higen":
-                _, latents = higen(
-                    base.net, base.schedule, text, null, image_noise, x_T, args.sample_steps, args.cfg,
-                    args.eta, args.motion_factor, args.appearance_factor, sequential, bar, args.spacing)
+            image_noise, x_T = starting_noise(base, env, sampling, generators, inverted)
+            if sampling.sampler == "higen":
+                latents = image_then_clip(base, prompts[part], image_noise, x_T, sampling, generators,
+                                          sequential, bar)
             else:
                 c, u = ({k: v[part].to(env.device) for k, v in (d or {}).items()} for d in (cond, null_cond))
-                latents = rollout(base.net, base, prompts[part], x_T, args, generators, c, u, sequential,
+                latents = rollout(base.net, base, prompts[part], x_T, sampling, generators, c, u, sequential,
                                   progress=bar)
-            videos.append(decode(base, latents, args.frames, chunk).float().clamp(-1, 1).cpu())
+            videos.append(decode(base, latents, sampling.frames, chunk).float().clamp(-1, 1).cpu())
     return torch.cat(videos)
 
 
-def generate_from(base, env: Env, prompts, images, seeds, args, batch=8, more=0, maps=None, **options):
-    """generate() from images, a path or Pillow image each (None: words alone), and maps, see conditions().
+def starting_noise(base, env, sampling, generators, inverted=None):
+    """-> (HiGen's noise of the image (n,c,1,h,w) or None, noise of the clips (n,c,f,h,w))."""
+    c, f, h, w = latent_shape(base.name, *sampling.size)
+    n, image_noise = len(generators), None
+    if sampling.sampler == "higen":
+        image_noise = randn((n, c, 1, h, w), generators, env.device)
+    x_T = randn((n, c, f, h, w), generators, env.device)
+    if sampling.start_offset:
+        x_T = offset_noise(x_T, randn((n, c, f, 1, 1), generators, env.device), sampling.start_offset)
+    if inverted is not None:
+        x_T = mix_noise(inverted, x_T, sampling.inverse_noise)
+    return image_noise, x_T
 
-    more: each clip goes on so often, from its last frame, and is joined: (n,3,f + more (f - 1),h,w).
+
+def image_then_clip(base, prompts, image_noise, x_T, sampling, generators, sequential=False, progress=None):
+    """HiGen's two passes -> latents of the clips."""
+    text = base.encode_text([prompt + sampling.suffix for prompt in prompts])
+    null = base.encode_null(sampling.negative, len(prompts))
+    _, latents = higen(
+        base.net, base.schedule, text, null, image_noise, x_T, sampling.sample_steps, sampling.cfg,
+        sampling.eta, sampling.motion_factor, sampling.appearance_factor, sequential, progress,
+        sampling.spacing, generators)
+    return latents
+
+
+def enlarged(base, prompts, latents, sampling, generators, sequential=False, progress=None):
+    """SR600 on the latents of enlarged clips -> latents."""
+    text = base.encode_text([prompt + sampling.suffix for prompt in prompts])
+    null = base.encode_null(sampling.negative, len(prompts))
+    return sr600(base.net, base.schedule, text, null, latents, sampling.sample_steps, sampling.cfg,
+                 generators, sequential=sequential, progress=progress)
+
+
+def generate_from(base, env: Env, prompts, images, seeds, sampling, batch=8, continuations=0, maps=None,
+                  style=None, **more):
+    """generate() from images, one path or Pillow image each (None: words alone), and maps, see conditions().
+
+    continuations: each clip is continued so often, from its last frame: (n,3,f + continuations (f - 1),h,w).
     """
     videos = []
-    for k in range(more + 1):
+    for k in range(continuations + 1):
         with env.autocast():
-            cond, null = conditions(base, env, args, images, maps)
-        later = seeds if k == 0 else [f"{s}-{k}" for s in seeds]
-        made = generate(base, env, prompts, later, args, batch, cond=cond, null_cond=null, **options)
+            cond, null = conditions(base, env, sampling, images, maps, style)
+        numbered = seeds if k == 0 else [f"{s}-{k}" for s in seeds]
+        made = generate(base, env, prompts, numbered, sampling, batch, cond=cond, null_cond=null, **more)
         videos.append(made if k == 0 else made[:, :, 1:])  # a later clip's first frame is there already
-        images = [frame_picture(video[:, -1]) for video in made] if k < more else None
+        images = [frame_picture(video[:, -1]) for video in made] if k < continuations else None
     return torch.cat(videos, dim=2)
 
 
-def generate_split(base, env: Env, prompts, seeds, args, images=None, more=0, maps=None):
+def generate_split(base, env: Env, prompts, seeds, sampling, batch=8, images=None, continuations=0,
+                   maps=None):
     """generate_from(), the prompts shared out over the processes: each must call it, and gets all videos.
 
-    maps: {name: tensor (n, ...)}, of each clip its own.
+    maps: {name: tensor (n, ...)}, each clip's own.
     """
     per = -(-len(prompts) // env.world)  # the same number on each (FSDP needs it): the last may repeat some
     mine = [i % len(prompts) for i in range(env.rank * per, (env.rank + 1) * per)]
     given = [None] * len(prompts) if images is None else images
-    videos = generate_from(base, env, *([x[i] for i in mine] for x in (prompts, given, seeds)), args,
-                           args.batch, more, {k: v[mine] for k, v in (maps or {}).items()})
+    own = ([column[i] for i in mine] for column in (prompts, given, seeds))
+    own_maps = {k: v[mine] for k, v in (maps or {}).items()}
+    videos = generate_from(base, env, *own, sampling, batch, continuations, own_maps)
     return torch.cat(gather_rows([videos], env))[:len(prompts)]
 
 
-def lora_strengths(base, env, prompts, seeds, args, images=None, more=0):
-    """Yield (strength, videos): the same clips with the network's LoRA branches off (0), weaker, stronger."""
-    for strength in (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0):
-        with lora_strength(base.net, strength):
-            videos = generate_split(base, env, prompts, seeds, args, images, more)
-        yield strength, videos
+def generate_folder(base, env: Env, folder, prompts, n, sampling, batch, seed, resume):
+    """n clips per prompt -> FOLDER/clips/PROMPT-K.mp4 and metadata.json, VideoDPO's layout (read_clips).
 
-
-def generate_folder(base, env: Env, args, folder, prompts, n, settings):
-    """n clips a prompt -> folder/clips/PROMPT-K.mp4 and metadata.json, VideoDPO's layout (data.read_clips).
-
-    Processes share the clips; those that are there are kept, and those that a kill took come out the same.
+    Processes share the clips. Those that exist are kept, and those that a kill took come out the same.
     """
-    if Path(folder, "clips").exists() and not args.resume:
+    folder = Path(folder)
+    if (folder / "clips").exists() and not resume:
         raise UserError(f"{folder} already holds clips: --resume goes on, --out FOLDER starts anew")
-    about = Path(folder, "settings.json")
-    wanted = dict(settings, base=base.name, n=n, seed=args.seed, batch=args.batch, prompts=prompts)
+    about = folder / "settings.json"
+    wanted = dict(sampling.metadata(), base=base.name, n=n, seed=seed, batch=batch, prompts=prompts)
     wanted = json.dumps(wanted, indent=1)
     if about.exists() and about.read_text() != wanted:
         raise UserError(f"{folder}: its clips were made with other options or prompts: give the same, or "
                         "another --out")
     finish(env, about, lambda: wanted)
     quick_files()
-    jobs = [(f"clips/{i:06d}-{k}.mp4", prompt, f"{args.seed}-{Path(folder).name}-{i}-{k}")
+    jobs = [(f"clips/{i:06d}-{k}.mp4", prompt, f"{seed}-{folder.name}-{i}-{k}")
             for i, prompt in enumerate(prompts) for k in range(n)]
-    size, start = 2 * args.batch, time.time()  # whole batches: else a resumed run would differ by rounding
+    size, start = 2 * batch, time.time()  # whole batches: else a resumed run would differ by rounding
     batches = [jobs[j:j + size] for j in range(0, len(jobs), size)][env.rank::env.world]
-    for number, batch in enumerate(batches, 1):
-        if not all(Path(folder, file).exists() for file, _, _ in batch):
-            videos = generate(base, env, [b[1] for b in batch], [b[2] for b in batch], args, size)
-            for (file, _, _), video in zip(batch, videos):
-                write_video(Path(folder, file), video, args.save_fps)
+    for number, part in enumerate(batches, 1):
+        files, texts, seeds = map(list, zip(*part))
+        if not all((folder / file).exists() for file in files):
+            videos = generate(base, env, texts, seeds, sampling, size)
+            for file, video in zip(files, videos):
+                write_video(folder / file, video, sampling.save_fps)
         if env.main and (number % 20 == 0 or number == len(batches)):
             done = min(len(jobs), number * size * env.world)
             print(f"{folder}: {done}/{len(jobs)} clips, {time.time() - start:.0f} s", flush=True)
-    rows = [{"basic": {"clip_duration": args.frames / args.save_fps, "clip_path": file, "globalidx": j},
+    rows = [{"basic": {"clip_duration": sampling.frames / sampling.save_fps, "clip_path": file,
+                       "globalidx": j},
              "misc": {"frame_caption": [prompt]}} for j, (file, prompt, _) in enumerate(jobs)]
-    finish(env, Path(folder, "metadata.json"), lambda: json.dumps(rows, indent=1))
+    finish(env, folder / "metadata.json", lambda: json.dumps(rows, indent=1))
 
 
-def invert_clip(base, env, args, video):
-    """The noise (1,c,f,h,w) that DDIM would turn into a clip (3,f,h,w): without words, guidance or image."""
-    latents = base.vae.encode(video[None].to(env.device, env.dtype)).float()
-    null = base.encode_null("", 1)
-    return ddim_invert(lambda x, t: base.net(x, t, null), latents, base.schedule, args.sample_steps)
+def show(run, name, videos, prompts, fps, row=None, sheet=None, headers=None):
+    """What an evaluation made -> NAME.png, NAME/*.mp4 of the first 16 clips, a line of eval.jsonl.
+
+    For the main process alone. videos (n,3,f,h,w); row: what was measured, {name: float or dict}; sheet: rows
+    for the picture if they are more than the clips, under headers.
+    """
+    if row is not None:
+        run.record(name, row)
+    contact_sheet(list(videos[:16]) if sheet is None else sheet, run.out / f"{name}.png",
+                  list(prompts[:16]), headers=headers)
+    for i, video in enumerate(videos[:16]):
+        write_video(run.out / name / f"{i:04d}.mp4", video, fps)
+    for i, video in enumerate(videos[:4]):
+        run.log.video(run.done, f"held-out/{i}", to_uint8(video), fps, prompts[i])
+
+
+# ---- held-out prompts and their rewards
+
+def read_items(args, sampling, continuations=0):
+    """Options of vader.py -> training and held-out items, each (first frame or None, prompt)."""
+    row = base_row(args.base)
+    if continuations and not row.first_frame:
+        raise UserError("--continue: only a base that makes video from a first frame goes on from a frame")
+    if args.activities and (row.first_frame or not args.prompts):
+        raise UserError("--activities: goes with a file of nouns, --prompts, on a base without a first frame")
+
+    def read(path):
+        if row.first_frame:
+            return [(open_image(image), caption) for image, caption in read_image_prompts(path)]
+        return [(None, prompt) for prompt in read_prompts(path)]
+
+    def tiny_items(held_out):
+        if not row.first_frame:
+            return [(None, prompt) for prompt in tiny_prompts(held_out)]
+        seed, n = (0, args.eval_n) if held_out else (1, 256)
+        clips, captions = tiny_pairs(seed, n, sampling.frames)
+        return [(frame_picture(clip[:, 0]), caption) for clip, caption in zip(clips, captions)]
+
+    if args.activities:
+        items = [(None, prompt) for prompt in prompt_grid(args.prompts, args.activities)]
+    elif args.prompts:
+        items = read(args.prompts)
+    elif row.tiny:
+        items = tiny_items(held_out=False)
+    elif row.first_frame:
+        raise UserError("--prompts: give a file of image|||caption lines; this base needs first frames")
+    else:
+        grid = prompt_grid(ASSET_PROMPTS / "animals.txt", ASSET_PROMPTS / "activities.txt")
+        items = [(None, prompt) for prompt in grid]
+    if args.eval_prompts:
+        held_out = read(args.eval_prompts)
+    elif row.tiny and not args.prompts:
+        held_out = tiny_items(held_out=True)
+    else:
+        held_out = items[::max(1, len(items) // args.eval_n)]  # from all over the file
+    return items, held_out[:args.eval_n]
+
+
+def measure_reward(base, sampling, reward, videos, prompts, device):
+    """-> {"reward", "reward_sd", ...} of the videos, and on tiny bases "judge": {attribute: share right}."""
+    row = statistics(reward, videos, prompts, device)
+    if base.row.tiny:
+        row["judge"] = judge_captions(videos[:, :, :sampling.frames], prompts)
+    return row
+
+
+@torch.no_grad()
+def evaluate_reward(run, base, sampling, reward, items, name, watch=None, continuations=0):
+    """Held-out items, always from the same noise -> a line of eval.jsonl, NAME.png, NAME/*.mp4.
+
+    items: (first frame or None, prompt); watch: a second reward, "watch" in the line. Every process must
+    call it.
+    """
+    images, prompts = (list(column) for column in zip(*items))
+    seeds = [f"eval-{i}" for i in range(len(prompts))]
+    videos = generate_split(base, run.env, prompts, seeds, sampling, run.args.batch, images, continuations)
+    if not run.main:
+        return
+    row = measure_reward(base, sampling, reward, videos, prompts, run.device)
+    if continuations:  # what is beyond the length that the base was trained to make
+        beyond = torch.cat([videos[:, :, :1], videos[:, :, sampling.frames:]], dim=2)
+        later = statistics(reward, beyond, prompts, run.device)
+        row |= {"later": later["reward"], "later_sd": later["reward_sd"]}
+    if watch:
+        row["watch"] = statistics(watch, videos, prompts, run.device)["reward"]
+    show(run, name, videos, prompts, sampling.save_fps, row)
+
 
 
 # ---- clips to latents and back
 
 def decode(base, latents, frames, chunk=16, chosen=None):
-    """Latents -> video; chosen: numbers of the only frames to decode.
+    """Latents (b,c,f',h',w') -> video (b,3,f,h,w), differentiable; chosen: numbers of the only frames wanted.
 
-    Open-Sora's latents do not tell how many frames their last one stands for: frames, of the whole clip.
+    frames: of the whole clip, which Open-Sora's latents do not tell.
     """
     more = {"num_frames": frames} if base.row.schedule is None else {}
     return base.vae.decode(latents, chosen, chunk, **more)
 
 
 @torch.no_grad()
-def moments(vae, video, env):
-    """video (b,3,f,h,w) -> {"mean", "std"} (b,c,f,h,w) of the encoder's Gaussian, on the CPU."""
-    # each clip as (f,3,h,w): its frames are the batch
-    parts = [vae.moments(clip.transpose(0, 1).to(env.device, env.dtype)) for clip in video]
-    mean, logvar = (torch.stack([x.transpose(0, 1).cpu() for x in column]) for column in zip(*parts))
-    return {"mean": mean, "std": (0.5 * logvar).exp()}
+def encode_clips(base, env, video) -> dict:
+    """Clips (b,3,f,h,w) in [-1,1] -> {"mean", "std"} (b,c,f',h',w') of unscaled latents, on the CPU."""
+    mean, logvar = base.vae.moments(video.to(env.device, env.dtype))
+    return {"mean": mean.cpu(), "std": (0.5 * logvar).exp().cpu()}
 
 
-def draw_latents(vae, batch, generators, env):
-    """A batch of clips, encoded already or not -> samples of the encoder's Gaussian, as VGen trains."""
-    m = batch if "mean" in batch else moments(vae, batch["video"], env)
-    z = m["mean"].float() + m["std"].float() * randn(m["mean"].shape, generators)
-    return z.to(env.device) * vae.cfg.scale
+def draw_latents(base, env, encoded, generators, part=""):
+    """What encode_clips() gave, perhaps out of a cache -> scaled latents, a sample of the encoder's Gaussian.
 
-
-def encode_pairs(base, env: Env, args, data, name):
-    """A PairDataset (None: none) -> items {"latents" (2,c,f,h,w) half, "text"}, encoded once, into --out.
-
-    A sample of the encoder's Gaussian, drawn for each pair.
+    generators: one per clip. part: a prefix of the two names, such as "tracks.".
     """
-    if data is None:
-        return None
-    quick_files()
-    shape = latent_shape(base.name, args.frames, args.height, args.width)
+    mean, std = encoded[f"{part}mean"].float(), encoded[f"{part}std"].float()
+    z = mean + std * randn(mean.shape, generators)
+    return base.vae.normalise(z.to(env.device))
 
-    def encode(batch):
-        x = batch["video"].flatten(0, 1).to(env.device, next(base.vae.parameters()).dtype)
-        generators = [generator(args.seed, "posterior", int(i)) for i in batch["number"]]
-        noise = randn((len(generators), 2, *shape), generators).flatten(0, 1).to(x)
-        with torch.no_grad():
-            return {"latents": base.vae.encode(x, noise).half().unflatten(0, (-1, 2))}
-    about = dict(base=base.name, weights=args.weights, shape=shape, seed=args.seed, rows=seed_of(data.rows))
-    return encode_once(Path(args.out, "latents", name), data, encode, about, env, args.workers)
+
+def cache_latents(run, data, encode, about, name="."):
+    """--cache-latents: encode every clip of `data` once, in half precision, into OUT/latents/NAME.
+
+    encode(batch) -> {name: tensor (b, ...)}; about: plain values; files made with other values are redone.
+    -> a data set of what encode gave, with "text".
+    """
+    about = dict(base=run.args.base, weights=run.args.weights, seed=run.args.seed) | about
+    return encode_once(run.out / "latents" / name, data,
+                       lambda batch: {k: v.half() for k, v in encode(batch).items()}, about, run.env,
+                       run.args.workers)
 
 
 @torch.no_grad()
@@ -298,84 +402,24 @@ def encode_tracks(base, env, video):
 
 # ---- conditions
 
-def training_conditions(base, args, texts, t, fps=None) -> dict:
+def training_conditions(base, sampling, texts, t, fps=None) -> dict:
     """What a text-to-video network is told in training beside step and words, {name: tensor (n, ...)}.
 
-    t (n,) steps. fps None: of the network's own default (VideoCrafter2: 16). T2V-Turbo: its guidance scale,
-    Open-Sora: the clip's size.
+    t (n,) steps. fps None: the network's own default (VideoCrafter2: 16). T2V-Turbo is told its guidance
+    scale, Open-Sora the clip's size.
     """
     unet, n = base.row.unet, len(t)
-    cond = {} if fps is None else {"fps": torch.full((n,), fps, device=t.device)}
+    cond = frame_rate(fps, n, t.device)
     if base.schedule is None:
-        cond = {k: torch.full((n,), float(getattr(args, k)), device=t.device)
-                for k in ("fps", "height", "width")}
+        cond = {"fps": torch.full((n,), float(sampling.fps), device=t.device)}
+        cond |= clip_size(sampling, n, t.device)
         cond["text_mask"] = (base.tokenize(texts) != 0).to(t.device)
     if unet.guidance_dim:
-        scale = torch.full((n,), float(args.cfg), device=t.device)
+        scale = torch.full((n,), float(sampling.cfg), device=t.device)
         cond["guidance"] = guidance_embedding(scale, unet.guidance_dim)
     if unet.motion_guidance_dim:  # in the first steps only, as distilled() has it
-        early = t >= 1000 * (1 - args.motion_share)
-        cond["motion_guidance"] = guidance_embedding(args.motion_cfg * early, unet.motion_guidance_dim)
-    return cond
-
-
-@torch.no_grad()
-def observed(base, batch, env, flow=None):
-    """What HiGen, TF-T2V and VideoComposer are told of a clip in training -> {name: (b, ...)}, on the CPU.
-
-    batch {"video" (b,3,f,h,w)}, "depth" (b,1,f,h,w) where it is known. alike (b,f,f): cosines of the frames'
-    CLIP embeddings, in the tiny world of their coarse colours; image (b,1,d): the middle frame's; maps: see
-    data.video_maps.
-    """
-    unet, tower, found = base.row.unet, base.image_encoder, {}
-    for clip in batch["video"] if unet.text_resampler or unet.style_image or unet.maps else ():
-        f, one = clip.shape[1], {}
-        frames = clip.transpose(0, 1)
-
-        def embedded(frames):
-            return tower(clip_frames(frames).to(env.device, env.dtype)).float().cpu()
-        if unet.text_resampler:
-            looks = embedded(frames) if tower else F.adaptive_avg_pool2d(frames, 4).flatten(1)
-            looks = F.normalize(looks, dim=-1)
-            one["alike"] = (looks @ looks.T).clamp(0, 1)
-        if unet.style_image and tower:
-            one["image"] = embedded(frames[f // 2:f // 2 + 1])
-        if unet.maps:
-            one |= video_maps(clip, unet.maps, flow=flow, block=16 if base.row.text else 1)
-        for name, value in one.items():
-            found.setdefault(name, []).append(value)
-    known = {"depth": batch["depth"]} if "depth" in batch else {}
-    return {name: torch.stack(values) for name, values in found.items()} | known
-
-
-def told(base, x0, seen, generators):
-    """observed() of a batch, or none of it for single images, and x0 -> conditions of the network.
-
-    HiGen: factors, and the middle frame as image (a pass for images has zeros there). Of maps and
-    image a tenth of the clips sees none, four tenths one alone, else each is dropped for half. (VGen: none,
-    all, a tenth each, else each for half. But one alone is what is sampled with, and a map that tells less,
-    such as motion, is not learned beside others.)
-    """
-    unet, (b, _, f), cond = base.row.unet, x0.shape[:3], {}
-    if unet.text_resampler:
-        alike = seen["alike"].float() if f > 1 else torch.ones(b, 1, 1)
-        cond["appearance_factor"] = appearance_rows(alike).to(x0.device)
-        cond["motion_factor"] = torch.zeros(b, device=x0.device)
-        if f > 1:  # of the means: x0 is a sample, its noise would count as motion
-            cond["motion_factor"] = motion_factors(seen["mean"].to(x0) * base.vae.cfg.scale)
-        cond["image_prior"] = x0[:, :, f // 2] * (f > 1)
-    names = [k for k in seen if k in (*unet.maps, "image")] if f > 1 else []
-    if not names:
-        return cond
-    case, *coins = torch.stack([torch.rand(1 + len(names), generator=g) for g in generators]).T
-    alone, turn = case >= 0.6, ((case - 0.6) / 0.4 * len(names)).floor()  # whose turn it is to be alone
-    for k, (name, coin) in enumerate(zip(names, coins)):
-        keep = torch.where(alone, turn == k, (case > 0.1) & (coin > 0.5)).float().to(x0.device)
-        cond[name] = seen[name].float().to(x0.device)
-        if name == "image":
-            cond[name] = cond[name] * keep.view(-1, 1, 1)
-        else:
-            cond.setdefault("map_keep", {})[name] = keep
+        early = t >= 1000 * (1 - sampling.motion_share)
+        cond["motion_guidance"] = guidance_embedding(sampling.motion_cfg * early, unet.motion_guidance_dim)
     return cond
 
 
@@ -394,19 +438,20 @@ def frame_picture(frame):
 
 
 @torch.no_grad()
-def conditions(base, env, args, images, maps=None):
-    """For a batch of clips -> (cond, null_cond) of generate(); images: a path or Pillow image each.
+def conditions(base, env, sampling, images, maps=None, style=None):
+    """For a batch of clips -> (cond, null_cond) of generate().
 
-    maps {name: (1,c,f,h,w)}: what all clips share, of read_maps() and encode_tracks().
+    images: a path or Pillow image each, or None; maps {name: (1,c,f,h,w)}: what all clips share; style: a
+    Pillow image whose style they follow (VideoComposer).
     """
-    row, n, size = base.row, len(images), (args.height, args.width)
+    row, n, size = base.row, len(images), (sampling.height, sampling.width)
     cond, null = {}, {}
     images = [image if image is None or isinstance(image, Image.Image) else open_image(image)
               for image in images]
 
     def clip_embedding(pictures):
         s = (row.image or row.text).image_size
-        pixels = torch.stack([tower_image(p, args.width, s) for p in pictures])
+        pixels = torch.stack([tower_image(p, sampling.width, s) for p in pictures])
         return base.image_encoder(pixels.to(env.device, env.dtype))[:, None].float()  # n 1 d
 
     if row.first_frame:
@@ -416,15 +461,13 @@ def conditions(base, env, args, images, maps=None):
         cond["first_frame"] = cond["first_frame"][:, :, 0]
         cond["image"] = clip_embedding(images)
         null["image"] = torch.zeros_like(cond["image"])
-    style = getattr(args, "style", None) or getattr(args, "style_image", None)
-    if style:
-        style = style if isinstance(style, Image.Image) else open_image(style)
+    if style is not None:
         cond["image"] = clip_embedding([style]).expand(n, -1, -1)
         null["image"] = torch.zeros_like(cond["image"])
     if row.unet.adapter_image_dim and images[0] is not None:
         cond["appearance"] = clip_embedding(images)
         null["appearance"] = torch.zeros_like(cond["appearance"])
-        for branch, strength in zip((cond, null), getattr(args, "strength", (1.0, 1.0))):
+        for branch, strength in zip((cond, null), sampling.strength):
             branch["strength"] = torch.full((n,), strength)
     for name, value in (maps or {}).items():
         cond[name] = value.expand(n, *value.shape[1:])
@@ -453,45 +496,14 @@ def noised_first_frame(base, picture, keep, shape, generators):
 
 
 def read_image_pairs(path, row, image=None):
-    """A prompt file -> [(image or None, prompt)]; the image of all, or of each line image|||prompt."""
+    """A prompt file -> [(image or None, prompt)]: one image for all, or each line's own, image|||prompt."""
     optional = row.unet.adapter_image_dim and Path(path).is_file() and b"|||" in Path(path).read_bytes()
     if not image and (row.first_frame or optional):
         return read_image_prompts(path)
     return [(image, prompt) for prompt in read_prompts(path)]
 
 
-def enlarge_clip(path, args, dtype=torch.float32):
-    """A clip for SR600 -> ((1,3,f,H,W) in [-1,1], its own frames): at most 32, 16 or fewer doubled."""
-    frames = min(video_info(path)[0], 32)
-    video, _ = read_video(path, frames)
-    if frames <= 16:  # as published: the network was trained on 32
-        video = video.repeat_interleave(2, dim=1)
-    size = (args.height, args.width)
-    video = F.interpolate(video.transpose(0, 1).float(), size, mode="bilinear", align_corners=False)
-    return video.transpose(0, 1)[None].to(dtype), frames
-
-
 # ---- runs and public adapters
-
-def read_runs(args):
-    """Every --ckpt -> [(path, tensors, meta)]; several must be adapters that go together (DreamVideo)."""
-    runs = [(text, *load_checkpoint(run_file(text))) for text in args.ckpt]
-    known = {}
-    for text, tensors, meta in runs:
-        if args.base and args.base != meta["base"]:
-            raise UserError(f"--ckpt {text}: was trained on base {meta['base']}, not {args.base}")
-        if meta["base"] != runs[0][2]["base"]:
-            raise UserError(f"--ckpt {text}: was trained on base {meta['base']}, {runs[0][0]} on "
-                            f"{runs[0][2]['base']}; they cannot be joined")
-        if len(runs) > 1 and meta["method"] != "dreamvideo":
-            raise UserError(f"--ckpt {text}: a run of {meta['method']}; only DreamVideo's can be joined")
-        twice = [k for k in tensors if k in known and not k.startswith(LEARNED)]
-        if twice:
-            raise UserError(f"--ckpt {text}: trained the same as {known[twice[0]]} ({twice[0]}); give one "
-                            "subject and one motion")
-        known |= dict.fromkeys(tensors, text)
-    return runs
-
 
 def load_run(path, tensors, meta, weights, base=None):
     """What load_checkpoint(path) gave -> the run's base with its trained tensors put in, on the CPU.

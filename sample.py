@@ -2,29 +2,31 @@
 
     python sample.py --base tiny --prompt "a red circle moving left on a gray background"
     python sample.py --ckpt out/vader --prompts prompts.txt --n 4
-    python sample.py --base tiny --judge 256               # 256 random captions, and how many clips are right
+    python sample.py --base tiny --judge 256               # 256 random captions: how many clips are right?
     python sample.py --ckpt out/vader --prompts prompts.txt --reward hps,aesthetic   # and a table of scores
-    torchrun --nproc_per_node=4 sample.py --base modelscope --weights weights/modelscope --prompts prompts.txt
+    torchrun --nproc_per_node=4 sample.py --base modelscope --weights W --prompts prompts.txt
     python sample.py --base i2vgen-xl --image dog.png --prompt "a dog runs"  # or --prompts: image|||caption
     python sample.py --base vcomposer --depth depth.npy --style-image painting.png --prompt "a red car"
     python sample.py --base vcomposer --depth drive.mp4 --midas midas_v3_dpt_large.pth --prompt "a red car"
     python sample.py --base vcomposer --follow drive.mp4 --take sketch motion style --prompt "a red car"
     python sample.py --base tft2v --prompt "a fox in the snow" --then sr600     # enlarged: OUT/sr600
     python sample.py --base tiny-i2v --image frame.png --prompt "a red circle moving left" --continue 2
-    python sample.py --base tiny-i2v --judge 256           # 256 held-out first frames and captions
-    python sample.py --ckpt out/das --image first.png --tracks tracks.mp4 --prompt "a dog"  # and -side.mp4
+    python sample.py --ckpt out/das --image first.png --tracks tracks.mp4 --prompt "a dog"
     python sample.py --base sr600 --video out/sample       # every clip there, at 720x1280
     python sample.py --base modelscope-v1.4 --lora instructvideo.pth:0.8 --prompt "a fox in the snow"
     python sample.py --ckpt out/identity:500 --ckpt out/motion --appearance-image dog.png --prompt "a * turns"
 
-Writes OUT/0000.mp4 ..., OUT/sheet.png (contact sheet), OUT/index.jsonl (file, prompt, seed, base, adapters,
-settings, and with --reward its scores).
-A clip depends on its prompt, its number and --seed alone: not on --batch, nor on the number of processes.
-Memory: texts are encoded first and the text towers freed before the networks move to the GPU; then --batch 1,
---sequential, --decode-chunk 1.
+Writes OUT/0000.mp4 ..., OUT/sheet.png (a contact sheet) and OUT/index.jsonl (file, prompt, seed, base,
+adapters, settings and, with --reward, scores). What goes with the clips is in folders of its own: OUT/side
+(tracks beside the result), OUT/first (the first frames that --judge drew).
+
+A clip depends on its prompt, its number and --seed alone, not on --batch or the number of processes.
+Memory: prompts are encoded first, and the text towers are freed before the networks move to the GPU. Then
+--batch 1, --sequential and --decode-chunk 1 help most.
 """
 import json
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,65 +35,239 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 
-from bases import BASES, base_row, fill, load_base, merge_public_lora, read_words
+from bases import (
+    BASES, SAMPLERS, base_row, choose_sampling, load_base, merge_public_lora, read_words)
 from common import (
     COUNT, NATURAL, REAL, SHARE, UNSIGNED, Parser, UserError, check_writable, gather_rows,
-    memory_advice, run_command, setup, write_atomic)
+    memory_advice, run_command, setup, write_atomic, write_lines)
 from data import (
     center_crop_wide, codec_motion, contact_sheet, image_tensor, list_videos, lucas_kanade,
     open_image, opensora_size, prompts_of, raft, read_map, read_video, video_info, video_maps,
     write_video)
 from dit import STDiT3Config
 from pipeline import (
-    SAMPLERS, check_sampler, encode_tracks, enlarge_clip, first_frame_kept, frame_picture,
-    generate_from, invert_clip, load_run, lora_file, read_image_pairs, read_runs)
+    encode_tracks, first_frame_kept, frame_picture, generate_from, invert_clip, load_run, lora_file,
+    read_image_pairs)
 from rewards import get_reward, print_scores, score_files
 from text_encoders import CLIPConfig
 from tinyworld import MOTIONS, NEW_MOTIONS, judge_captions, parse, tiny_captions, tiny_pairs
 from tracks import estimate_depth, midas_depth
-from weights import public_files
+from weights import LEARNED, load_checkpoint, public_files, run_file
 
-# ---- conditions from files
-
+# options that name a file, and what --follow takes of a clip
 FILE_FLAGS = ("image", "tracks", "video", "mask", "depth", "midas", "sketch", "motion_vectors", "style_image",
               "appearance_image", "follow", "flow_weights")
-TAKE = "depth", "sketch", "single_sketch", "motion", "local_image", "style"  # what --follow is followed in
+TAKE = "depth", "sketch", "single_sketch", "motion", "local_image", "style"
 
 
-def check_conditions(args, row):
+@dataclass(frozen=True)
+class Clip:
+    """One clip to make. source: its first frame or appearance (path or Pillow), SR600's clip, or None."""
+    file: str
+    prompt: str
+    source: object
+    seed: str
+
+
+def get_args(argv=None):
+    p = Parser(__doc__)
+    # what
+    p.add_argument("--base", help=f"base to sample from: {', '.join(BASES)} (default: the run's)")
+    p.add_argument("--weights", help="folder with the base's public weights (default: download from its hub)")
+    p.add_argument("--ckpt", action="append", default=[], metavar="FOLDER[:STEP]",
+                   help="folder of one of our runs; twice to join DreamVideo's subject and motion")
+    p.add_argument("--learned", metavar="FILE",
+                   help="words of a textual inversion (a run of dreamvideo.py or DreamVideo's own file)")
+    p.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]",
+                   help="LoRA or adapter file (T2V-Turbo, VADER, InstructVideo, DreamVideo); repeatable")
+    p.add_argument("--out", default="out/sample", help="folder to write to")
+    p.add_argument("--prompt", help="one prompt")
+    p.add_argument("--prompts", help="file of prompts: .txt, .csv, .jsonl, .json; with a first frame: lines "
+                                     "image|||caption")
+    p.add_argument("--judge", type=COUNT, metavar="N",
+                   help="tiny bases: sample N random captions (and held-out first frames) and judge the clips")
+    p.add_argument("--motion", choices=MOTIONS + NEW_MOTIONS, help="tiny bases: the motion of all clips")
+    p.add_argument("--reward", help="score the clips by a reward of rewards.py, or several joined by commas")
+    p.add_argument("--reward-weights", help="folder with the rewards' public files (default: download them)")
+    # conditions
+    p.add_argument("--image", help="first frame (I2VGen-XL, CogVideoX-I2V, das, VideoComposer)")
+    p.add_argument("--continue", dest="continuations", type=NATURAL, default=0, metavar="K",
+                   help="with a first frame: K further clips, each from the last frame of the one before")
+    p.add_argument("--tracks", help="tracking video (Diffusion as Shader; das.py --make-tracks makes one)")
+    p.add_argument("--track-strength", type=UNSIGNED,
+                   help="weight of the tracks: 0 ignores them (default: 1)")
+    p.add_argument("--video", help="clip or folder of clips to enlarge (SR600); the video that --mask hides "
+                                   "parts of (VideoComposer); a clip whose motion to start near (DreamVideo)")
+    p.add_argument("--mask", help="picture that is white where the video is hidden (VideoComposer)")
+    p.add_argument("--depth", help="depth maps: .npy or video; with --midas any video (VideoComposer)")
+    p.add_argument("--midas", metavar="FILE",
+                   help="estimate the depth of the video --depth with these weights (ModelScope hub "
+                        "iic/tf-t2v, models/midas_v3_dpt_large.pth)")
+    p.add_argument("--sketch", help="sketches: .npy or video, or one picture (VideoComposer)")
+    p.add_argument("--motion-vectors", help="motion vectors: .npy of shape (2, f, h, w) (VideoComposer)")
+    p.add_argument("--style-image", help="picture whose style and content to follow (VideoComposer)")
+    p.add_argument("--follow", metavar="VIDEO", help="clip to take conditions from (VideoComposer)")
+    p.add_argument("--take", nargs="+", choices=TAKE, help="what to take of --follow")
+    p.add_argument("--depth-model", metavar="NAME",
+                   help="depth network of transformers for --take depth: hub name or folder")
+    p.add_argument("--flow-weights", help="file of torchvision's RAFT large: --take motion by optical flow "
+                                          "instead of the codec's motion vectors")
+    p.add_argument("--appearance-image", help="picture that guides the motion adapter (DreamVideo)")
+    p.add_argument("--strength", type=REAL, nargs=2, default=(1.0, 1.0), metavar=("COND", "UNCOND"),
+                   help="weight of the appearance image in the two branches of guidance (DreamVideo)")
+    p.add_argument("--subject-below", type=NATURAL, metavar="T",
+                   help="the subject's adapters act only at noise steps below T (DreamVideo with a motion; "
+                        "tiny: 300)")
+    p.add_argument("--inverse-noise", type=SHARE, default=0.0,
+                   help="share of the inverted --video in the starting noise (DreamVideo; 0 to 0.5 suit a "
+                        "motion learned from one clip)")
+    p.add_argument("--motion-factor", type=NATURAL, help="HiGen: amount of motion (default: 500)")
+    p.add_argument("--appearance-factor", type=REAL, help="HiGen: change over the clip (default: 1.0)")
+    # pixels and sampling
+    p.add_argument("--frames", type=COUNT, help="frames per clip (default: the base's)")
+    p.add_argument("--height", type=COUNT, help="height in pixels (default: the base's)")
+    p.add_argument("--width", type=COUNT, help="width in pixels (default: the base's)")
+    p.add_argument("--fps", type=COUNT, help="frame rate given to the network, for bases that take one")
+    p.add_argument("--size", metavar="LENGTH,RESOLUTION,ASPECT",
+                   help="Open-Sora's sizes by name: 2s to 16s, 144p to 720p, height:width, e.g. 4s,240p,9:16")
+    p.add_argument("--save-fps", type=COUNT, help="frame rate of the files (default: the base's)")
+    p.add_argument("--sampler", choices=SAMPLERS, help="sampler (default: the base's)")
+    p.add_argument("--negative",
+                   help="negative prompt: text of the unconditional branch (default: the base's)")
+    p.add_argument("--suffix", help="text put after every prompt (default: the base's)")
+    p.add_argument("--sample-steps", type=COUNT, help="sampler steps (default: the base's)")
+    p.add_argument("--eta", type=SHARE,
+                   help="DDIM noise: 0 is deterministic, 1 is DDPM (default: the base's)")
+    p.add_argument("--cfg", type=REAL, help="guidance scale w in u + w (c - u); 1 turns guidance off "
+                                            "(default: the base's)")
+    p.add_argument("--dynamic-cfg", choices=("published", "meant", "off"),
+                   help="CogVideoX: guidance that grows over the steps, as published or as meant")
+    p.add_argument("--motion-cfg", type=REAL, help="T2V-Turbo-v2: scale of motion guidance (default: 0.05)")
+    p.add_argument("--n", type=COUNT, default=1, help="clips generated per prompt")
+    p.add_argument("--vbench", action="store_true", help="name the files as VBench wants: PROMPT-0.mp4, ...")
+    p.add_argument("--batch", type=COUNT, default=4, help="clips per process at a time")
+    p.add_argument("--seed", type=NATURAL, default=0, help="seed of everything random")
+    # afterwards
+    p.add_argument("--then", metavar="BASE", help="enlarge the clips with this base, sr600, into OUT/BASE")
+    p.add_argument("--then-weights", help="folder with its public weights (default: download from its hub)")
+    p.add_argument("--then-size", type=COUNT, nargs=2, metavar=("HEIGHT", "WIDTH"),
+                   help="size of the enlarged clips in pixels (default: 720 1280)")
+    # machine
+    p.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: cuda if there is one)")
+    p.add_argument("--dtype", choices=("bf16", "fp16", "fp32"),
+                   help="precision of frozen weights and of autocast (default: bf16 on a GPU, else fp32)")
+    p.add_argument("--sequential", action="store_true",
+                   help="run the two branches of guidance one after the other: less memory")
+    p.add_argument("--decode-chunk", type=COUNT, default=16, help="frames the autoencoder decodes at a time")
+    args = p.parse_args(argv)
+    if not args.base and not args.ckpt:
+        raise UserError("give --base NAME or --ckpt FOLDER")
+    if args.reward_weights and not args.reward:
+        raise UserError("--reward-weights: of which reward? give --reward")
+    if args.motion and not args.judge:
+        raise UserError("--motion: which clips --judge N draws; give --judge, or say it in the --prompt")
+    if sum(bool(x) for x in (args.prompt, args.prompts, args.judge)) > 1:
+        raise UserError("give only one of --prompt TEXT, --prompts FILE, --judge N (tiny)")
+    return args
+
+
+def main(argv=None):
+    args = get_args(argv)
+    play(args)  # its networks are gone when it returns
+    if args.then:
+        flags = {"weights": args.then_weights, "device": args.device, "dtype": args.dtype, "seed": args.seed,
+                 "video": args.out, "out": Path(args.out, args.then), "save-fps": args.save_fps,
+                 **dict(zip(("height", "width"), args.then_size or ()))}
+        words = [x for k, v in flags.items() if v is not None for x in (f"--{k}", str(v))]
+        play(get_args(["--base", args.then, *words] + ["--sequential"] * args.sequential))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def play(args):
+    """Everything that the options ask for, from files to files."""
+    if args.base:
+        base_row(args.base)  # an unknown name is refused before anything is read
+    runs = read_runs(args)
+    name = args.base or runs[0][2]["base"]
+    row = base_row(name, runs[0][2].get("tracking_blocks", 0) if runs else 0)
+    known = {k: v for _, _, meta in runs for k, v in meta["sample"].items()}
+    sampling = choose_sampling(name, args, known, **(named_size(args, row) if args.size else {}))
+    check_conditions(args, row, sampling)
+    check_writable(args.out)
+    clips = read_clips(args, row, sampling)
+    size = sampling.height, sampling.width
+    maps = read_maps(args, sampling) if row.unet.maps else {}
+    tracks = read_video(args.tracks, sampling.frames, size=size)[0] if args.tracks else None
+    near = read_video(args.video, sampling.frames, size=size)[0] if args.inverse_noise else None
+    loras = [lora_file(text) for text in args.lora]
+    style = open_image(args.style_image) if args.style_image else None
+    env = setup(args.device, args.dtype, args.seed)
+    reward = get_reward(args.reward, env.device, args.reward_weights) if args.reward else None
+    if reward:
+        reward.check([clip.prompt for clip in clips])
+    if args.midas and args.depth:
+        maps["depth"] = midas_depth(args.midas, maps["depth"], env.device)
+    if args.follow:
+        taken, style = followed(args, row, sampling, env.device, style)
+        maps |= taken
+    base = build(args, env, runs, loras, [clip.prompt + sampling.suffix for clip in clips], sampling)
+    mine = list(range(env.rank, len(clips), env.world))
+    with memory_advice("--batch 1", "--sequential", "--decode-chunk 1", "--dtype bf16", "fewer --frames",
+                       "a smaller --height and --width"):
+        make_clips(args, env, base, sampling, clips, mine, maps, style, tracks, near)
+    scores = {}  # by the clip's number; of the files, as one would look at them
+    if reward:
+        files = [Path(args.out, clips[j].file) for j in mine]
+        rows = score_files(reward, env.device, files, [clips[j].prompt for j in mine])
+        scores = dict(gather_rows(list(zip(mine, rows)), env))
+    if env.world > 1:
+        dist.barrier()
+    if env.main:
+        report(args, row, base, sampling, clips, scores, tracks)
+
+
+# ---- what to make
+
+def read_runs(args):
+    """Every --ckpt -> [(path, tensors, meta)]; several must be adapters that go together (DreamVideo)."""
+    runs = [(text, *load_checkpoint(run_file(text))) for text in args.ckpt]
+    owner = {}
+    for text, tensors, meta in runs:
+        if args.base and args.base != meta["base"]:
+            raise UserError(f"--ckpt {text}: was trained on base {meta['base']}, not {args.base}")
+        if meta["base"] != runs[0][2]["base"]:
+            raise UserError(f"--ckpt {text}: was trained on base {meta['base']}, {runs[0][0]} on "
+                            f"{runs[0][2]['base']}; they cannot be joined")
+        if len(runs) > 1 and meta["method"] != "dreamvideo":
+            raise UserError(f"--ckpt {text}: a run of {meta['method']}; only DreamVideo's can be joined")
+        twice = [k for k in tensors if k in owner and not k.startswith(LEARNED)]
+        if twice:
+            raise UserError(f"--ckpt {text}: trained the same as {owner[twice[0]]} ({twice[0]}); give one "
+                            "subject and one motion")
+        owner |= dict.fromkeys(tensors, text)
+    return runs
+
+
+def named_size(args, row) -> dict:
+    """Open-Sora's --size by name -> frames, height and width, where these flags are not given."""
+    if not isinstance(row.net, STDiT3Config):
+        raise UserError("--size: only Open-Sora's sizes have names; give --frames, --height, --width")
+    names = args.size.split(",")
+    if len(names) > 3:
+        raise UserError(f"--size {args.size}: more than length,resolution,aspect, such as 4s,240p,9:16")
+    size = dict(zip(("frames", "height", "width"), opensora_size(*names)))
+    return {k: v for k, v in size.items() if vars(args)[k] is None}
+
+
+def check_conditions(args, row, sampling):
     """Refuse what the base has no use for, and ask for what it needs, before anything is loaded."""
-    takes = set()
-    if row.first_frame:
-        takes |= {"image"}
-    if row.tracks:
-        takes |= {"tracks"}
-    if row.unet.super_resolution:
-        takes |= {"video"}
-    if row.unet.maps:
-        takes |= {"image", "video", "mask", "depth", "midas", "sketch", "motion_vectors", "style_image",
-                  "follow", "flow_weights"}
-    if row.unet.adapter_image_dim:
-        takes |= {"appearance_image", "video"}
-    if args.learned and not Path(args.learned).exists():
-        raise UserError(f"--learned {args.learned}: no such file, nor a run's folder")
-    if args.learned and row.text is not None and not isinstance(row.text, CLIPConfig):
-        raise UserError("--learned: this base's text encoder knows no learned words")
-    for flag in FILE_FLAGS:
-        value, option = getattr(args, flag), f"--{flag.replace('_', '-')}"
-        if value and flag not in takes:
-            known = ", ".join(f"--{f.replace('_', '-')}" for f in sorted(takes)) or "words alone"
-            raise UserError(f"{option}: this base has no such condition; it takes {known}")
-        if value and not Path(value).exists():
-            raise UserError(f"{option} {value}: no such file")
+    check_files(args, row)
     if args.subject_below is not None and not row.unet.adapter_image_dim:
         raise UserError("--subject-below: this base has no adapters of a subject")
-    for flag in ("motion_factor", "appearance_factor", "motion_cfg", "dynamic_cfg"):
-        if getattr(args, flag) is not None and flag not in row.sample:
-            raise UserError(f"--{flag.replace('_', '-')}: this base has no such condition")
-    check_sampler(args, row)
-    if args.judge and row.text is not None:
+    if args.judge and not row.tiny:
         raise UserError("--judge: only clips of the tiny world can be judged; give --prompt or --prompts")
-    if args.more and (not row.first_frame or row.tracks):
+    if args.continuations and (not row.first_frame or row.tracks):
         raise UserError("--continue: only a base that makes video from an image alone goes on from a frame")
     if row.first_frame and args.judge and args.image:
         raise UserError("--judge: brings its own first frames; leave --image out")
@@ -106,36 +282,104 @@ def check_conditions(args, row):
     if bool(args.inverse_noise) != bool(args.video and row.unet.adapter_image_dim):
         raise UserError("--inverse-noise and --video belong together (DreamVideo): how much of the inverted "
                         "clip to start from")
-    if bool(args.mask) != bool(args.video) and row.unet.maps:
-        raise UserError("--mask and --video belong together: the part of the video that is hidden")
-    if args.midas and not args.depth and "depth" not in (args.take or ()):
-        raise UserError("--midas: give the video whose depth it is to estimate with --depth")
-    if bool(args.follow) != bool(args.take):
-        raise UserError(f"--follow VIDEO and --take belong together: what to take of it, {', '.join(TAKE)}")
-    for name in args.take or ():
-        if name not in row.unet.maps and not (name == "style" and row.unet.style_image):
-            raise UserError(f"--take {name}: this base has no such condition; it has "
-                            f"{', '.join(row.unet.maps)}")
-    if "depth" in (args.take or ()) and not args.midas and not args.depth_model:
-        raise UserError("--take depth: give the network that sees it, --depth-model NAME or --midas FILE")
     if args.then and (base_row(args.then).unet.super_resolution, row.unet.super_resolution) != (True, False):
         raise UserError(f"--then {args.then}: for a base that enlarges clips, sr600, after one that does not")
     if args.then:  # its files are looked for now
         public_files(args.then, base_row(args.then), args.then_weights)
     if not (args.prompt or args.prompts or args.judge or row.unet.super_resolution):
         raise UserError("give one of --prompt TEXT, --prompts FILE, --judge N (tiny)")
-    if row.unet.text_resampler and args.frames != row.sample["frames"]:
-        raise UserError(f"--frames {args.frames}: HiGen makes clips of {row.sample['frames']} frames")
+    if row.unet.text_resampler and sampling.frames != row.sample.frames:
+        raise UserError(f"--frames {sampling.frames}: HiGen makes clips of {row.sample.frames} frames")
 
 
-def read_maps(args, size):
+def check_files(args, row):
+    """Files that the base can read are there, and those that belong together are given together."""
+    takes = {"image"} if row.first_frame else set()
+    takes |= {"tracks"} if row.tracks else set()
+    takes |= {"video"} if row.unet.super_resolution else set()
+    takes |= {"appearance_image", "video"} if row.unet.adapter_image_dim else set()
+    if row.unet.maps:
+        takes |= {"image", "video", "mask", "depth", "midas", "sketch", "motion_vectors", "style_image",
+                  "follow", "flow_weights"}
+    for flag in FILE_FLAGS:
+        value, option = vars(args)[flag], f"--{flag.replace('_', '-')}"
+        if value and flag not in takes:
+            known = ", ".join(f"--{f.replace('_', '-')}" for f in sorted(takes)) or "words alone"
+            raise UserError(f"{option}: this base has no such condition; it takes {known}")
+        if value and not Path(value).exists():
+            raise UserError(f"{option} {value}: no such file")
+    if args.learned and not Path(args.learned).exists():
+        raise UserError(f"--learned {args.learned}: no such file, nor a run's folder")
+    if args.learned and not row.tiny and not isinstance(row.text, CLIPConfig):
+        raise UserError("--learned: this base's text encoder knows no learned words")
+    if bool(args.mask) != bool(args.video) and row.unet.maps:
+        raise UserError("--mask and --video belong together: the part of the video that is hidden")
+    take = args.take or ()
+    if args.midas and not args.depth and "depth" not in take:
+        raise UserError("--midas: give the video whose depth it is to estimate with --depth")
+    if bool(args.follow) != bool(args.take):
+        raise UserError(f"--follow VIDEO and --take belong together: what to take of it, {', '.join(TAKE)}")
+    for name in take:
+        if name not in row.unet.maps and not (name == "style" and row.unet.style_image):
+            raise UserError(f"--take {name}: this base has no such condition; it has "
+                            f"{', '.join(row.unet.maps)}")
+    if "depth" in take and not args.midas and not args.depth_model:
+        raise UserError("--take depth: give the network that sees it, --depth-model NAME or --midas FILE")
+
+
+def read_clips(args, row, sampling):
+    """-> [Clip] to make, all their files readable."""
+    if args.judge:
+        pairs = judged_pairs(args, row, sampling)
+    elif row.unet.super_resolution:
+        files = list_videos(args.video)
+        for file in files:
+            video_info(file)
+        pairs = list(zip(files, prompts_of(files, args.prompts, args.prompt)))
+    else:
+        image = args.image if row.first_frame else args.appearance_image
+        pairs = [(image, args.prompt)] if args.prompt else read_image_pairs(args.prompts, row, image)
+        for picture in dict.fromkeys(picture for picture, _ in pairs if picture):
+            open_image(picture)
+    names = file_names([prompt for _, prompt in pairs], args.n, args.vbench)
+    return [Clip(names[i * args.n + k], prompt, source, f"{args.seed}-{i}-{k}")
+            for i, (source, prompt) in enumerate(pairs) for k in range(args.n)]
+
+
+def judged_pairs(args, row, sampling):
+    """--judge N -> [(held-out first frame or None, random caption)]."""
+    if row.first_frame:
+        clips, prompts = tiny_pairs(args.seed, args.judge, sampling.frames, args.motion)
+        return [(frame_picture(clip[:, 0]), prompt) for clip, prompt in zip(clips, prompts)]
+    captions, rng = tiny_captions(), np.random.default_rng(args.seed)
+    captions = [c for c in captions if args.motion in (None, parse(c)["motion"])]
+    if not captions:
+        raise UserError(f"--motion {args.motion}: base {args.base} has no such motion among its captions")
+    return [(None, captions[i]) for i in rng.integers(len(captions), size=args.judge)]
+
+
+def file_names(prompts, n, vbench=False):
+    """Names of the clips, n per prompt: 0000.mp4 ..., or VBench's PROMPT-0.mp4 ... PROMPT-4.mp4."""
+    if not vbench:
+        return [f"{j:04d}.mp4" for j in range(len(prompts) * n)]
+    for prompt in prompts:
+        if "/" in prompt or len(prompt.encode()) > 240:
+            raise UserError(f"--vbench: {prompt[:60]!r} cannot be a file name (a / in it, or too long)")
+        if prompts.count(prompt) > 1:
+            raise UserError(f"--vbench: the prompt {prompt[:60]!r} occurs twice; give --n instead")
+    return [f"{prompt}-{k}.mp4" for prompt in prompts for k in range(n)]
+
+
+# ---- VideoComposer's maps
+
+def read_maps(args, sampling):
     """VideoComposer's maps from ready files -> {name: (1,c,f,h,w)}.
 
     depth: MiDaS's inverse depth / 20 in 0..10 (.npy; a video counts as 0..1), but with --midas a video in
-    [-1,1], whose depth midas_depth() finds; sketch: 0..1 (a picture is the single sketch of the first
-    frame); motion: .npy (2,f,h,w); image: the first frame, in 0..1; video and mask (1: hidden).
+    [-1,1], whose depth midas_depth() finds; sketch: 0..1 (a picture is the single sketch of the first frame);
+    motion: .npy (2,f,h,w); image: the first frame, in 0..1; video and mask (1: hidden).
     """
-    f, maps = args.frames, {}
+    f, size, maps = sampling.frames, (sampling.height, sampling.width), {}
     if args.depth and args.midas:  # squeezed to the clip's size, not cropped: as published
         video = read_video(args.depth, f)[0].transpose(0, 1)
         maps["depth"] = F.interpolate(video, size, mode="bilinear", antialias=True).transpose(0, 1)
@@ -156,15 +400,15 @@ def read_maps(args, size):
     return {name: value[None] for name, value in maps.items()}
 
 
-def followed(args, row, device):
-    """--follow VIDEO -> {name: (1,c,f,h,w)}, the maps of --take; "style" is its first frame, in args.style.
+def followed(args, row, sampling, device, style=None):
+    """--follow VIDEO -> ({name: (1,c,f,h,w)}, the maps of --take; the style picture, its first frame).
 
     3 frames a second as published, or as many as make a clip; squeezed to the clip's size, not cropped.
     """
     count, rate, _ = video_info(args.follow)
-    stride = max(1, min(round(rate / 3), (count - 1) // max(args.frames - 1, 1)))
-    video, size = read_video(args.follow, args.frames, rate / stride)[0], (args.height, args.width)
-    args.style = frame_picture(video[:, 0]) if "style" in args.take else None
+    stride = max(1, min(round(rate / 3), (count - 1) // max(sampling.frames - 1, 1)))
+    video, size = read_video(args.follow, sampling.frames, rate / stride)[0], sampling.size[1:]
+    style = frame_picture(video[:, 0]) if "style" in args.take else style
     video = F.interpolate(video.transpose(0, 1), size, mode="bilinear", antialias=True).transpose(0, 1)
 
     def depth(video):
@@ -172,198 +416,29 @@ def followed(args, row, device):
             return midas_depth(args.midas, video[None], device)[0]
         near = 1 / torch.from_numpy(estimate_depth(args.depth_model, video, device)).float()
         return (2 * near / near.max())[None]  # about MiDaS's range; other networks have their own
-    flow = lucas_kanade if row.text is None else None
+    flow = lucas_kanade if row.tiny else None
     flow = raft("large", args.flow_weights, device) if args.flow_weights else flow
-    maps = video_maps(video, args.take, depth, flow, block=16 if row.text else 1)
+    maps = video_maps(video, args.take, depth, flow, block=1 if row.tiny else 16)
     if "motion" in args.take and not flow:
         maps["motion"] = codec_motion(video)
-    return {name: value[None] for name, value in maps.items()}
+    return {name: value[None] for name, value in maps.items()}, style
 
 
-# ---- runs and public adapters
-
-def get_args(argv=None):
-    p = Parser(__doc__)
-    # what
-    p.add_argument("--base", help=f"base to sample from: {', '.join(BASES)} (default: the run's)")
-    p.add_argument("--weights", help="folder with the base's public weights (default: its hub)")
-    p.add_argument("--ckpt", action="append", default=[], metavar="FOLDER[:STEP]",
-                   help="folder of one of our runs; twice to join DreamVideo's subject and motion")
-    p.add_argument("--learned", metavar="FILE", help="words of a textual inversion (DreamVideo's file)")
-    p.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]",
-                   help="LoRA or adapter file (T2V-Turbo, VADER, InstructVideo, DreamVideo); repeatable")
-    p.add_argument("--out", default="out/sample", help="folder to write")
-    p.add_argument("--prompt", help="one prompt")
-    p.add_argument("--prompts", help="file of prompts: txt, csv, jsonl, json; I2VGen-XL: image|||caption")
-    p.add_argument("--judge", type=COUNT, metavar="N",
-                   help="tiny world: N random captions (and held-out first frames), judged")
-    p.add_argument("--reward", help="score the clips: a reward of rewards.py, or several joined by commas")
-    p.add_argument("--reward-weights", help="folder with the rewards' public files (default: their hub)")
-    p.add_argument("--motion", choices=MOTIONS + NEW_MOTIONS, help="tiny world: motion of all clips")
-    p.add_argument("--negative", help="negative prompt (default: the run's or the base's)")
-    p.add_argument("--suffix", help="text put after every prompt (default: the base's)")
-    # conditions
-    p.add_argument("--image", help="first frame (I2VGen-XL, CogVideoX-I2V, das, VideoComposer)")
-    p.add_argument("--continue", dest="more", type=NATURAL, default=0, metavar="K",
-                   help="image to video: K further clips, each from the last frame of the one before, joined")
-    p.add_argument("--tracks", help="tracking video (Diffusion as Shader; das.py --make-tracks makes one)")
-    p.add_argument("--track-strength", type=UNSIGNED, help="how much the tracks count: 0 not at all (1)")
-    p.add_argument("--video", help="clip or folder of clips (SR600); what --mask hides (VideoComposer); clip "
-                   "whose motion to start near (DreamVideo)")
-    p.add_argument("--mask", help="picture, white where the video is hidden (VideoComposer)")
-    p.add_argument("--depth", help="depth maps: .npy or video; with --midas any video (VideoComposer)")
-    p.add_argument("--midas", metavar="FILE", help="estimate the depth of the video --depth with these "
-                   "weights (ModelScope hub iic/tf-t2v, models/midas_v3_dpt_large.pth)")
-    p.add_argument("--sketch", help="sketches: .npy or video, or one picture (VideoComposer)")
-    p.add_argument("--motion-vectors", help="motion vectors: .npy of shape 2 f h w (VideoComposer)")
-    p.add_argument("--style-image", help="picture whose style and content to follow (VideoComposer)")
-    p.add_argument("--follow", metavar="VIDEO", help="clip from which to make the conditions (VideoComposer)")
-    p.add_argument("--take", nargs="+", choices=TAKE, help="which; motion: the codec's vectors")
-    p.add_argument("--depth-model", metavar="NAME", help="depth network of transformers: hub name or folder")
-    p.add_argument("--flow-weights", help="motion by torchvision's raft_large, not by the codec")
-    p.add_argument("--appearance-image", help="picture that guides the motion adapter (DreamVideo)")
-    p.add_argument("--strength", type=REAL, nargs=2, default=(1.0, 1.0), metavar=("COND", "UNCOND"),
-                   help="of the appearance image in the two branches of guidance")
-    p.add_argument("--subject-below", type=NATURAL, metavar="T", help="the subject's adapters act at noise "
-                   "steps below T alone (DreamVideo, with a motion; tiny: 300)")
-    p.add_argument("--inverse-noise", type=SHARE, default=0.0, help="share of the inverted --video in the "
-                   "starting noise (DreamVideo; advice: 0 to 0.5 for a motion learned from one clip)")
-    p.add_argument("--motion-factor", type=NATURAL, help="HiGen: more is more motion (500)")
-    p.add_argument("--appearance-factor", type=REAL, help="HiGen: more is more change over the clip (1.0)")
-    # pixels
-    p.add_argument("--frames", type=COUNT, help="frames a clip (default: the base's)")
-    p.add_argument("--size", metavar="LENGTH,RESOLUTION,ASPECT",
-                   help="Open-Sora: by name, 2s..16s, 144p..720p, height:width, such as 4s,240p,9:16")
-    p.add_argument("--height", type=COUNT, help="pixels (default: the base's)")
-    p.add_argument("--width", type=COUNT, help="pixels (default: the base's)")
-    p.add_argument("--fps", type=COUNT, help="frame rate as a condition, for bases that take one")
-    p.add_argument("--save-fps", type=COUNT, help="frame rate of the files")
-    # sampling
-    p.add_argument("--sampler", choices=SAMPLERS, help="default: the base's")
-    p.add_argument("--sample-steps", type=COUNT, help="sampler steps (default: the base's)")
-    p.add_argument("--eta", type=SHARE, help="DDIM noise, 0 deterministic to 1 (default: the base's)")
-    p.add_argument("--cfg", type=REAL, help="guidance u + cfg (c - u); 1 is off (default: the base's)")
-    p.add_argument("--dynamic-cfg", choices=("published", "meant", "off"),
-                   help="CogVideoX: guidance that grows over the steps, as published or as meant")
-    p.add_argument("--motion-cfg", type=REAL, help="T2V-Turbo-v2: scale of motion guidance (0.05)")
-    p.add_argument("--n", type=COUNT, default=1, help="clips a prompt")
-    p.add_argument("--vbench", action="store_true", help="name the files as VBench wants: PROMPT-0.mp4, ...")
-    p.add_argument("--batch", type=COUNT, default=4, help="clips at a time on each process")
-    p.add_argument("--seed", type=NATURAL, default=0, help="seed")
-    # afterwards
-    p.add_argument("--then", metavar="BASE", help="enlarge the clips with this base, sr600, into OUT/BASE")
-    p.add_argument("--then-weights", help="folder with its public weights (default: its hub)")
-    p.add_argument("--then-size", type=COUNT, nargs=2, metavar=("HEIGHT", "WIDTH"), help="(720 1280)")
-    # machine
-    p.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
-    p.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 on GPU, fp32 on CPU")
-    p.add_argument("--sequential", action="store_true", help="the two branches of guidance one by one")
-    p.add_argument("--decode-chunk", type=COUNT, default=16, help="frames the autoencoder takes at a time")
-    args = p.parse_args(argv)
-    if not args.base and not args.ckpt:
-        raise UserError("give --base NAME or --ckpt FOLDER")
-    if args.reward_weights and not args.reward:
-        raise UserError("--reward-weights: of which reward? give --reward")
-    if args.motion and not args.judge:
-        raise UserError("--motion: which clips --judge N draws; give --judge, or say it in the --prompt")
-    if sum(bool(x) for x in (args.prompt, args.prompts, args.judge)) > 1:
-        raise UserError("give only one of --prompt TEXT, --prompts FILE, --judge N (tiny)")
-    return args
+def enlarge_clip(path, sampling):
+    """A clip for SR600 -> ((1,3,f,H,W) in [-1,1], its own frames): at most 32; 16 or fewer are doubled."""
+    frames = min(video_info(path)[0], 32)
+    video, _ = read_video(path, frames)
+    if frames <= 16:  # as published: the network was trained on 32
+        video = video.repeat_interleave(2, dim=1)
+    size = sampling.height, sampling.width
+    video = F.interpolate(video.transpose(0, 1).float(), size, mode="bilinear", align_corners=False)
+    return video.transpose(0, 1)[None], frames
 
 
-def apply_size(args, row):
-    """Open-Sora's --size by name -> --frames, --height, --width where these are not given."""
-    if not isinstance(row.net, STDiT3Config):
-        raise UserError("--size: only Open-Sora's sizes have names; give --frames, --height, --width")
-    names = args.size.split(",")
-    if len(names) > 3:
-        raise UserError(f"--size {args.size}: more than length,resolution,aspect, such as 4s,240p,9:16")
-    for flag, value in zip(("frames", "height", "width"), opensora_size(*names)):
-        if getattr(args, flag) is None:
-            setattr(args, flag, value)
+# ---- making clips
 
-
-def file_names(prompts, n, vbench=False):
-    """Names of the clips, n a prompt: 0000.mp4 ..., or VBench's PROMPT-0.mp4 ... PROMPT-4.mp4."""
-    if not vbench:
-        return [f"{j:04d}.mp4" for j in range(len(prompts) * n)]
-    for prompt in prompts:
-        if "/" in prompt or len(prompt.encode()) > 240:
-            raise UserError(f"--vbench: {prompt[:60]!r} can be no file's name (a / in it, or too long)")
-        if prompts.count(prompt) > 1:
-            raise UserError(f"--vbench: the prompt {prompt[:60]!r} comes twice; give --n instead")
-    return [f"{prompt}-{k}.mp4" for prompt in prompts for k in range(n)]
-
-
-def read_jobs(args, row):
-    """-> prompts, and for each its first frame (I2VGen-XL), its clip (SR600), both readable, or None."""
-    if args.judge and row.first_frame:
-        clips, prompts = tiny_pairs(args.seed, args.judge, args.frames, args.motion)
-        return prompts, [frame_picture(clip[:, 0]) for clip in clips]
-    if args.judge:
-        captions, rng = tiny_captions(), np.random.default_rng(args.seed)
-        captions = [c for c in captions if args.motion in (None, parse(c)["motion"])]
-        if not captions:
-            raise UserError(f"--motion {args.motion}: base {args.base} has no such motion among its captions")
-        prompts = [captions[i] for i in rng.integers(len(captions), size=args.judge)]
-        return prompts, [None] * len(prompts)
-    if row.unet.super_resolution:
-        clips = list_videos(args.video)
-        for clip in clips:
-            video_info(clip)
-        return prompts_of(clips, args.prompts, args.prompt), clips
-    image = args.image if row.first_frame else args.appearance_image
-    pairs = [(image, args.prompt)] if args.prompt else read_image_pairs(args.prompts, row, image)
-    for image in dict.fromkeys(image for image, _ in pairs if image):
-        open_image(image)
-    return [caption for _, caption in pairs], [image for image, _ in pairs]
-
-
-def main(argv=None):
-    args = get_args(argv)
-    play(args)  # its networks are gone when it returns
-    if args.then:
-        more = {"weights": args.then_weights, "device": args.device, "dtype": args.dtype, "seed": args.seed,
-                "video": args.out, "out": Path(args.out, args.then), "save_fps": args.save_fps,
-                **dict(zip(("height", "width"), args.then_size or ()))}
-        flags = [x for k, v in more.items() if v is not None for x in (f"--{k.replace('_', '-')}", str(v))]
-        play(get_args(["--base", args.then, *flags] + ["--sequential"] * args.sequential))
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def play(args):
-    """All that the options ask for, from files to files."""
-    if args.base:
-        base_row(args.base)  # an unknown name is refused before anything is read
-    runs = read_runs(args)
-    name, known = args.base or runs[0][2]["base"], {}
-    for _, _, meta in runs:
-        known |= meta["sample"]
-    row = base_row(name, runs[0][2].get("tracking_blocks", 0) if runs else 0)
-    if args.size:
-        apply_size(args, row)
-    settings = fill(args, name, known)
-    if row.unet.super_resolution:
-        del settings["frames"]  # each clip keeps its own
-    check_conditions(args, row)
-    check_writable(args.out)
-    prompts, files = read_jobs(args, row)
-    names = file_names(prompts, args.n, args.vbench)
-    size = args.height, args.width
-    maps = read_maps(args, size) if row.unet.maps else {}
-    tracks = read_video(args.tracks, args.frames, size=size)[0] if args.tracks else None
-    loras = [lora_file(text) for text in args.lora]
-    start_near = read_video(args.video, args.frames, size=size)[0] if args.inverse_noise else None
-    env = setup(args)
-    reward = get_reward(args.reward, env.device, args.reward_weights) if args.reward else None
-    if reward:
-        reward.check(prompts)
-    if args.midas:
-        if args.depth:
-            maps["depth"] = midas_depth(args.midas, maps["depth"], env.device)
-    if args.follow:
-        maps |= followed(args, row, env.device)
+def build(args, env, runs, loras, texts, sampling):
+    """The base with its runs, words and LoRA files put in, on its device; the prompts are encoded."""
     base = None
     for text, tensors, meta in runs:
         base = load_run(text, tensors, meta, args.weights, base)
@@ -377,93 +452,98 @@ def play(args):
     # one after the other on the GPU: T5 and a 5B network together would not fit on 24 GB
     for encoder in filter(None, (base.text_encoder, base.motion_encoder)):
         encoder.to(env.device)
-    with torch.no_grad(), env.autocast():
-        base.learned = {token: vectors.to(env.device) for token, vectors in base.learned.items()}
-        base.remember([prompt + args.suffix for prompt in prompts] +
-                      [args.negative, *([""] if args.inverse_noise else [])])
+    base.learned = {token: vectors.to(env.device) for token, vectors in base.learned.items()}
+    base.remember([*texts, sampling.negative, *([""] if args.inverse_noise else [])], env)
     for module in base.parts().values():
         module.to(env.device)
+    return base
 
-    jobs = [(prompt, file, f"{args.seed}-{i}-{k}")
-            for i, (prompt, file) in enumerate(zip(prompts, files)) for k in range(args.n)]
-    out, start = Path(args.out), time.time()
-    mine = list(range(env.rank, len(jobs), env.world))
-    advice = memory_advice("--batch 1", "--sequential", "--decode-chunk 1", "--dtype bf16", "fewer --frames",
-                           "a smaller --height and --width")
-    batch, inverted = 1 if row.unet.super_resolution else args.batch, None
-    with advice:
-        if start_near is not None:
-            with env.autocast(), torch.no_grad():
-                inverted = invert_clip(base, env, args, start_near)
+
+def make_clips(args, env, base, sampling, clips, mine, maps, style, tracks, near):
+    """Write the clips whose numbers are in `mine`. tracks, near: videos (3,f,h,w) or None."""
+    out, start, options = Path(args.out), time.time(), {}
+    with env.autocast(), torch.no_grad():
+        if near is not None:
+            options["inverted"] = invert_clip(base, env, near, sampling.sample_steps)
         if tracks is not None:
-            with env.autocast():
-                maps |= encode_tracks(base, env, tracks)
-            if args.track_strength is not None:
-                maps["track_strength"] = torch.tensor([args.track_strength])
-        for i in range(0, len(mine), batch):
-            part = [jobs[j] for j in mine[i:i + batch]]
-            options, frames = dict(sequential=args.sequential, chunk=args.decode_chunk), None
-            options["inverted"] = inverted
-            prompt, images, seed = (list(column) for column in zip(*part))
-            bar = env.main and env.device.type == "cuda"
-            if row.unet.super_resolution:
-                options["video"], frames = enlarge_clip(images[0], args)
-                args.frames = options["video"].shape[2]
-                images = [None]
-            videos = generate_from(base, env, prompt, images, seed, args, batch, args.more, maps,
-                                   progress=bar, **options)
-            if frames is not None and frames < videos.shape[2]:
-                videos = videos[:, :, ::2]  # every frame went in twice
-            for j, video in zip(mine[i:i + batch], videos):
-                write_video(out / names[j], video, args.save_fps)
-                if tracks is not None:  # what went in beside what came out
-                    still, first = video[:, :1], jobs[j][1]
-                    if first:
-                        first = first if isinstance(first, Image.Image) else open_image(first)
-                        still = image_tensor(center_crop_wide(first, size))[:, None]
-                    side = torch.cat([still.expand_as(video), tracks, video], dim=3)
-                    write_video(out / f"{j:04d}-side.mp4", side, args.save_fps)
-                if isinstance(jobs[j][1], Image.Image):
-                    write_atomic(out / f"{j:04d}.png", jobs[j][1].save)
-            if env.main:
-                done = min(len(jobs), (i + len(part)) * env.world)
-                print(f"{done}/{len(jobs)} clips, {time.time() - start:.1f} s", flush=True)
-    scores = {}  # by the clip's number; of the files, as one would look at them
-    if reward:
-        files, texts = [out / f"{j:04d}.mp4" for j in mine], [jobs[j][0] for j in mine]
-        scored = zip(mine, score_files(reward, env.device, files, texts))
-        scores = dict(gather_rows(list(scored), env))
-    if env.world > 1:
-        dist.barrier()
-    if env.main:
-        adapters = args.ckpt + ([args.learned] if args.learned else []) + args.lora
-        given = {flag: getattr(args, flag) for flag in FILE_FLAGS if getattr(args, flag)}
-        own = ("image" if row.first_frame else "appearance_image" if row.unet.adapter_image_dim else
-               "video")
-        if args.judge and row.first_frame:
-            jobs = [(prompt, out / f"{j:04d}.png", seed) for j, (prompt, _, seed) in enumerate(jobs)]
-        rows = [dict(file=names[j], prompt=prompt, seed=seed, base=base.name, adapters=adapters,
-                     **(given | ({own: str(file)} if file else {})), **settings,
-                     **({"continue": args.more} if args.more else {}),
-                     **({"scores": scores[j]} if scores else {}))
-                for j, (prompt, file, seed) in enumerate(jobs)]
-        write_atomic(out / "index.jsonl", lambda p: p.write_text("".join(json.dumps(r) + "\n" for r in rows)))
-        shown = rows[:32]
-        clips = [read_video(out / r["file"])[0] for r in shown]
-        headers = ["tracks", "result"] if tracks is not None else None
-        clips = [[tracks, clip] for clip in clips] if headers else clips
-        contact_sheet(clips, out / "sheet.png", [r["prompt"] for r in shown], headers=headers)
-        if args.judge:  # on the files, as one would look at them
-            files = [read_video(out / r["file"])[0] for r in rows]
-            verdict = judge_captions([video[:, :args.frames] for video in files], [r["prompt"] for r in rows])
-            if row.first_frame:
-                verdict |= first_frame_kept(files, [image_tensor(open_image(r["image"])) for r in rows])
-            print("judge:", " ".join(f"{k} {v:.3f}" for k, v in verdict.items()))
-            text = json.dumps(dict(clips=len(rows), **settings, **verdict), indent=1)
-            write_atomic(out / "judge.json", lambda p: p.write_text(text))
-        if scores:
-            print_scores([scores[j] for j in range(len(jobs))])
-        print(f"{out}: {len(rows)} clips, sheet.png, index.jsonl")
+            maps = maps | encode_tracks(base, env, tracks)
+    if args.track_strength is not None:
+        maps = maps | {"track_strength": torch.tensor([args.track_strength])}
+    bar = env.main and env.device.type == "cuda"
+    enlarges = base.row.unet.super_resolution
+    batch = 1 if enlarges else args.batch
+    for i in range(0, len(mine), batch):
+        part, frames = [clips[j] for j in mine[i:i + batch]], None
+        sources = [clip.source for clip in part]
+        if enlarges:
+            options["video"], frames = enlarge_clip(sources[0], sampling)
+            sampling, sources = replace(sampling, frames=options["video"].shape[2]), [None]
+        videos = generate_from(
+            base, env, [clip.prompt for clip in part], sources, [clip.seed for clip in part], sampling, batch,
+            args.continuations, maps, style, progress=bar, sequential=args.sequential,
+            chunk=args.decode_chunk, **options)
+        if frames is not None and frames < videos.shape[2]:
+            videos = videos[:, :, ::2]  # every frame went in twice
+        for clip, video in zip(part, videos):
+            write_video(out / clip.file, video, sampling.save_fps)
+            if tracks is not None:
+                write_video(out / "side" / clip.file, beside(clip, tracks, video), sampling.save_fps)
+            if isinstance(clip.source, Image.Image):
+                write_atomic(first_frame_file(args, clip), clip.source.save)
+        if env.main:
+            done = min(len(clips), (i + len(part)) * env.world)
+            print(f"{done}/{len(clips)} clips, {time.time() - start:.1f} s", flush=True)
+
+
+def first_frame_file(args, clip):
+    """Where the first frame that --judge drew for a clip is kept."""
+    return Path(args.out, "first", clip.file).with_suffix(".png")
+
+
+def beside(clip, tracks, video):
+    """First frame, tracks and result side by side, (3,f,h,3w): what went in and what came out."""
+    still = video[:, :1]
+    if clip.source:
+        picture = clip.source if isinstance(clip.source, Image.Image) else open_image(clip.source)
+        still = image_tensor(center_crop_wide(picture, tuple(video.shape[2:])))[:, None]
+    return torch.cat([still.expand_as(video), tracks, video], dim=3)
+
+
+def report(args, row, base, sampling, clips, scores, tracks):
+    """index.jsonl, sheet.png, the judge's verdict and the table of scores."""
+    out, settings = Path(args.out), sampling.metadata()
+    if row.unet.super_resolution:
+        del settings["frames"]  # each clip keeps its own
+    adapters = args.ckpt + ([args.learned] if args.learned else []) + args.lora
+    given = {flag: vars(args)[flag] for flag in FILE_FLAGS if vars(args)[flag]}
+    own = "image" if row.first_frame else "appearance_image" if row.unet.adapter_image_dim else "video"
+    rows = []
+    for j, clip in enumerate(clips):
+        line = dict(file=clip.file, prompt=clip.prompt, seed=clip.seed, base=base.name, adapters=adapters)
+        line |= given
+        if clip.source:
+            drawn = isinstance(clip.source, Image.Image)
+            line[own] = str(first_frame_file(args, clip) if drawn else clip.source)
+        line |= settings | ({"continue": args.continuations} if args.continuations else {})
+        rows.append(line | ({"scores": scores[j]} if scores else {}))
+    write_lines(out / "index.jsonl", rows)
+
+    shown = [read_video(out / clip.file)[0] for clip in clips[:32]]
+    headers = ["tracks", "result"] if tracks is not None else None
+    contact_sheet([[tracks, video] for video in shown] if headers else shown, out / "sheet.png",
+                  [clip.prompt for clip in clips[:32]], headers=headers)
+    if args.judge:  # on the files, as one would look at them
+        videos = [read_video(out / clip.file)[0] for clip in clips]
+        verdict = judge_captions([video[:, :sampling.frames] for video in videos],
+                                 [clip.prompt for clip in clips])
+        if row.first_frame:
+            verdict |= first_frame_kept(videos, [image_tensor(clip.source) for clip in clips])
+        print("judge:", " ".join(f"{k} {v:.3f}" for k, v in verdict.items()))
+        text = json.dumps(dict(clips=len(clips), **settings, **verdict), indent=1)
+        write_atomic(out / "judge.json", lambda p: p.write_text(text))
+    if scores:
+        print_scores([scores[j] for j in range(len(clips))])
+    print(f"{out}: {len(clips)} clips, sheet.png, index.jsonl")
 
 
 if __name__ == "__main__":

@@ -44,12 +44,44 @@ import torch.distributed as dist
 
 from bases import base_row, fill, fit_resampler, forget_motion, load_base, spatial_parameters
 from common import (
-    COUNT, DECAY, NATURAL, POSITIVE, SHARE, UNSIGNED, FiniteGuard, Log, MySamples, Parser,
-    UserError, agree_to_stop, apply_defaults, catch_signals, check_out, draw_curve, generator,
-    load_state, lr_at, memory_advice, move_average, run_command, save_checkpoint, seed_of, setup,
-    trained, using_average)
+    COUNT,
+    DECAY,
+    NATURAL,
+    POSITIVE,
+    SHARE,
+    UNSIGNED,
+    FiniteGuard,
+    Log,
+    MySamples,
+    Parser,
+    UserError,
+    agree_to_stop,
+    apply_defaults,
+    catch_signals,
+    check_out,
+    draw_curve,
+    generator,
+    load_state,
+    lr_at,
+    memory_advice,
+    move_average,
+    run_command,
+    save_checkpoint,
+    seed_of,
+    setup,
+    trained,
+    using_average,
+)
 from data import (
-    Mixed, VideoDataset, contact_sheet, encode_once, lucas_kanade, raft, read_batches, read_prompts)
+    Mixed,
+    VideoDataset,
+    contact_sheet,
+    encode_once,
+    lucas_kanade,
+    raft,
+    read_batches,
+    read_prompts,
+)
 from diffusion import diffusion_loss, make_schedule, offset_noise, randn
 from models import add_lora, parallelize, sync_gradients
 from pipeline import draw_latents, frame_rate, generate_split, moments, observed, told

@@ -727,12 +727,9 @@ def train_autoencoder(base, out, steps, decoder_steps, batch, lr=2e-3, seed=0, d
     build, cfg = TINY_VAES[base]
     vae, start = build(cfg).to(device), time.time()
     if base == "tiny":
-        draw, moments, decode = tiny_frames, vae.moments, vae.decode_images
+        draw, moments, decode = tiny_frames, vae.image_moments, vae.decode_images
     else:
-        draw, decode = tiny_clips, vae.decode_latents
-
-        def moments(video):
-            return vae.moments(video).chunk(2, dim=1)
+        draw, moments, decode = tiny_clips, vae.moments, vae.decode_latents
     if not steps:
         state = {k.removeprefix("vae."): v for k, v in load_weights(out).items() if k.startswith("vae.")}
         vae.load_state_dict({k: v.float() for k, v in state.items()})

@@ -26,11 +26,38 @@ from torch import nn
 from tqdm import tqdm
 
 from common import (
-    COUNT, POSITIVE, REAL, Parser, UserError, check_writable, setup, warn, write_atomic)
+    COUNT,
+    POSITIVE,
+    REAL,
+    Parser,
+    UserError,
+    check_writable,
+    setup,
+    warn,
+    write_atomic,
+)
 from data import (
-    IMAGES, VIDEOS, VideoDataset, _clip_rows, _field, _lines, _natural, _reason, _table,
-    batch_indices, center_crop_wide, contact_sheet, cover_and_crop, load, open_image, raft,
-    read_image, read_video, video_info, write_video)
+    IMAGES,
+    VIDEOS,
+    VideoDataset,
+    _clip_rows,
+    _field,
+    _lines,
+    _natural,
+    _reason,
+    _table,
+    batch_indices,
+    center_crop_wide,
+    contact_sheet,
+    cover_and_crop,
+    load,
+    open_image,
+    raft,
+    read_image,
+    read_video,
+    video_info,
+    write_video,
+)
 from weights import load_weights, rename
 
 # ---- commands: what moves, from which frame to which

@@ -148,6 +148,11 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
+def drawn(mean, logvar, noise):
+    """A sample of the encoder's Gaussian, from `noise` like the latents; None: its mean."""
+    return mean if noise is None else mean + (0.5 * logvar).exp() * noise
+
+
 class AutoencoderKL(nn.Module):
     def __init__(self, cfg=VAEConfig()):
         super().__init__()
@@ -156,7 +161,7 @@ class AutoencoderKL(nn.Module):
         self.quant_conv = nn.Conv2d(2 * cfg.z_channels, 2 * cfg.z_channels, 1)
         self.post_quant_conv = nn.Conv2d(cfg.z_channels, cfg.z_channels, 1)
 
-    def moments(self, images: Tensor):
+    def image_moments(self, images: Tensor):
         """images (n,3,h,w) in [-1,1] -> mean, log variance in [-30,20] of unscaled latents (n,c,h',w')."""
         images = F.pixel_unshuffle(images, self.cfg.patch)
         mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
@@ -166,19 +171,26 @@ class AutoencoderKL(nn.Module):
         """Unscaled latents z (n,c,h',w') -> images (n,3,h,w), about [-1,1], not clamped."""
         return F.pixel_shuffle(self.decoder(self.post_quant_conv(z)), self.cfg.patch)
 
+    def moments(self, video: Tensor, chunk: int = 16):
+        """video (b,3,f,h,w) in [-1,1] -> mean, log variance in [-30,20] of unscaled latents (b,c,f,h',w').
+
+        `chunk` frames are encoded at a time.
+        """
+        images = rearrange(video, "b c f h w -> (b f) c h w")
+        parts = zip(*(self.image_moments(part) for part in images.split(chunk)))
+        return tuple(rearrange(torch.cat(x), "(b f) c h w -> b c f h w", b=len(video)) for x in parts)
+
+    def normalise(self, z: Tensor) -> Tensor:
+        """Unscaled latents -> the scaled ones that a video network sees."""
+        return z * self.cfg.scale
+
     def encode(self, video: Tensor, noise: Tensor | None = None, chunk: int = 16) -> Tensor:
         """video (b,3,f,h,w) in [-1,1] -> scaled latents (b,c,f,h',w').
 
         The mean, or a sample when there is `noise` like the latents: VGen trains on samples, never on the
         mean. `chunk` frames are encoded at a time.
         """
-        images = rearrange(video, "b c f h w -> (b f) c h w")
-        parts = [self.moments(images[i:i + chunk]) for i in range(0, len(images), chunk)]
-        z = torch.cat([mean for mean, _ in parts])
-        if noise is not None:
-            std = torch.cat([logvar for _, logvar in parts]).mul(0.5).exp()
-            z = z + std * rearrange(noise, "b c f h w -> (b f) c h w")
-        return rearrange(z, "(b f) c h w -> b c f h w", b=len(video)) * self.cfg.scale
+        return self.normalise(drawn(*self.moments(video, chunk), noise))
 
     def decode(self, latents: Tensor, frames=None, chunk: int = 16) -> Tensor:
         """Scaled latents (b,c,f,h',w') -> video (b,3,f,h,w), differentiable.
@@ -371,11 +383,17 @@ class OpenSoraVAE(nn.Module):
         The mean, or with `noise` like the latents a sample of the part over time (the original samples the
         frames' latents too). `chunk` images are encoded at a time.
         """
+        return self.normalise(drawn(*self.moments(video, chunk), noise))
+
+    def moments(self, video: Tensor, chunk: int = 16):
+        """video (b,3,f,h,w) in [-1,1] -> mean, log variance of unscaled latents (b,c,n,h',w')."""
         images = self.spatial_vae.encode(video, chunk=chunk)
-        moments = [self.temporal_vae.moments(part) for part in images.split(self.cfg.chunk_frames, dim=2)]
-        z = torch.cat([mean for mean, _ in moments], dim=2)
-        if noise is not None:
-            z = z + torch.cat([logvar for _, logvar in moments], dim=2).mul(0.5).exp() * noise
+        parts = zip(*(self.temporal_vae.moments(part)
+                      for part in images.split(self.cfg.chunk_frames, dim=2)))
+        return tuple(torch.cat(x, dim=2) for x in parts)
+
+    def normalise(self, z: Tensor) -> Tensor:
+        """Unscaled latents -> the scaled ones that a video network sees."""
         return (z - self.shift) / self.scale
 
     def decode(self, latents: Tensor, frames=None, chunk: int = 16, num_frames: int | None = None) -> Tensor:
@@ -678,14 +696,27 @@ class CogVideoXVAE(nn.Module):
         pixels = t.height, t.width
         return pixels, tuple(n // self.cfg.factor for n in pixels), (t.overlap_height, t.overlap_width)
 
-    def moments(self, video: Tensor) -> Tensor:
-        """video (b,3,f,h,w) in [-1,1] -> mean, then log variance of unscaled latents (b,2c,f',h',w')."""
+    def moments(self, video: Tensor, chunk: int = 16):
+        """video (b,3,f,h,w) in [-1,1] -> mean, log variance in [-30,20] of unscaled latents (b,c,f',h',w').
+
+        As many clips at a time as have `chunk` frames, at least one.
+        """
+        parts = [self.clip_moments(clips) for clips in video.split(max(1, chunk // video.shape[2]))]
+        mean, logvar = torch.cat(parts).chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+    def clip_moments(self, video: Tensor) -> Tensor:
+        """video (b,3,f,h,w) -> mean, then log variance of unscaled latents, (b,2c,f',h',w')."""
         def part(x):
             return in_chunks(self.encoder, x, ENCODE_CHUNK)
         if self.tiles is None or (video.shape[3] <= self.tiles.height and video.shape[4] <= self.tiles.width):
             return part(video)
         pixels, latents, overlap = self.tile_sizes()
         return in_tiles(part, video, pixels, latents, overlap)
+
+    def normalise(self, z: Tensor) -> Tensor:
+        """Unscaled latents -> the scaled ones that a video network sees."""
+        return z * self.cfg.scale
 
     def decode_latents(self, z: Tensor, enough=None) -> Tensor:
         """Unscaled latents z (b,c,f',h',w') -> video, about [-1,1], not clamped, at least `enough` frames."""
@@ -704,11 +735,7 @@ class CogVideoXVAE(nn.Module):
         The mean, or a sample when there is `noise` like the latents (CogVideoX trains on samples). As many
         clips at a time as have `chunk` frames, at least one.
         """
-        parts = [self.moments(part) for part in video.split(max(1, chunk // video.shape[2]))]
-        z, logvar = torch.cat(parts).chunk(2, dim=1)
-        if noise is not None:
-            z = z + logvar.clamp(-30, 20).mul(0.5).exp() * noise
-        return z * self.cfg.scale
+        return self.normalise(drawn(*self.moments(video, chunk), noise))
 
     def decode(self, latents: Tensor, frames=None, chunk: int = 16) -> Tensor:
         """Scaled latents (b,c,f',h',w') -> video (b,3,f,h,w), differentiable.

@@ -40,13 +40,48 @@ import torch.nn.functional as F
 
 from bases import base_row, fill, load_base
 from common import (
-    COUNT, DECAY, NATURAL, POSITIVE, REAL, SHARE, UNSIGNED, FiniteGuard, Log, MySamples, Parser,
-    UserError, agree_to_stop, append_line, apply_defaults, catch_signals, check_out, check_writable,
-    draw_curve, finish, generator, keep_lines, load_state, lr_at, memory_advice, read_lines,
-    run_command, save_checkpoint, setup, trained, write_atomic)
+    COUNT,
+    DECAY,
+    NATURAL,
+    POSITIVE,
+    REAL,
+    SHARE,
+    UNSIGNED,
+    FiniteGuard,
+    Log,
+    MySamples,
+    Parser,
+    UserError,
+    agree_to_stop,
+    append_line,
+    apply_defaults,
+    catch_signals,
+    check_out,
+    check_writable,
+    draw_curve,
+    finish,
+    generator,
+    keep_lines,
+    load_state,
+    lr_at,
+    memory_advice,
+    read_lines,
+    run_command,
+    save_checkpoint,
+    setup,
+    trained,
+    write_atomic,
+)
 from data import (
-    PairDataset, batch_indices, contact_sheet, read_batches, read_clips, read_prompts, read_video,
-    write_video)
+    PairDataset,
+    batch_indices,
+    contact_sheet,
+    read_batches,
+    read_clips,
+    read_prompts,
+    read_video,
+    write_video,
+)
 from diffusion import noised, randn
 from models import add_lora, frozen_copy, parallelize, sync_gradients, without_lora
 from omniscore import check_score_files, score_folder, scorer

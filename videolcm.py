@@ -50,13 +50,43 @@ import torch.distributed as dist
 
 from bases import add_guidance, base_row, fill, load_base
 from common import (
-    COUNT, DECAY, NATURAL, POSITIVE, REAL, UNSIGNED, FiniteGuard, Log, MySamples, Parser, UserError,
-    agree_to_stop, apply_defaults, catch_signals, check_out, draw_curve, generator, load_state,
-    lr_at, memory_advice, move_average, run_command, save_checkpoint, seed_of, setup, trained)
+    COUNT,
+    DECAY,
+    NATURAL,
+    POSITIVE,
+    REAL,
+    UNSIGNED,
+    FiniteGuard,
+    Log,
+    MySamples,
+    Parser,
+    UserError,
+    agree_to_stop,
+    apply_defaults,
+    catch_signals,
+    check_out,
+    draw_curve,
+    generator,
+    load_state,
+    lr_at,
+    memory_advice,
+    move_average,
+    run_command,
+    save_checkpoint,
+    seed_of,
+    setup,
+    trained,
+)
 from data import VideoDataset, contact_sheet, encode_once, read_batches, read_prompts
 from diffusion import consistency, guided, lcm_timesteps, pseudo_huber, randn
 from models import (
-    add_lora, frozen_copy, guidance_embedding, parallelize, sync_gradients, without_lora)
+    add_lora,
+    frozen_copy,
+    guidance_embedding,
+    parallelize,
+    sync_gradients,
+    without_lora,
+)
 from pipeline import decode, draw_latents, frame_rate, generate_split, moments
 from rewards import get_reward, score
 from tinyworld import TinyWorld, tiny_prompts

@@ -11,8 +11,14 @@ import torch
 
 import bases
 from models import (
-    UNet3D, UNetConfig, add_lora, instructvideo_lora_name, turbo_lora_layers, unet_diffusers_name,
-    videocrafter_name)
+    UNet3D,
+    UNetConfig,
+    add_lora,
+    instructvideo_lora_name,
+    turbo_lora_layers,
+    unet_diffusers_name,
+    videocrafter_name,
+)
 from text_encoders import CLIPConfig, OpenCLIP, OpenCLIPText
 from vae import AutoencoderKL, VAEConfig, vae_diffusers_name
 

@@ -669,7 +669,7 @@ def vae_encode_decode(case):
     with torch.no_grad():
         if x is not None:
             video = x.unsqueeze(2)  # an image is a video of one frame
-            mean, logvar = net.moments(x)
+            mean, logvar = net.image_moments(x)
             std = torch.exp(logvar / 2)
             result |= {"mean": mean, "logvar": logvar, "std": std, "recon_from_mean": net.decode_images(mean)}
             result["mode_scaled"] = net.encode(video).squeeze(2)
@@ -1767,7 +1767,7 @@ def cogvideox_vae_steps(case):
         else:
             x = done[source["mean_of"]].chunk(2, dim=1)[0]
         with torch.no_grad():
-            done[step["to"]] = net.moments(x) if step["op"] == "encode" else net.decode_latents(x)
+            done[step["to"]] = net.clip_moments(x) if step["op"] == "encode" else net.decode_latents(x)
     return done
 
 

@@ -7,7 +7,14 @@ import torch
 from test_models import check_gradients, gaussian
 
 from diffusion import (
-    cogvideox_dpm, ddim, ddim_timesteps, ddim_updates, dynamic_guidance, guided, make_schedule)
+    cogvideox_dpm,
+    ddim,
+    ddim_timesteps,
+    ddim_updates,
+    dynamic_guidance,
+    guided,
+    make_schedule,
+)
 from dit import CogVideoX, CogVideoXConfig, with_tracks
 from models import add_lora, merge_lora
 from vae import CogVideoXVAE, CogVideoXVAEConfig, Tiles

@@ -14,9 +14,21 @@ from PIL import Image
 import data
 from common import UserError
 from data import (
-    VideoDataset, center_crop_wide, check_dataset, clip_image, contact_sheet, image_tensor,
-    opensora_size, read_image, read_image_prompts, read_prompts, read_video, resize_crop,
-    video_info, write_video)
+    VideoDataset,
+    center_crop_wide,
+    check_dataset,
+    clip_image,
+    contact_sheet,
+    image_tensor,
+    opensora_size,
+    read_image,
+    read_image_prompts,
+    read_prompts,
+    read_video,
+    resize_crop,
+    video_info,
+    write_video,
+)
 
 
 def ramp(frames=20, h=32, w=48):

@@ -15,9 +15,9 @@ from PIL import Image
 
 import bases
 import diffusion
+import pipeline
 import sample
 import text_encoders
-import pipeline
 import tracks
 from bases import load_base, merge_public_lora
 from data import read_video, video_info, write_video

@@ -19,8 +19,16 @@ from common import generator
 from data import read_video, video_info, write_video
 from metrics import psnr
 from tinyworld import (
-    MOTIONS, NEW_MOTIONS, TINY_WORDS, TinyWorld, judge, judge_captions, tiny_batch, tiny_pairs,
-    tiny_scene)
+    MOTIONS,
+    NEW_MOTIONS,
+    TINY_WORDS,
+    TinyWorld,
+    judge,
+    judge_captions,
+    tiny_batch,
+    tiny_pairs,
+    tiny_scene,
+)
 from weights import load_pickle
 
 ROOT = Path(__file__).parent.parent

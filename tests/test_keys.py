@@ -15,15 +15,42 @@ from bases import BASES, text_state, unet_state, vae_state
 from data import clip_image_squeezed, clip_normalize
 from dit import CogVideoX, CogVideoXConfig, STDiT3, STDiT3Config
 from models import (
-    UNet3D, UNetConfig, add_lora, instructvideo_lora_name, turbo_lora_layers, unet_diffusers_name,
-    videocrafter_name)
+    UNet3D,
+    UNetConfig,
+    add_lora,
+    instructvideo_lora_name,
+    turbo_lora_layers,
+    unet_diffusers_name,
+    videocrafter_name,
+)
 from text_encoders import (
-    DINO, CLIPConfig, OpenCLIP, OpenCLIPText, OpenCLIPVision, Resampler, T5Config, T5Text,
-    clip_text_only, dino_name, save_learned, t5_tokenizer, text_from_hf, tokenize, vision_from_hf)
+    DINO,
+    CLIPConfig,
+    OpenCLIP,
+    OpenCLIPText,
+    OpenCLIPVision,
+    Resampler,
+    T5Config,
+    T5Text,
+    clip_text_only,
+    dino_name,
+    save_learned,
+    t5_tokenizer,
+    text_from_hf,
+    tokenize,
+    vision_from_hf,
+)
 from tracks import MiDaS, midas_name
 from vae import (
-    AutoencoderKL, CogVideoXVAE, CogVideoXVAEConfig, OpenSoraVAE, Tiles, VAEConfig,
-    opensora_vae_name, vae_diffusers_name)
+    AutoencoderKL,
+    CogVideoXVAE,
+    CogVideoXVAEConfig,
+    OpenSoraVAE,
+    Tiles,
+    VAEConfig,
+    opensora_vae_name,
+    vae_diffusers_name,
+)
 from weights import load_pickle, load_strict, load_weights, local_file, looks_like, rename
 
 DATA = Path(__file__).parent / "oracle_data"
@@ -305,7 +332,7 @@ def test_vae_equals_diffusers():
     give_weights(peer, net, lambda key: vae_diffusers_name(key, levels=3), vae_state)
     images = torch.rand(2, 3, 16, 24) * 2 - 1
     with torch.no_grad():
-        posterior, (mean, logvar) = peer.encode(images).latent_dist, net.moments(images)
+        posterior, (mean, logvar) = peer.encode(images).latent_dist, net.image_moments(images)
         close(mean, posterior.mean)
         close(logvar, posterior.logvar)
         close(net.decode_images(mean), peer.decode(mean).sample)

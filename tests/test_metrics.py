@@ -10,8 +10,16 @@ import torch
 from bases import load_base
 from metrics import cosine, temporal_consistency
 from tinyworld import (
-    ATTRIBUTES, MOTIONS, judge, judge_captions, parse, render, tiny_batch, tiny_captions,
-    tiny_prompts)
+    ATTRIBUTES,
+    MOTIONS,
+    judge,
+    judge_captions,
+    parse,
+    render,
+    tiny_batch,
+    tiny_captions,
+    tiny_prompts,
+)
 
 
 @pytest.fixture(scope="module")

@@ -5,12 +5,38 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common import UserError
 from diffusion import (
-    Schedule, boundary_scalings, ddim, ddim_invert, ddim_timesteps, diffusion_loss, dpmpp_2m_sde,
-    flow_add_noise, flow_loss, flow_timesteps, flow_transform, guided, lcm, linear_sd,
-    make_schedule, randn, rflow, x0_scale)
+    Schedule,
+    boundary_scalings,
+    ddim,
+    ddim_invert,
+    ddim_timesteps,
+    diffusion_loss,
+    dpmpp_2m_sde,
+    flow_add_noise,
+    flow_loss,
+    flow_timesteps,
+    flow_transform,
+    guided,
+    lcm,
+    linear_sd,
+    make_schedule,
+    randn,
+    rflow,
+    x0_scale,
+)
 from dit import STDiT3, STDiT3Config
 from models import (
-    GEGLU, GELU, FeedForward, Layer, UNet3D, UNetConfig, add_lora, conv2d, lean, merge_lora)
+    GEGLU,
+    GELU,
+    FeedForward,
+    Layer,
+    UNet3D,
+    UNetConfig,
+    add_lora,
+    conv2d,
+    lean,
+    merge_lora,
+)
 from tinyworld import TINY_VAE
 from vae import AutoencoderKL, OpenSoraVAE, OpenSoraVAEConfig, VAEConfig
 

@@ -5,7 +5,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from text_encoders import (
-    CLIPConfig, OpenCLIPText, insert_vectors, load_learned, save_learned, tokenize)
+    CLIPConfig,
+    OpenCLIPText,
+    insert_vectors,
+    load_learned,
+    save_learned,
+    tokenize,
+)
 
 STAR = 265
 

@@ -240,7 +240,11 @@ def test_grid_is_the_published_one():
 def test_depth_by_transformers(tmp_path, message):
     """A small network of random weights in each of the two kinds of output: nearness and distances."""
     from transformers import (
-        DepthAnythingConfig, DepthAnythingForDepthEstimation, Dinov2Config, DPTImageProcessor)
+        DepthAnythingConfig,
+        DepthAnythingForDepthEstimation,
+        Dinov2Config,
+        DPTImageProcessor,
+    )
     video = torch.rand(3, 2, 30, 40) * 2 - 1
     depths = []
     for kind in ("relative", "metric"):

@@ -241,7 +241,7 @@ def test_nouns_and_activities(tmp_path, monkeypatch):
     args = vader.get_args(["--base", "tiny", "--prompts", str(tmp_path / "nouns.txt"), "--activities",
                            str(tmp_path / "activities.txt"), "--eval-n", "2"])
     bases.fill(args, "tiny", method="vader")
-    items, held_out = vader.read_items(args)
+    items, held_out = pipeline.read_items(args)
     assert [p for _, p in items] == ["a red circle growing", "a red circle moving left",
                                      "an orange square growing", "an orange square moving left"]
     assert [p for _, p in held_out] == ["a red circle growing", "an orange square growing"]
@@ -250,7 +250,7 @@ def test_nouns_and_activities(tmp_path, monkeypatch):
 def test_prompts_that_come_with_the_code():
     args = vader.get_args([])
     args.frames = 16
-    items, held_out = vader.read_items(args)
+    items, held_out = pipeline.read_items(args)
     assert len(items) == 300 and len({p for _, p in items}) == 300
     assert len(held_out) == 8 and len({p.split()[1] for _, p in held_out}) == 8  # eight animals
 
