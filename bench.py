@@ -1,4 +1,5 @@
-"""Speed and memory at real sizes, beside the peers that are installed; random weights, nothing to download.
+"""Speed and memory at real sizes, beside the peers that are installed; random weights, nothing to
+download.
 
     python bench.py forward                            # a call of ModelScope's network, and of diffusers'
     python bench.py forward --frames 4 --height 128 --width 128
@@ -10,16 +11,18 @@
     python bench.py decode --base cogvideox-5b
     python bench.py tracks --base das                  # drawing a tracking video
 
-Sizes are the base's own on a GPU; a CPU gets the largest whose weights fit into half of the free memory and
-whose step takes about --budget seconds, and as many blocks of a transformer; the table says so. Ours and
-diffusers' (UNet3DConditionModel, I2VGenXLUNet, CogVideoXTransformer3DModel) run in processes of their own, in
-turn: A B A B for --rounds 2, each warming up once, then --repeats timed steps, with the same weights and
-inputs. "difference" compares the predictions (train: a gradient) relative to the largest number. Seconds are
-medians (least to most); "over" is the peak of a process's first step less weights and gradients (train: of a
-second one, that adds to the gradients of the first; in the first they come as activations go). Utilisation:
-the networks' FLOPs (torch.utils.flop_counter; what is recomputed counts once) over time and peak: the data
-sheet's, or a large matmul's on this machine (CPU: both in CPU seconds, since other jobs may run beside it).
-(Over the budget of 330 lines: three families of networks, each with a peer that wants its weights otherwise.)
+Sizes are the base's own on a GPU; a CPU gets the largest whose weights fit into half of the free
+memory and whose step takes about --budget seconds, and as many blocks of a transformer; the table
+says so. Ours and diffusers' (UNet3DConditionModel, I2VGenXLUNet, CogVideoXTransformer3DModel) run
+in processes of their own, in turn: A B A B for --rounds 2, each warming up once, then --repeats
+timed steps, with the same weights and inputs. "difference" compares the predictions (train: a
+gradient) relative to the largest number. Seconds are medians (least to most); "over" is the peak
+of a process's first step less weights and gradients (train: of a second one, that adds to the
+gradients of the first; in the first they come as activations go). Utilisation: the networks'
+FLOPs (torch.utils.flop_counter; what is recomputed counts once) over time and peak: the data
+sheet's, or a large matmul's on this machine (CPU: both in CPU seconds, since other jobs may run
+beside it). (Over the budget of 330 lines: three families of networks, each with a peer that wants
+its weights otherwise.)
 """
 import argparse
 import ctypes
@@ -139,7 +142,8 @@ def draw(batch, *size, device="cpu"):
 
 
 def inputs(args, row, device):
-    """(x, t, text), conditions of a base's network; the numbers are those of the CPU on every device."""
+    """(x, t, text), conditions of a base's network; the numbers are those of the CPU on every
+    device."""
     cfg, b, (c, f, h, w) = row.net, args.batch, latent_shape(args.base, *args.clip)
     d = getattr(cfg, "text_dim", 0) or cfg.context_dim
     length = row.text.length if isinstance(row.text, T5Config) else 77 if row.text else 10
@@ -212,7 +216,8 @@ def work(args, row):
 
 
 def fitted(args, row, env):
-    """Cut args.clip, and a transformer's blocks, to what the CPU can do. -> the base's row so cut."""
+    """Cut args.clip, and a transformer's blocks, to what the CPU can do. -> the base's row so
+    cut."""
     depth = {CogVideoXConfig: "num_layers", STDiT3Config: "depth"}.get(type(row.net))
     layers = args.layers or (getattr(row.net, depth) if depth else 1)
 
@@ -241,7 +246,8 @@ def fitted(args, row, env):
 
 
 def smaller(name, clip):
-    """Half of the picture or, where the base takes no other, of the frames; None: nothing is smaller."""
+    """Half of the picture or, where the base takes no other, of the frames; None: nothing is
+    smaller."""
     frames, h, w = clip
     fewer = (frames - 1) // 16 * 8 + 1 if frames % 8 == 1 else frames // 2
     for less in ((frames, h // 2, w // 2), (fewer, h, w)):
@@ -255,8 +261,8 @@ def smaller(name, clip):
 
 
 def rate(env):
-    """Peak FLOP/s: of PEAK for half precision, else of a large matmul; on a CPU per second of its time, which
-    other jobs do not change."""
+    """Peak FLOP/s: of PEAK for half precision, else of a large matmul; on a CPU per second of its
+    time, which other jobs do not change."""
     known = [v for k, v in PEAK.items() if k in device_name(env.device) and env.dtype != torch.float32]
     n = 8192 if env.device.type == "cuda" else 1024
     a = torch.randn(n, n, device=env.device, dtype=env.dtype)

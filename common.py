@@ -1,4 +1,5 @@
-"""What every command shares: processes and seeds, options, the Run object, its log, saving and resuming."""
+"""What every command shares: processes and seeds, options, the Run object, its log, saving and
+resuming."""
 import argparse
 import contextlib
 import errno
@@ -68,7 +69,8 @@ class Env:
 
     @contextlib.contextmanager
     def autocast(self):
-        """For network calls: autocast, off in fp32. With --offload, saved activations wait on the CPU."""
+        """For network calls: autocast, off in fp32. With --offload, saved activations wait on the
+        CPU."""
         pinned = self.device.type == "cuda"
         saved = torch.autograd.graph.save_on_cpu(pinned) if self.offload else contextlib.nullcontext()
         enabled = self.dtype != torch.float32
@@ -82,8 +84,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def setup(device=None, dtype=None, seed=0, parallel="ddp", offload=False) -> Env:
     """Start this process, alone or under torchrun (gloo on CPUs, nccl on GPUs), and seed it.
 
-    device: "cuda", "cuda:1", "mps", "cpu" or None for the best there is; dtype: a key of DTYPES or None.
-    Every process seeds torch alike, so that all build the same network. Raises UserError.
+    device: "cuda", "cuda:1", "mps", "cpu" or None for the best there is; dtype: a key of DTYPES
+    or None. Every process seeds torch alike, so that all build the same network. Raises
+    UserError.
     """
     variables = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     rank, world, local_rank = (int(os.environ.get(k, default)) for k, default in variables)
@@ -130,7 +133,8 @@ def catch_signals(env):
     asked = []
 
     def on_signal(signum, frame):
-        # torchrun passes on what the terminal has already sent to all of us: that is the same request
+        # torchrun passes on what the terminal has already sent to all of us: that is the same
+        # request
         if asked and time.monotonic() - asked[0] > 2:
             raise SystemExit(1)  # asked twice: leave at once
         env.stop = True
@@ -152,21 +156,24 @@ def on_any(flag, env) -> bool:
 
 
 def seed_of(*numbers) -> int:
-    """A 63-bit seed from integers or strings, e.g. (seed, step): neighbours give unrelated streams."""
+    """A 63-bit seed from integers or strings, e.g. (seed, step): neighbours give unrelated
+    streams."""
     text = ",".join(map(str, numbers))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
 
 
 def generator(*numbers) -> torch.Generator:
-    """CPU generator keyed by numbers: the same noise on any device, after any resume, in any batch."""
+    """CPU generator keyed by numbers: the same noise on any device, after any resume, in any
+    batch."""
     return torch.Generator().manual_seed(seed_of(*numbers))
 
 
 class SampleNumbers:
-    """The numbers, within the whole run, of the samples that this process reads: numbers[k] for micro-step k.
+    """The numbers, within the whole run, of the samples that this process reads: numbers[k] for
+    micro-step k.
 
-    Whatever is random about a sample (its place in the data, its noise) comes from its number alone, so a
-    run does not depend on how samples are dealt out to processes and micro-steps.
+    Whatever is random about a sample (its place in the data, its noise) comes from its number
+    alone, so a run does not depend on how samples are dealt out to processes and micro-steps.
     samples_read: how many samples the run had read before update `start`.
     """
 
@@ -181,7 +188,8 @@ class SampleNumbers:
 
 
 def mean_over_ranks(values: dict, env) -> dict:
-    """{name: float} -> the same, averaged over the processes (each must call it, with the same names)."""
+    """{name: float} -> the same, averaged over the processes (each must call it, with the same
+    names)."""
     if env.world == 1:
         return values
     t = torch.tensor(list(values.values()), dtype=torch.float64, device=env.device)
@@ -199,7 +207,8 @@ def gather_rows(rows, env) -> list:
 
 
 def average_gradients(net, on):
-    """With on=False gradients add up on each process; the next backward with on=True averages them."""
+    """With on=False gradients add up on each process; the next backward with on=True averages
+    them."""
     if isinstance(net, torch.nn.parallel.DistributedDataParallel):
         net.require_backward_grad_sync = on  # what DDP's no_sync() switches
     elif hasattr(net, "set_requires_gradient_sync"):  # FSDP2
@@ -352,7 +361,8 @@ def options(parser, groups, without=()):
 
 
 def parse_options(parser, argv, defaults, presets=None):
-    """Parse the command line. `defaults`, then presets[--base], replace the parser's; given flags win.
+    """Parse the command line. `defaults`, then presets[--base], replace the parser's; given flags
+    win.
 
     Both are {name of an option: value}; a name that is no option is a mistake of ours.
     """
@@ -366,9 +376,11 @@ def parse_options(parser, argv, defaults, presets=None):
 
 
 def lr_at(step, args):
-    """Learning rate of update `step` (0-based): linear warm-up, then constant, one cosine to 0, or four.
+    """Learning rate of update `step` (0-based): linear warm-up, then constant, one cosine to 0,
+    or four.
 
-    VGen's warm-up is one update behind and so wastes its first one, at rate 0; after it the two are equal.
+    VGen's warm-up is one update behind and so wastes its first one, at rate 0; after it the two
+    are equal.
     """
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
@@ -397,7 +409,8 @@ class Run:
             run.update()                       # clip, step, average, log, save when due
         run.finish("loss", "grad")             # the curve; ends the processes
 
-    Attributes: args, env, out (Path), start and done (updates made before and so far), numbers, stopped.
+    Attributes: args, env, out (Path), start and done (updates made before and so far), numbers,
+    stopped.
     """
 
     def __init__(self, args, method):
@@ -425,10 +438,11 @@ class Run:
     def attach(self, opt, params, nets, parts, meta, ema=None, ema_decay=0.0):
         """Tell the run what trains; with --resume its state is put back here.
 
-        opt: the optimizer; params: {public key: parameter} for the checkpoint (common.trained); nets: the
-        networks that parallelize() wrapped; parts: {name: module} to count in the log; meta: plain values
-        that sample.py needs. ema: {key: tensor} that follow params with constant ema_decay; None: copies are
-        made if ema_decay is not 0, and the decay is warmed up so that the start is forgotten.
+        opt: the optimizer; params: {public key: parameter} for the checkpoint (common.trained);
+        nets: the networks that parallelize() wrapped; parts: {name: module} to count in the log;
+        meta: plain values that sample.py needs. ema: {key: tensor} that follow params with
+        constant ema_decay; None: copies are made if ema_decay is not 0, and the decay is warmed
+        up so that the start is forgotten.
         """
         self.opt, self.params, self.nets = opt, params, nets
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
@@ -447,7 +461,8 @@ class Run:
             keep_lines(self.out / "eval.jsonl", min(self.start + 1, self.args.steps) if self.resumed else 0)
 
     def steps(self):
-        """Yield the number of each update that is still to be made (0-based), its learning rate set."""
+        """Yield the number of each update that is still to be made (0-based), its learning rate
+        set."""
         catch_signals(self.env)
         for step in range(self.start, self.args.steps):
             self.step = step
@@ -473,7 +488,8 @@ class Run:
         return self.env.autocast()
 
     def backward(self, loss, **values):
-        """Accumulate the gradients of loss.mean(). `values` are averaged over the update and logged.
+        """Accumulate the gradients of loss.mean(). `values` are averaged over the update and
+        logged.
 
         Without values, the loss itself is logged as "loss".
         """
@@ -504,7 +520,8 @@ class Run:
 
     @property
     def preview_due(self):
-        """Is it time for an evaluation (--preview-every)? Those before and after training are extra."""
+        """Is it time for an evaluation (--preview-every)? Those before and after training are
+        extra."""
         every = self.args.preview_every
         due = every and self.done % every == 0 and self.done < self.args.steps
         return bool(due and not self.stopped)
@@ -514,7 +531,8 @@ class Run:
         return using_average(self.params, self.ema)
 
     def record(self, name, row):
-        """A line of OUT/eval.jsonl and of the screen: what evaluation NAME found, {name: value or dict}."""
+        """A line of OUT/eval.jsonl and of the screen: what evaluation NAME found, {name: value or
+        dict}."""
         append_line(self.out / "eval.jsonl", {"step": self.done, **row})
         numbers = {k: v for part in row.values() if isinstance(part, dict) for k, v in part.items()}
         numbers = {k: v for k, v in row.items() if isinstance(v, float)} | numbers
@@ -531,13 +549,15 @@ class Run:
 
 
 class FiniteGuard:
-    """The optimizer's step, skipped where a loss or a gradient is not finite; 10 such in a row end the run."""
+    """The optimizer's step, skipped where a loss or a gradient is not finite; 10 such in a row
+    end the run."""
 
     def __init__(self, env):
         self.env, self.bad = env, 0
 
     def step(self, opt, scaler, params, clip, **terms) -> Tensor:
-        """Unscale (fp16), clip the gradients to a norm of `clip`, step, clear them. -> their norm before.
+        """Unscale (fp16), clip the gradients to a norm of `clip`, step, clear them. -> their norm
+        before.
 
         terms: the named loss terms of this step (0-d tensors). Every process decides the same.
         """
@@ -581,7 +601,8 @@ def clip_gradients(params, largest):
 
 @torch.no_grad()
 def move_average(ema, params, decay):
-    """ema <- decay ema + (1 - decay) params, both {key: tensor}; shards and whole tensors side by side."""
+    """ema <- decay ema + (1 - decay) params, both {key: tensor}; shards and whole tensors side by
+    side."""
     for kind in {type(p): None for p in params.values()}:
         keys = [k for k, p in params.items() if type(p) is kind]
         torch._foreach_lerp_([ema[k] for k in keys], [params[k].detach() for k in keys], 1 - decay)
@@ -589,7 +610,8 @@ def move_average(ema, params, decay):
 
 @contextlib.contextmanager
 def using_average(params, ema):
-    """While it lasts, params {key: parameter} hold the moving average ema {key: tensor} (None: themselves)."""
+    """While it lasts, params {key: parameter} hold the moving average ema {key: tensor} (None:
+    themselves)."""
     kept = {k: params[k].detach().clone() for k in ema or {}}
     try:
         for k in kept:
@@ -602,7 +624,8 @@ def using_average(params, ema):
 
 @contextlib.contextmanager
 def memory_advice(*options):
-    """Turn an out-of-memory error into one line that lists the options that help, most effective first.
+    """Turn an out-of-memory error into one line that lists the options that help, most effective
+    first.
 
     A decorator, too: `@memory_advice("--batch 1")` above a main().
     """
@@ -626,10 +649,12 @@ def check_loggers(args):
 
 
 class Log:
-    """One line per step on the screen and in OUT/log.jsonl (rank 0); TensorBoard and W&B on request."""
+    """One line per step on the screen and in OUT/log.jsonl (rank 0); TensorBoard and W&B on
+    request."""
 
     def __init__(self, args, env, parts, start=0):
-        """parts: {name: module}, counted in the header; start: the first step (not 0 after a resume)."""
+        """parts: {name: module}, counted in the header; start: the first step (not 0 after a
+        resume)."""
         self.args, self.env, self.start, self.clock = args, env, start, time.time()
         self.path, self.board, self.wandb = Path(args.out, "log.jsonl"), None, None
         if not env.main:
@@ -677,7 +702,8 @@ class Log:
             self.wandb.log({name: clip}, step=step)
 
     def step(self, step, **values):
-        """Log the floats of a finished step (0-based), averaged over the processes: each must call this."""
+        """Log the floats of a finished step (0-based), averaged over the processes: each must
+        call this."""
         values = mean_over_ranks({k: float(v) for k, v in values.items()}, self.env)
         now, seconds = time.time(), time.time() - self.clock
         self.clock = now
@@ -719,13 +745,15 @@ def read_lines(path) -> list:
 
 
 def keep_lines(path, before):
-    """Keep a jsonl file's lines whose "step" is below `before`: a resumed run repeats what came after."""
+    """Keep a jsonl file's lines whose "step" is below `before`: a resumed run repeats what came
+    after."""
     kept = [json.dumps(x) + "\n" for x in read_lines(path) if x["step"] < before] if before else []
     write_atomic(path, lambda p: p.write_text("".join(kept)))
 
 
 def peak_memory(device) -> float:
-    """Peak memory of this process so far in GB (10^9 bytes): allocated on the GPU, or resident on the CPU."""
+    """Peak memory of this process so far in GB (10^9 bytes): allocated on the GPU, or resident on
+    the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
@@ -779,9 +807,11 @@ os.umask(UMASK)
 
 
 def write_atomic(path, write):
-    """write(temporary path), fsync, rename: a kill at any moment leaves the old file or the new, whole.
+    """write(temporary path), fsync, rename: a kill at any moment leaves the old file or the new,
+    whole.
 
-    Where it cannot be written (disk full, no permission) the old file stays, and a UserError says so.
+    Where it cannot be written (disk full, no permission) the old file stays, and a UserError says
+    so.
     """
     path = Path(path)
     tmp = path.with_name(f".{path.stem}.tmp{path.suffix}")  # the same suffix: some writers go by it
@@ -813,7 +843,8 @@ def finish(env, path, text):
 
 
 def check_writable(folder):
-    """Refuse, before any work and without leaving a trace, an --out in which nothing can be written."""
+    """Refuse, before any work and without leaving a trace, an --out in which nothing can be
+    written."""
     folder = Path(folder)
     try:
         nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
@@ -826,13 +857,15 @@ def check_writable(folder):
 
 
 def full(t: Tensor) -> Tensor:
-    """A tensor, or the whole of an FSDP2-sharded one (then every process must call), detached on the CPU."""
+    """A tensor, or the whole of an FSDP2-sharded one (then every process must call), detached on
+    the CPU."""
     t = t.detach()
     return (t.full_tensor() if hasattr(t, "full_tensor") else t).cpu()
 
 
 def trained(parts: dict) -> dict:
-    """{prefix: module} -> {key: parameter} that are trained: public names, no wrapper's `module.` in them."""
+    """{prefix: module} -> {key: parameter} that are trained: public names, no wrapper's `module.`
+    in them."""
     found = {}
     for prefix, module in parts.items():
         for name, p in module.named_parameters():
@@ -844,10 +877,10 @@ def trained(parts: dict) -> dict:
 def save_checkpoint(args, env, step, seen, params, meta, opt, ema=None, scaler=None):
     """Write out/ckpt.safetensors (averaged weights if `ema`) and out/state.pt after `step` updates.
 
-    seen: samples read so far, all processes together; params: {key: parameter} from trained(); ema: {key:
-    tensor} or None; meta: what sample.py needs to know, plain types. Every process must call this; rank 0
-    writes. Kept beside them: the last --keep of ckpt-<step>.safetensors, and the state before this one, for
-    the day that a disk loses a file.
+    seen: samples read so far, all processes together; params: {key: parameter} from trained();
+    ema: {key: tensor} or None; meta: what sample.py needs to know, plain types. Every process
+    must call this; rank 0 writes. Kept beside them: the last --keep of ckpt-<step>.safetensors,
+    and the state before this one, for the day that a disk loses a file.
     """
     def whole(t):  # only rank 0 keeps it: 8 copies of a large network would not fit
         if env.main or hasattr(t, "full_tensor"):
@@ -894,7 +927,8 @@ STATES = "state.pt", "state-previous.pt"
 
 
 def crc32(tensors, text) -> int:
-    """Checksum of {key: tensor} and metadata: safetensors has none, and a disk may lose bytes of a file."""
+    """Checksum of {key: tensor} and metadata: safetensors has none, and a disk may lose bytes of
+    a file."""
     value = zlib.crc32(text.encode())
     for k in sorted(tensors):
         value = zlib.crc32(k.encode(), value)
@@ -913,7 +947,8 @@ SAME = ("base", "stage", "rank", "alpha", "lora_targets", "tracking_blocks", "se
 
 
 def check_out(args, method):
-    """Refuse to overwrite a run or to resume one with other options. -> the state to resume from, or None."""
+    """Refuse to overwrite a run or to resume one with other options. -> the state to resume from,
+    or None."""
     check_writable(args.out)
     files = [Path(args.out, name) for name in STATES if Path(args.out, name).exists()]
     product = Path(args.out, "ckpt.safetensors")
@@ -973,7 +1008,8 @@ def step_of(path) -> int:
 def load_state(args, env, state, params, opt, ema=None, scaler=None) -> tuple[int, int]:
     """Put check_out()'s state (None: a new run) back into all that trains, plain, DDP or FSDP2.
 
-    -> updates done, samples seen. Here, where the size of what trains is known, a disk too small is refused.
+    -> updates done, samples seen. Here, where the size of what trains is known, a disk too small
+    is refused.
     """
     from torch.distributed.tensor import DTensor, distribute_tensor
     copies = args.keep + 1 + 2 * (3 + bool(ema))  # checkpoints, two states of weights and two moments

@@ -325,7 +325,7 @@ def _rgb(image):
     return np.array(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"))
 
 
-def _reason(e):
+def reason_of(e):
     """One line of an exception."""
     text = str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}"
     return text.splitlines()[0][:300]
@@ -341,7 +341,7 @@ def open_image(path):
     except UserError:
         raise
     except Exception as e:  # Pillow raises everything there is
-        raise UserError(f"{path}: not a readable picture ({_reason(e)})") from None
+        raise UserError(f"{path}: not a readable picture ({reason_of(e)})") from None
 
 
 def read_image(path, size=None):
@@ -466,7 +466,7 @@ def resize_flow(x, size):
 
 # ---- reading videos
 
-def _natural(path):
+def natural_order(path):
     """Sorting key by which frame_2 comes before frame_10."""
     return [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", path.name)]
 
@@ -510,7 +510,7 @@ def _opened(path):
         raise UserError(f"{path}: not a video; known are {', '.join(VIDEOS)} and a folder of pictures")
     try:
         if path.is_dir():
-            files = sorted((p for p in path.iterdir() if p.suffix.lower() in IMAGES), key=_natural)
+            files = sorted((p for p in path.iterdir() if p.suffix.lower() in IMAGES), key=natural_order)
             if not files:
                 raise UserError(f"{path}: no pictures in this folder ({', '.join(IMAGES)})")
 
@@ -552,7 +552,7 @@ def _opened(path):
     except UserError:
         raise
     except Exception as e:  # decoders raise everything there is
-        raise UserError(f"{path}: cannot be decoded ({_reason(e)})") from None
+        raise UserError(f"{path}: cannot be decoded ({reason_of(e)})") from None
 
 
 def video_info(path):
@@ -587,7 +587,7 @@ def list_videos(path):
     """A clip, or a folder of clips -> their paths in natural order. A folder of pictures is one clip."""
     path = Path(path)
     if path.is_dir():
-        clips = sorted((p for p in path.iterdir() if p.suffix.lower() in VIDEOS), key=_natural)
+        clips = sorted((p for p in path.iterdir() if p.suffix.lower() in VIDEOS), key=natural_order)
         return clips or [path]
     return [path]
 
@@ -645,7 +645,7 @@ def read_map(path, frames, size, channels):
         try:
             value = torch.from_numpy(np.load(path)).float()
         except (ValueError, TypeError, OSError, EOFError) as e:
-            raise UserError(f"{path}: not a .npy file of numbers ({_reason(e)})") from None
+            raise UserError(f"{path}: not a .npy file of numbers ({reason_of(e)})") from None
         value = value[None] if value.dim() == 3 else value
     elif kind in IMAGES:
         value = read_image(path, size)[:, None] / 2 + 0.5
@@ -763,7 +763,7 @@ def _read_text(path):
     return text
 
 
-def _lines(path, comments="#"):
+def numbered_lines(path, comments="#"):
     """-> [(row, stripped line)] without blank lines and comments; rows count from 1 as in an editor."""
     # split, not splitlines: that one also cuts at U+2028 and others, which may stand inside a caption or JSON
     rows = [(n, s.strip()) for n, s in enumerate(_read_text(path).split("\n"), 1)]
@@ -780,11 +780,11 @@ def _json(text, where):
         raise UserError(f"{where}: not valid JSON ({e})") from None
 
 
-def _table(path):
+def read_table(path):
     """.csv with a header, or .jsonl -> [(row, dict)]. A csv row with surplus or missing fields is refused: an
     unquoted comma would cut the caption silently, as in 17 of the 51 rows of DEMO's own prompt file."""
     if Path(path).suffix.lower() == ".jsonl":
-        rows = [(n, _json(s, f"{path} row {n}")) for n, s in _lines(path, comments=None)]
+        rows = [(n, _json(s, f"{path} row {n}")) for n, s in numbered_lines(path, comments=None)]
         for n, row in rows:
             if not isinstance(row, dict):
                 raise UserError(f'{path} row {n}: not an object such as {{"prompt": "..."}}')
@@ -807,7 +807,7 @@ def _table(path):
     return rows
 
 
-def _field(row, keys, where):
+def field_of(row, keys, where):
     """The first of `keys` in the row: a text which is not empty."""
     key = next((k for k in keys if k in row), None)
     if key is None:
@@ -820,7 +820,7 @@ def _field(row, keys, where):
 
 def _pairs(path, what):
     """.txt of `path|||caption` lines -> [(row, path, caption)]."""
-    rows = [(n, [s.strip() for s in line.split("|||")]) for n, line in _lines(path)]
+    rows = [(n, [s.strip() for s in line.split("|||")]) for n, line in numbered_lines(path)]
     for n, parts in rows:
         if len(parts) != 2 or not all(parts):
             raise UserError(f"{path} row {n}: wanted {what}|||caption, found {'|||'.join(parts)[:60]!r}")
@@ -841,7 +841,7 @@ def _json_prompts(data, path):
         if isinstance(row, dict) and len(row) == 1 and not set(row) & set(PROMPT_KEYS):
             row = next(iter(row.values()))  # {"000001.mp4": prompt}
         row = row if isinstance(row, dict) else {"prompt": row}
-        prompts.append(_field(row, PROMPT_KEYS, f"{path} entry {n}"))
+        prompts.append(field_of(row, PROMPT_KEYS, f"{path} entry {n}"))
     return prompts
 
 
@@ -852,13 +852,13 @@ def read_prompts(path):
     if kind == ".json":
         return _json_prompts(_json(_read_text(path), path), path)
     if kind in (".csv", ".jsonl"):
-        return [_field(row, PROMPT_KEYS, f"{path} row {n}") for n, row in _table(path)]
+        return [field_of(row, PROMPT_KEYS, f"{path} row {n}") for n, row in read_table(path)]
     if kind != ".txt":
         raise UserError(f"{path}: prompt files are .txt, .csv, .jsonl or .json")
-    for n, line in _lines(path):
+    for n, line in numbered_lines(path):
         if "|||" in line:
             raise UserError(f"{path} row {n}: image|||caption is for image-to-video; keep the caption alone")
-    return [line for _, line in _lines(path)]
+    return [line for _, line in numbered_lines(path)]
 
 
 def prompt_grid(nouns, activities):
@@ -870,7 +870,7 @@ def prompt_grid(nouns, activities):
 
 def read_triples(path):
     """.txt of lines `clip|||folder|||prompt` -> [(clip, folder, prompt)]."""
-    rows = [(n, [s.strip() for s in line.split("|||")]) for n, line in _lines(path)]
+    rows = [(n, [s.strip() for s in line.split("|||")]) for n, line in numbered_lines(path)]
     for n, parts in rows:
         if len(parts) != 3 or not all(parts):
             raise UserError(f"{path} row {n}: wanted clip|||folder of references|||prompt")
@@ -893,7 +893,7 @@ def _folder_rows(folder, captions=True):
     clips = [p for p in folder.iterdir() if not p.name.startswith(".") and
              (p.suffix.lower() in VIDEOS + IMAGES or (p.is_dir() and p.with_name(p.name + ".txt").is_file()))]
     rows = []
-    for n, clip in enumerate(sorted(clips, key=_natural), 1):
+    for n, clip in enumerate(sorted(clips, key=natural_order), 1):
         text = clip.with_name((clip.name if clip.is_dir() else clip.stem) + ".txt")
         if not captions:
             rows.append((n, clip, ""))
@@ -906,7 +906,7 @@ def _folder_rows(folder, captions=True):
     return rows
 
 
-def _clip_rows(source, captions=True):
+def clip_rows(source, captions=True):
     """Any source of VideoDataset -> (file that lists the clips, [(row, path, caption)]).
 
     captions False: none are looked for, all are "".
@@ -921,11 +921,11 @@ def _clip_rows(source, captions=True):
         source = listed[0]
     kind = source.suffix.lower()
     if kind in (".csv", ".jsonl"):
-        table = [(n, row, f"{source} row {n}") for n, row in _table(source)]
-        rows = [(n, _field(row, VIDEO_KEYS, w), _field(row, CAPTION_KEYS, w) if captions else "")
+        table = [(n, row, f"{source} row {n}") for n, row in read_table(source)]
+        rows = [(n, field_of(row, VIDEO_KEYS, w), field_of(row, CAPTION_KEYS, w) if captions else "")
                 for n, row, w in table]
     elif kind == ".txt" and not captions:
-        rows = [(n, line.split("|||")[0].strip(), "") for n, line in _lines(source)]
+        rows = [(n, line.split("|||")[0].strip(), "") for n, line in numbered_lines(source)]
     elif kind == ".txt":
         rows = _pairs(source, "video")
     else:
@@ -951,7 +951,7 @@ class VideoDataset(torch.utils.data.Dataset):
 
     def __init__(self, source, frames, height, width, fps=None, seed=0, rows=None, captions=True):
         # rows: already read, [(row, path, caption)]
-        self.source, self.rows = _clip_rows(source, captions) if rows is None else (source, rows)
+        self.source, self.rows = clip_rows(source, captions) if rows is None else (source, rows)
         self.frames, self.size, self.fps, self.seed = frames, (height, width), fps, seed
         known = {}
         twice = [n for n, *clip in self.rows if known.setdefault(tuple(clip), n) != n]
@@ -989,7 +989,7 @@ class VideoDataset(torch.utils.data.Dataset):
                 return self.load(row, number)
             except UserError as e:
                 self.bad[row] = True
-                print(f"bad clip: {self.source} row {self.rows[row][0]}: {_reason(e)}", file=sys.stderr)
+                print(f"bad clip: {self.source} row {self.rows[row][0]}: {reason_of(e)}", file=sys.stderr)
             if int(self.bad.sum()) > max(1, len(self) // 100):
                 break
         raise UserError(f"{self.source}: {int(self.bad.sum())} of {len(self)} clips are bad, over 1 %; "
@@ -1068,7 +1068,7 @@ class PairDataset(torch.utils.data.Dataset):
                 start = generator(self.seed, "clip", number, k)
                 clips.append(read_video(path, self.frames, fps, start, self.size)[0])
         except UserError as e:
-            raise UserError(f"{where}: {_reason(e)}") from None
+            raise UserError(f"{where}: {reason_of(e)}") from None
         return {"video": torch.stack(clips), "text": text, "number": number}
 
 
@@ -1093,7 +1093,7 @@ def check_dataset(source, frames, height, width, fps=None):
             dataset.load(i, i)
         except UserError as e:
             bad += 1
-            print(f"{dataset.source} row {n}: {_reason(e)}")
+            print(f"{dataset.source} row {n}: {reason_of(e)}")
     print(f"{dataset.source}: {len(dataset)} clips, {bad} bad, read as {frames} frames of {height}x{width}")
     return bad
 

@@ -70,7 +70,7 @@ from data import (
     IMAGES,
     Few,
     VideoDataset,
-    _natural,
+    natural_order,
     center_crop_wide,
     contact_sheet,
     encode_once,
@@ -375,7 +375,7 @@ def read_subject(source, size, cells, masked=True, caption="a *"):
     if not source.exists():
         raise UserError(f"{source}: no such folder or list of pictures")
     if source.is_dir():
-        files = sorted((p for p in source.iterdir() if p.suffix.lower() in IMAGES), key=_natural)
+        files = sorted((p for p in source.iterdir() if p.suffix.lower() in IMAGES), key=natural_order)
         rows = [(p, caption) for p in files]
     else:
         rows = [(p, text.replace("{}", "*")) for p, text in read_image_prompts(source)]

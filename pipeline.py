@@ -1,8 +1,8 @@
 """From prompts to videos and from clips to latents: what sample.py and all methods share.
 
-rollout() runs a base's sampler, generate() makes videos with it, conditions() turns pictures and maps into
-what the network is told, encode_clips() and draw_latents() prepare clips for training, show() writes what an
-evaluation made.
+rollout() runs a base's sampler, generate() makes videos with it, conditions() turns pictures and
+maps into what the network is told, encode_clips() and draw_latents() prepare clips for training,
+show() writes what an evaluation made.
 """
 import json
 import time
@@ -33,12 +33,14 @@ ASSET_PROMPTS = Path(__file__).parent / "assets" / "prompts"
 
 def rollout(net, base, prompts, x_T, sampling, generators, cond=None, null_cond=None, sequential=False,
             grad_last=0, progress=None, last=None):
-    """Prompts and noise x_T (n,c,f,h,w) -> latents (n,c,f,h,w), by the base's sampler with guidance.
+    """Prompts and noise x_T (n,c,f,h,w) -> latents (n,c,f,h,w), by the base's sampler with
+    guidance.
 
-    net: base.net, or what DDP or FSDP made of it. cond, null_cond: {condition of the network: tensor (n,
-    ...)}; the second replaces some in the unconditional branch. generators: one per clip, for the noise that
-    a sampler draws. grad_last: the last K updates record gradients; the state before them is a constant, and
-    texts and conditions have none. last: as in ddim(), the only sampler that has it.
+    net: base.net, or what DDP or FSDP made of it. cond, null_cond: {condition of the network:
+    tensor (n, ...)}; the second replaces some in the unconditional branch. generators: one per
+    clip, for the noise that a sampler draws. grad_last: the last K updates record gradients; the
+    state before them is a constant, and texts and conditions have none. last: as in ddim(), the
+    only sampler that has it.
     """
     texts, n, device = [prompt + sampling.suffix for prompt in prompts], len(prompts), x_T.device
     cond = dict(cond or {}) | frame_rate(sampling.fps, n, device)
@@ -74,7 +76,8 @@ def rollout(net, base, prompts, x_T, sampling, generators, cond=None, null_cond=
 
 
 def distilled(net, text, cond, sampling):
-    """A consistency model's fn(x, t): no second branch, the guidance scale is a condition (T2V-Turbo)."""
+    """A consistency model's fn(x, t): no second branch, the guidance scale is a condition
+    (T2V-Turbo)."""
     def embedded(scale):
         scales = torch.full((len(text),), scale, device=text.device)
         return guidance_embedding(scales, net.cfg.guidance_dim)
@@ -93,7 +96,8 @@ def distilled(net, text, cond, sampling):
 def late_subject(fn, net, below):
     """fn(x, t) with DreamVideo's subject adapters off at steps t >= below.
 
-    The path is laid out at those steps, and a subject learned from still pictures would hold it back.
+    The path is laid out at those steps, and a subject learned from still pictures would hold it
+    back.
     """
     adapters = [a for m in net.modules() if isinstance(m, SpatialTransformer)
                 for a in m.modules() if isinstance(a, Adapter)]
@@ -121,7 +125,8 @@ def clip_size(sampling, n, device) -> dict:
 
 
 def invert_clip(base, env, video, steps):
-    """The noise (1,c,f,h,w) that DDIM would turn into a clip (3,f,h,w): without words or guidance."""
+    """The noise (1,c,f,h,w) that DDIM would turn into a clip (3,f,h,w): without words or
+    guidance."""
     latents = base.vae.encode(video[None].to(env.device, env.dtype)).float()
     null = base.encode_null("", 1)
     return ddim_invert(lambda x, t: base.net(x, t, null), latents, base.schedule, steps)
@@ -132,11 +137,13 @@ def invert_clip(base, env, video, steps):
 @torch.no_grad()
 def generate(base, env: Env, prompts, seeds, sampling: Sampling, batch=8, progress=False, cond=None,
              null_cond=None, video=None, sequential=False, chunk=16, inverted=None):
-    """Prompts -> videos (n,3,f,h,w) in [-1,1] on the CPU; clip i comes from noise keyed by seeds[i].
+    """Prompts -> videos (n,3,f,h,w) in [-1,1] on the CPU; clip i comes from noise keyed by
+    seeds[i].
 
-    cond, null_cond: as for rollout(); video (n,3,f,h,w): what SR600 enlarges; inverted (1,c,f,h,w): noise to
-    mix into all clips', see invert_clip(). chunk: frames the autoencoder takes at a time. Evaluations during
-    training call this, too, so they show what sample.py will make.
+    cond, null_cond: as for rollout(); video (n,3,f,h,w): what SR600 enlarges; inverted
+    (1,c,f,h,w): noise to mix into all clips', see invert_clip(). chunk: frames the autoencoder
+    takes at a time. Evaluations during training call this, too, so they show what sample.py will
+    make.
     """
     videos, bar = [], tqdm if progress else None
     for i in range(0, len(prompts), batch):
@@ -195,9 +202,11 @@ def enlarged(base, prompts, latents, sampling, generators, sequential=False, pro
 
 def generate_from(base, env: Env, prompts, images, seeds, sampling, batch=8, continuations=0, maps=None,
                   style=None, **more):
-    """generate() from images, one path or Pillow image each (None: words alone), and maps, see conditions().
+    """generate() from images, one path or Pillow image each (None: words alone), and maps, see
+    conditions().
 
-    continuations: each clip is continued so often, from its last frame: (n,3,f + continuations (f - 1),h,w).
+    continuations: each clip is continued so often, from its last frame: (n,3,f + continuations (f
+    - 1),h,w).
     """
     videos = []
     for k in range(continuations + 1):
@@ -212,7 +221,8 @@ def generate_from(base, env: Env, prompts, images, seeds, sampling, batch=8, con
 
 def generate_split(base, env: Env, prompts, seeds, sampling, batch=8, images=None, continuations=0,
                    maps=None):
-    """generate_from(), the prompts shared out over the processes: each must call it, and gets all videos.
+    """generate_from(), the prompts shared out over the processes: each must call it, and gets all
+    videos.
 
     maps: {name: tensor (n, ...)}, each clip's own.
     """
@@ -226,9 +236,11 @@ def generate_split(base, env: Env, prompts, seeds, sampling, batch=8, images=Non
 
 
 def generate_folder(base, env: Env, folder, prompts, n, sampling, batch, seed, resume):
-    """n clips per prompt -> FOLDER/clips/PROMPT-K.mp4 and metadata.json, VideoDPO's layout (read_clips).
+    """n clips per prompt -> FOLDER/clips/PROMPT-K.mp4 and metadata.json, VideoDPO's layout
+    (read_clips).
 
-    Processes share the clips. Those that exist are kept, and those that a kill took come out the same.
+    Processes share the clips. Those that exist are kept, and those that a kill took come out the
+    same.
     """
     folder = Path(folder)
     if (folder / "clips").exists() and not resume:
@@ -263,8 +275,8 @@ def generate_folder(base, env: Env, folder, prompts, n, sampling, batch, seed, r
 def show(run, name, videos, prompts, fps, row=None, sheet=None, headers=None):
     """What an evaluation made -> NAME.png, NAME/*.mp4 of the first 16 clips, a line of eval.jsonl.
 
-    For the main process alone. videos (n,3,f,h,w); row: what was measured, {name: float or dict}; sheet: rows
-    for the picture if they are more than the clips, under headers.
+    For the main process alone. videos (n,3,f,h,w); row: what was measured, {name: float or dict};
+    sheet: rows for the picture if they are more than the clips, under headers.
     """
     if row is not None:
         run.record(name, row)
@@ -319,7 +331,8 @@ def read_items(args, sampling, continuations=0):
 
 
 def measure_reward(base, sampling, reward, videos, prompts, device):
-    """-> {"reward", "reward_sd", ...} of the videos, and on tiny bases "judge": {attribute: share right}."""
+    """-> {"reward", "reward_sd", ...} of the videos, and on tiny bases "judge": {attribute: share
+    right}."""
     row = statistics(reward, videos, prompts, device)
     if base.row.tiny:
         row["judge"] = judge_captions(videos[:, :, :sampling.frames], prompts)
@@ -330,8 +343,8 @@ def measure_reward(base, sampling, reward, videos, prompts, device):
 def evaluate_reward(run, base, sampling, reward, items, name, watch=None, continuations=0):
     """Held-out items, always from the same noise -> a line of eval.jsonl, NAME.png, NAME/*.mp4.
 
-    items: (first frame or None, prompt); watch: a second reward, "watch" in the line. Every process must
-    call it.
+    items: (first frame or None, prompt); watch: a second reward, "watch" in the line. Every
+    process must call it.
     """
     images, prompts = (list(column) for column in zip(*items))
     seeds = [f"eval-{i}" for i in range(len(prompts))]
@@ -352,7 +365,8 @@ def evaluate_reward(run, base, sampling, reward, items, name, watch=None, contin
 # ---- clips to latents and back
 
 def decode(base, latents, frames, chunk=16, chosen=None):
-    """Latents (b,c,f',h',w') -> video (b,3,f,h,w), differentiable; chosen: numbers of the only frames wanted.
+    """Latents (b,c,f',h',w') -> video (b,3,f,h,w), differentiable; chosen: numbers of the only
+    frames wanted.
 
     frames: of the whole clip, which Open-Sora's latents do not tell.
     """
@@ -362,13 +376,15 @@ def decode(base, latents, frames, chunk=16, chosen=None):
 
 @torch.no_grad()
 def encode_clips(base, env, video) -> dict:
-    """Clips (b,3,f,h,w) in [-1,1] -> {"mean", "std"} (b,c,f',h',w') of unscaled latents, on the CPU."""
+    """Clips (b,3,f,h,w) in [-1,1] -> {"mean", "std"} (b,c,f',h',w') of unscaled latents, on the
+    CPU."""
     mean, logvar = base.vae.moments(video.to(env.device, env.dtype))
     return {"mean": mean.cpu(), "std": (0.5 * logvar).exp().cpu()}
 
 
 def draw_latents(base, env, encoded, generators, part=""):
-    """What encode_clips() gave, perhaps out of a cache -> scaled latents, a sample of the encoder's Gaussian.
+    """What encode_clips() gave, perhaps out of a cache -> scaled latents, a sample of the
+    encoder's Gaussian.
 
     generators: one per clip. part: a prefix of the two names, such as "tracks.".
     """
@@ -380,8 +396,8 @@ def draw_latents(base, env, encoded, generators, part=""):
 def cache_latents(run, data, encode, about, name="."):
     """--cache-latents: encode every clip of `data` once, in half precision, into OUT/latents/NAME.
 
-    encode(batch) -> {name: tensor (b, ...)}; about: plain values; files made with other values are redone.
-    -> a data set of what encode gave, with "text".
+    encode(batch) -> {name: tensor (b, ...)}; about: plain values; files made with other values
+    are redone. -> a data set of what encode gave, with "text".
     """
     about = dict(base=run.args.base, weights=run.args.weights, seed=run.args.seed) | about
     return encode_once(run.out / "latents" / name, data,
@@ -391,7 +407,8 @@ def cache_latents(run, data, encode, about, name="."):
 
 @torch.no_grad()
 def encode_tracks(base, env, video):
-    """Tracking video (3,f,h,w) in [-1,1] -> latents of it and of its first frame (Diffusion as Shader).
+    """Tracking video (3,f,h,w) in [-1,1] -> latents of it and of its first frame (Diffusion as
+    Shader).
 
     A base that makes video from text alone has no place for the second.
     """
@@ -403,10 +420,11 @@ def encode_tracks(base, env, video):
 # ---- conditions
 
 def training_conditions(base, sampling, texts, t, fps=None) -> dict:
-    """What a text-to-video network is told in training beside step and words, {name: tensor (n, ...)}.
+    """What a text-to-video network is told in training beside step and words, {name: tensor (n,
+    ...)}.
 
-    t (n,) steps. fps None: the network's own default (VideoCrafter2: 16). T2V-Turbo is told its guidance
-    scale, Open-Sora the clip's size.
+    t (n,) steps. fps None: the network's own default (VideoCrafter2: 16). T2V-Turbo is told its
+    guidance scale, Open-Sora the clip's size.
     """
     unet, n = base.row.unet, len(t)
     cond = frame_rate(fps, n, t.device)
@@ -441,8 +459,8 @@ def frame_picture(frame):
 def conditions(base, env, sampling, images, maps=None, style=None):
     """For a batch of clips -> (cond, null_cond) of generate().
 
-    images: a path or Pillow image each, or None; maps {name: (1,c,f,h,w)}: what all clips share; style: a
-    Pillow image whose style they follow (VideoComposer).
+    images: a path or Pillow image each, or None; maps {name: (1,c,f,h,w)}: what all clips share;
+    style: a Pillow image whose style they follow (VideoComposer).
     """
     row, n, size = base.row, len(images), (sampling.height, sampling.width)
     cond, null = {}, {}
@@ -475,7 +493,8 @@ def conditions(base, env, sampling, images, maps=None, style=None):
 
 
 def first_frame_kept(videos, images):
-    """Clips (3,f,h,w) and the pictures (3,h,w) they began with -> psnr in dB, the mean and the worst."""
+    """Clips (3,f,h,w) and the pictures (3,h,w) they began with -> psnr in dB, the mean and the
+    worst."""
     found = [psnr(video[:, 0], image) for video, image in zip(videos, images)]
     return {"psnr": sum(found) / len(found), "psnr_worst": min(found)}
 
@@ -483,8 +502,8 @@ def first_frame_kept(videos, images):
 def noised_first_frame(base, picture, keep, shape, generators):
     """CogVideoX-I2V's condition in training: latents (b,c,1,h,w) of slightly noised pixels.
 
-    log sigma ~ N(-3, 0.5). picture (b,3,h,w) in [-1,1]; keep (b,): 1, or 0 where it is dropped; shape
-    (b,c,f,h,w) of the clips' latents.
+    log sigma ~ N(-3, 0.5). picture (b,3,h,w) in [-1,1]; keep (b,): 1, or 0 where it is dropped;
+    shape (b,c,f,h,w) of the clips' latents.
     """
     sigma = (0.5 * randn((len(picture), 1, 1, 1), generators) - 3).exp()
     pixels = picture.cpu() + sigma * randn(picture.shape, generators)
@@ -496,7 +515,8 @@ def noised_first_frame(base, picture, keep, shape, generators):
 
 
 def read_image_pairs(path, row, image=None):
-    """A prompt file -> [(image or None, prompt)]: one image for all, or each line's own, image|||prompt."""
+    """A prompt file -> [(image or None, prompt)]: one image for all, or each line's own,
+    image|||prompt."""
     optional = row.unet.adapter_image_dim and Path(path).is_file() and b"|||" in Path(path).read_bytes()
     if not image and (row.first_frame or optional):
         return read_image_prompts(path)
@@ -506,7 +526,8 @@ def read_image_pairs(path, row, image=None):
 # ---- runs and public adapters
 
 def load_run(path, tensors, meta, weights, base=None):
-    """What load_checkpoint(path) gave -> the run's base with its trained tensors put in, on the CPU.
+    """What load_checkpoint(path) gave -> the run's base with its trained tensors put in, on the
+    CPU.
 
     base: one that another run was put into.
     """

@@ -16,13 +16,13 @@
     python sample.py --base modelscope-v1.4 --lora instructvideo.pth:0.8 --prompt "a fox in the snow"
     python sample.py --ckpt out/identity:500 --ckpt out/motion --appearance-image dog.png --prompt "a * turns"
 
-Writes OUT/0000.mp4 ..., OUT/sheet.png (a contact sheet) and OUT/index.jsonl (file, prompt, seed, base,
-adapters, settings and, with --reward, scores). What goes with the clips is in folders of its own: OUT/side
-(tracks beside the result), OUT/first (the first frames that --judge drew).
+Writes OUT/0000.mp4 ..., OUT/sheet.png (a contact sheet) and OUT/index.jsonl (file, prompt, seed,
+base, adapters, settings and, with --reward, scores). What goes with the clips is in folders of
+its own: OUT/side (tracks beside the result), OUT/first (the first frames that --judge drew).
 
-A clip depends on its prompt, its number and --seed alone, not on --batch or the number of processes.
-Memory: prompts are encoded first, and the text towers are freed before the networks move to the GPU. Then
---batch 1, --sequential and --decode-chunk 1 help most.
+A clip depends on its prompt, its number and --seed alone, not on --batch or the number of
+processes. Memory: prompts are encoded first, and the text towers are freed before the networks
+move to the GPU. Then --batch 1, --sequential and --decode-chunk 1 help most.
 """
 import json
 import time
@@ -62,7 +62,8 @@ TAKE = "depth", "sketch", "single_sketch", "motion", "local_image", "style"
 
 @dataclass(frozen=True)
 class Clip:
-    """One clip to make. source: its first frame or appearance (path or Pillow), SR600's clip, or None."""
+    """One clip to make. source: its first frame or appearance (path or Pillow), SR600's clip, or
+    None."""
     file: str
     prompt: str
     source: object
@@ -230,7 +231,8 @@ def play(args):
 # ---- what to make
 
 def read_runs(args):
-    """Every --ckpt -> [(path, tensors, meta)]; several must be adapters that go together (DreamVideo)."""
+    """Every --ckpt -> [(path, tensors, meta)]; several must be adapters that go together
+    (DreamVideo)."""
     runs = [(text, *load_checkpoint(run_file(text))) for text in args.ckpt]
     owner = {}
     for text, tensors, meta in runs:
@@ -375,9 +377,10 @@ def file_names(prompts, n, vbench=False):
 def read_maps(args, sampling):
     """VideoComposer's maps from ready files -> {name: (1,c,f,h,w)}.
 
-    depth: MiDaS's inverse depth / 20 in 0..10 (.npy; a video counts as 0..1), but with --midas a video in
-    [-1,1], whose depth midas_depth() finds; sketch: 0..1 (a picture is the single sketch of the first frame);
-    motion: .npy (2,f,h,w); image: the first frame, in 0..1; video and mask (1: hidden).
+    depth: MiDaS's inverse depth / 20 in 0..10 (.npy; a video counts as 0..1), but with --midas a
+    video in [-1,1], whose depth midas_depth() finds; sketch: 0..1 (a picture is the single sketch
+    of the first frame); motion: .npy (2,f,h,w); image: the first frame, in 0..1; video and mask
+    (1: hidden).
     """
     f, size, maps = sampling.frames, (sampling.height, sampling.width), {}
     if args.depth and args.midas:  # squeezed to the clip's size, not cropped: as published
@@ -401,9 +404,11 @@ def read_maps(args, sampling):
 
 
 def followed(args, row, sampling, device, style=None):
-    """--follow VIDEO -> ({name: (1,c,f,h,w)}, the maps of --take; the style picture, its first frame).
+    """--follow VIDEO -> ({name: (1,c,f,h,w)}, the maps of --take; the style picture, its first
+    frame).
 
-    3 frames a second as published, or as many as make a clip; squeezed to the clip's size, not cropped.
+    3 frames a second as published, or as many as make a clip; squeezed to the clip's size, not
+    cropped.
     """
     count, rate, _ = video_info(args.follow)
     stride = max(1, min(round(rate / 3), (count - 1) // max(sampling.frames - 1, 1)))
@@ -425,7 +430,8 @@ def followed(args, row, sampling, device, style=None):
 
 
 def enlarge_clip(path, sampling):
-    """A clip for SR600 -> ((1,3,f,H,W) in [-1,1], its own frames): at most 32; 16 or fewer are doubled."""
+    """A clip for SR600 -> ((1,3,f,H,W) in [-1,1], its own frames): at most 32; 16 or fewer are
+    doubled."""
     frames = min(video_info(path)[0], 32)
     video, _ = read_video(path, frames)
     if frames <= 16:  # as published: the network was trained on 32
@@ -438,7 +444,8 @@ def enlarge_clip(path, sampling):
 # ---- making clips
 
 def build(args, env, runs, loras, texts, sampling):
-    """The base with its runs, words and LoRA files put in, on its device; the prompts are encoded."""
+    """The base with its runs, words and LoRA files put in, on its device; the prompts are
+    encoded."""
     base = None
     for text, tensors, meta in runs:
         base = load_run(text, tensors, meta, args.weights, base)

@@ -40,12 +40,12 @@ from data import (
     IMAGES,
     VIDEOS,
     VideoDataset,
-    _clip_rows,
-    _field,
-    _lines,
-    _natural,
-    _reason,
-    _table,
+    clip_rows,
+    field_of,
+    numbered_lines,
+    natural_order,
+    reason_of,
+    read_table,
     batch_indices,
     center_crop_wide,
     contact_sheet,
@@ -350,7 +350,7 @@ def users_tracker(name):
     try:
         spec.loader.exec_module(module)
     except Exception as e:  # the user's own code
-        raise UserError(f"--tracker {name}: {file} cannot be imported ({_reason(e)})") from e
+        raise UserError(f"--tracker {name}: {file} cannot be imported ({reason_of(e)})") from e
     if not callable(getattr(module, function, None)):
         raise UserError(f"--tracker {name}: {file} has no function {function}(video, queries)")
     return getattr(module, function)
@@ -379,7 +379,7 @@ def read_array(path, name, optional=()):
         arrays = [None if found.get(k) is None else np.asarray(found[k], dtype=np.float64)
                   for k in (name, *optional)]
     except Exception as e:  # zip, pickle, text
-        raise UserError(f"{path}: not a .npy or .npz file of numbers ({_reason(e)})") from None
+        raise UserError(f"{path}: not a .npy or .npz file of numbers ({reason_of(e)})") from None
     if arrays[0] is None:
         raise UserError(f"{path}: holds no array {name!r}, only {', '.join(found)}")
     return arrays
@@ -414,7 +414,7 @@ def estimate_depth(name, video, device="cpu"):
         prepare = AutoImageProcessor.from_pretrained(name)
         net = AutoModelForDepthEstimation.from_pretrained(name).eval().to(device)
     except (OSError, ValueError) as e:
-        raise UserError(f"--depth-model {name}: cannot be loaded ({_reason(e)}); give a depth network's name "
+        raise UserError(f"--depth-model {name}: cannot be loaded ({reason_of(e)}); give a depth network's name "
                         "on huggingface.co, its folder, or a file of depth with --depth") from None
     metric = net.config.model_type in ("zoedepth", "depth_pro")
     metric |= getattr(net.config, "depth_estimation_type", "relative") == "metric"
@@ -444,7 +444,7 @@ def read_poses(path, frames):
         try:
             poses = np.loadtxt(path, ndmin=2)
         except (OSError, ValueError) as e:
-            raise UserError(f"{path}: not a text file of 12 or 16 numbers a line ({_reason(e)})") from None
+            raise UserError(f"{path}: not a text file of 12 or 16 numbers a line ({reason_of(e)})") from None
     else:
         poses, = read_array(path, "extrinsics")
     if poses.ndim < 2 or poses[0].size not in (12, 16):
@@ -467,7 +467,7 @@ def read_mesh(path):
             raise UserError(f"{path}: wanted the arrays vertices (frames, v, 3) and faces (t, 3)")
         faces = faces.astype(int)
     else:
-        parts = [_read_obj(p) for p in sorted(path.glob("*.obj"), key=_natural)]
+        parts = [_read_obj(p) for p in sorted(path.glob("*.obj"), key=natural_order)]
         if any(len(v) != len(parts[0][0]) for v, _ in parts):
             raise UserError(f"{path}: all .obj files need the same number of vertices")
         vertices, faces = np.stack([v for v, _ in parts]), parts[0][1]
@@ -489,7 +489,7 @@ def _read_obj(path):
                 corners = [i - 1 if i > 0 else len(vertices) + i for i in corners]
                 faces += [(corners[0], a, b) for a, b in zip(corners[1:], corners[2:])]
     except (OSError, ValueError) as e:
-        raise UserError(f"{path}: not a .obj file ({_reason(e)})") from None
+        raise UserError(f"{path}: not a .obj file ({reason_of(e)})") from None
     return np.array(vertices, dtype=np.float64).reshape(-1, 3), np.array(faces, dtype=int).reshape(-1, 3)
 
 
@@ -565,7 +565,7 @@ def track_rows(source):
         lists = [source / name for name in ("prompt.txt", "videos.txt", "trackings.txt")]
         listed = [p for p in (source / "metadata.csv", source / "metadata.jsonl") if p.is_file()]
         if not listed:
-            columns = [_lines(p, comments=None) for p in lists]
+            columns = [numbered_lines(p, comments=None) for p in lists]
             if len({len(c) for c in columns}) != 1:
                 counts = ", ".join(f"{p.name} {len(c)}" for p, c in zip(lists, columns))
                 raise UserError(f"{source}: the lists differ in length ({counts}), but belong together line "
@@ -578,7 +578,7 @@ def track_rows(source):
         raise UserError(f"--data {source}: wanted a folder with prompt.txt, videos.txt and trackings.txt, or "
                         "a .csv or .jsonl with video, tracking, caption")
     keys = (("video", "path"), ("tracking", "tracks"), ("caption", "prompt", "text"))
-    rows = [(n, *(_field(row, k, f"{source} row {n}") for k in keys)) for n, row in _table(source)]
+    rows = [(n, *(field_of(row, k, f"{source} row {n}") for k in keys)) for n, row in read_table(source)]
     return source, [(n, source.parent / video, source.parent / track, text) for n, video, track, text in rows]
 
 
@@ -624,7 +624,7 @@ def in_buckets(source, buckets, seed=0):
         try:
             count, _, (h, w) = video_info(row[1])
         except UserError as e:
-            raise UserError(f"{source} row {row[0]}: {_reason(e)}") from None
+            raise UserError(f"{source} row {row[0]}: {reason_of(e)}") from None
         frames = max((f for f, _, _ in parts if f <= count), default=min(parts)[0])
         bucket = min((b for b in parts if b[0] == frames), key=lambda b: abs(b[1] - h) + abs(b[2] - w))
         parts[bucket].append(row)
@@ -910,7 +910,7 @@ def make(args):
 
 def make_dataset(args, out, tracker, estimate):
     """Clips with captions -> OUT/videos, OUT/tracking and the lists. Made ones are kept, bad ones named."""
-    source, rows = _clip_rows(args.make_tracks)
+    source, rows = clip_rows(args.make_tracks)
     kept, bad = [], 0
     for n, path, text in tqdm(rows, "tracking clips", mininterval=5):
         names = f"videos/{n:05d}.mp4", f"tracking/{n:05d}_tracking.mp4"
@@ -921,7 +921,7 @@ def make_dataset(args, out, tracker, estimate):
                     write_video(out / name, clip, args.save_fps or fps)
         except UserError as e:
             bad += 1
-            warn(f"{source} row {n}: {_reason(e)}; left out")
+            warn(f"{source} row {n}: {reason_of(e)}; left out")
             continue
         kept.append((" ".join(text.split()), *names))  # a caption is one line there
     if not kept:

@@ -2,9 +2,10 @@
 
     J(theta) = E_{text, x_T} [ r(decode(x_0(theta)), text) ],   theta += lr dJ/dtheta   (eq. 1; algorithm 1)
 
-Sample a prompt and noise, run the whole sampler with guidance, decode some frames, ask the reward how good
-they are, and backpropagate through the decoder and the last K sampler updates into LoRA weights. There is no
-data, no reference model and no KL term: stop early. One loop serves every base, with or without a first frame.
+Sample a prompt and noise, run the whole sampler with guidance, decode some frames, ask the reward
+how good they are, and backpropagate through the decoder and the last K sampler updates into LoRA
+weights. There is no data, no reference model and no KL term: stop early. One loop serves every
+base, with or without a first frame.
 
     python vader.py --base tiny                           # 2 CPU cores, minutes
     python vader.py --base tiny --reward size             # a hand-written reward
@@ -18,23 +19,28 @@ data, no reference model and no KL term: stop early. One loop serves every base,
     python vader.py ... --resume                          # continue, bit for bit
     python sample.py --ckpt out/vader --prompt "a red circle moving left"
 
-Writes to --out: ckpt.safetensors (the LoRA), log.jsonl, curve.png, eval.jsonl (rewards of held-out prompts,
-always from the same noise, and the judge's verdict on tiny bases), before.png and after.png with their clips,
-sweep.png (LoRA strength against reward and damage), and with --patience best.safetensors.
+Writes to --out: ckpt.safetensors (the LoRA), log.jsonl, curve.png, eval.jsonl (rewards of
+held-out prompts, always from the same noise, and the judge's verdict on tiny bases), before.png
+and after.png with their clips, sweep.png (LoRA strength against reward and damage), and with
+--patience best.safetensors.
 
-Memory: with --backprop last and one decoded frame, one network call and one decoder call hold activations.
-Peak on an H100 in bf16, batch 1, without the text tower: ModelScope, 16 frames of 256x256: 7.4 GB or less;
-VideoCrafter2, 16 frames of 320x512: 8.7 GB.
+Memory: with --backprop last and one decoded frame, one network call and one decoder call hold
+activations. Peak on an H100 in bf16, batch 1, without the text tower: ModelScope, 16 frames of
+256x256: 7.4 GB or less; VideoCrafter2, 16 frames of 320x512: 8.7 GB.
 
 Differences from the original code
- - Gradients are averaged over the GPUs. (The original samples through `.module`, so DDP never sees a backward
-   pass: each GPU trains its own LoRA, and rank 0's is saved.)
- - Randomness is keyed by the sample's number instead of the clock, so runs repeat and resume exactly.
- - `last` keeps one solver update even if the number of steps does not divide 1000 (the original keeps two).
+ - Gradients are averaged over the GPUs. (The original samples through `.module`, so DDP never
+   sees a backward pass: each GPU trains its own LoRA, and rank 0's is saved.)
+ - Randomness is keyed by the sample's number instead of the clock, so runs repeat and resume
+   exactly.
+ - `last` keeps one solver update even if the number of steps does not divide 1000 (the original
+   keeps two).
  - Dropout is off during the rollout, as in sampling.
- - Open-Sora: a frame is decoded in its place. (The original decodes one latent from the middle as if a clip
-   began there.) ModelScope: LoRA on the attentions (the original's injector takes the convolutions instead).
- - First frames, longer clips (--continue) and rewards over time are in the paper but not in its code.
+ - Open-Sora: a frame is decoded in its place. (The original decodes one latent from the middle as
+   if a clip began there.) ModelScope: LoRA on the attentions (the original's injector takes the
+   convolutions instead).
+ - First frames, longer clips (--continue) and rewards over time are in the paper but not in its
+   code.
 """
 import shutil
 
@@ -54,8 +60,8 @@ from rewards import get_reward, score
 
 STRENGTHS = 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0  # of the LoRA, in sweep.png
 
-# The published scripts (VADER-VideoCrafter, VADER-ModelScope, VADER-Open-Sora), which give no numbers for
-# CogVideoX and I2VGen-XL.
+# The published scripts (VADER-VideoCrafter, VADER-ModelScope, VADER-Open-Sora), which give no
+# numbers for CogVideoX and I2VGen-XL.
 PAPER = dict(
     base="videocrafter2", out="out/vader", reward="hps", steps=450, accum=16, lr=2e-4, rank=16, alpha=16.0,
     lora_targets=["to_q", "to_k", "to_v"], sample_steps=25, save_every=50)
@@ -68,7 +74,8 @@ TINY = dict(
     eval_n=64, save_every=25, log_every=5, grad_ckpt=False, sweep=16)
 TINY_I2V = TINY | dict(
     steps=20, lr=2e-3, reward="temporal", continuations=2, batch=4, eval_n=32, sweep=4)
-# A reward that does not read the prompt pulls every clip the same way, so each step has far more effect.
+# A reward that does not read the prompt pulls every clip the same way, so each step has far more
+# effect.
 TINY_PROMPTLESS = dict(steps=30, lr=3e-4, sample_steps=10)
 PRESETS = {
     "videocrafter2": VIDEOCRAFTER2, "opensora": OPENSORA, "modelscope": MODELSCOPE,
@@ -115,12 +122,14 @@ def get_args(argv=None):
 # ---- the method
 
 def updates_with_gradient(backprop, updates, g):
-    """K: how many of the last sampler updates record gradients. "rand": any of 1..updates, drawn from g."""
+    """K: how many of the last sampler updates record gradients. "rand": any of 1..updates, drawn
+    from g."""
     return int(torch.randint(1, updates + 1, (), generator=g)) if backprop == "rand" else backprop
 
 
 def frames_to_reward(mode, frames, g):
-    """Numbers of the frames to decode and reward, of a video of so many; g: a generator for "random"."""
+    """Numbers of the frames to decode and reward, of a video of so many; g: a generator for
+    "random"."""
     if mode in ("all", "alt"):
         return list(range(0, frames, 2 if mode == "alt" else 1))
     if mode == "first-middle-last":
@@ -134,13 +143,15 @@ def frames_to_reward(mode, frames, g):
 
 
 def roll_out(net, base, env, prompts, images, generators, sampling, k, continuations):
-    """Algorithm 1, sampling: prompts and noise -> latents x_0 of each clip of a video, [(b,c,f',h',w')].
+    """Algorithm 1, sampling: prompts and noise -> latents x_0 of each clip of a video,
+    [(b,c,f',h',w')].
 
-    The gradient is cut here: of a sampler's n updates the first n - k run without recording, so the state
-    they end in is a constant, and dx_0/dtheta reaches back through the last k network calls only. The
-    conditions are constants, too: a continuation starts from the last frame of the clip before it, decoded
-    to pixels (frame_picture), and no gradient flows from one clip into another.
-    images: a first frame per prompt (Pillow), or None; generators: one per video, for all its noise.
+    The gradient is cut here: of a sampler's n updates the first n - k run without recording, so
+    the state they end in is a constant, and dx_0/dtheta reaches back through the last k network
+    calls only. The conditions are constants, too: a continuation starts from the last frame of
+    the clip before it, decoded to pixels (frame_picture), and no gradient flows from one clip
+    into another. images: a first frame per prompt (Pillow), or None; generators: one per video,
+    for all its noise.
     """
     shape, clips = latent_shape(base.name, *sampling.size), []
     for number in range(continuations + 1):
@@ -156,10 +167,11 @@ def roll_out(net, base, env, prompts, images, generators, sampling, k, continuat
 
 
 def decode_frames(base, clips, chosen, f):
-    """Latents of the clips of a video -> its frames number `chosen`, (b,3,len(chosen),h,w) in about [-1,1].
+    """Latents of the clips of a video -> its frames number `chosen`, (b,3,len(chosen),h,w) in
+    about [-1,1].
 
-    A clip has f frames. Clip k shows the video's frames k (f - 1) to (k + 1)(f - 1); its first frame is the
-    last one of clip k - 1.
+    A clip has f frames. Clip k shows the video's frames k (f - 1) to (k + 1)(f - 1); its first
+    frame is the last one of clip k - 1.
     """
     parts = []
     for k, x_0 in enumerate(clips):
@@ -265,7 +277,8 @@ def read_rewards(args, run, prompts):
 # ---- evaluation
 
 def out_of_patience(run):
-    """Keep the best checkpoint; True, on every process, after --patience evaluations without a better one."""
+    """Keep the best checkpoint; True, on every process, after --patience evaluations without a
+    better one."""
     ended = False
     if run.main:
         scores = [row["watch"] for row in read_lines(run.out / "eval.jsonl")]
@@ -284,8 +297,8 @@ def out_of_patience(run):
 def sweep(run, base, sampling, reward, items):
     """Held-out prompts with the LoRA weaker and stronger than trained -> sweep.jsonl, sweep.png.
 
-    Where the reward still rises but the judge falls (on real bases: where clips move far from the base's),
-    the reward is being fooled.
+    Where the reward still rises but the judge falls (on real bases: where clips move far from the
+    base's), the reward is being fooled.
     """
     if not items:
         return
