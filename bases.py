@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common import Parser, UserError, run_command, write_atomic
-from diffusion import make_schedule
+from diffusion import make_schedule, number_of_updates
 from dit import (
     PATCH,
     CogVideoX,
@@ -130,6 +130,11 @@ class Sampling:
     def size(self):
         """(frames, height, width) in pixels."""
         return self.frames, self.height, self.width
+
+    @property
+    def updates(self) -> int:
+        """How many updates the sampler makes; with DDIM's spacings that need not be sample_steps."""
+        return number_of_updates(self.sampler, self.sample_steps, self.spacing)
 
     def metadata(self) -> dict:
         """Plain values for a checkpoint or index.jsonl, without what the base does not have."""
@@ -483,6 +488,10 @@ class Base:
     learned: dict = field(default_factory=dict)
     encoded: dict = field(default_factory=dict)  # (prompt, motion): tokens (n, d)
 
+    def latent_shape(self, sampling):
+        """(c, f, h, w) of the latents of clips of this size."""
+        return latent_shape(self.name, *sampling.size)
+
     def parts(self) -> dict:
         """{name: module} of all networks."""
         named = {"net": self.net, "vae": self.vae, "text encoder": self.text_encoder,
@@ -640,9 +649,6 @@ def choose_sampling(name, args, run=None, method=None, **fixed) -> Sampling:
     check_sampler(sampling, row)
     latent_shape(name, *sampling.size)
     return sampling
-
-
-SAMPLERS = ("ddim", "lcm", "dpmpp", "dpm", "rflow", "higen", "sr600")
 
 
 def check_sampler(sampling, row):
@@ -1050,6 +1056,23 @@ def read_peft_lora(net, path, scale=1.0):
     same = {name for name in modules if name.rpartition(".")[2] in short} == ranks.keys()
     found = {k: v * scale if "lora_B" in k else v for k, v in found.items()}
     return found, rank, alpha, short if same else list(ranks)
+
+
+def read_lora(name, text):
+    """FILE or FILE:SCALE, a LoRA in peft's naming for base `name` -> what read_peft_lora() gives."""
+    return read_peft_lora(meta_network(name), *lora_file(text))
+
+
+def lora_file(text):
+    """FILE or FILE:scale -> (path, scale), the file checked."""
+    path, _, scale = text.rpartition(":")
+    try:
+        path, scale = (path, float(scale)) if path else (text, 1.0)
+    except ValueError:  # the colon is part of the name
+        path, scale = text, 1.0
+    if not Path(path).is_file():
+        raise UserError(f"--lora {path}: no such file")
+    return Path(path), scale
 
 
 def export_peft(run, folder):

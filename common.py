@@ -19,9 +19,11 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
@@ -36,10 +38,14 @@ class UserError(Exception):
         super().__init__(" ".join(str(message).split("\n")))
 
 
-def run_command(main):
-    """Run a command's main(); a UserError becomes one line on stderr and exit code 1."""
+def run_command(main, *memory_options):
+    """Run a command's main(); a UserError becomes one line on stderr and exit code 1.
+
+    memory_options: what to try if memory runs out, most effective first.
+    """
     try:
-        main()
+        with memory_advice(*memory_options):
+            main()
     except UserError as e:
         print(f"error: {e}", file=sys.stderr, flush=True)
         sys.exit(1)
@@ -168,6 +174,25 @@ def generator(*numbers) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(*numbers))
 
 
+@lru_cache(maxsize=2)  # a batch may lie across two epochs
+def _shuffled(n, seed, epoch):
+    """The order of n items in one epoch."""
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+def batch_indices(n, first, batch, seed=0):
+    """Which of n items are the samples number first .. first + batch - 1 of a run: indices.
+
+    Each epoch over the n items has its own order. Everything depends on the arguments alone: a
+    resumed run reads on where it stopped, on any number of processes.
+    """
+    picked = []
+    for i in range(first, first + batch):
+        epoch, position = divmod(i, n)
+        picked.append(int(_shuffled(n, seed, epoch)[position]))
+    return picked
+
+
 class SampleNumbers:
     """The numbers, within the whole run, of the samples that this process reads: numbers[k] for
     micro-step k.
@@ -217,17 +242,6 @@ def average_gradients(net, on):
 
 # ---- options
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line; `doc` is the file's docstring. No abbreviated options."""
-
-    def __init__(self, doc):
-        raw = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=doc, formatter_class=raw, allow_abbrev=False)
-
-    def error(self, message):
-        raise UserError(f"{message.removeprefix('argument ')} ({self.prog} --help lists the options)")
-
-
 def _number(kind, low, high, words):
     """An argparse type: text -> number of `kind` within low..high (NaN is not)."""
     def parse(text):
@@ -262,6 +276,7 @@ def backprop(text):
 
 # The options that mean the same in every method, by group: {group: {flag: argparse's keywords}}.
 YES_NO = argparse.BooleanOptionalAction
+SAMPLERS = ("ddim", "lcm", "dpmpp", "dpm", "rflow", "higen", "sr600")
 OPTIONS = {
     "base": {
         "--base": dict(help="base model; `python bases.py` lists them"),
@@ -284,6 +299,9 @@ OPTIONS = {
         "--height": dict(type=COUNT, help="height in pixels (default: the base's)"),
         "--width": dict(type=COUNT, help="width in pixels (default: the base's)"),
         "--fps": dict(type=COUNT, help="frame rate given to the network, for bases that take one"),
+    },
+    "sampler": {
+        "--sampler": dict(choices=SAMPLERS, help="sampler (default: the base's)"),
     },
     "sampling": {
         "--negative": dict(help="negative prompt: text of the unconditional branch (default: the base's)"),
@@ -349,30 +367,52 @@ OPTIONS = {
 }
 
 
-def options(parser, groups, without=()):
-    """Declare the options of some groups of OPTIONS, e.g. options(p, "base pixels machine").
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line; `doc` is the file's docstring. No abbreviated options.
 
-    without: flags that this method does not have.
+    The types of numbers hang on it, so that a method writes type=p.COUNT.
     """
-    for group in groups.split():
-        for flag, keywords in OPTIONS[group].items():
-            if flag not in without:
-                parser.add_argument(flag, **keywords)
+    COUNT, NATURAL, REAL, POSITIVE = COUNT, NATURAL, REAL, POSITIVE
+    UNSIGNED, SHARE, DECAY, BACKPROP = UNSIGNED, SHARE, DECAY, backprop
+
+    def __init__(self, doc):
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=doc, formatter_class=raw, allow_abbrev=False)
+
+    def error(self, message):
+        message = message.removeprefix("argument ")
+        raise UserError(f"{message} ({self.prog} --help lists the options)")
+
+    def options(self, groups, without=()):
+        """Declare the options of some groups of OPTIONS, e.g. p.options("base pixels machine").
+
+        without: flags that this method does not have.
+        """
+        for group in groups.split():
+            for flag, keywords in OPTIONS[group].items():
+                if flag not in without:
+                    self.add_argument(flag, **keywords)
+
+    def parse(self, argv, defaults, presets=None):
+        """Parse the command line; `defaults`, then presets[--base], replace the parser's own.
+
+        Both are {name of an option: value}; a name that is no option is a mistake of ours.
+        """
+        known = {action.dest for action in self._actions}
+        for given in (defaults, *(presets or {}).values()):
+            assert given.keys() <= known, f"no such option: {given.keys() - known}"
+        self.set_defaults(**defaults)
+        base = self.parse_known_args(argv)[0].base
+        self.set_defaults(**(presets or {}).get(base, {}))
+        return self.parse_args(argv)
+
+
+def options(parser, groups, without=()):
+    parser.options(groups, without)
 
 
 def parse_options(parser, argv, defaults, presets=None):
-    """Parse the command line. `defaults`, then presets[--base], replace the parser's; given flags
-    win.
-
-    Both are {name of an option: value}; a name that is no option is a mistake of ours.
-    """
-    known = {action.dest for action in parser._actions}
-    for given in (defaults, *(presets or {}).values()):
-        assert given.keys() <= known, f"no such option: {given.keys() - known}"
-    parser.set_defaults(**defaults)
-    base = parser.parse_known_args(argv)[0].base
-    parser.set_defaults(**(presets or {}).get(base, {}))
-    return parser.parse_args(argv)
+    return parser.parse(argv, defaults, presets)
 
 
 def lr_at(step, args):
@@ -479,9 +519,17 @@ class Run:
                 average_gradients(net, micro == self.args.accum - 1)
             yield self.numbers[(self.step - self.start) * self.args.accum + micro]
 
+    def generator(self, *key):
+        """A CPU generator for the run's seed and this key."""
+        return generator(self.args.seed, *key)
+
     def generators(self, numbers):
         """A CPU generator per sample: all that is random about it."""
-        return [generator(self.args.seed, "sample", i) for i in numbers]
+        return [self.generator("sample", i) for i in numbers]
+
+    def pick(self, n, numbers):
+        """Which of n items the samples of these numbers are: every epoch has an order of its own."""
+        return batch_indices(n, numbers[0], len(numbers), self.args.seed)
 
     def forward(self):
         """Context for network calls: autocast and --offload."""
@@ -538,6 +586,24 @@ class Run:
         numbers = {k: v for k, v in row.items() if isinstance(v, float)} | numbers
         print(f"held-out, {name}:", " ".join(f"{k} {v:.4f}" for k, v in numbers.items()), flush=True)
         self.log.scalars(self.done, {f"held-out/{k}": v for k, v in numbers.items()})
+
+    def out_of_patience(self, score):
+        """Keep the best checkpoint; True after --patience evaluations without a better `score`.
+
+        score: a column of eval.jsonl. Every process must call it, after save(), and gets the answer.
+        """
+        ended, patience = False, self.args.patience
+        if self.main:
+            scores = [row[score] for row in read_lines(self.out / "eval.jsonl")]
+            best = max(range(len(scores)), key=scores.__getitem__)
+            if best == len(scores) - 1:
+                write_atomic(self.out / "best.safetensors",
+                             lambda p: shutil.copy(self.out / "ckpt.safetensors", p))
+            ended = len(scores) - 1 - best >= patience
+        if ended:
+            verdict = "best.safetensors is the best" if best else "none was better than the base"
+            print(f"no better score for {patience} evaluations: {verdict}", flush=True)
+        return on_any(ended, self.env)
 
     def finish(self, *keys):
         """Draw curve.png of these columns of the log and end the processes."""

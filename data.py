@@ -12,7 +12,6 @@ import signal
 import struct
 import sys
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -25,38 +24,11 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from common import (
-    COUNT,
-    POSITIVE,
-    Parser,
-    UserError,
-    generator,
-    read_lines,
-    run_command,
-    warn,
-    write_atomic,
-)
+    COUNT, POSITIVE, Parser, UserError, batch_indices, generator, read_lines, run_command, warn,
+    write_atomic)
 from weights import load_strict, load_weights
 
 # ---- which clips make which batch
-
-@lru_cache(maxsize=2)  # a batch may lie across two epochs
-def _shuffled(n, seed, epoch):
-    """The order of n items in one epoch."""
-    return np.random.default_rng((seed, epoch)).permutation(n)
-
-
-def batch_indices(n, first, batch, seed=0):
-    """Which of n items are the samples number first .. first + batch - 1 of a run: a list of indices.
-
-    Each epoch over the n items has its own order. All depends on the arguments alone: a resumed run reads on
-    where it stopped, on any number of processes.
-    """
-    picked = []
-    for i in range(first, first + batch):
-        epoch, position = divmod(i, n)
-        picked.append(int(_shuffled(n, seed, epoch)[position]))
-    return picked
-
 
 class Mixed(torch.utils.data.Dataset):
     """Several data sets that take turns: item (i, number) is the i-th (or i - len-th ...) of parts[turn].

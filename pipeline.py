@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from bases import Sampling, add_guidance, base_row, latent_shape, load_base
-from common import Env, UserError, finish, gather_rows, generator
+from common import Env, UserError, draw_curve, finish, gather_rows, generator, write_lines
 from data import (
     center_crop_wide, clip_image, contact_sheet, encode_once, image_tensor, open_image, prompt_grid,
     quick_files, read_image_prompts, read_prompts, to_uint8, write_video)
@@ -21,11 +21,12 @@ from diffusion import (
     cogvideox_dpm, ddim, ddim_invert, dpmpp_2m, dynamic_guidance, guided, higen, lcm, make_schedule,
     mix_noise, offset_noise, randn, rflow, sr600)
 from metrics import psnr
-from models import Adapter, SpatialTransformer, add_lora, guidance_embedding, merge_lora
+from models import Adapter, SpatialTransformer, add_lora, guidance_embedding, lora_strength, merge_lora
 from rewards import statistics
 from tinyworld import judge_captions, tiny_pairs, tiny_prompts
 from weights import run_parts
 
+STRENGTHS = 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0  # of the LoRA, in sweep.png
 ASSET_PROMPTS = Path(__file__).parent / "assets" / "prompts"
 
 
@@ -361,6 +362,31 @@ def evaluate_reward(run, base, sampling, reward, items, name, watch=None, contin
     show(run, name, videos, prompts, sampling.save_fps, row)
 
 
+@torch.no_grad()
+def sweep_lora(run, base, sampling, reward, items, continuations=0):
+    """Held-out prompts with the LoRA weaker and stronger than trained -> sweep.jsonl, sweep.png.
+
+    Where the reward still rises but the judge falls (on real bases: where clips move far from the
+    base's), the reward is being fooled.
+    """
+    if not items:
+        return
+    images, prompts = (list(column) for column in zip(*items))
+    seeds, rows, unchanged = [f"eval-{i}" for i in range(len(prompts))], [], None
+    for strength in STRENGTHS:
+        with lora_strength(base.net, strength):
+            videos = generate_split(base, run.env, prompts, seeds, sampling, run.args.batch, images,
+                                    continuations)
+        unchanged = videos if unchanged is None else unchanged  # the first has none of the LoRA
+        row = dict(strength=strength, distance=(videos - unchanged).square().mean().sqrt().item())
+        row |= measure_reward(base, sampling, reward, videos, prompts, run.device)
+        rows.append(row | row.pop("judge", {}))
+    if run.main:
+        write_lines(run.out / "sweep.jsonl", rows)
+        damage = "joint" if "joint" in rows[0] else "distance"
+        draw_curve(run.out / "sweep.jsonl", run.out / "sweep.png", ["reward", damage],
+                   "strength of the LoRA", "strength")
+
 
 # ---- clips to latents and back
 
@@ -553,15 +579,3 @@ def load_run(path, tensors, meta, weights, base=None):
     merge_lora(base.net)
     base.schedule = make_schedule(**meta["schedule"]) if meta.get("schedule") else base.schedule
     return base
-
-
-def lora_file(text):
-    """FILE or FILE:scale -> (path, scale), the file checked."""
-    path, _, scale = text.rpartition(":")
-    try:
-        path, scale = (path, float(scale)) if path else (text, 1.0)
-    except ValueError:  # the colon is part of the name
-        path, scale = text, 1.0
-    if not Path(path).is_file():
-        raise UserError(f"--lora {path}: no such file")
-    return Path(path), scale

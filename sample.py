@@ -36,9 +36,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 from bases import (
-    BASES, SAMPLERS, base_row, choose_sampling, load_base, merge_public_lora, read_words)
+    BASES, base_row, choose_sampling, load_base, lora_file, merge_public_lora, read_words)
 from common import (
-    COUNT, NATURAL, REAL, SHARE, UNSIGNED, Parser, UserError, check_writable, gather_rows,
+    COUNT, NATURAL, REAL, SAMPLERS, SHARE, UNSIGNED, Parser, UserError, check_writable, gather_rows,
     memory_advice, run_command, setup, write_atomic, write_lines)
 from data import (
     center_crop_wide, codec_motion, contact_sheet, image_tensor, list_videos, lucas_kanade,
@@ -46,7 +46,7 @@ from data import (
     write_video)
 from dit import STDiT3Config
 from pipeline import (
-    encode_tracks, first_frame_kept, frame_picture, generate_from, invert_clip, load_run, lora_file,
+    encode_tracks, first_frame_kept, frame_picture, generate_from, invert_clip, load_run,
     read_image_pairs)
 from rewards import get_reward, print_scores, score_files
 from text_encoders import CLIPConfig

@@ -1,22 +1,21 @@
 """VADER: align a video model by the gradient of a reward (Prabhudesai et al., arXiv 2407.08737).
 
-    J(theta) = E_{text, x_T} [ r(decode(x_0(theta)), text) ],   theta += lr dJ/dtheta   (eq. 1; algorithm 1)
+    J(theta) = E_{text, x_T} [ r(decode(x_0(theta)), text) ],   theta += lr dJ/dtheta    (eq. 1)
 
-Sample a prompt and noise, run the whole sampler with guidance, decode some frames, ask the reward
-how good they are, and backpropagate through the decoder and the last K sampler updates into LoRA
-weights. There is no data, no reference model and no KL term: stop early. One loop serves every
-base, with or without a first frame.
+Algorithm 1: sample a prompt and noise, run the whole sampler with guidance, decode some frames, ask
+the reward how good they are, and backpropagate through the decoder and the last K sampler updates
+into LoRA weights. There is no data, no reference model and no KL term: stop early.
 
-    python vader.py --base tiny                           # 2 CPU cores, minutes
-    python vader.py --base tiny --reward size             # a hand-written reward
-    python vader.py --base tiny-i2v                       # clips 3 times as long, a reward over time
-    python vader.py --base tiny --reward brightness --lr 1e-3 --steps 60 --out out/hacked   # trained too long
-    python vader.py --reward hps --weights W --accum 32   # VideoCrafter2 on one GPU
-    torchrun --nproc_per_node=4 vader.py --reward hps:1.5,aesthetic:0.1 --weights W --reward-weights R
+    python vader.py --base tiny                            # 2 CPU cores, minutes
+    python vader.py --base tiny --reward size              # a hand-written reward
+    python vader.py --base tiny-i2v                        # clips 3 times as long, reward over time
+    python vader.py --base tiny --reward brightness --lr 1e-3 --steps 60     # trained too long
+    python vader.py --reward hps --weights W --accum 32    # VideoCrafter2 on one GPU
+    torchrun --nproc_per_node=4 vader.py --reward hps:1.5,aesthetic:0.1 --weights W
     python vader.py --base modelscope --weights W --prompts P --reward my_reward.py:fn
-    torchrun --nproc_per_node=4 vader.py --reward hps --preview-every 50 --watch pickscore --patience 2
-    python vader.py --reward pickscore --lora vader_videocrafter_pickscore.pt   # start from a public LoRA
-    python vader.py ... --resume                          # continue, bit for bit
+    python vader.py --reward hps --preview-every 50 --watch pickscore --patience 2
+    python vader.py --reward pickscore --lora vader_videocrafter_pickscore.pt   # from a public LoRA
+    python vader.py ... --resume                           # continue, bit for bit
     python sample.py --ckpt out/vader --prompt "a red circle moving left"
 
 Writes to --out: ckpt.safetensors (the LoRA), log.jsonl, curve.png, eval.jsonl (rewards of
@@ -28,50 +27,35 @@ Memory: with --backprop last and one decoded frame, one network call and one dec
 activations. Peak on an H100 in bf16, batch 1, without the text tower: ModelScope, 16 frames of
 256x256: 7.4 GB or less; VideoCrafter2, 16 frames of 320x512: 8.7 GB.
 
-Differences from the original code
- - Gradients are averaged over the GPUs. (The original samples through `.module`, so DDP never
-   sees a backward pass: each GPU trains its own LoRA, and rank 0's is saved.)
- - Randomness is keyed by the sample's number instead of the clock, so runs repeat and resume
-   exactly.
- - `last` keeps one solver update even if the number of steps does not divide 1000 (the original
-   keeps two).
+Differences from the original code (all of them: docs/differences.md)
+ - Gradients are averaged over the GPUs. (The original samples through `.module`, so DDP never sees
+   a backward pass: each GPU trains its own LoRA, and rank 0's is saved.)
+ - Randomness is keyed by the sample's number, not the clock, so runs repeat and resume exactly.
  - Dropout is off during the rollout, as in sampling.
- - Open-Sora: a frame is decoded in its place. (The original decodes one latent from the middle as
-   if a clip began there.) ModelScope: LoRA on the attentions (the original's injector takes the
-   convolutions instead).
- - First frames, longer clips (--continue) and rewards over time are in the paper but not in its
-   code.
+ - First frames, --continue and rewards over time are in the paper but not in its code.
 """
-import shutil
-
 import torch
 
-from bases import SAMPLERS, choose_sampling, latent_shape, load_base, meta_network, read_peft_lora
-from common import (
-    NATURAL, Parser, Run, UserError, backprop, draw_curve, generator, memory_advice, on_any,
-    options, parse_options, read_lines, run_command, trained, write_atomic, write_lines)
-from data import batch_indices
-from diffusion import number_of_updates, randn
-from models import add_lora, lora_strength, parallelize
+from bases import choose_sampling, load_base, read_lora
+from common import Parser, Run, UserError, run_command, trained
+from diffusion import randn
+from models import add_lora, parallelize
 from pipeline import (
-    conditions, decode, evaluate_reward, frame_picture, generate_split, lora_file, measure_reward,
-    read_items, rollout)
+    conditions, decode, evaluate_reward, frame_picture, read_items, rollout, sweep_lora)
 from rewards import get_reward, score
-
-STRENGTHS = 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0  # of the LoRA, in sweep.png
 
 # The published scripts (VADER-VideoCrafter, VADER-ModelScope, VADER-Open-Sora), which give no
 # numbers for CogVideoX and I2VGen-XL.
 PAPER = dict(
-    base="videocrafter2", out="out/vader", reward="hps", steps=450, accum=16, lr=2e-4, rank=16, alpha=16.0,
-    lora_targets=["to_q", "to_k", "to_v"], sample_steps=25, save_every=50)
+    base="videocrafter2", out="out/vader", reward="hps", steps=450, accum=16, lr=2e-4, rank=16,
+    alpha=16.0, lora_targets=["to_q", "to_k", "to_v"], sample_steps=25, save_every=50)
 VIDEOCRAFTER2 = dict(frames=12, fps=24, alpha=8.0, wd=0.01, accum=8)
 MODELSCOPE = dict(height=384, width=384, sampler="dpmpp", accum=16)
 OPENSORA = dict(height=276, width=368, sample_steps=30, alpha=8.0, wd=0.01, accum=8, steps=800,
                 lora_targets=["qkv", "q_linear", "kv_linear"])
 TINY = dict(
-    steps=100, batch=8, accum=1, lr=4e-3, reward="tiny", decode="all", sample_steps=5, rank=8, alpha=8.0,
-    eval_n=64, save_every=25, log_every=5, grad_ckpt=False, sweep=16)
+    reward="tiny", decode="all", steps=100, batch=8, accum=1, lr=4e-3, sample_steps=5, rank=8,
+    alpha=8.0, eval_n=64, save_every=25, log_every=5, grad_ckpt=False, sweep=16)
 TINY_I2V = TINY | dict(
     steps=20, lr=2e-3, reward="temporal", continuations=2, batch=4, eval_n=32, sweep=4)
 # A reward that does not read the prompt pulls every clip the same way, so each step has far more
@@ -79,36 +63,42 @@ TINY_I2V = TINY | dict(
 TINY_PROMPTLESS = dict(steps=30, lr=3e-4, sample_steps=10)
 PRESETS = {
     "videocrafter2": VIDEOCRAFTER2, "opensora": OPENSORA, "modelscope": MODELSCOPE,
-    "modelscope-v1.4": MODELSCOPE, "modelscope-v1.5": MODELSCOPE, "tiny": TINY, "tiny-i2v": TINY_I2V,
-    "tiny-cogvideox": TINY_I2V}
+    "modelscope-v1.4": MODELSCOPE, "modelscope-v1.5": MODELSCOPE,
+    "tiny": TINY, "tiny-i2v": TINY_I2V, "tiny-cogvideox": TINY_I2V}
 
 
 def get_args(argv=None):
     p = Parser(__doc__)
-    options(p, "base")
-    p.add_argument("--lora", metavar="FILE[:SCALE]", help="start from a LoRA file (VADER's public ones, peft's)")
-    options(p, "reward")
-    p.add_argument("--backprop", type=backprop, default=1,
-                   help="sampler updates that record gradients: last, last-K, or rand (1 to all of them)")
+    p.options("base")
+    p.add_argument("--lora", metavar="FILE[:SCALE]",
+                   help="start from a LoRA file: one of VADER's public ones, or peft's")
+    p.options("reward")
+    p.add_argument("--backprop", type=p.BACKPROP, default=1,
+                   help="sampler updates that record gradients: last, last-K, or rand (1 to all)")
     p.add_argument("--decode", default="random",
-                   help="frames to decode and reward: random (one), first-middle-last, alt (every second), all, "
-                        "or a frame number")
-    p.add_argument("--continue", dest="continuations", type=NATURAL, default=0, metavar="K",
-                   help="with a first frame: K further clips, each from the last frame of the one before")
-    p.add_argument("--prompts", help="file of training prompts (with a first frame: image|||caption lines)")
-    p.add_argument("--activities", help="file of activities; --prompts then holds nouns: a NOUN ACTIVITY")
+                   help="frames to decode and reward: random (one), first-middle-last, alt (every "
+                        "second), all, or a frame number")
+    p.add_argument("--continue", dest="continuations", type=p.NATURAL, default=0, metavar="K",
+                   help="with a first frame: K further clips, each from the last frame of the one "
+                        "before")
+    p.add_argument("--prompts",
+                   help="file of training prompts (with a first frame: image|||caption lines)")
+    p.add_argument("--activities",
+                   help="file of activities; --prompts then holds nouns, and prompts are a NOUN "
+                        "ACTIVITY")
     p.add_argument("--watch", metavar="REWARD", help="a second reward, used only to evaluate")
-    p.add_argument("--patience", type=NATURAL, default=0, metavar="K",
-                   help="stop when --watch (else --reward) has not risen for K evaluations; 0: never")
-    p.add_argument("--sweep", type=NATURAL, default=4, help="held-out prompts used for sweep.png; 0: no sweep")
-    p.add_argument("--sampler", choices=SAMPLERS, help="sampler (default: the base's)")
-    options(p, "pixels sampling optimisation lora machine evaluation run")
+    p.add_argument("--patience", type=p.NATURAL, default=0, metavar="K",
+                   help="stop when --watch (else --reward) has not risen for K evaluations; 0: "
+                        "never")
+    p.add_argument("--sweep", type=p.NATURAL, default=4,
+                   help="held-out prompts used for sweep.png; 0: no sweep")
+    p.options("pixels sampler sampling optimisation lora machine evaluation run")
 
     reward, presets = p.parse_known_args(argv)[0].reward, PRESETS
     promptless = reward not in (None, "tiny")
     if promptless:
         presets = PRESETS | {"tiny": TINY | TINY_PROMPTLESS}
-    args = parse_options(p, argv, PAPER, presets)
+    args = p.parse(argv, PAPER, presets)
     if promptless and args.base == "tiny":
         changed = ", ".join(f"--{k.replace('_', '-')} {v}" for k, v in TINY_PROMPTLESS.items())
         print(f"--reward {reward}: the defaults for rewards other than tiny are {changed}")
@@ -122,14 +112,12 @@ def get_args(argv=None):
 # ---- the method
 
 def updates_with_gradient(backprop, updates, g):
-    """K: how many of the last sampler updates record gradients. "rand": any of 1..updates, drawn
-    from g."""
+    """K, how many of the last sampler updates record gradients; "rand" draws 1..updates from g."""
     return int(torch.randint(1, updates + 1, (), generator=g)) if backprop == "rand" else backprop
 
 
 def frames_to_reward(mode, frames, g):
-    """Numbers of the frames to decode and reward, of a video of so many; g: a generator for
-    "random"."""
+    """Numbers of the frames to decode and reward, of a video of so many; "random" draws from g."""
     if mode in ("all", "alt"):
         return list(range(0, frames, 2 if mode == "alt" else 1))
     if mode == "first-middle-last":
@@ -137,23 +125,22 @@ def frames_to_reward(mode, frames, g):
     if mode == "random":
         return [int(torch.randint(frames, (), generator=g))]
     if not mode.isdigit() or int(mode) >= frames:
-        raise UserError(f"--decode {mode}: choose random, first-middle-last, alt, all, or a frame number "
-                        f"0..{frames - 1}")
+        raise UserError(f"--decode {mode}: choose random, first-middle-last, alt, all, or a frame "
+                        f"number 0..{frames - 1}")
     return [int(mode)]
 
 
 def roll_out(net, base, env, prompts, images, generators, sampling, k, continuations):
-    """Algorithm 1, sampling: prompts and noise -> latents x_0 of each clip of a video,
-    [(b,c,f',h',w')].
+    """Prompts and noise -> x_0, the latents (b,c,f',h',w') of each clip of a video, in a list.
 
     The gradient is cut here: of a sampler's n updates the first n - k run without recording, so
     the state they end in is a constant, and dx_0/dtheta reaches back through the last k network
     calls only. The conditions are constants, too: a continuation starts from the last frame of
-    the clip before it, decoded to pixels (frame_picture), and no gradient flows from one clip
-    into another. images: a first frame per prompt (Pillow), or None; generators: one per video,
-    for all its noise.
+    the clip before it, as a picture (8-bit pixels), so no gradient flows from clip to clip.
+
+    images: a first frame (Pillow) or None per prompt; generators: one per video, for its noise.
     """
-    shape, clips = latent_shape(base.name, *sampling.size), []
+    shape, clips = base.latent_shape(sampling), []
     for number in range(continuations + 1):
         cond, null_cond = conditions(base, env, sampling, images)
         x_T = randn((len(prompts), *shape), generators, env.device)
@@ -167,8 +154,7 @@ def roll_out(net, base, env, prompts, images, generators, sampling, k, continuat
 
 
 def decode_frames(base, clips, chosen, f):
-    """Latents of the clips of a video -> its frames number `chosen`, (b,3,len(chosen),h,w) in
-    about [-1,1].
+    """Latents of a video's clips -> its frames `chosen` (b,3,n,h,w), pixels in about [-1,1].
 
     A clip has f frames. Clip k shows the video's frames k (f - 1) to (k + 1)(f - 1); its first
     frame is the last one of clip k - 1.
@@ -182,7 +168,8 @@ def decode_frames(base, clips, chosen, f):
     return torch.cat(parts, dim=2)
 
 
-def vader_loss(net, base, env, reward, prompts, images, generators, sampling, k, continuations, frames):
+def vader_loss(net, base, env, reward, prompts, images, generators, sampling, k, continuations,
+               frames):
     """-r(decode(x_0), prompt), (b,): eq. 1 with its sign turned, for gradient descent.
 
     frames: the numbers of the frames to reward, a list per video; k: see roll_out().
@@ -191,18 +178,20 @@ def vader_loss(net, base, env, reward, prompts, images, generators, sampling, k,
     if all(numbers == frames[0] for numbers in frames):
         video = decode_frames(base, clips, frames[0], sampling.frames)
     else:
-        video = torch.cat([decode_frames(base, [x_0[i:i + 1] for x_0 in clips], numbers, sampling.frames)
-                           for i, numbers in enumerate(frames)])
-    return -score(reward, video, prompts)  # score() takes pixels in [-1,1] and gives rewards (b,) in fp32
+        videos = []
+        for i, numbers in enumerate(frames):
+            one = [x_0[i:i + 1] for x_0 in clips]
+            videos.append(decode_frames(base, one, numbers, sampling.frames))
+        video = torch.cat(videos)
+    return -score(reward, video, prompts)  # score: pixels in [-1,1] -> rewards (b,) in fp32
 
 
-@memory_advice("--decode random", "--backprop last", "--grad-ckpt", "--offload", "smaller --height --width")
 def main(argv=None):
     args = get_args(argv)
     sampling = choose_sampling(args.base, args, method="vader")
     items, held_out = read_items(args, sampling, args.continuations)
-    updates, length = check_lengths(args, sampling)
-    start = read_peft_lora(meta_network(args.base), *lora_file(args.lora)) if args.lora else None
+    length = check_lengths(args, sampling)
+    start = read_lora(args.base, args.lora) if args.lora else None
     run = Run(args, "vader")
     reward, watch = read_rewards(args, run, [prompt for _, prompt in (*items, *held_out)])
 
@@ -223,44 +212,45 @@ def main(argv=None):
     base.remember(texts, run.env)  # every text is encoded once; then the text tower goes
 
     def evaluate(name):
-        evaluate_reward(run, base, sampling, reward, held_out, name, watch or reward, args.continuations)
+        evaluate_reward(run, base, sampling, reward, held_out, name, watch or reward,
+                        args.continuations)
     if not run.resumed:
         evaluate("before")
     for step in run.steps():
-        k = updates_with_gradient(args.backprop, updates, generator(args.seed, step, "depth"))
+        k = updates_with_gradient(args.backprop, sampling.updates, run.generator(step, "depth"))
         for numbers in run.micro_steps():
-            picked = batch_indices(len(items), numbers[0], args.batch, args.seed)
-            images, prompts = zip(*(items[i] for i in picked))
-            frames = [frames_to_reward(args.decode, length, generator(args.seed, "frame", i)) for i in numbers]
+            images, prompts = zip(*(items[i] for i in run.pick(len(items), numbers)))
+            frames = [frames_to_reward(args.decode, length, run.generator("frame", i))
+                      for i in numbers]
             with run.forward():
-                loss = vader_loss(net, base, run.env, reward, prompts, images, run.generators(numbers),
-                                  sampling, k, args.continuations, frames)
+                loss = vader_loss(net, base, run.env, reward, prompts, images,
+                                  run.generators(numbers), sampling, k, args.continuations, frames)
             run.backward(loss, reward=-loss)
         run.update()
         if run.preview_due:
             evaluate(f"step-{run.done}")
             if args.patience:
                 run.save()
-                if out_of_patience(run):
+                if run.out_of_patience("watch"):
                     break
     if not run.stopped:
         evaluate("after")
-        sweep(run, base, sampling, reward, held_out[:args.sweep])
+        sweep_lora(run, base, sampling, reward, held_out[:args.sweep], args.continuations)
     run.finish("reward", "grad")
 
 
 # ---- what is checked and read before any work
 
 def check_lengths(args, sampling):
-    """-> sampler updates of a rollout, frames of a video; refuses options that do not fit them."""
+    """-> frames of a video; refuses --backprop and --decode that do not fit the rollout."""
     if sampling.sampler == "lcm":
         raise UserError("--sampler lcm: VADER backpropagates through ddim, dpmpp, dpm or rflow")
-    updates = number_of_updates(sampling.sampler, sampling.sample_steps, sampling.spacing)
-    if args.backprop != "rand" and args.backprop > updates:
-        raise UserError(f"--backprop last-{args.backprop}: the sampler makes only {updates} updates")
+    if args.backprop != "rand" and args.backprop > sampling.updates:
+        raise UserError(f"--backprop last-{args.backprop}: the sampler makes only "
+                        f"{sampling.updates} updates")
     length = sampling.frames + args.continuations * (sampling.frames - 1)
-    frames_to_reward(args.decode, length, generator(0))
-    return updates, length
+    frames_to_reward(args.decode, length, torch.Generator())
+    return length
 
 
 def read_rewards(args, run, prompts):
@@ -270,54 +260,11 @@ def read_rewards(args, run, prompts):
     for asked in filter(None, (reward, watch)):
         asked.check(prompts)
     if reward.clip and args.decode not in ("all", "alt"):
-        raise UserError(f"--decode {args.decode}: reward {args.reward} judges whole clips; add --decode all")
+        raise UserError(f"--decode {args.decode}: reward {args.reward} judges whole clips; add "
+                        "--decode all")
     return reward, watch
 
 
-# ---- evaluation
-
-def out_of_patience(run):
-    """Keep the best checkpoint; True, on every process, after --patience evaluations without a
-    better one."""
-    ended = False
-    if run.main:
-        scores = [row["watch"] for row in read_lines(run.out / "eval.jsonl")]
-        best = max(range(len(scores)), key=scores.__getitem__)
-        if best == len(scores) - 1:
-            write_atomic(run.out / "best.safetensors",
-                         lambda p: shutil.copy(run.out / "ckpt.safetensors", p))
-        ended = len(scores) - 1 - best >= run.args.patience
-    if ended:
-        verdict = "best.safetensors holds the best" if best else "none was better than the base"
-        print(f"no better score for {run.args.patience} evaluations: {verdict}", flush=True)
-    return on_any(ended, run.env)
-
-
-@torch.no_grad()
-def sweep(run, base, sampling, reward, items):
-    """Held-out prompts with the LoRA weaker and stronger than trained -> sweep.jsonl, sweep.png.
-
-    Where the reward still rises but the judge falls (on real bases: where clips move far from the
-    base's), the reward is being fooled.
-    """
-    if not items:
-        return
-    images, prompts = (list(column) for column in zip(*items))
-    seeds, rows, unchanged = [f"eval-{i}" for i in range(len(prompts))], [], None
-    for strength in STRENGTHS:
-        with lora_strength(base.net, strength):
-            videos = generate_split(base, run.env, prompts, seeds, sampling, run.args.batch, images,
-                                    run.args.continuations)
-        unchanged = videos if unchanged is None else unchanged  # the first has none of the LoRA
-        row = dict(strength=strength, distance=(videos - unchanged).square().mean().sqrt().item())
-        row |= measure_reward(base, sampling, reward, videos, prompts, run.device)
-        rows.append(row | row.pop("judge", {}))
-    if run.main:
-        write_lines(run.out / "sweep.jsonl", rows)
-        damage = "joint" if "joint" in rows[0] else "distance"
-        draw_curve(run.out / "sweep.jsonl", run.out / "sweep.png", ["reward", damage],
-                   "strength of the LoRA", "strength")
-
-
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "--decode random", "--backprop last", "--grad-ckpt", "--offload",
+                "smaller --height and --width")
