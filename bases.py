@@ -27,8 +27,6 @@ from dit import (
     with_tracks,
 )
 from models import (
-    TemporalConv,
-    TemporalTransformer,
     UNet3D,
     UNetConfig,
     add_lora,
@@ -64,7 +62,6 @@ from tinyworld import (
     TINY_SIZE,
     TINY_WORDS,
     TinyText,
-    tiny_captions,
     tiny_tokenize,
 )
 from vae import (
@@ -248,7 +245,7 @@ BASES = {
         dict(name="cosine", prediction="v", zero_snr=True, shift=0.15),
         Sampling(frames=TINY_FRAMES, height=TINY_SIZE, width=TINY_SIZE, save_fps=TINY_FPS, sample_steps=25,
                  cfg=1.5, spacing="trailing"),
-        methods=("t2v", "videolcm", "vader", "instructvideo", "videodpo", "demo")),
+        methods=("t2v", "tft2v", "videolcm", "vader", "instructvideo", "videodpo", "demo")),
     # I2VGen-XL's network and conditioning; tiny's autoencoder, and its schedule for tiny's reason. Words have
     # 32 numbers, not 64, to make room for the layers that read the image (the file stays below 4 MB).
     "tiny-i2v": Row(
@@ -364,19 +361,19 @@ BASES = {
         Sampling(frames=32, width=448, sampler="higen", cfg=12.0, start_offset=0.1, motion_factor=500,
                  appearance_factor=1.0),
         {"original": VGEN | {"net": "ms:iic/HiGen:cvpr2024.t2v.e003.non_ema_0725000.pth"}},
-        methods=("t2v",)),
+        methods=("higen",)),
     "tft2v": Row(
         "TF-T2V (arXiv 2312.15770), 16 frames of 256x448",
         UNetConfig(concat_dim=8, style_image=True), VAEConfig(), CLIPConfig(), V_ZERO_SNR,
         Sampling(width=448, negative=NEGATIVE, suffix=SHARP),
         {"original": VGEN | {"net": "ms:iic/tf-t2v:tft2v_t2v_non_ema_512000.pth"}},
-        methods=("t2v", "instructvideo", "videolcm")),
+        methods=("t2v", "tft2v", "instructvideo", "videolcm")),
     "vcomposer": Row(
         "VideoComposer by TF-T2V (arXiv 2306.02018): depth, sketch, motion, images as conditions",
         UNetConfig(concat_dim=8, style_image=True, maps=SIX_MAPS), VAEConfig(), CLIPConfig(), V_ZERO_SNR,
         Sampling(width=448, negative=NEGATIVE, suffix=SHARP),
         {"original": VGEN | {"net": "ms:iic/tf-t2v:tft2v_vcomposer_non_ema_254000.pth", "image": CLIP}},
-        methods=("t2v",)),
+        methods=("vcomposer",)),
     "videolcm": Row(
         "TF-T2V distilled to 4 steps (VideoLCM, arXiv 2312.09109)",
         UNetConfig(concat_dim=8), VAEConfig(), CLIPConfig(), V_ZERO_SNR,
@@ -436,12 +433,13 @@ BASES["tiny-weak"] = replace(
 
 # tiny as "higen" and "vcomposer" are ModelScope: what is new in them starts as in models.py, maps as nothing
 BASES["tiny-higen"] = replace(
-    BASES["tiny"], about="tiny with HiGen's factors, to be trained: t2v.py --base tiny-higen",
-    net=replace(BASES["tiny"].net, text_resampler=1, num_tokens=10), methods=("t2v",),
+    BASES["tiny"], about="tiny with HiGen's factors, to be trained by higen.py",
+    net=replace(BASES["tiny"].net, text_resampler=1, num_tokens=10), methods=("higen",),
     sample=replace(BASES["tiny"].sample, sampler="higen", motion_factor=300, appearance_factor=0.1))
 BASES["tiny-vcomposer"] = replace(
-    BASES["tiny"], about="tiny with maps of depth, sketch, motion, to be trained: t2v.py",
-    net=replace(BASES["tiny"].net, concat_dim=8, maps=("depth", "sketch", "motion")), methods=("t2v",))
+    BASES["tiny"], about="tiny with maps of depth, sketch and motion, to be trained by vcomposer.py",
+    net=replace(BASES["tiny"].net, concat_dim=8, maps=("depth", "sketch", "motion")),
+    methods=("vcomposer",))
 
 # tiny as "dreamvideo" is v1.5: with adapters, tiny-i2v's image tower for them, and a word to learn
 BASES["tiny-dreamvideo"] = replace(
@@ -835,21 +833,6 @@ def add_guidance(base, dim):
     base.net.time_cond_proj = zero_init(layer)
 
 
-def spatial_parameters(net):
-    """{name: parameter} of a UNet3D that an image model has, too, its time embedding left out (VGen)."""
-    own = [f"{k}." for k, m in net.named_modules() if isinstance(m, (TemporalTransformer, TemporalConv))]
-    return {k: p for k, p in net.named_parameters() if not k.startswith(("time_embed.", *own))}
-
-
-def forget_motion(net):
-    """Layers over time pass their input on, as where training starts from an image model: ends of zeros."""
-    for module in net.modules():
-        if isinstance(module, TemporalTransformer):
-            zero_init(module.proj_out)
-        if isinstance(module, TemporalConv):
-            zero_init(module.conv4[-1])
-
-
 TINY_NEW = "tiny-higen", "tiny-vcomposer"  # tiny's weights, and layers that nobody has trained yet
 
 
@@ -860,25 +843,6 @@ def fresh_conditions(state, cfg):
         fresh = UNet3D(cfg).state_dict()
     first = "input_blocks.0.0.weight"
     return fresh | state | {first: F.pad(state[first], (0, 0, 0, 0, 0, cfg.concat_dim))}
-
-
-def fit_resampler(base, steps=300, batch=64):
-    """tiny-higen: its new reader of texts learns to hand on tiny's tokens: words keep their meaning."""
-    reader, captions = base.net.context_embedding, tiny_captions()
-    captions += [caption.split(" on a ")[0] for caption in captions] + [""] * 40
-    device = next(reader.parameters()).device
-    with torch.no_grad():
-        tokens = base.encode_text(captions).float()
-    rates, draw = torch.linspace(3e-3, 0, steps), torch.Generator().manual_seed(0)
-    reader.requires_grad_(True)
-    opt = torch.optim.AdamW(reader.parameters(), betas=(0.9, 0.99))
-    for rate in rates.tolist():
-        opt.param_groups[0]["lr"] = rate
-        rows = tokens[torch.randint(len(tokens), (batch,), generator=draw).to(device)]
-        loss = (reader(rows) - rows).square().mean()
-        loss.backward()
-        opt.step()
-        opt.zero_grad()
 
 
 def fresh_adapters(net):

@@ -77,8 +77,9 @@ class Env:
     def autocast(self):
         """For network calls: autocast, off in fp32. With --offload, saved activations wait on the
         CPU."""
-        pinned = self.device.type == "cuda"
-        saved = torch.autograd.graph.save_on_cpu(pinned) if self.offload else contextlib.nullcontext()
+        saved = contextlib.nullcontext()
+        if self.offload:
+            saved = torch.autograd.graph.save_on_cpu(pin_memory=self.device.type == "cuda")
         enabled = self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype, enabled=enabled), saved:
             yield
@@ -124,7 +125,7 @@ def pick_device(name, local_rank) -> torch.device:
     if device.type != "cuda":
         raise UserError(f"--device {name}: not supported; give cuda, cuda:0, mps or cpu")
     if not torch.cuda.is_available():
-        raise UserError(f"--device {name}: PyTorch {torch.__version__} sees no GPU; try --device cpu")
+        raise UserError(f"--device {name}: PyTorch {torch.__version__} sees no GPU; try cpu")
     device = torch.device("cuda", local_rank if device.index is None else device.index)
     if device.index >= torch.cuda.device_count():
         raise UserError(f"--device {device}: this machine has {torch.cuda.device_count()} GPU(s); "
@@ -280,19 +281,25 @@ SAMPLERS = ("ddim", "lcm", "dpmpp", "dpm", "rflow", "higen", "sr600")
 OPTIONS = {
     "base": {
         "--base": dict(help="base model; `python bases.py` lists them"),
-        "--weights": dict(help="folder with the base's public weights (default: download from its hub)"),
+        "--weights": dict(help="folder with the base's public weights (default: download them)"),
         "--out": dict(help="folder of this run: checkpoints, log, pictures"),
         "--resume": dict(action="store_true", help="continue the run in --out, exactly"),
     },
     "data": {
-        "--data": dict(help="clips with captions: a folder, .csv, .jsonl or a VGen list (tiny bases make "
-                            "their own)"),
-        "--read-fps": dict(type=POSITIVE, help="frame rate at which clips are read (default: every frame)"),
+        "--data": dict(help="clips with captions: a folder, .csv, .jsonl or a VGen list (tiny "
+                            "bases make their own)"),
+        "--read-fps": dict(type=POSITIVE, help="frame rate to read at (default: every frame)"),
         "--cache-latents": dict(action=YES_NO, default=False,
                                 help="encode every clip once, into --out, instead of in each step"),
         "--workers": dict(type=NATURAL, default=2, help="processes that read clips"),
         "--drop-text": dict(type=SHARE, default=0.1,
                             help="probability of replacing a caption by the negative prompt"),
+    },
+    "images": {
+        "--image-share": dict(type=SHARE, default=0.125,
+                              help="probability that a step trains on single frames"),
+        "--images": dict(help="pictures and captions for these steps, listed like --data "
+                              "(default: frames of --data)"),
     },
     "pixels": {
         "--frames": dict(type=COUNT, help="frames per clip (default: the base's)"),
@@ -304,46 +311,48 @@ OPTIONS = {
         "--sampler": dict(choices=SAMPLERS, help="sampler (default: the base's)"),
     },
     "sampling": {
-        "--negative": dict(help="negative prompt: text of the unconditional branch (default: the base's)"),
+        "--negative": dict(help="negative prompt: text of the unconditional branch (default: the "
+                                "base's)"),
         "--sample-steps": dict(type=COUNT, help="sampler steps (default: the base's)"),
-        "--eta": dict(type=SHARE, help="DDIM noise: 0 is deterministic, 1 is DDPM (default: the base's)"),
-        "--cfg": dict(type=REAL, help="guidance scale w in u + w (c - u); 1 turns guidance off (default: "
-                                      "the base's)"),
+        "--eta": dict(type=SHARE, help="DDIM noise: 0 is deterministic, 1 is DDPM (default: the "
+                                       "base's)"),
+        "--cfg": dict(type=REAL, help="guidance scale w in u + w (c - u); 1 turns guidance off "
+                                      "(default: the base's)"),
     },
     "reward": {
-        "--reward": dict(help="a reward of rewards.py, a weighted sum such as hps:1.5,aesthetic:0.1, or "
-                              "my_file.py:function"),
-        "--reward-weights": dict(help="folder with the rewards' public files (default: download them)"),
+        "--reward": dict(help="a reward of rewards.py, a weighted sum such as "
+                              "hps:1.5,aesthetic:0.1, or my_file.py:function"),
+        "--reward-weights": dict(help="folder with the rewards' files (default: download them)"),
     },
     "optimisation": {
         "--steps": dict(type=COUNT, help="optimizer steps"),
         "--batch": dict(type=COUNT, default=1, help="samples per process and micro-step"),
-        "--accum": dict(type=COUNT, default=1, help="micro-steps per optimizer step (gradient accumulation)"),
+        "--accum": dict(type=COUNT, default=1, help="micro-steps per step (gradient accumulation)"),
         "--lr": dict(type=POSITIVE, help="learning rate"),
         "--wd": dict(type=UNSIGNED, default=0.0, help="AdamW weight decay"),
         "--betas": dict(type=DECAY, nargs=2, default=(0.9, 0.999), help="AdamW betas"),
         "--lr-schedule": dict(choices=("constant", "cosine", "cosine-restarts"), default="constant",
-                              help="learning rate after the warm-up: constant, one cosine to 0, or four"),
+                              help="after the warm-up: constant, one cosine to 0, or four of them"),
         "--warmup": dict(type=NATURAL, default=0, help="steps of linear learning-rate warm-up"),
-        "--clip": dict(type=POSITIVE, default=1.0, help="largest gradient norm; larger ones are scaled down"),
+        "--clip": dict(type=POSITIVE, default=1.0, help="largest gradient norm allowed"),
     },
     "ema": {
-        "--ema": dict(type=DECAY, default=0.0,
-                      help="decay of the weights' moving average, which is what gets saved; 0 turns it off"),
+        "--ema": dict(type=DECAY, default=0.0, help="decay of the weights' moving average, which "
+                                                    "is what gets saved; 0: no average"),
     },
     "lora": {
-        "--rank": dict(type=NATURAL, default=16, help="LoRA rank; 0 trains all weights, where the method "
-                                                      "allows it"),
-        "--alpha": dict(type=POSITIVE, default=16.0, help="LoRA branches are scaled by alpha / rank"),
+        "--rank": dict(type=NATURAL, default=16, help="LoRA rank; 0 trains all weights, where the "
+                                                      "method allows it"),
+        "--alpha": dict(type=POSITIVE, default=16.0, help="LoRA is scaled by alpha / rank"),
         "--lora-targets": dict(nargs="+", default=["to_q", "to_k", "to_v", "to_out.0"],
                                help="names of the linear layers that get LoRA branches"),
     },
     "machine": {
         "--device": dict(help="cuda, cuda:1, mps or cpu (default: cuda if there is one)"),
-        "--dtype": dict(choices=tuple(DTYPES),
-                        help="precision of frozen weights and of autocast (default: bf16 on a GPU, else fp32)"),
+        "--dtype": dict(choices=tuple(DTYPES), help="precision of frozen weights and of autocast "
+                                                    "(default: bf16 on a GPU, else fp32)"),
         "--grad-ckpt": dict(action=YES_NO, default=True,
-                            help="recompute blocks in the backward pass: less memory, about a third slower"),
+                            help="recompute blocks in the backward pass: less memory, slower"),
         "--parallel": dict(choices=("ddp", "fsdp"), default="ddp",
                            help="several GPUs: a full copy on each (ddp) or shards (fsdp)"),
         "--offload": dict(action="store_true",
@@ -372,8 +381,9 @@ class Parser(argparse.ArgumentParser):
 
     The types of numbers hang on it, so that a method writes type=p.COUNT.
     """
-    COUNT, NATURAL, REAL, POSITIVE = COUNT, NATURAL, REAL, POSITIVE
-    UNSIGNED, SHARE, DECAY, BACKPROP = UNSIGNED, SHARE, DECAY, backprop
+    COUNT, NATURAL, REAL = staticmethod(COUNT), staticmethod(NATURAL), staticmethod(REAL)
+    POSITIVE, UNSIGNED = staticmethod(POSITIVE), staticmethod(UNSIGNED)
+    SHARE, DECAY, BACKPROP = staticmethod(SHARE), staticmethod(DECAY), staticmethod(backprop)
 
     def __init__(self, doc):
         raw = argparse.RawDescriptionHelpFormatter
@@ -498,7 +508,8 @@ class Run:
         self.guard = FiniteGuard(self.env)
         self.log = Log(self.args, self.env, parts, self.start)
         if self.main:  # a resumed run repeats what came after its checkpoint
-            keep_lines(self.out / "eval.jsonl", min(self.start + 1, self.args.steps) if self.resumed else 0)
+            kept = min(self.start + 1, self.args.steps) if self.resumed else 0
+            keep_lines(self.out / "eval.jsonl", kept)
 
     def steps(self):
         """Yield the number of each update that is still to be made (0-based), its learning rate
@@ -528,7 +539,8 @@ class Run:
         return [self.generator("sample", i) for i in numbers]
 
     def pick(self, n, numbers):
-        """Which of n items the samples of these numbers are: every epoch has an order of its own."""
+        """Which of n items the samples of these numbers are: every epoch has an order of its
+        own."""
         return batch_indices(n, numbers[0], len(numbers), self.args.seed)
 
     def forward(self):
@@ -549,7 +561,8 @@ class Run:
     def update(self, **more):
         """Make the optimizer step; log (with `more` floats), and save when due."""
         totals, self.totals = self.totals, {}
-        norm = self.guard.step(self.opt, self.scaler, self.params.values(), self.args.clip, **totals)
+        norm = self.guard.step(
+            self.opt, self.scaler, self.params.values(), self.args.clip, **totals)
         if self.ema is not None:
             warm = (self.step + 1) / (self.step + 10) if self.ema_warmup else 1.0
             move_average(self.ema, self.params, min(self.ema_decay, warm))
@@ -563,8 +576,8 @@ class Run:
 
     def save(self):
         """Write the checkpoint and the state for --resume. Every process must call it."""
-        save_checkpoint(self.args, self.env, self.done, self.samples_read, self.params, self.meta, self.opt,
-                        self.ema, self.scaler)
+        save_checkpoint(self.args, self.env, self.done, self.samples_read, self.params, self.meta,
+                        self.opt, self.ema, self.scaler)
 
     @property
     def preview_due(self):
@@ -584,13 +597,15 @@ class Run:
         append_line(self.out / "eval.jsonl", {"step": self.done, **row})
         numbers = {k: v for part in row.values() if isinstance(part, dict) for k, v in part.items()}
         numbers = {k: v for k, v in row.items() if isinstance(v, float)} | numbers
-        print(f"held-out, {name}:", " ".join(f"{k} {v:.4f}" for k, v in numbers.items()), flush=True)
+        words = " ".join(f"{k} {v:.4f}" for k, v in numbers.items())
+        print(f"held-out, {name}: {words}", flush=True)
         self.log.scalars(self.done, {f"held-out/{k}": v for k, v in numbers.items()})
 
     def out_of_patience(self, score):
         """Keep the best checkpoint; True after --patience evaluations without a better `score`.
 
-        score: a column of eval.jsonl. Every process must call it, after save(), and gets the answer.
+        score: a column of eval.jsonl. Every process must call it, after save(), and gets the
+        answer.
         """
         ended, patience = False, self.args.patience
         if self.main:
@@ -641,10 +656,12 @@ class FiniteGuard:
             scaler.update(scaler.get_scale())
             self.bad += 1
             if wrong:
-                print(f"warning: {wrong[0]} is not finite: step skipped ({self.bad} in a row)", flush=True)
+                print(f"warning: {wrong[0]} is not finite: step skipped ({self.bad} in a row)",
+                      flush=True)
             if self.bad >= 10:
-                raise UserError(f"{(wrong or ['a loss term'])[0]} was not finite 10 steps in a row; the last "
-                                "checkpoint is kept: try a lower --lr, a smaller --clip, or --dtype fp32")
+                raise UserError(f"{(wrong or ['a loss term'])[0]} was not finite 10 steps in a "
+                                "row; the last checkpoint is kept: try a lower --lr, a smaller "
+                                "--clip, or --dtype fp32")
         opt.zero_grad()
         return norm
 
@@ -698,11 +715,12 @@ def memory_advice(*options):
     try:
         yield
     except (MemoryError, RuntimeError) as e:
-        known = isinstance(e, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(e)
-        if not known:
+        no_memory = isinstance(e, MemoryError | torch.OutOfMemoryError)
+        if not no_memory and "can't allocate memory" not in str(e):
             raise
         reason = (str(e).splitlines() or ["no memory"])[0][:120]
-        raise UserError(f"out of memory ({reason}); try, in this order: {', '.join(options)}") from e
+        advice = f"; try, in this order: {', '.join(options)}" if options else ""
+        raise UserError(f"out of memory ({reason}){advice}") from e
 
 
 # ---- log
@@ -732,16 +750,18 @@ class Log:
         print(f"device: {device_name(env.device)} x {env.world}, {str(env.dtype)[6:]};",
               ", ".join(f"{k} {v}" for k, v in versions().items()))
         for name, module in parts.items():
-            n = [(p.numel(), p.requires_grad) for p in module.parameters()]
-            print(f"{name}: {sum(k for k, g in n if g):,} of {sum(k for k, _ in n):,} parameters are trained")
-        print(f"effective batch: {args.batch} per process x {args.accum} accumulated x {env.world} processes "
-              f"= {args.batch * args.accum * env.world}", flush=True)
+            total = sum(p.numel() for p in module.parameters())
+            trains = sum(p.numel() for p in module.parameters() if p.requires_grad)
+            print(f"{name}: {trains:,} of {total:,} parameters are trained")
+        print(f"effective batch: {args.batch} per process x {args.accum} accumulated x {env.world} "
+              f"processes = {args.batch * args.accum * env.world}", flush=True)
         if args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(args.out)
         if args.wandb:
             import wandb
-            self.wandb = wandb.init(project="nanovideo", name=Path(args.out).name, config=vars(args))
+            self.wandb = wandb.init(
+                project="nanovideo", name=Path(args.out).name, config=vars(args))
 
     def scalars(self, step, values):
         """{name: float} to TensorBoard and W&B."""
@@ -761,7 +781,8 @@ class Log:
             first.save(gif, "GIF", save_all=True, append_images=rest, duration=1000 / fps, loop=0)
             picture = Summary.Image(height=first.height, width=first.width, colorspace=3,
                                     encoded_image_string=gif.getvalue())
-            self.board.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=picture)]), step)
+            summary = Summary(value=[Summary.Value(tag=name, image=picture)])
+            self.board.file_writer.add_summary(summary, step)
         if self.wandb:
             import wandb
             clip = wandb.Video(frames.transpose(0, 3, 1, 2), fps=fps, format="gif", caption=caption)
@@ -778,7 +799,8 @@ class Log:
         append_line(self.path, {"step": step, **values, "seconds": round(seconds, 3)})
         self.scalars(step, values)
         if step % self.args.log_every == 0 or step == self.args.steps - 1:
-            shown = " | ".join(f"{k} {v:.3g}" if k == "lr" else f"{k} {v:.4f}" for k, v in values.items())
+            shown = " | ".join(f"{k} {v:.3g}" if k == "lr" else f"{k} {v:.4f}"
+                               for k, v in values.items())
             print(f"step {step + 1}/{self.args.steps} | {shown} | {seconds:.2f} s", flush=True)
         if step == self.start + 1:  # the first step compiles and allocates: time the second
             left = seconds * (self.args.steps - step - 1)
@@ -792,8 +814,8 @@ def append_line(path, row):
         with open(path, "a") as f:
             f.write(json.dumps(row) + "\n")
     except OSError as e:
-        raise UserError(f"{path}: cannot be written ({e.strerror}); the last checkpoint is whole: make room, "
-                        "then --resume") from e
+        raise UserError(f"{path}: cannot be written ({e.strerror}); the last checkpoint is whole: "
+                        "make room, then --resume") from e
 
 
 def write_lines(path, rows):
@@ -885,7 +907,7 @@ def write_atomic(path, write):
         path.parent.mkdir(parents=True, exist_ok=True)
         write(tmp)
         os.chmod(tmp, 0o666 & ~UMASK)  # safetensors writes files that only their owner may read
-        for name in (tmp, path.parent):  # the folder after the rename: that, too, must outlive a power cut
+        for name in (tmp, path.parent):  # the folder, too: the rename must outlive a power cut
             handle = os.open(name, os.O_RDONLY)
             os.fsync(handle)
             os.close(handle)
@@ -895,8 +917,8 @@ def write_atomic(path, write):
         with contextlib.suppress(OSError):
             tmp.unlink()
         reason = getattr(e, "strerror", None) or str(e)
-        raise UserError(f"{path}: cannot be written ({reason}); what was there is kept: make room on the "
-                        "disk, or give another folder") from e
+        raise UserError(f"{path}: cannot be written ({reason}); what was there is kept: make room "
+                        "on the disk, or give another folder") from e
 
 
 def finish(env, path, text):
@@ -969,7 +991,7 @@ def save_checkpoint(args, env, step, seen, params, meta, opt, ema=None, scaler=N
     state = dict(
         step=step, seen=seen, weights=weights, moments=moments, ema=averaged,
         meta=json.loads(text["nanovideo"]), scaler=scaler.state_dict() if scaler else None)
-    if (out / STATES[0]).exists():  # a second name first, so that at any moment one of the two is whole
+    if (out / STATES[0]).exists():  # a second name first: at any moment one of the two is whole
         with contextlib.suppress(FileNotFoundError):
             (out / STATES[1]).unlink()
         try:
@@ -984,7 +1006,7 @@ def save_checkpoint(args, env, step, seen, params, meta, opt, ema=None, scaler=N
             free = shutil.disk_usage(out).free / 1e9
             raise OSError(errno.ENOSPC, f"{free:.2f} GB free; {str(e).splitlines()[0][:80]}") from e
     write_atomic(out / STATES[0], write)
-    later = [k for k in steps_saved(out) if k > step]  # of what a resume from an earlier state undid
+    later = [k for k in steps_saved(out) if k > step]  # a resume from an earlier state undid them
     for old in later + [k for k in steps_saved(out) if k <= step][args.keep:]:
         (out / f"ckpt-{old}.safetensors").unlink()
 
@@ -1033,15 +1055,17 @@ def check_out(args, method):
         except UserError as e:
             warn(f"{str(e)}; trying the one before it")
     else:
-        raise UserError(f"--resume: no whole state in {args.out}; its ckpt.safetensors can still be sampled "
-                        "from: train anew with another --out")
-    then, now = state["meta"]["args"] | {"method": state["meta"]["method"]}, vars(args) | {"method": method}
+        raise UserError(f"--resume: no whole state in {args.out}; its ckpt.safetensors can still "
+                        "be sampled from: train anew with another --out")
+    then = state["meta"]["args"] | {"method": state["meta"]["method"]}
+    now = vars(args) | {"method": method}
     for k in ("method", *SAME):
         if then.get(k) != now.get(k):
-            raise UserError(f"--resume: the run in {args.out} has {k} {then.get(k)}, not {now.get(k)}: "
-                            "give the same, or another --out")
+            raise UserError(f"--resume: the run in {args.out} has {k} {then.get(k)}, not "
+                            f"{now.get(k)}: give the same, or another --out")
     if state["step"] > args.steps:
-        raise UserError(f"--resume: the run in {args.out} is at step {state['step']}: give a larger --steps")
+        raise UserError(f"--resume: the run in {args.out} is at step {state['step']}: give a "
+                        "larger --steps")
     for bad in files[:files.index(file)] if os.environ.get("RANK", "0") == "0" else ():
         os.replace(bad, f"{bad}.corrupt")  # else the next save would make it the spare one
     return state
@@ -1068,7 +1092,7 @@ def step_of(path) -> int:
         with safe_open(path, "pt") as file:
             return int(json.loads(file.metadata()["nanovideo"])["step"])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
-        raise UserError(f"{path}: not a whole checkpoint of ours ({e}); give another --out") from None
+        raise UserError(f"{path}: not a whole checkpoint of ours ({e}); give another --out") from e
 
 
 def load_state(args, env, state, params, opt, ema=None, scaler=None) -> tuple[int, int]:
@@ -1078,18 +1102,19 @@ def load_state(args, env, state, params, opt, ema=None, scaler=None) -> tuple[in
     is refused.
     """
     from torch.distributed.tensor import DTensor, distribute_tensor
-    copies = args.keep + 1 + 2 * (3 + bool(ema))  # checkpoints, two states of weights and two moments
+    copies = args.keep + 1 + 2 * (3 + bool(ema))  # checkpoints; two states: weights, two moments
     needed, out = copies * sum(4 * p.numel() for p in params.values()), Path(args.out).absolute()
     free = shutil.disk_usage(next(p for p in (out, *out.parents) if p.exists())).free
     if not state and needed > free:
-        raise UserError(f"--out {args.out}: checkpoints need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are "
-                        "free; give a folder on a larger disk")
+        raise UserError(f"--out {args.out}: checkpoints need {needed / 1e9:.1f} GB, "
+                        f"{free / 1e9:.1f} GB are free; give a folder on a larger disk")
     if env.world > 1:  # a folder that not all see, or a file that one of them cannot read
         steps = [None] * env.world
         dist.all_gather_object(steps, state["step"] if state else 0)
         if len(set(steps)) > 1:
-            raise UserError(f"--resume: the processes would go on from different steps ({min(steps)} to "
-                            f"{max(steps)}): --out must be a folder that all nodes share")
+            raise UserError("--resume: the processes would go on from different steps "
+                            f"({min(steps)} to {max(steps)}): --out must be a folder that all "
+                            "nodes share")
     if not state:
         return 0, 0
 
@@ -1099,8 +1124,8 @@ def load_state(args, env, state, params, opt, ema=None, scaler=None) -> tuple[in
         return value.to(p.device)
     if set(params) != set(state["weights"]):
         first = sorted(set(params) ^ set(state["weights"]))[0]
-        raise UserError(
-            f"--resume: the run's trained tensors are not those asked for (first difference: {first})")
+        raise UserError("--resume: the run's trained tensors are not those asked for (first "
+                        f"difference: {first})")
     if (ema is None) != (state["ema"] is None):
         raise UserError("--resume: the run was made with another --ema, on or off: give the same")
     with torch.no_grad():

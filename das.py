@@ -1,342 +1,279 @@
-"""Diffusion as Shader: video that follows 3-D tracks (arXiv 2501.03847), trained on top of CogVideoX.
+"""Diffusion as Shader: video that follows 3-D tracks (Gu et al., arXiv 2501.03847), on
+top of CogVideoX.
 
-    L = E_{x0, eps, t} || net(x_t, t, text, image, tracks) - v ||^2,  v = sqrt(ab_t) eps - sqrt(1 - ab_t) x0
-    (x_t = sqrt(ab_t) x0 + sqrt(1 - ab_t) eps; |x0_pred - x0|^2 / (1 - ab_t), the code's loss, is the same)
+    L = E_{x0, eps, t} || net(x_t, t, text, image, tracks) - v ||^2
+    x_t = sqrt(ab_t) x0 + sqrt(1 - ab_t) eps,   v = sqrt(ab_t) eps - sqrt(1 - ab_t) x0
 
-A tracking video (tracks.py) says where each point of the first frame goes. Copies of the base's first blocks
-read its latents and add their answers, through linear layers that start at zero, to the frozen base's tokens:
-at step 0 the network is the base, exactly. Image and first tracking frame stand beside these latents.
+(The original's loss, |x0_pred - x0|^2 / (1 - ab_t), is the same.) A tracking video shows
+where each point of the first frame is at any time, in the colour of its first place
+(tracks.py). Copies of the base's first blocks read its latents, and linear layers that
+start at zero add what they answer to the tokens of the frozen base. At step 0 the network
+is therefore exactly the base. Latents of the first frame and of the first tracking frame
+are further channels of the two inputs.
 
-    python das.py --base tiny-cogvideox                                      # learns to follow tracks
-    python das.py --make-tracks clips.csv --out tracked                      # clips -> a data set with tracks
-    python das.py --make-tracks first.png --depth d.npy --camera "rot y 20"  # a camera move for sample.py
-    torchrun --nproc_per_node=8 das.py --base cogvideox-5b-i2v --weights W --data tracked --parallel fsdp
-    python das.py --weights W --data tracked --resume                        # goes on bit for bit
-    python sample.py --ckpt out/das --image first.png --tracks tracks.mp4 --prompt "a red circle"
+    python das.py --base tiny-cogvideox                    # 2 CPU cores, 20 minutes
+    python das.py --make-tracks clips.csv --out tracked    # clips -> a data set with tracks
+    python das.py --make-tracks first.png --depth d.npy --camera "rot y 20"
+    python das.py --base cogvideox-5b-i2v --weights W --data tracked --batch 1 --accum 64
+    torchrun --nproc_per_node=8 das.py --base cogvideox-5b-i2v --weights W --data tracked \\
+        --parallel fsdp                                    # as published: 64 clips per step
+    python das.py ... --resume                             # continue, bit for bit
+    python sample.py --ckpt out/das --image first.png --tracks tracks.mp4 --prompt "a dog"
 
---base das goes on from the public branch, or starts one if --weights holds CogVideoX-5B-I2V; cogvideox-2b and
--5b are the text-to-video variant (no image, no first tracking frame). Default: the published run, 8 GPUs.
+--base das starts from the public branch, or from zero if --weights holds
+CogVideoX-5B-I2V's files. cogvideox-2b and -5b are the text-to-video variant, without the
+two first frames. `das.py --make-tracks SOURCE --help` lists the options that make tracks.
 
-Differences from the original code
- - the branch is copied from the base by its keys (there: unset memory with recent diffusers); what trains is
-   kept in fp32 (there: bf16), and its weights never go through fp16;
- - epochs are shuffled, the clips of an update from one bucket (there: in fixed order); clips are cropped, not
-   squeezed; no flips, which were drawn for each frame anew, and for its tracks once more;
- - image noise and dropout are drawn for each clip, not for each batch; tracks are in [-1,1] in sampling, too
-   (its demo: [0,1]), with the mean of their latents (there: a sample from a generator that nobody seeds).
+Writes to --out: ckpt.safetensors (the branch), log.jsonl, curve.png, eval.jsonl (tiny:
+how far the object is from its track, on held-out clips), before.png and after.png with
+clips, tracks and results side by side.
+
+Differences from the original code (the others: docs/differences/das.md)
+ - What trains is kept in fp32 (original: bf16).
+ - Clips are shuffled anew in each epoch (original: a fixed order) and cropped, not
+   squeezed.
+ - Image noise and dropout are drawn per clip, not per batch.
+ - Tracking videos are in [-1,1] in sampling, too (original demo: [0,1]).
 """
-import argparse
-import sys
-from pathlib import Path
-
 import torch
-import torch.distributed as dist
 
 import tinyworld
 import tracks
-from bases import BASES, base_row, fill, latent_shape, load_base
-from common import (
-    COUNT,
-    DECAY,
-    NATURAL,
-    POSITIVE,
-    SHARE,
-    UNSIGNED,
-    FiniteGuard,
-    Log,
-    MySamples,
-    Parser,
-    UserError,
-    agree_to_stop,
-    append_line,
-    apply_defaults,
-    catch_signals,
-    check_out,
-    draw_curve,
-    generator,
-    keep_lines,
-    load_state,
-    lr_at,
-    memory_advice,
-    move_average,
-    run_command,
-    save_checkpoint,
-    seed_of,
-    setup,
-    trained,
-    using_average,
-)
-from data import contact_sheet, encode_once, write_video
+from bases import base_row, choose_sampling, load_base
+from common import Parser, Run, UserError, run_command, seed_of, trained
 from diffusion import diffusion_loss, randn
 from dit import TRACK_BRANCH
-from models import parallelize, sync_gradients
-from pipeline import encode_tracks, frame_picture, generate_split, noised_first_frame
-from tinyworld import HELD_OUT, position_error
+from models import parallelize
+from pipeline import (
+    cache_latents, draw_latents, encode_clips, encode_tracks, frame_picture, generate_split,
+    noised_first_frame, show)
 
+# The published script, train_DaS.sh: 8 GPUs, so 64 clips per step.
+PAPER = dict(
+    base="das", out="out/das", tracking_blocks=18, drop_image=0.05, steps=2000, batch=2, accum=4,
+    lr=1e-4, lr_schedule="cosine", warmup=100, betas=(0.9, 0.95), wd=1e-3, eval_n=2)
 TINY = dict(
-    steps=500, batch=16, accum=1, lr=1e-3, warmup=20, betas=(0.9, 0.99), wd=0.01, ema=0.99, tracking_blocks=6,
-    cache_latents=True, workers=0, grad_ckpt=False, log_every=20, eval_n=48)
+    tracking_blocks=6, steps=500, batch=16, accum=1, lr=1e-3, warmup=20, betas=(0.9, 0.99),
+    wd=0.01, ema=0.99, cache_latents=True, workers=0, grad_ckpt=False, log_every=20, eval_n=48)
 TINY_CLIPS = 2048
 
 
 def get_args(argv=None):
-    if "--make-tracks" in (sys.argv[1:] if argv is None else argv):
+    if tracks.asked_for(argv):
         return tracks.get_args(argv)
     p = Parser(__doc__)
-    yes_no = argparse.BooleanOptionalAction
-    # what
-    p.add_argument("--base", default="das", help="base network (python bases.py lists them)")
-    p.add_argument("--weights", help="folder with the base's public weights (default: its hub)")
-    p.add_argument("--tracking-blocks", type=COUNT, default=18, help="the first so many blocks get a copy")
-    p.add_argument("--out", default="out/das", help="run folder")
-    p.add_argument("--resume", action="store_true", help="continue the run in --out")
-    # data
-    p.add_argument("--data", help="folder with prompt.txt, videos.txt, trackings.txt; csv, jsonl (tiny: own)")
-    p.add_argument("--frames", type=COUNT, help="frames a clip (default: the base's)")
-    p.add_argument("--height", type=COUNT, help="pixels (default: the base's)")
-    p.add_argument("--width", type=COUNT, help="pixels (default: the base's)")
+    p.options("base")
+    p.add_argument("--tracking-blocks", type=p.COUNT,
+                   help="number of the base's first blocks that get a copy which reads the tracks")
+    p.add_argument("--data",
+                   help="clips with tracking videos: a folder with prompt.txt, videos.txt and "
+                        "trackings.txt, or a .csv or .jsonl with video, tracking and caption "
+                        "(tiny-cogvideox makes its own)")
+    p.add_argument("--eval-data", metavar="DATA",
+                   help="clips to evaluate on, in the form of --data (default: the last --eval-n "
+                        "of --data, which are then not trained on)")
+    p.add_argument("--eval-n", type=p.COUNT,
+                   help="number of clips to evaluate on (tiny: of each motion)")
     p.add_argument("--buckets", type=tracks.bucket, nargs="+", default=[], metavar="FxHxW",
-                   help="further sizes of clips, such as 25x480x720")
-    p.add_argument("--cache-latents", action=yes_no, default=False, help="encode once, into --out")
-    p.add_argument("--drop-image", type=SHARE, default=0.05, help="share of images dropped")
-    # optimisation
-    p.add_argument("--steps", type=COUNT, default=2000, help="optimizer steps")
-    p.add_argument("--batch", type=COUNT, default=2, help="clips a process and micro-step")
-    p.add_argument("--accum", type=COUNT, default=4, help="micro-steps a step")
-    p.add_argument("--lr", type=POSITIVE, default=1e-4, help="learning rate")
-    p.add_argument("--wd", type=UNSIGNED, default=1e-3, help="weight decay")
-    p.add_argument("--betas", type=DECAY, nargs=2, default=(0.9, 0.95), help="AdamW betas")
-    p.add_argument("--lr-schedule", choices=("constant", "cosine", "cosine-restarts"), default="cosine",
-                   help="published: one cycle, which is cosine")
-    p.add_argument("--warmup", type=NATURAL, default=100, help="steps of linear warm-up")
-    p.add_argument("--clip", type=POSITIVE, default=1.0, help="largest gradient norm")
-    p.add_argument("--ema", type=DECAY, default=0.0, help="decay of the weights' moving average; 0: off")
-    # machine
-    p.add_argument("--workers", type=NATURAL, default=2, help="processes that read clips")
-    p.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
-    p.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 on GPU, fp32 on CPU")
-    p.add_argument("--grad-ckpt", action=yes_no, default=True, help="recompute blocks backward: less memory")
-    p.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp", help="full copies, or shards")
-    p.add_argument("--offload", action="store_true", help="activations (fsdp: weights too) wait on the CPU")
-    # run
-    p.add_argument("--seed", type=NATURAL, default=0, help="seed")
-    p.add_argument("--eval-n", type=COUNT, default=2, help="clips for evaluation (tiny: of each motion)")
-    p.add_argument("--save-every", type=COUNT, default=500, help="steps between checkpoints")
-    p.add_argument("--keep", type=COUNT, default=1, help="checkpoints kept")
-    p.add_argument("--preview-every", type=NATURAL, default=0, help="steps between evaluations; 0: two only")
-    p.add_argument("--log-every", type=COUNT, default=1, help="steps between log lines on the screen")
-    p.add_argument("--tensorboard", action="store_true", help="log to TensorBoard too")
-    p.add_argument("--wandb", action="store_true", help="log to Weights & Biases too")
-    args = apply_defaults(p, argv, {name: {} if row.text else TINY for name, row in BASES.items()})
-    if base_row(args.base).text and not args.data:
-        raise UserError("--data: give a folder with prompt.txt, videos.txt, trackings.txt, a csv or a jsonl")
+                   help="further clip sizes, such as 25x480x720: a clip is read at the longest "
+                        "that it fills")
+    p.options("data", without=("--data", "--read-fps", "--drop-text"))
+    p.add_argument("--drop-image", type=p.SHARE,
+                   help="probability of dropping the first frame and the first tracking frame")
+    p.options("pixels sampling", without=("--fps", "--eta"))
+    p.options("optimisation ema machine run")
+    args = p.parse(argv, PAPER, {"tiny-cogvideox": TINY})
+    if args.eval_data and not args.data:
+        raise UserError("--eval-data: goes with --data")
+    if not args.data and not base_row(args.base).tiny:
+        raise UserError("--data: give a folder with prompt.txt, videos.txt, trackings.txt, a csv "
+                        "or a jsonl")
     return args
 
 
 # ---- the method
 
 def train_branch(net, dtype):
-    """Only the branch that reads the tracks trains, in fp32; the base is frozen, in `dtype`."""
+    """Only the branch that reads the tracks trains, in fp32; the base is frozen, in
+    `dtype`."""
     for name, part in net.named_children():
         branch = name in TRACK_BRANCH
         part.requires_grad_(branch).to(torch.float32 if branch else dtype)
 
 
 def branch_loss(net, schedule, x0, noise, t, text, cond):
-    """The denoising loss (b,); cond: latents first_frame, first_track (b,c,1,h,w), tracks (b,c,f,h,w)."""
+    """|net(x_t, t, text, cond) - v|^2, (b,). cond: latents first_frame and first_track
+    (b,c,1,h,w), tracks (b,c,f,h,w)."""
     return diffusion_loss(lambda x, t: net(x, t, text, **cond), schedule, x0, noise, t)
 
 
-def das_loss(net, base, latents, picture, captions, generators, args):
-    """The loss of clips (b,). latents, picture: of draw_latents(); generators: one a clip."""
+def das_loss(net, base, latents, picture, captions, generators, drop_image):
+    """The loss of clips (b,).
+
+    latents: {"video", "tracks": (b,c,f,h,w), "first_track": (b,c,1,h,w)}; picture
+    (b,3,h,w): the first frames in [-1,1]; generators: one per clip.
+    """
     x0 = latents["video"]
-    luck = torch.stack([torch.rand(2, generator=g) for g in generators])
-    t = (luck[:, 0] * len(base.schedule.alpha_bar)).long().to(x0.device)
+    uniform = torch.stack([torch.rand(2, generator=g) for g in generators])
+    t = (uniform[:, 0] * len(base.schedule.alpha_bar)).long().to(x0.device)
     noise = randn(x0.shape, generators).to(x0.device)
     cond = {"tracks": latents["tracks"]}
-    if base.row.first_frame:  # image and first tracking frame are dropped together, the tracks never
-        keep = (luck[:, 1] >= args.drop_image).float().to(x0.device)
+    if base.row.first_frame:
+        # both first frames are dropped together, the tracks never
+        keep = (uniform[:, 1] >= drop_image).float().to(x0.device)
         cond["first_frame"] = noised_first_frame(base, picture, keep, x0.shape, generators)
         cond["first_track"] = latents["first_track"] * keep.view(-1, 1, 1, 1, 1)
-    return branch_loss(net, base.schedule, x0, noise, t, base.encode_text(captions), cond)
+    text = base.encode_text(captions)
+    return branch_loss(net, base.schedule, x0, noise, t, text, cond)
 
 
-@memory_advice("--grad-ckpt", "--batch 1", "--offload", "--parallel fsdp", "fewer --frames")
 def main(argv=None):
     args = get_args(argv)
     if "make_tracks" in args:
         return tracks.make(args)
-    settings = fill(args, args.base, method="das")
-    if base_row(args.base).tracks:  # its own branch
-        args.tracking_blocks = base_row(args.base).net.tracking_blocks
-    base_row(args.base, args.tracking_blocks)  # too many blocks are refused before anything is loaded
-    for size in args.buckets:
-        latent_shape(args.base, *size)
-    buckets = dict.fromkeys([(args.frames, args.height, args.width), *args.buckets])
-    parts = (tracks.in_buckets(args.data, buckets, args.seed) if args.data else
-             [tinyworld.TinyTracks(TINY_CLIPS, args.frames, args.seed)])
-    state = check_out(args, "das")
-    env = setup(args)
-    # as in the files: bf16 weights that train go to fp32 without a detour through fp16
-    base = load_base(args.base, args.weights, env.device, None, tracks=args.tracking_blocks)
-    base.freeze(env.dtype, but=["net"])
-    train_branch(base.net, env.dtype)
+    sampling = choose_sampling(args.base, args, method="das")
+    check_blocks(args)
+    parts, eval_clips = read_data(args, sampling)
+    run = Run(args, "das")
+
+    # a frozen base, a branch that starts from copies of its blocks. dtype=None: as in the
+    # files, so that the weights that train reach fp32 without a detour through fp16
+    base = load_base(
+        args.base, args.weights, run.device, dtype=None, tracks=args.tracking_blocks)
+    if args.data:
+        captions = [row[-1] for part in parts for row in part.rows]
+        base.tokenize([*captions, sampling.negative])  # refuses unknown words on tiny
+    base.freeze(run.dtype, but=["net"])
+    train_branch(base.net, run.dtype)
     base.net.grad_ckpt = args.grad_ckpt
     base.net.train()
-    pairs = held_out(args, parts)
-    if base.row.text is None and args.data:  # a word that the tiny world does not know is refused now
-        base.tokenize([row[-1] for part in parts for row in part.rows])
-    net = parallelize(base.net, args.parallel, env.device, args.offload)
+    net = parallelize(base.net, args.parallel, run.device, args.offload)
     params = trained({"": base.net})
     opt = torch.optim.AdamW(params.values(), args.lr, args.betas, weight_decay=args.wd)
-    scaler = torch.amp.GradScaler(env.device.type, enabled=env.dtype == torch.float16)
-    ema = {k: p.detach().clone() for k, p in params.items()} if args.ema else None
-    start, seen = load_state(args, env, state, params, opt, ema, scaler)
-    meta = dict(method="das", base=args.base, rank=0, tracking_blocks=args.tracking_blocks, sample=settings)
-    log = Log(args, env, base.parts(), start)
+    meta = dict(rank=0, tracking_blocks=args.tracking_blocks, sample=sampling.metadata())
+    run.attach(opt, params, [net], base.parts(), meta, ema_decay=args.ema)
     if args.cache_latents:
-        parts = cached(args, env, base, parts, pairs)
-    numbers = MySamples(args, env, start, seen)
-    together = args.batch * args.accum * env.world
-    batches = tracks.read_buckets(parts, numbers, together, args.seed, args.workers)
-    guard = FiniteGuard(env)
-    catch_signals(env)
-    if env.main:
-        keep_lines(Path(args.out, "eval.jsonl"), min(start + 1, args.steps) if state else 0)
-    if not state:
-        evaluate(args, env, base, pairs, params, ema, 0)
+        parts = [cached(run, base, part, str(k)) for k, part in enumerate(parts)]
+        texts = [text for part in parts for text in part.texts()]
+        texts += [clip["text"] for clip in eval_clips]
+        base.remember([*texts, sampling.negative], run.env)
+    together = args.batch * args.accum * run.env.world  # the samples of an update, of one size
+    batches = tracks.read_buckets(parts, run.numbers, together, args.seed, args.workers)
 
-    for step in range(start, args.steps):
-        for group in opt.param_groups:
-            group["lr"] = lr_at(step, args)
-        total = 0.0
-        for micro in range(args.accum):
-            batch, mine = next(batches), numbers[(step - start) * args.accum + micro]
-            generators = [generator(args.seed, "sample", i) for i in mine]  # of all that is random
-            latents, picture = draw_latents(base, batch, generators, env)
-            with sync_gradients(net, micro == args.accum - 1), env.autocast():
-                loss = das_loss(net, base, latents, picture, batch["text"], generators, args).mean()
-                scaler.scale(loss / args.accum).backward()
-            total += loss.detach() / args.accum
-        norm = guard.step(opt, scaler, params.values(), args.clip, loss=total)
-        seen += together
-        if ema:  # warmed up, so that the start is forgotten
-            move_average(ema, params, min(args.ema, (step + 1) / (step + 10)))
-        log.step(step, loss=total, grad=norm, lr=opt.param_groups[0]["lr"])
-
-        done, stop = step + 1, agree_to_stop(env)
-        if stop or done % args.save_every == 0 or done == args.steps:
-            save_checkpoint(args, env, done, seen, params, meta, opt, ema, scaler)
-        if stop:
-            break
-        if args.preview_every and done % args.preview_every == 0 and done < args.steps:
-            evaluate(args, env, base, pairs, params, ema, done)
-    else:  # not stopped
-        evaluate(args, env, base, pairs, params, ema, args.steps)
-    if env.main:
-        draw_curve(log.path, Path(args.out, "curve.png"), ["loss", "grad"], f"das on {args.base}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    if not run.resumed:
+        evaluate(run, base, sampling, eval_clips, "before")
+    for step in run.steps():
+        for numbers in run.micro_steps():
+            batch, generators = next(batches), run.generators(numbers)
+            latents, picture = draw_batch(base, run.env, batch, generators)
+            with run.forward():
+                loss = das_loss(
+                    net, base, latents, picture, batch["text"], generators, args.drop_image)
+            run.backward(loss)
+        run.update()
+        if run.preview_due:
+            evaluate(run, base, sampling, eval_clips, f"step-{run.done}")
+    if not run.stopped:
+        evaluate(run, base, sampling, eval_clips, "after")
+    run.finish("loss", "grad")
 
 
 # ---- data and latents
 
-@torch.no_grad()
-def encode(base, batch, env):
-    """Clips and tracking videos (b,3,f,h,w) -> {"PART.mean", "PART.std"} of their latents, on the CPU.
+def check_blocks(args):
+    """Refuse --tracking-blocks that the base does not have."""
+    row = base_row(args.base)
+    if row.tracks and args.tracking_blocks != row.net.tracking_blocks:
+        raise UserError(f"--tracking-blocks {args.tracking_blocks}: {args.base} has a branch of "
+                        f"{row.net.tracking_blocks} blocks")
+    base_row(args.base, args.tracking_blocks)  # refuses more blocks than the base has
 
-    And "picture" (b,3,h,w), the first frame: its noise is new each time.
+
+def read_data(args, sampling):
+    """-> (training data sets, one per clip size; the clips to evaluate on).
+
+    The latter: {"video", "tracks": (3,f,h,w) in [-1,1], "text", "motion", "scene": the
+    truth on tiny, else None}.
     """
-    parts = {"video": batch["video"], "tracks": batch["tracks"]}
+    if not args.data:
+        part = tinyworld.TinyTracks(TINY_CLIPS, sampling.frames, args.seed)
+        return [part], tinyworld.held_out_tracks(args.eval_n, sampling.frames, args.seed)
+    sizes = [sampling.size]
+    for f, h, w in args.buckets:  # refuses sizes that do not fit the base
+        sizes.append(choose_sampling(args.base, args, frames=f, height=h, width=w).size)
+    parts = tracks.in_buckets(args.data, sizes, args.seed)
+    parts, held_out = tracks.hold_out(parts, sampling.size, args.eval_n, args.eval_data)
+    clips = [held_out[i, i] for i in range(min(args.eval_n, len(held_out)))]
+    return parts, [clip | {"motion": "clips", "scene": None} for clip in clips]
+
+
+def encode(base, env, batch):
+    """Clips and tracking videos (b,3,f,h,w) -> {"PART.mean", "PART.std"} of the latents,
+    on the CPU.
+
+    And "picture" (b,3,h,w), the first frames: their noise is new each time.
+    """
+    parts = {"tracks": batch["tracks"], "video": batch["video"]}
     if base.row.first_frame:
-        parts["first_track"] = batch["tracks"][:, :, :1]
-    found = {"picture": batch["video"][:, :, 0]}
+        parts = {"first_track": batch["tracks"][:, :, :1]} | parts
+    encoded = {"picture": batch["video"][:, :, 0]}
     for name, video in parts.items():
-        x = video.to(env.device, env.dtype)  # clip by clip, but for tiny ones
-        moments = [base.vae.moments(x)] if base.row.text is None else [base.vae.moments(v[None]) for v in x]
-        mean, logvar = torch.cat(moments).chunk(2, dim=1)
-        found[f"{name}.mean"] = mean.cpu()
-        found[f"{name}.std"] = (0.5 * logvar.clamp(-30, 20)).exp().cpu()
-    return found
-
-
-def draw_latents(base, batch, generators, env):
-    """A batch, encoded already or not -> {part: a sample of the encoder's Gaussian, scaled}, the pictures."""
-    m = batch if "picture" in batch else encode(base, batch, env)
-    latents = {}
-    for name in (k.removesuffix(".mean") for k in m if k.endswith(".mean")):
-        mean, std = m[f"{name}.mean"].float(), m[f"{name}.std"].float()
-        latents[name] = (mean + std * randn(mean.shape, generators)).to(env.device) * base.vae.cfg.scale
-    return latents, m["picture"].float().to(env.device)
-
-
-def cached(args, env, base, parts, pairs):
-    """Every clip encoded once, below --out; the text tower is done, too. -> the data sets of these files."""
-    encoded = []
-    for k, part in enumerate(parts):
-        about = dict(base=args.base, weights=args.weights, seed=args.seed, size=getattr(part, "size", None),
-                     frames=part.frames, rows=seed_of(getattr(part, "rows", part.__dict__)))
-        encoded.append(encode_once(Path(args.out, "latents", str(k)), part, lambda batch: {
-            k: v.half() for k, v in encode(base, batch, env).items()}, about, env, args.workers))
-    with torch.no_grad(), env.autocast():
-        texts = [text for part in encoded for text in part.texts()]
-        base.remember([*texts, *(text for _, text, *_ in pairs), args.negative])
+        encoded |= {f"{name}.{k}": v for k, v in encode_clips(base, env, video).items()}
     return encoded
+
+
+def draw_batch(base, env, batch, generators):
+    """A batch, encoded or not -> ({part: scaled latents}, pictures (b,3,h,w)), see
+    das_loss()."""
+    encoded = batch if "picture" in batch else encode(base, env, batch)
+    names = ["first_track"] if base.row.first_frame else []
+    latents = {name: draw_latents(base, env, encoded, generators, f"{name}.")
+               for name in (*names, "tracks", "video")}
+    return latents, encoded["picture"].float().to(env.device)
+
+
+def cached(run, base, part, name):
+    """Every clip and tracking video of a data set encoded once, below --out."""
+    about = vars(part)
+    if run.args.data:
+        about = dict(frames=part.frames, size=part.size, rows=seed_of(part.rows))
+    return cache_latents(run, part, lambda batch: encode(base, run.env, batch), about, name)
 
 
 # ---- evaluation
 
-def held_out(args, parts):
-    """-> [(clip, caption, tracking video, motion, true x, true y)] to evaluate on; x, y: tiny's own."""
-    if args.data:
-        size = args.frames, args.height, args.width
-        part = next((p for p in parts if (p.frames, *p.size) == size), None)
-        if part is None:
-            raise UserError(f"--data {args.data}: no clip has the {args.frames} frames to evaluate on; give "
-                            "a smaller --frames")
-        items = [part[i, i] for i in range(min(args.eval_n, len(part)))]
-        return [(item["video"], item["text"], item["tracks"], "clips", None, None) for item in items]
-    pairs = []
-    for m, motion in enumerate(tinyworld.TINY_TRACKS):
-        for i in range(args.eval_n):
-            item, scene = tinyworld.tiny_track_clip((args.seed, HELD_OUT, m, i), motion, args.frames)
-            pairs.append((item["video"], item["text"], item["tracks"], motion, scene.x, scene.y))
-    return pairs
-
-
 @torch.no_grad()
-def evaluate(args, env, base, pairs, params, ema, step):
-    """Clips that should follow their tracks, always from the same noise -> eval.jsonl, NAME.png, NAME/*.mp4.
+def evaluate(run, base, sampling, clips, name):
+    """The held-out clips anew, from first frame, caption and tracks, always from the
+    same noise -> NAME.png, NAME/*.mp4.
 
-    Tiny: "position" is the object's mean distance from where it should be, in frame widths, for each motion.
+    Tiny: also a line of eval.jsonl, "position": the object's mean distance from where it
+    should be, in frame widths, for each motion.
     """
-    name = {0: "before", args.steps: "after"}.get(step, f"step-{step}")
-    clips, captions, tracking, motions, xs, ys = zip(*pairs)
+    prompts, images = [clip["text"] for clip in clips], None
+    if base.row.first_frame:
+        images = [frame_picture(clip["video"][:, 0]) for clip in clips]
+    seeds = [f"eval-{i}" for i in range(len(clips))]
     base.net.eval()
-    seeds = [f"eval-{i}" for i in range(len(pairs))]
-    with using_average(params, ema):
-        images = [frame_picture(clip[:, 0]) if base.row.first_frame else None for clip in clips]
-        with env.autocast():
-            latents = [encode_tracks(base, env, video) for video in tracking]
-        maps = {k: torch.cat([x[k] for x in latents]) for k in latents[0]}
-        videos = generate_split(base, env, list(captions), seeds, args, images, maps=maps)
+    with run.averaged():
+        with run.forward():
+            encoded = [encode_tracks(base, run.env, clip["tracks"]) for clip in clips]
+        maps = {k: torch.cat([latents[k] for latents in encoded]) for k in encoded[0]}
+        videos = generate_split(
+            base, run.env, prompts, seeds, sampling, run.args.batch, images, maps=maps)
     base.net.train()
-    if not env.main:
+    if not run.main:
         return
-    row = dict(step=step, position={})
-    for motion in dict.fromkeys(motions) if xs[0] is not None else ():
-        errors = [position_error(v, x, y) for v, m, x, y in zip(videos, motions, xs, ys) if m == motion]
-        row["position"][motion] = sum(errors) / len(errors)
-    append_line(Path(args.out, "eval.jsonl"), row)
-    words = " ".join(f"{k} {100 * v:.1f} %" for k, v in row["position"].items())
-    print(f"held-out, {name}: off the track, in frame widths: {words or 'see the sheet'}", flush=True)
-    shown = [i for m in dict.fromkeys(motions) for i in [k for k in range(len(pairs)) if motions[k] == m][:4]]
-    contact_sheet([[clips[i], tracking[i], videos[i]] for i in shown], Path(args.out, f"{name}.png"),
-                  [f"{captions[i]} ({motions[i]})" for i in shown], headers=["clip", "tracks", "result"])
-    for i in shown:
-        side = torch.cat([clips[i], tracking[i], videos[i]], dim=3)
-        write_video(Path(args.out, name, f"{i:04d}.mp4"), side, args.save_fps)
+    motions = [clip["motion"] for clip in clips]
+    shown = [i for i, motion in enumerate(motions) if motions[:i].count(motion) < 4]
+    sheet = [[clips[i]["video"], clips[i]["tracks"], videos[i]] for i in shown]
+    captions = [f"{prompts[i]} ({motions[i]})" for i in shown]
+    row = {"position": tinyworld.position_errors(videos, clips)} if clips[0]["scene"] else None
+    side_by_side = [torch.cat(strip, dim=3) for strip in sheet]
+    show(run, name, side_by_side, captions, sampling.save_fps, row, sheet,
+         headers=["clip", "tracks", "result"])
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "--grad-ckpt", "--batch 1", "--offload", "--parallel fsdp",
+                "fewer --frames")

@@ -556,12 +556,22 @@ def read_video(path, frames=None, fps=None, start=0, size=None):
 
 
 def list_videos(path):
-    """A clip, or a folder of clips -> their paths in natural order. A folder of pictures is one clip."""
+    """A clip, or a folder of clips -> their paths in natural order. A folder of pictures is one clip.
+
+    If the folder has an index.jsonl (sample.py writes it), its clips are those that the index lists, in that
+    order: others are left over from an earlier run.
+    """
     path = Path(path)
-    if path.is_dir():
-        clips = sorted((p for p in path.iterdir() if p.suffix.lower() in VIDEOS), key=natural_order)
-        return clips or [path]
-    return [path]
+    if not path.is_dir():
+        return [path]
+    clips = sorted((p for p in path.iterdir() if p.suffix.lower() in VIDEOS), key=natural_order)
+    present = {clip.name: clip for clip in clips}
+    rows = [row for row in read_lines(path / "index.jsonl") if isinstance(row, dict)]
+    names = dict.fromkeys(str(row.get("file")) for row in rows)
+    listed = [present[name] for name in names if name in present]
+    if listed and len(listed) < len(clips):
+        warn(f"{path}: {len(clips) - len(listed)} clips are left out: index.jsonl does not list them")
+    return listed or clips or [path]
 
 
 def prompts_of(clips, file=None, prompt=None):

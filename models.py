@@ -23,7 +23,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common import UserError
+from common import UserError, seed_of
 
 # ---- parts shared by every network
 
@@ -363,6 +363,32 @@ class MotionBlock(TemporalTransformer):
         return self.back(h, x), eot_map.view(len(c.eot), *x.shape[2:], c.f)
 
 
+class Dropout(nn.Dropout):
+    """Dropout whose masks can be keyed by sample, see seed_dropout(). Until then it is nn.Dropout."""
+    seeds = None  # one per sample of the batch
+
+    def forward(self, x):
+        """x (b k, ...) for any k: the rows of a sample lie together, as everywhere in the UNet."""
+        if self.seeds is None or not self.training or not self.p:
+            return super().forward(x)
+        assert len(x) % len(self.seeds) == 0, "seed_dropout() was called for another batch"
+        keep = torch.empty(x.shape, dtype=torch.bool, device=x.device)
+        for part, seed in zip(keep.chunk(len(self.seeds)), self.seeds):
+            part.bernoulli_(1 - self.p, generator=torch.Generator(x.device).manual_seed(seed))
+        return x * keep / (1 - self.p)
+
+
+def seed_dropout(net, seed, numbers):
+    """Key dropout, from here to the next call, by (seed, number of the sample, layer).
+
+    numbers: those of the batch's samples within the run. The masks then do not depend on --batch, and blocks
+    recomputed in the backward pass draw the same ones again. net: plain, DDP or FSDP.
+    """
+    layers = [module for module in net.modules() if isinstance(module, Dropout)]
+    for i, layer in enumerate(layers):
+        layer.seeds = [seed_of(seed, "dropout", number, i) for number in numbers]
+
+
 class Layer(nn.Sequential):
     """Norm, SiLU, perhaps a dropout, and a convolution."""
 
@@ -379,7 +405,7 @@ class TemporalConv(nn.Module):
             return Layer(nn.GroupNorm(32, channels), nn.SiLU(), *drop,
                          FrameConv(channels, channels, (3, 1, 1), padding=(1, 0, 0)))
         self.conv1 = layer()  # conv1 has no dropout: its convolution is `conv1.2`, the others' `.3`
-        self.conv2, self.conv3, self.conv4 = (layer(nn.Dropout(dropout)) for _ in range(3))
+        self.conv2, self.conv3, self.conv4 = (layer(Dropout(dropout)) for _ in range(3))
         zero_init(self.conv4[-1])
 
     def forward(self, x, f):
@@ -395,7 +421,7 @@ class ResBlock(nn.Module):
         super().__init__()
         self.in_layers = Layer(nn.GroupNorm(32, cin), nn.SiLU(), Conv2d(cin, cout, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, cout))
-        self.out_layers = Layer(nn.GroupNorm(32, cout), nn.SiLU(), nn.Dropout(dropout),
+        self.out_layers = Layer(nn.GroupNorm(32, cout), nn.SiLU(), Dropout(dropout),
                                 zero_init(Conv2d(cout, cout, 3, padding=1)))
         self.skip_connection = nn.Identity() if cin == cout else Conv2d(cin, cout, 1)
         self.temopral_conv = TemporalConv(cout, temporal_dropout) if temporal_conv else None  # as published
@@ -404,6 +430,15 @@ class ResBlock(nn.Module):
         h = self.in_layers(x) + self.emb_layers(c.emb)[:, :, None, None]
         x = self.skip_connection(x) + self.out_layers(h)
         return self.temopral_conv(x, c.f) if self.temopral_conv is not None and c.temporal else x
+
+
+def forget_motion(net):
+    """Let layers over time pass their input on, as in training that starts from an image model."""
+    for module in net.modules():
+        if isinstance(module, TemporalTransformer):
+            zero_init(module.proj_out)
+        if isinstance(module, TemporalConv):
+            zero_init(module.conv4[-1])
 
 
 class Downsample(nn.Module):
@@ -454,7 +489,7 @@ class TemporalEncoder(nn.Module):
             self.norm = nn.LayerNorm(dim)
             self.fn = nn.Module()
             self.fn.to_qkv = nn.Linear(dim, 3 * inner, bias=False)
-            self.fn.to_out = nn.Sequential(nn.Linear(inner, dim), nn.Dropout(0.05))
+            self.fn.to_out = nn.Sequential(nn.Linear(inner, dim), Dropout(0.05))
 
         def forward(self, x):
             return self.fn.to_out(attend(*self.fn.to_qkv(self.norm(x)).chunk(3, dim=-1), self.heads))
@@ -465,7 +500,7 @@ class TemporalEncoder(nn.Module):
         for _ in range(depth):
             ff = nn.Module()
             inner = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU())
-            ff.net = nn.Sequential(inner, nn.Dropout(0.05), nn.Linear(4 * dim, dim))
+            ff.net = nn.Sequential(inner, Dropout(0.05), nn.Linear(4 * dim, dim))
             self.layers.append(nn.ModuleList([self.Layer(dim, heads), ff]))
 
     def forward(self, x, f):

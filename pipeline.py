@@ -13,15 +13,17 @@ from PIL import Image
 from tqdm import tqdm
 
 from bases import Sampling, add_guidance, base_row, latent_shape, load_base
-from common import Env, UserError, draw_curve, finish, gather_rows, generator, write_lines
+from common import Env, UserError, draw_curve, finish, gather_rows, generator, seed_of, write_lines
 from data import (
-    center_crop_wide, clip_image, contact_sheet, encode_once, image_tensor, open_image, prompt_grid,
-    quick_files, read_image_prompts, read_prompts, to_uint8, write_video)
+    Mixed, VideoDataset, center_crop_wide, clip_image, contact_sheet, encode_once, image_tensor,
+    open_image, prompt_grid, quick_files, read_batches, read_image_prompts, read_prompts, to_uint8,
+    write_video)
 from diffusion import (
     cogvideox_dpm, ddim, ddim_invert, dpmpp_2m, dynamic_guidance, guided, higen, lcm, make_schedule,
     mix_noise, offset_noise, randn, rflow, sr600)
 from metrics import psnr
-from models import Adapter, SpatialTransformer, add_lora, guidance_embedding, lora_strength, merge_lora
+from models import (
+    Adapter, SpatialTransformer, add_lora, guidance_embedding, lora_strength, merge_lora)
 from rewards import statistics
 from tinyworld import judge_captions, tiny_pairs, tiny_prompts
 from weights import run_parts
@@ -32,8 +34,8 @@ ASSET_PROMPTS = Path(__file__).parent / "assets" / "prompts"
 
 # ---- prompts to latents
 
-def rollout(net, base, prompts, x_T, sampling, generators, cond=None, null_cond=None, sequential=False,
-            grad_last=0, progress=None, last=None):
+def rollout(net, base, prompts, x_T, sampling, generators, cond=None, null_cond=None,
+            sequential=False, grad_last=0, progress=None, last=None):
     """Prompts and noise x_T (n,c,f,h,w) -> latents (n,c,f,h,w), by the base's sampler with
     guidance.
 
@@ -54,7 +56,8 @@ def rollout(net, base, prompts, x_T, sampling, generators, cond=None, null_cond=
     steps = sampling.sample_steps
     if sampling.sampler == "lcm":
         fn = distilled(net, text, cond, sampling)
-        return lcm(fn, x_T, base.schedule, steps, generators, sampling.origin, sampling.spacing, progress)
+        return lcm(fn, x_T, base.schedule, steps, generators, sampling.origin, sampling.spacing,
+                   progress)
     if sampling.sampler == "rflow":
         cond |= clip_size(sampling, n, device)
         cond["text_mask"] = (base.tokenize(texts) != 0).to(device)  # in both branches, as published
@@ -72,8 +75,8 @@ def rollout(net, base, prompts, x_T, sampling, generators, cond=None, null_cond=
         return cogvideox_dpm(fn, x_T, base.schedule, steps, generators, **shared)
     if sampling.sampler == "dpmpp":
         return dpmpp_2m(fn, x_T, base.schedule, steps, **shared)
-    return ddim(fn, x_T, base.schedule, steps, sampling.eta, generators, spacing=sampling.spacing, last=last,
-                **shared)
+    return ddim(fn, x_T, base.schedule, steps, sampling.eta, generators,
+                spacing=sampling.spacing, last=last, **shared)
 
 
 def distilled(net, text, cond, sampling):
@@ -149,22 +152,23 @@ def generate(base, env: Env, prompts, seeds, sampling: Sampling, batch=8, progre
     videos, bar = [], tqdm if progress else None
     for i in range(0, len(prompts), batch):
         part = slice(i, i + batch)
-        generators = [generator("sample", s) for s in seeds[part]]
+        texts, generators = prompts[part], [generator("sample", s) for s in seeds[part]]
         with env.autocast():
             if sampling.sampler == "sr600":
                 latents = base.vae.encode(video[part].to(env.device), chunk=chunk)
-                latents = enlarged(base, prompts[part], latents, sampling, generators, sequential, bar)
-                videos.append(base.vae.decode(latents, chunk=chunk).float().clamp(-1, 1).cpu())
-                continue
-            image_noise, x_T = starting_noise(base, env, sampling, generators, inverted)
-            if sampling.sampler == "higen":
-                latents = image_then_clip(base, prompts[part], image_noise, x_T, sampling, generators,
-                                          sequential, bar)
+                latents = enlarged(base, texts, latents, sampling, generators, sequential, bar)
             else:
-                c, u = ({k: v[part].to(env.device) for k, v in (d or {}).items()} for d in (cond, null_cond))
-                latents = rollout(base.net, base, prompts[part], x_T, sampling, generators, c, u, sequential,
-                                  progress=bar)
-            videos.append(decode(base, latents, sampling.frames, chunk).float().clamp(-1, 1).cpu())
+                image_noise, x_T = starting_noise(base, env, sampling, generators, inverted)
+            if sampling.sampler == "higen":
+                latents = image_then_clip(base, texts, image_noise, x_T, sampling, generators,
+                                          sequential, bar)
+            elif sampling.sampler != "sr600":
+                own, null = ({k: v[part].to(env.device) for k, v in (given or {}).items()}
+                             for given in (cond, null_cond))
+                latents = rollout(base.net, base, texts, x_T, sampling, generators, own, null,
+                                  sequential, progress=bar)
+            frames = sampling.frames if video is None else video.shape[2]
+            videos.append(decode(base, latents, frames, chunk).float().clamp(-1, 1).cpu())
     return torch.cat(videos)
 
 
@@ -176,13 +180,15 @@ def starting_noise(base, env, sampling, generators, inverted=None):
         image_noise = randn((n, c, 1, h, w), generators, env.device)
     x_T = randn((n, c, f, h, w), generators, env.device)
     if sampling.start_offset:
-        x_T = offset_noise(x_T, randn((n, c, f, 1, 1), generators, env.device), sampling.start_offset)
+        shared = randn((n, c, f, 1, 1), generators, env.device)
+        x_T = offset_noise(x_T, shared, sampling.start_offset)
     if inverted is not None:
         x_T = mix_noise(inverted, x_T, sampling.inverse_noise)
     return image_noise, x_T
 
 
-def image_then_clip(base, prompts, image_noise, x_T, sampling, generators, sequential=False, progress=None):
+def image_then_clip(base, prompts, image_noise, x_T, sampling, generators, sequential=False,
+                    progress=None):
     """HiGen's two passes -> latents of the clips."""
     text = base.encode_text([prompt + sampling.suffix for prompt in prompts])
     null = base.encode_null(sampling.negative, len(prompts))
@@ -201,8 +207,8 @@ def enlarged(base, prompts, latents, sampling, generators, sequential=False, pro
                  generators, sequential=sequential, progress=progress)
 
 
-def generate_from(base, env: Env, prompts, images, seeds, sampling, batch=8, continuations=0, maps=None,
-                  style=None, **more):
+def generate_from(base, env: Env, prompts, images, seeds, sampling, batch=8, continuations=0,
+                  maps=None, style=None, **options):
     """generate() from images, one path or Pillow image each (None: words alone), and maps, see
     conditions().
 
@@ -214,8 +220,9 @@ def generate_from(base, env: Env, prompts, images, seeds, sampling, batch=8, con
         with env.autocast():
             cond, null = conditions(base, env, sampling, images, maps, style)
         numbered = seeds if k == 0 else [f"{s}-{k}" for s in seeds]
-        made = generate(base, env, prompts, numbered, sampling, batch, cond=cond, null_cond=null, **more)
-        videos.append(made if k == 0 else made[:, :, 1:])  # a later clip's first frame is there already
+        made = generate(base, env, prompts, numbered, sampling, batch, cond=cond, null_cond=null,
+                        **options)
+        videos.append(made if k == 0 else made[:, :, 1:])  # its first frame is there already
         images = [frame_picture(video[:, -1]) for video in made] if k < continuations else None
     return torch.cat(videos, dim=2)
 
@@ -227,7 +234,8 @@ def generate_split(base, env: Env, prompts, seeds, sampling, batch=8, images=Non
 
     maps: {name: tensor (n, ...)}, each clip's own.
     """
-    per = -(-len(prompts) // env.world)  # the same number on each (FSDP needs it): the last may repeat some
+    # the same number on each process, as FSDP needs it: the last may repeat some
+    per = -(-len(prompts) // env.world)
     mine = [i % len(prompts) for i in range(env.rank * per, (env.rank + 1) * per)]
     given = [None] * len(prompts) if images is None else images
     own = ([column[i] for i in mine] for column in (prompts, given, seeds))
@@ -250,13 +258,14 @@ def generate_folder(base, env: Env, folder, prompts, n, sampling, batch, seed, r
     wanted = dict(sampling.metadata(), base=base.name, n=n, seed=seed, batch=batch, prompts=prompts)
     wanted = json.dumps(wanted, indent=1)
     if about.exists() and about.read_text() != wanted:
-        raise UserError(f"{folder}: its clips were made with other options or prompts: give the same, or "
-                        "another --out")
+        raise UserError(f"{folder}: its clips were made with other options or prompts: give the "
+                        "same, or another --out")
     finish(env, about, lambda: wanted)
     quick_files()
     jobs = [(f"clips/{i:06d}-{k}.mp4", prompt, f"{seed}-{folder.name}-{i}-{k}")
             for i, prompt in enumerate(prompts) for k in range(n)]
-    size, start = 2 * batch, time.time()  # whole batches: else a resumed run would differ by rounding
+    # whole batches: else a resumed run would differ by rounding
+    size, start = 2 * batch, time.time()
     batches = [jobs[j:j + size] for j in range(0, len(jobs), size)][env.rank::env.world]
     for number, part in enumerate(batches, 1):
         files, texts, seeds = map(list, zip(*part))
@@ -295,9 +304,11 @@ def read_items(args, sampling, continuations=0):
     """Options of vader.py -> training and held-out items, each (first frame or None, prompt)."""
     row = base_row(args.base)
     if continuations and not row.first_frame:
-        raise UserError("--continue: only a base that makes video from a first frame goes on from a frame")
+        raise UserError("--continue: only a base that makes video from a first frame can go on "
+                        "from the last one")
     if args.activities and (row.first_frame or not args.prompts):
-        raise UserError("--activities: goes with a file of nouns, --prompts, on a base without a first frame")
+        raise UserError("--activities: goes with a file of nouns, --prompts, on a base without a "
+                        "first frame")
 
     def read(path):
         if row.first_frame:
@@ -318,7 +329,8 @@ def read_items(args, sampling, continuations=0):
     elif row.tiny:
         items = tiny_items(held_out=False)
     elif row.first_frame:
-        raise UserError("--prompts: give a file of image|||caption lines; this base needs first frames")
+        raise UserError("--prompts: give a file of image|||caption lines; this base needs first "
+                        "frames")
     else:
         grid = prompt_grid(ASSET_PROMPTS / "animals.txt", ASSET_PROMPTS / "activities.txt")
         items = [(None, prompt) for prompt in grid]
@@ -349,7 +361,8 @@ def evaluate_reward(run, base, sampling, reward, items, name, watch=None, contin
     """
     images, prompts = (list(column) for column in zip(*items))
     seeds = [f"eval-{i}" for i in range(len(prompts))]
-    videos = generate_split(base, run.env, prompts, seeds, sampling, run.args.batch, images, continuations)
+    videos = generate_split(base, run.env, prompts, seeds, sampling, run.args.batch, images,
+                            continuations)
     if not run.main:
         return
     row = measure_reward(base, sampling, reward, videos, prompts, run.device)
@@ -426,9 +439,109 @@ def cache_latents(run, data, encode, about, name="."):
     are redone. -> a data set of what encode gave, with "text".
     """
     about = dict(base=run.args.base, weights=run.args.weights, seed=run.args.seed) | about
-    return encode_once(run.out / "latents" / name, data,
-                       lambda batch: {k: v.half() for k, v in encode(batch).items()}, about, run.env,
-                       run.args.workers)
+    def encode_half(batch):
+        return {k: v.half() for k, v in encode(batch).items()}
+    folder = run.out / "latents" / name
+    return encode_once(folder, data, encode_half, about, run.env, run.args.workers)
+
+
+# ---- text-to-video training: clips, images among them, previews
+
+def read_data(args, sampling, tiny, captions=True):
+    """--data and --images -> two data sets: clips, and images or None. Without --data tiny bases take
+    the data set `tiny`.
+
+    captions False: none of the clips are read. Refuses options that do not go together.
+    """
+    if args.images and not (args.data and args.image_share):
+        raise UserError("--images: goes with --data, for the steps of --image-share")
+    if not args.data and not base_row(args.base).tiny:
+        raise UserError("--data: give a folder, csv, jsonl or list of clips with captions")
+    if not args.data:
+        return tiny, None
+    clips = VideoDataset(args.data, *sampling.size, args.read_fps, args.seed, captions=captions)
+    images = None
+    if args.images:
+        images = VideoDataset(args.images, 1, *sampling.size[1:], None, args.seed)
+    return clips, images
+
+
+def preview_prompts(args, data):
+    """--eval-prompts, else held-out captions of the tiny world, else the first caption of `data`."""
+    if args.eval_prompts:
+        prompts = read_prompts(args.eval_prompts)
+    else:
+        prompts = [data.rows[0][2]] if args.data else tiny_prompts(held_out=True)
+    return prompts[:args.eval_n]
+
+
+def check_words(base, texts, data):
+    """Refuse, before any long work, words that the tiny world does not know: in these texts, or in the
+    captions of read_data()'s data sets."""
+    if base.row.tiny:
+        rows = [row for part in data if isinstance(part, VideoDataset) for row in part.rows]
+        base.tokenize([*texts, *(caption for _, _, caption in rows)])
+
+
+def cache_data(run, base, sampling, data, encode, texts=None):
+    """--cache-latents for read_data()'s data sets -> the encoded ones.
+
+    texts: what the run reads beside captions. All are encoded, and the text tower goes; None: it stays.
+    """
+    cached, about = [], dict(size=sampling.size, fps=run.args.read_fps)
+    for part, name in zip(data, (".", "images")):
+        if part is not None:
+            about["rows"] = seed_of(part.rows if run.args.data else "tiny")
+            part = cache_latents(run, part, encode, about, name)
+        cached.append(part)
+    if texts is not None:
+        captions = [text for part in cached if part is not None for text in part.texts()]
+        base.remember([*captions, *texts], run.env)
+    return cached
+
+
+def image_step(run, step) -> bool:
+    """Does update `step` train on single frames (--image-share)? Drawn from its number alone, so
+    that all processes do the same."""
+    return torch.rand((), generator=run.generator(step, "image")).item() < run.args.image_share
+
+
+def read_clips(run, clips, images=None):
+    """Batches for all micro-steps to come: of clips, or of `images`, if given, in an image_step()."""
+    args, data = run.args, clips
+    if images is not None:
+        turns = [int(image_step(run, step)) for step in range(run.start, args.steps)]
+        per_step = args.batch * args.accum * run.env.world
+        data = Mixed([clips, images], turns, per_step, run.samples_read)
+    return read_batches(data, run.numbers, args.seed, args.workers)
+
+
+def one_frame(x0, generators):
+    """Latents (b,c,f,h,w) -> a random frame of each clip, (b,c,1,h,w)."""
+    if x0.shape[2] == 1:
+        return x0
+    chosen = [int(torch.randint(x0.shape[2], (), generator=g)) for g in generators]
+    return torch.stack([x[:, i:i + 1] for x, i in zip(x0, chosen)])
+
+
+def drop_captions(captions, negative, share, generators):
+    """Captions, each replaced by the negative prompt with probability `share` (--drop-text)."""
+    return [negative if torch.rand((), generator=g) < share else caption
+            for caption, g in zip(captions, generators)]
+
+
+@torch.no_grad()
+def preview(run, base, sampling, prompts, name):
+    """Sample the prompts, always from the same noise, with the averaged weights -> NAME.png and clips;
+    in the tiny world also the judge's verdict, a line of eval.jsonl. Every process must call it."""
+    seeds = [f"preview-{i}" for i in range(len(prompts))]
+    base.net.eval()
+    with run.averaged():
+        videos = generate_split(base, run.env, prompts, seeds, sampling, run.args.batch)
+    base.net.train()
+    if run.main:
+        row = {"judge": judge_captions(videos, prompts)} if base.row.tiny else None
+        show(run, name, videos, prompts, sampling.save_fps, row)
 
 
 @torch.no_grad()
@@ -463,7 +576,8 @@ def training_conditions(base, sampling, texts, t, fps=None) -> dict:
         cond["guidance"] = guidance_embedding(scale, unet.guidance_dim)
     if unet.motion_guidance_dim:  # in the first steps only, as distilled() has it
         early = t >= 1000 * (1 - sampling.motion_share)
-        cond["motion_guidance"] = guidance_embedding(sampling.motion_cfg * early, unet.motion_guidance_dim)
+        scale = sampling.motion_cfg * early
+        cond["motion_guidance"] = guidance_embedding(scale, unet.motion_guidance_dim)
     return cond
 
 
@@ -534,17 +648,17 @@ def noised_first_frame(base, picture, keep, shape, generators):
     sigma = (0.5 * randn((len(picture), 1, 1, 1), generators) - 3).exp()
     pixels = picture.cpu() + sigma * randn(picture.shape, generators)
     noise = randn((*shape[:2], 1, *shape[3:]), generators)  # the latent is a sample, too
-    pixels, noise = (x.to(picture.device, next(base.vae.parameters()).dtype) for x in (pixels, noise))
+    weight = next(base.vae.parameters())
     with torch.no_grad():
-        latent = base.vae.encode(pixels[:, :, None], noise).float()
+        latent = base.vae.encode(pixels[:, :, None].to(weight), noise.to(weight)).float()
     return latent * keep.view(-1, 1, 1, 1, 1)
 
 
 def read_image_pairs(path, row, image=None):
     """A prompt file -> [(image or None, prompt)]: one image for all, or each line's own,
     image|||prompt."""
-    optional = row.unet.adapter_image_dim and Path(path).is_file() and b"|||" in Path(path).read_bytes()
-    if not image and (row.first_frame or optional):
+    optional = row.unet.adapter_image_dim and Path(path).is_file()
+    if not image and (row.first_frame or (optional and b"|||" in Path(path).read_bytes())):
         return read_image_prompts(path)
     return [(image, prompt) for prompt in read_prompts(path)]
 
@@ -559,9 +673,10 @@ def load_run(path, tensors, meta, weights, base=None):
     """
     # a run of all weights holds the whole network, whatever it started from
     whole = not meta["rank"]
-    base = base or load_base(meta["base"], weights or meta["args"].get("weights"), "cpu", torch.float32,
-                             scratch=bool(whole and meta["args"].get("scratch")), start=whole,
-                             tracks=meta.get("tracking_blocks", 0), motion=meta["method"] == "demo")
+    base = base or load_base(
+        meta["base"], weights or meta["args"].get("weights"), "cpu", torch.float32,
+        scratch=bool(whole and meta["args"].get("scratch")), start=whole,
+        tracks=meta.get("tracking_blocks", 0), motion=meta["method"] == "demo")
     if meta.get("guidance_dim"):
         add_guidance(base, meta["guidance_dim"])
     if meta["rank"]:
@@ -569,13 +684,15 @@ def load_run(path, tensors, meta, weights, base=None):
     modules = {"net": base.net, "text": base.text_encoder, "image": base.image_encoder,
                "motion": base.motion_encoder}
     parts = run_parts(tensors)
-    base.learn({base.token_of(word): vectors for word, vectors in parts.pop("learned").items()}, path)
+    words = parts.pop("learned")
+    base.learn({base.token_of(word): vectors for word, vectors in words.items()}, path)
     for part, state in parts.items():
         if not state:
             continue
         unexpected = modules[part].load_state_dict(state, strict=False).unexpected_keys
         if unexpected:
-            raise UserError(f"--ckpt {path}: does not fit base {base.name}: unexpected {unexpected[0]}")
+            raise UserError(f"--ckpt {path}: does not fit base {base.name}: unexpected "
+                            f"{unexpected[0]}")
     merge_lora(base.net)
     base.schedule = make_schedule(**meta["schedule"]) if meta.get("schedule") else base.schedule
     return base

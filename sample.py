@@ -2,19 +2,19 @@
 
     python sample.py --base tiny --prompt "a red circle moving left on a gray background"
     python sample.py --ckpt out/vader --prompts prompts.txt --n 4
-    python sample.py --base tiny --judge 256               # 256 random captions: how many clips are right?
-    python sample.py --ckpt out/vader --prompts prompts.txt --reward hps,aesthetic   # and a table of scores
+    python sample.py --base tiny --judge 256         # of 256 random captions, how many are obeyed?
+    python sample.py --ckpt out/vader --prompts prompts.txt --reward hps,aesthetic  # scores, too
     torchrun --nproc_per_node=4 sample.py --base modelscope --weights W --prompts prompts.txt
-    python sample.py --base i2vgen-xl --image dog.png --prompt "a dog runs"  # or --prompts: image|||caption
-    python sample.py --base vcomposer --depth depth.npy --style-image painting.png --prompt "a red car"
-    python sample.py --base vcomposer --depth drive.mp4 --midas midas_v3_dpt_large.pth --prompt "a red car"
-    python sample.py --base vcomposer --follow drive.mp4 --take sketch motion style --prompt "a red car"
-    python sample.py --base tft2v --prompt "a fox in the snow" --then sr600     # enlarged: OUT/sr600
-    python sample.py --base tiny-i2v --image frame.png --prompt "a red circle moving left" --continue 2
+    python sample.py --base i2vgen-xl --image dog.png --prompt "a dog runs"
+    python sample.py --base vcomposer --depth depth.npy --style-image art.png --prompt "a red car"
+    python sample.py --base vcomposer --depth drive.mp4 --midas W --prompt "a red car"
+    python sample.py --base vcomposer --follow drive.mp4 --take sketch motion --prompt "a red car"
+    python sample.py --base tft2v --prompt "a fox in the snow" --then sr600    # enlarged: OUT/sr600
+    python sample.py --base tiny-i2v --image a.png --prompt "a red circle growing" --continue 2
     python sample.py --ckpt out/das --image first.png --tracks tracks.mp4 --prompt "a dog"
     python sample.py --base sr600 --video out/sample       # every clip there, at 720x1280
-    python sample.py --base modelscope-v1.4 --lora instructvideo.pth:0.8 --prompt "a fox in the snow"
-    python sample.py --ckpt out/identity:500 --ckpt out/motion --appearance-image dog.png --prompt "a * turns"
+    python sample.py --base modelscope-v1.4 --lora instructvideo.pth:0.8 --prompt "a fox"
+    python sample.py --ckpt out/identity:500 --ckpt out/motion --prompt "a * turns"
 
 Writes OUT/0000.mp4 ..., OUT/sheet.png (a contact sheet) and OUT/index.jsonl (file, prompt, seed,
 base, adapters, settings and, with --reward, scores). What goes with the clips is in folders of
@@ -36,10 +36,10 @@ import torch.nn.functional as F
 from PIL import Image
 
 from bases import (
-    BASES, base_row, choose_sampling, load_base, lora_file, merge_public_lora, read_words)
+    base_row, choose_sampling, load_base, lora_file, merge_public_lora, read_words)
 from common import (
-    COUNT, NATURAL, REAL, SAMPLERS, SHARE, UNSIGNED, Parser, UserError, check_writable, gather_rows,
-    memory_advice, run_command, setup, write_atomic, write_lines)
+    Parser, UserError, check_writable, gather_rows,
+    run_command, setup, write_atomic, write_lines)
 from data import (
     center_crop_wide, codec_motion, contact_sheet, image_tensor, list_videos, lucas_kanade,
     open_image, opensora_size, prompts_of, raft, read_map, read_video, video_info, video_maps,
@@ -55,8 +55,9 @@ from tracks import estimate_depth, midas_depth
 from weights import LEARNED, load_checkpoint, public_files, run_file
 
 # options that name a file, and what --follow takes of a clip
-FILE_FLAGS = ("image", "tracks", "video", "mask", "depth", "midas", "sketch", "motion_vectors", "style_image",
-              "appearance_image", "follow", "flow_weights")
+FILE_FLAGS = (
+    "image", "tracks", "video", "mask", "depth", "midas", "sketch", "motion_vectors", "style_image",
+    "appearance_image", "follow", "flow_weights")
 TAKE = "depth", "sketch", "single_sketch", "motion", "local_image", "style"
 
 
@@ -72,113 +73,112 @@ class Clip:
 
 def get_args(argv=None):
     p = Parser(__doc__)
-    # what
-    p.add_argument("--base", help=f"base to sample from: {', '.join(BASES)} (default: the run's)")
-    p.add_argument("--weights", help="folder with the base's public weights (default: download from its hub)")
+    p.options("base", without=("--resume",))
     p.add_argument("--ckpt", action="append", default=[], metavar="FOLDER[:STEP]",
                    help="folder of one of our runs; twice to join DreamVideo's subject and motion")
     p.add_argument("--learned", metavar="FILE",
-                   help="words of a textual inversion (a run of dreamvideo.py or DreamVideo's own file)")
+                   help="words of a textual inversion: a run of dreamvideo.py or DreamVideo's file")
     p.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]",
-                   help="LoRA or adapter file (T2V-Turbo, VADER, InstructVideo, DreamVideo); repeatable")
-    p.add_argument("--out", default="out/sample", help="folder to write to")
+                   help="LoRA or adapter file of T2V-Turbo, VADER, InstructVideo or DreamVideo; "
+                        "repeatable")
     p.add_argument("--prompt", help="one prompt")
-    p.add_argument("--prompts", help="file of prompts: .txt, .csv, .jsonl, .json; with a first frame: lines "
-                                     "image|||caption")
-    p.add_argument("--judge", type=COUNT, metavar="N",
-                   help="tiny bases: sample N random captions (and held-out first frames) and judge the clips")
-    p.add_argument("--motion", choices=MOTIONS + NEW_MOTIONS, help="tiny bases: the motion of all clips")
-    p.add_argument("--reward", help="score the clips by a reward of rewards.py, or several joined by commas")
-    p.add_argument("--reward-weights", help="folder with the rewards' public files (default: download them)")
-    # conditions
-    p.add_argument("--image", help="first frame (I2VGen-XL, CogVideoX-I2V, das, VideoComposer)")
-    p.add_argument("--continue", dest="continuations", type=NATURAL, default=0, metavar="K",
-                   help="with a first frame: K further clips, each from the last frame of the one before")
-    p.add_argument("--tracks", help="tracking video (Diffusion as Shader; das.py --make-tracks makes one)")
-    p.add_argument("--track-strength", type=UNSIGNED,
-                   help="weight of the tracks: 0 ignores them (default: 1)")
-    p.add_argument("--video", help="clip or folder of clips to enlarge (SR600); the video that --mask hides "
-                                   "parts of (VideoComposer); a clip whose motion to start near (DreamVideo)")
-    p.add_argument("--mask", help="picture that is white where the video is hidden (VideoComposer)")
-    p.add_argument("--depth", help="depth maps: .npy or video; with --midas any video (VideoComposer)")
-    p.add_argument("--midas", metavar="FILE",
-                   help="estimate the depth of the video --depth with these weights (ModelScope hub "
-                        "iic/tf-t2v, models/midas_v3_dpt_large.pth)")
-    p.add_argument("--sketch", help="sketches: .npy or video, or one picture (VideoComposer)")
-    p.add_argument("--motion-vectors", help="motion vectors: .npy of shape (2, f, h, w) (VideoComposer)")
-    p.add_argument("--style-image", help="picture whose style and content to follow (VideoComposer)")
-    p.add_argument("--follow", metavar="VIDEO", help="clip to take conditions from (VideoComposer)")
-    p.add_argument("--take", nargs="+", choices=TAKE, help="what to take of --follow")
-    p.add_argument("--depth-model", metavar="NAME",
-                   help="depth network of transformers for --take depth: hub name or folder")
-    p.add_argument("--flow-weights", help="file of torchvision's RAFT large: --take motion by optical flow "
-                                          "instead of the codec's motion vectors")
-    p.add_argument("--appearance-image", help="picture that guides the motion adapter (DreamVideo)")
-    p.add_argument("--strength", type=REAL, nargs=2, default=(1.0, 1.0), metavar=("COND", "UNCOND"),
-                   help="weight of the appearance image in the two branches of guidance (DreamVideo)")
-    p.add_argument("--subject-below", type=NATURAL, metavar="T",
-                   help="the subject's adapters act only at noise steps below T (DreamVideo with a motion; "
-                        "tiny: 300)")
-    p.add_argument("--inverse-noise", type=SHARE, default=0.0,
-                   help="share of the inverted --video in the starting noise (DreamVideo; 0 to 0.5 suit a "
-                        "motion learned from one clip)")
-    p.add_argument("--motion-factor", type=NATURAL, help="HiGen: amount of motion (default: 500)")
-    p.add_argument("--appearance-factor", type=REAL, help="HiGen: change over the clip (default: 1.0)")
-    # pixels and sampling
-    p.add_argument("--frames", type=COUNT, help="frames per clip (default: the base's)")
-    p.add_argument("--height", type=COUNT, help="height in pixels (default: the base's)")
-    p.add_argument("--width", type=COUNT, help="width in pixels (default: the base's)")
-    p.add_argument("--fps", type=COUNT, help="frame rate given to the network, for bases that take one")
+    p.add_argument("--prompts", help="file of prompts: .txt, .csv, .jsonl, .json; with a first "
+                                     "frame: lines image|||caption")
+    p.add_argument("--judge", type=p.COUNT, metavar="N",
+                   help="tiny bases: sample N random captions (and held-out first frames) and "
+                        "judge the clips")
+    p.add_argument("--motion", choices=MOTIONS + NEW_MOTIONS, help="tiny bases: the clips' motion")
+    p.options("reward")
+    add_conditions(p)
+    p.options("pixels sampler sampling")
     p.add_argument("--size", metavar="LENGTH,RESOLUTION,ASPECT",
-                   help="Open-Sora's sizes by name: 2s to 16s, 144p to 720p, height:width, e.g. 4s,240p,9:16")
-    p.add_argument("--save-fps", type=COUNT, help="frame rate of the files (default: the base's)")
-    p.add_argument("--sampler", choices=SAMPLERS, help="sampler (default: the base's)")
-    p.add_argument("--negative",
-                   help="negative prompt: text of the unconditional branch (default: the base's)")
+                   help="Open-Sora's sizes by name: 2s to 16s, 144p to 720p, height:width, such as "
+                        "4s,240p,9:16")
+    p.add_argument("--save-fps", type=p.COUNT, help="frame rate of the files (default: the base's)")
     p.add_argument("--suffix", help="text put after every prompt (default: the base's)")
-    p.add_argument("--sample-steps", type=COUNT, help="sampler steps (default: the base's)")
-    p.add_argument("--eta", type=SHARE,
-                   help="DDIM noise: 0 is deterministic, 1 is DDPM (default: the base's)")
-    p.add_argument("--cfg", type=REAL, help="guidance scale w in u + w (c - u); 1 turns guidance off "
-                                            "(default: the base's)")
     p.add_argument("--dynamic-cfg", choices=("published", "meant", "off"),
                    help="CogVideoX: guidance that grows over the steps, as published or as meant")
-    p.add_argument("--motion-cfg", type=REAL, help="T2V-Turbo-v2: scale of motion guidance (default: 0.05)")
-    p.add_argument("--n", type=COUNT, default=1, help="clips generated per prompt")
-    p.add_argument("--vbench", action="store_true", help="name the files as VBench wants: PROMPT-0.mp4, ...")
-    p.add_argument("--batch", type=COUNT, default=4, help="clips per process at a time")
-    p.add_argument("--seed", type=NATURAL, default=0, help="seed of everything random")
-    # afterwards
-    p.add_argument("--then", metavar="BASE", help="enlarge the clips with this base, sr600, into OUT/BASE")
-    p.add_argument("--then-weights", help="folder with its public weights (default: download from its hub)")
-    p.add_argument("--then-size", type=COUNT, nargs=2, metavar=("HEIGHT", "WIDTH"),
+    p.add_argument("--motion-cfg", type=p.REAL,
+                   help="T2V-Turbo-v2: scale of motion guidance (default: 0.05)")
+    p.add_argument("--n", type=p.COUNT, default=1, help="clips generated per prompt")
+    p.add_argument("--vbench", action="store_true",
+                   help="name the files as VBench wants: PROMPT-0.mp4, ...")
+    p.add_argument("--then", metavar="BASE",
+                   help="enlarge the clips with this base, sr600, into OUT/BASE")
+    p.add_argument("--then-weights", metavar="FOLDER",
+                   help="folder with its public weights (default: download them)")
+    p.add_argument("--then-size", type=p.COUNT, nargs=2, metavar=("HEIGHT", "WIDTH"),
                    help="size of the enlarged clips in pixels (default: 720 1280)")
-    # machine
-    p.add_argument("--device", help="cuda, cuda:1, mps or cpu (default: cuda if there is one)")
-    p.add_argument("--dtype", choices=("bf16", "fp16", "fp32"),
-                   help="precision of frozen weights and of autocast (default: bf16 on a GPU, else fp32)")
+    p.options("machine", without=("--grad-ckpt", "--parallel", "--offload"))
     p.add_argument("--sequential", action="store_true",
                    help="run the two branches of guidance one after the other: less memory")
-    p.add_argument("--decode-chunk", type=COUNT, default=16, help="frames the autoencoder decodes at a time")
+    p.add_argument("--decode-chunk", type=p.COUNT, default=16,
+                   help="frames that the autoencoder decodes at a time")
+    p.add_argument("--batch", type=p.COUNT, default=4, help="samples per process and micro-step")
+    p.add_argument("--seed", type=p.NATURAL, default=0, help="seed of everything random")
+    p.set_defaults(out="out/sample")
     args = p.parse_args(argv)
     if not args.base and not args.ckpt:
         raise UserError("give --base NAME or --ckpt FOLDER")
     if args.reward_weights and not args.reward:
         raise UserError("--reward-weights: of which reward? give --reward")
     if args.motion and not args.judge:
-        raise UserError("--motion: which clips --judge N draws; give --judge, or say it in the --prompt")
+        raise UserError("--motion: is of the clips of --judge N; give --judge, or use --prompt")
     if sum(bool(x) for x in (args.prompt, args.prompts, args.judge)) > 1:
         raise UserError("give only one of --prompt TEXT, --prompts FILE, --judge N (tiny)")
     return args
+
+
+def add_conditions(p):
+    """Options for what bases take beside a prompt."""
+    p.add_argument("--image", help="first frame (I2VGen-XL, CogVideoX-I2V, das, VideoComposer)")
+    p.add_argument("--continue", dest="continuations", type=p.NATURAL, default=0, metavar="K",
+                   help="with a first frame: K further clips, each from the last frame of the one "
+                        "before")
+    p.add_argument("--tracks", help="tracking video (Diffusion as Shader; das.py --make-tracks)")
+    p.add_argument("--track-strength", type=p.UNSIGNED,
+                   help="weight of the tracks; 0 ignores them (default: 1)")
+    p.add_argument("--video", help="SR600: clip or folder of clips to enlarge; VideoComposer: "
+                                   "video of which --mask hides a part; DreamVideo: clip whose "
+                                   "motion to start near")
+    p.add_argument("--mask", help="VideoComposer: picture that is white where the video is hidden")
+    p.add_argument("--depth", help="VideoComposer: depth maps, .npy or video; with --midas a clip")
+    p.add_argument("--midas", metavar="FILE",
+                   help="VideoComposer: estimate the depth of --depth or --follow with these "
+                        "weights (ModelScope hub iic/tf-t2v, models/midas_v3_dpt_large.pth)")
+    p.add_argument("--sketch", help="VideoComposer: sketches, .npy or video, or one picture")
+    p.add_argument("--motion-vectors", metavar="FILE",
+                   help="VideoComposer: motion vectors, .npy of shape (2, f, h, w)")
+    p.add_argument("--style-image", help="VideoComposer: picture whose style and content to follow")
+    p.add_argument("--follow", metavar="VIDEO", help="VideoComposer: clip to take conditions from")
+    p.add_argument("--take", nargs="+", choices=TAKE, help="what to take of --follow")
+    p.add_argument("--depth-model", metavar="NAME",
+                   help="depth network of transformers: hub name or folder")
+    p.add_argument("--flow-weights", metavar="FILE",
+                   help="file of torchvision's RAFT weights; for --take motion by optical flow "
+                        "instead of the codec's motion vectors")
+    p.add_argument("--appearance-image", help="DreamVideo: picture that guides the motion adapter")
+    p.add_argument("--strength", type=p.REAL, nargs=2, default=(1.0, 1.0),
+                   metavar=("COND", "UNCOND"),
+                   help="DreamVideo: weight of the appearance image in the two guidance branches")
+    p.add_argument("--subject-below", type=p.NATURAL, metavar="T",
+                   help="DreamVideo with a motion: the subject's adapters act only at noise steps "
+                        "below T (tiny: 300)")
+    p.add_argument("--inverse-noise", type=p.SHARE, default=0.0,
+                   help="DreamVideo: share of the inverted --video in the starting noise (0 to 0.5 "
+                        "suit a motion learned from one clip)")
+    p.add_argument("--motion-factor", type=p.NATURAL, help="HiGen: amount of motion (default: 500)")
+    p.add_argument("--appearance-factor", type=p.REAL,
+                   help="HiGen: amount of change over the clip (default: 1.0)")
 
 
 def main(argv=None):
     args = get_args(argv)
     play(args)  # its networks are gone when it returns
     if args.then:
-        flags = {"weights": args.then_weights, "device": args.device, "dtype": args.dtype, "seed": args.seed,
-                 "video": args.out, "out": Path(args.out, args.then), "save-fps": args.save_fps,
-                 **dict(zip(("height", "width"), args.then_size or ()))}
+        flags = {"weights": args.then_weights, "device": args.device, "dtype": args.dtype,
+                 "seed": args.seed, "video": args.out, "out": Path(args.out, args.then),
+                 "save-fps": args.save_fps, **dict(zip(("height", "width"), args.then_size or ()))}
         words = [x for k, v in flags.items() if v is not None for x in (f"--{k}", str(v))]
         play(get_args(["--base", args.then, *words] + ["--sequential"] * args.sequential))
     if dist.is_initialized():
@@ -212,11 +212,10 @@ def play(args):
     if args.follow:
         taken, style = followed(args, row, sampling, env.device, style)
         maps |= taken
-    base = build(args, env, runs, loras, [clip.prompt + sampling.suffix for clip in clips], sampling)
+    texts = [clip.prompt + sampling.suffix for clip in clips]
+    base = build(args, env, runs, loras, texts, sampling)
     mine = list(range(env.rank, len(clips), env.world))
-    with memory_advice("--batch 1", "--sequential", "--decode-chunk 1", "--dtype bf16", "fewer --frames",
-                       "a smaller --height and --width"):
-        make_clips(args, env, base, sampling, clips, mine, maps, style, tracks, near)
+    make_clips(args, env, base, sampling, clips, mine, maps, style, tracks, near)
     scores = {}  # by the clip's number; of the files, as one would look at them
     if reward:
         files = [Path(args.out, clips[j].file) for j in mine]
@@ -242,11 +241,12 @@ def read_runs(args):
             raise UserError(f"--ckpt {text}: was trained on base {meta['base']}, {runs[0][0]} on "
                             f"{runs[0][2]['base']}; they cannot be joined")
         if len(runs) > 1 and meta["method"] != "dreamvideo":
-            raise UserError(f"--ckpt {text}: a run of {meta['method']}; only DreamVideo's can be joined")
+            raise UserError(f"--ckpt {text}: a run of {meta['method']}; only DreamVideo's can be "
+                            "joined")
         twice = [k for k in tensors if k in owner and not k.startswith(LEARNED)]
         if twice:
-            raise UserError(f"--ckpt {text}: trained the same as {owner[twice[0]]} ({twice[0]}); give one "
-                            "subject and one motion")
+            raise UserError(f"--ckpt {text}: trained the same as {owner[twice[0]]} ({twice[0]}); "
+                            "give one subject and one motion")
         owner |= dict.fromkeys(tensors, text)
     return runs
 
@@ -254,10 +254,12 @@ def read_runs(args):
 def named_size(args, row) -> dict:
     """Open-Sora's --size by name -> frames, height and width, where these flags are not given."""
     if not isinstance(row.net, STDiT3Config):
-        raise UserError("--size: only Open-Sora's sizes have names; give --frames, --height, --width")
+        raise UserError("--size: only Open-Sora's sizes have names; give --frames, --height and "
+                        "--width")
     names = args.size.split(",")
     if len(names) > 3:
-        raise UserError(f"--size {args.size}: more than length,resolution,aspect, such as 4s,240p,9:16")
+        raise UserError(f"--size {args.size}: more than length,resolution,aspect, such as "
+                        "4s,240p,9:16")
     size = dict(zip(("frames", "height", "width"), opensora_size(*names)))
     return {k: v for k, v in size.items() if vars(args)[k] is None}
 
@@ -268,13 +270,15 @@ def check_conditions(args, row, sampling):
     if args.subject_below is not None and not row.unet.adapter_image_dim:
         raise UserError("--subject-below: this base has no adapters of a subject")
     if args.judge and not row.tiny:
-        raise UserError("--judge: only clips of the tiny world can be judged; give --prompt or --prompts")
+        raise UserError("--judge: only clips of the tiny world can be judged; give --prompt or "
+                        "--prompts")
     if args.continuations and (not row.first_frame or row.tracks):
-        raise UserError("--continue: only a base that makes video from an image alone goes on from a frame")
+        raise UserError("--continue: only a base that makes video from an image alone goes on from "
+                        "a frame")
     if row.first_frame and args.judge and args.image:
         raise UserError("--judge: brings its own first frames; leave --image out")
     if row.first_frame and not args.image and not args.prompts and not args.judge:
-        raise UserError("image to video: give --image FILE, or --prompts with lines image|||caption")
+        raise UserError("image to video: give --image FILE, or --prompts of image|||caption lines")
     if args.track_strength is not None and not row.tracks:
         raise UserError("--track-strength: this base has no such condition")
     if row.tracks and not args.tracks:
@@ -282,16 +286,18 @@ def check_conditions(args, row, sampling):
     if row.unet.super_resolution and not args.video:
         raise UserError("super-resolution: give the clip, or a folder of clips, with --video")
     if bool(args.inverse_noise) != bool(args.video and row.unet.adapter_image_dim):
-        raise UserError("--inverse-noise and --video belong together (DreamVideo): how much of the inverted "
-                        "clip to start from")
-    if args.then and (base_row(args.then).unet.super_resolution, row.unet.super_resolution) != (True, False):
-        raise UserError(f"--then {args.then}: for a base that enlarges clips, sr600, after one that does not")
-    if args.then:  # its files are looked for now
-        public_files(args.then, base_row(args.then), args.then_weights)
+        raise UserError("--inverse-noise and --video belong together (DreamVideo): how much of the "
+                        "inverted clip to start from")
+    if args.then:
+        if not base_row(args.then).unet.super_resolution or row.unet.super_resolution:
+            raise UserError(f"--then {args.then}: for a base that enlarges clips, sr600, after one "
+                            "that does not")
+        public_files(args.then, base_row(args.then), args.then_weights)  # are they there?
     if not (args.prompt or args.prompts or args.judge or row.unet.super_resolution):
         raise UserError("give one of --prompt TEXT, --prompts FILE, --judge N (tiny)")
     if row.unet.text_resampler and sampling.frames != row.sample.frames:
-        raise UserError(f"--frames {sampling.frames}: HiGen makes clips of {row.sample.frames} frames")
+        raise UserError(f"--frames {sampling.frames}: HiGen makes clips of {row.sample.frames} "
+                        "frames")
 
 
 def check_files(args, row):
@@ -301,8 +307,8 @@ def check_files(args, row):
     takes |= {"video"} if row.unet.super_resolution else set()
     takes |= {"appearance_image", "video"} if row.unet.adapter_image_dim else set()
     if row.unet.maps:
-        takes |= {"image", "video", "mask", "depth", "midas", "sketch", "motion_vectors", "style_image",
-                  "follow", "flow_weights"}
+        takes |= {"image", "video", "mask", "depth", "midas", "sketch", "motion_vectors",
+                  "style_image", "follow", "flow_weights"}
     for flag in FILE_FLAGS:
         value, option = vars(args)[flag], f"--{flag.replace('_', '-')}"
         if value and flag not in takes:
@@ -320,13 +326,15 @@ def check_files(args, row):
     if args.midas and not args.depth and "depth" not in take:
         raise UserError("--midas: give the video whose depth it is to estimate with --depth")
     if bool(args.follow) != bool(args.take):
-        raise UserError(f"--follow VIDEO and --take belong together: what to take of it, {', '.join(TAKE)}")
+        raise UserError("--follow VIDEO and --take belong together: what to take of it, "
+                        + ", ".join(TAKE))
     for name in take:
         if name not in row.unet.maps and not (name == "style" and row.unet.style_image):
             raise UserError(f"--take {name}: this base has no such condition; it has "
                             f"{', '.join(row.unet.maps)}")
     if "depth" in take and not args.midas and not args.depth_model:
-        raise UserError("--take depth: give the network that sees it, --depth-model NAME or --midas FILE")
+        raise UserError("--take depth: give the network that sees it, --depth-model NAME or "
+                        "--midas FILE")
 
 
 def read_clips(args, row, sampling):
@@ -340,7 +348,9 @@ def read_clips(args, row, sampling):
         pairs = list(zip(files, prompts_of(files, args.prompts, args.prompt)))
     else:
         image = args.image if row.first_frame else args.appearance_image
-        pairs = [(image, args.prompt)] if args.prompt else read_image_pairs(args.prompts, row, image)
+        pairs = [(image, args.prompt)]
+        if not args.prompt:
+            pairs = read_image_pairs(args.prompts, row, image)
         for picture in dict.fromkeys(picture for picture, _ in pairs if picture):
             open_image(picture)
     names = file_names([prompt for _, prompt in pairs], args.n, args.vbench)
@@ -356,7 +366,8 @@ def judged_pairs(args, row, sampling):
     captions, rng = tiny_captions(), np.random.default_rng(args.seed)
     captions = [c for c in captions if args.motion in (None, parse(c)["motion"])]
     if not captions:
-        raise UserError(f"--motion {args.motion}: base {args.base} has no such motion among its captions")
+        raise UserError(f"--motion {args.motion}: base {args.base} has no such motion among its "
+                        "captions")
     return [(None, captions[i]) for i in rng.integers(len(captions), size=args.judge)]
 
 
@@ -366,7 +377,8 @@ def file_names(prompts, n, vbench=False):
         return [f"{j:04d}.mp4" for j in range(len(prompts) * n)]
     for prompt in prompts:
         if "/" in prompt or len(prompt.encode()) > 240:
-            raise UserError(f"--vbench: {prompt[:60]!r} cannot be a file name (a / in it, or too long)")
+            raise UserError(f"--vbench: {prompt[:60]!r} cannot be a file name (a / in it, or too "
+                            "long)")
         if prompts.count(prompt) > 1:
             raise UserError(f"--vbench: the prompt {prompt[:60]!r} occurs twice; give --n instead")
     return [f"{prompt}-{k}.mp4" for prompt in prompts for k in range(n)]
@@ -390,8 +402,10 @@ def read_maps(args, sampling):
         maps["depth"] = read_map(args.depth, f, size, 1)
     if args.sketch:
         sketch = read_map(args.sketch, None, size, 1)
-        name = "sketch" if sketch.shape[1] > 1 else "single_sketch"
-        maps[name] = read_map(args.sketch, f, size, 1) if name == "sketch" else sketch.expand(-1, f, -1, -1)
+        if sketch.shape[1] > 1:
+            maps["sketch"] = read_map(args.sketch, f, size, 1)
+        else:
+            maps["single_sketch"] = sketch.expand(-1, f, -1, -1)
     if args.motion_vectors:
         maps["motion"] = read_map(args.motion_vectors, f, size, 2)
     if args.image:
@@ -414,7 +428,8 @@ def followed(args, row, sampling, device, style=None):
     stride = max(1, min(round(rate / 3), (count - 1) // max(sampling.frames - 1, 1)))
     video, size = read_video(args.follow, sampling.frames, rate / stride)[0], sampling.size[1:]
     style = frame_picture(video[:, 0]) if "style" in args.take else style
-    video = F.interpolate(video.transpose(0, 1), size, mode="bilinear", antialias=True).transpose(0, 1)
+    video = F.interpolate(video.transpose(0, 1), size, mode="bilinear", antialias=True)
+    video = video.transpose(0, 1)
 
     def depth(video):
         if args.midas:
@@ -485,16 +500,17 @@ def make_clips(args, env, base, sampling, clips, mine, maps, style, tracks, near
         if enlarges:
             options["video"], frames = enlarge_clip(sources[0], sampling)
             sampling, sources = replace(sampling, frames=options["video"].shape[2]), [None]
+        prompts, seeds = [clip.prompt for clip in part], [clip.seed for clip in part]
         videos = generate_from(
-            base, env, [clip.prompt for clip in part], sources, [clip.seed for clip in part], sampling, batch,
-            args.continuations, maps, style, progress=bar, sequential=args.sequential,
-            chunk=args.decode_chunk, **options)
+            base, env, prompts, sources, seeds, sampling, batch, args.continuations, maps, style,
+            progress=bar, sequential=args.sequential, chunk=args.decode_chunk, **options)
         if frames is not None and frames < videos.shape[2]:
             videos = videos[:, :, ::2]  # every frame went in twice
         for clip, video in zip(part, videos):
             write_video(out / clip.file, video, sampling.save_fps)
             if tracks is not None:
-                write_video(out / "side" / clip.file, beside(clip, tracks, video), sampling.save_fps)
+                side = beside(clip, tracks, video)
+                write_video(out / "side" / clip.file, side, sampling.save_fps)
             if isinstance(clip.source, Image.Image):
                 write_atomic(first_frame_file(args, clip), clip.source.save)
         if env.main:
@@ -523,11 +539,12 @@ def report(args, row, base, sampling, clips, scores, tracks):
         del settings["frames"]  # each clip keeps its own
     adapters = args.ckpt + ([args.learned] if args.learned else []) + args.lora
     given = {flag: vars(args)[flag] for flag in FILE_FLAGS if vars(args)[flag]}
-    own = "image" if row.first_frame else "appearance_image" if row.unet.adapter_image_dim else "video"
+    own = "appearance_image" if row.unet.adapter_image_dim else "video"
+    own = "image" if row.first_frame else own  # what a clip's source is called
     rows = []
     for j, clip in enumerate(clips):
-        line = dict(file=clip.file, prompt=clip.prompt, seed=clip.seed, base=base.name, adapters=adapters)
-        line |= given
+        line = dict(file=clip.file, prompt=clip.prompt, seed=clip.seed, base=base.name,
+                    adapters=adapters, **given)
         if clip.source:
             drawn = isinstance(clip.source, Image.Image)
             line[own] = str(first_frame_file(args, clip) if drawn else clip.source)
@@ -554,4 +571,5 @@ def report(args, row, base, sampling, clips, scores, tracks):
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "--batch 1", "--sequential", "--decode-chunk 1", "--dtype bf16",
+                "fewer --frames", "a smaller --height and --width")

@@ -317,6 +317,16 @@ class TinyTracks(torch.utils.data.Dataset):
         return tiny_track_clip((self.seed, TRAINING, item[0]), self.motion, self.frames)[0]
 
 
+def held_out_tracks(n, frames, seed=0):
+    """n clips of each of TINY_TRACKS -> [{"video", "tracks", "text", "motion", "scene"}]."""
+    clips = []
+    for m, motion in enumerate(TINY_TRACKS):
+        for i in range(n):
+            clip, scene = tiny_track_clip((seed, HELD_OUT, m, i), motion, frames)
+            clips.append(clip | {"motion": motion, "scene": scene})
+    return clips
+
+
 # ---- the judge
 
 ATTRIBUTES = ("shape", "colour", "background", "motion")
@@ -384,6 +394,15 @@ def position_error(video, x, y):
     area, size = mask.sum((1, 2)), mask.shape[2]
     shown = (area > 4) & (area < 0.8 * size * size) & (strong > 25)
     return float(np.where(shown, np.hypot(cx - x, cy - y) / size, 0.5).mean())
+
+
+def position_errors(videos, clips):
+    """Videos made from the tracks of held_out_tracks() -> {motion: mean position_error()}."""
+    errors = {}
+    for video, clip in zip(videos, clips):
+        error = position_error(video, clip["scene"].x, clip["scene"].y)
+        errors.setdefault(clip["motion"], []).append(error)
+    return {motion: sum(values) / len(values) for motion, values in errors.items()}
 
 
 def judge(video: Tensor) -> dict:
@@ -549,6 +568,7 @@ class TinyScorer(nn.Module):
 
 
 def tiny_scorer(files):
+    """-> judge(clips, captions) and check(captions), from which rewards.py makes `tiny`."""
     if not SCORER_FILE.exists():
         raise UserError(f"{SCORER_FILE} is missing: check out the repository whole, "
                         "or run python tinyworld.py --train scorer")
@@ -562,15 +582,14 @@ def tiny_scorer(files):
                 raise UserError(f"--reward tiny: prompt {prompt!r} is no caption of the tiny world "
                                 f"({unknown[0]!r})")
 
-    def reward(clips, prompts):
+    def judge(clips, prompts):
         check(prompts)
         if clips.shape[1:] != (3, 8, 32, 32):
             f, h, w = clips.shape[2:]
             raise UserError(f"--reward tiny judges clips of 8 frames of 32x32, not {f} of {h}x{w}: "
                             "use it with --base tiny and --decode all")
         return scorer(clips, prompts)
-    reward.clip, reward.check = True, check
-    return reward
+    return judge, check
 
 
 def tiny_image_embedding(device):

@@ -1,36 +1,39 @@
-"""VADER: align a video model by the gradient of a reward (Prabhudesai et al., arXiv 2407.08737).
+"""VADER: align a video model by the gradient of a reward (Prabhudesai et al., arXiv
+2407.08737).
 
-    J(theta) = E_{text, x_T} [ r(decode(x_0(theta)), text) ],   theta += lr dJ/dtheta    (eq. 1)
+    J(theta) = E_{text, x_T} [ r(decode(x_0(theta)), text) ],  theta += lr dJ/dtheta  (eq. 1)
 
-Algorithm 1: sample a prompt and noise, run the whole sampler with guidance, decode some frames, ask
-the reward how good they are, and backpropagate through the decoder and the last K sampler updates
-into LoRA weights. There is no data, no reference model and no KL term: stop early.
+Algorithm 1: sample a prompt and noise, run the whole sampler with guidance, decode some
+frames, ask the reward how good they are, and backpropagate through the decoder and the
+last K sampler updates into LoRA weights. There is no data, no reference model and no KL
+term: stop early.
 
     python vader.py --base tiny                            # 2 CPU cores, minutes
     python vader.py --base tiny --reward size              # a hand-written reward
-    python vader.py --base tiny-i2v                        # clips 3 times as long, reward over time
-    python vader.py --base tiny --reward brightness --lr 1e-3 --steps 60     # trained too long
+    python vader.py --base tiny-i2v                        # from a first frame, longer clips
+    python vader.py --base tiny --reward brightness --lr 1e-3 --steps 60   # too long
     python vader.py --reward hps --weights W --accum 32    # VideoCrafter2 on one GPU
     torchrun --nproc_per_node=4 vader.py --reward hps:1.5,aesthetic:0.1 --weights W
     python vader.py --base modelscope --weights W --prompts P --reward my_reward.py:fn
     python vader.py --reward hps --preview-every 50 --watch pickscore --patience 2
-    python vader.py --reward pickscore --lora vader_videocrafter_pickscore.pt   # from a public LoRA
+    python vader.py --reward pickscore --lora vader_videocrafter_pickscore.pt
     python vader.py ... --resume                           # continue, bit for bit
     python sample.py --ckpt out/vader --prompt "a red circle moving left"
 
-Writes to --out: ckpt.safetensors (the LoRA), log.jsonl, curve.png, eval.jsonl (rewards of
-held-out prompts, always from the same noise, and the judge's verdict on tiny bases), before.png
-and after.png with their clips, sweep.png (LoRA strength against reward and damage), and with
---patience best.safetensors.
+Writes to --out: ckpt.safetensors (the LoRA), log.jsonl, curve.png, eval.jsonl (rewards
+of held-out prompts, always from the same noise, and the judge's verdict on tiny bases),
+before.png and after.png with their clips, sweep.png (LoRA strength against reward and
+damage), and with --patience best.safetensors.
 
-Memory: with --backprop last and one decoded frame, one network call and one decoder call hold
-activations. Peak on an H100 in bf16, batch 1, without the text tower: ModelScope, 16 frames of
-256x256: 7.4 GB or less; VideoCrafter2, 16 frames of 320x512: 8.7 GB.
+Memory: with --backprop last and one decoded frame, one network call and one decoder call
+hold activations. Peak on an H100 in bf16, batch 1, without the text tower: ModelScope,
+16 frames of 256x256: 7.4 GB or less; VideoCrafter2, 16 frames of 320x512: 8.7 GB.
 
-Differences from the original code (all of them: docs/differences.md)
- - Gradients are averaged over the GPUs. (The original samples through `.module`, so DDP never sees
-   a backward pass: each GPU trains its own LoRA, and rank 0's is saved.)
- - Randomness is keyed by the sample's number, not the clock, so runs repeat and resume exactly.
+Differences from the original code (the others: docs/differences/vader.md)
+ - Gradients are averaged over the GPUs. (The original samples through `.module`, so DDP
+   never sees a backward pass: each GPU trains its own LoRA, and rank 0's is saved.)
+ - Randomness is keyed by the sample's number, not the clock, so runs repeat and resume
+   exactly.
  - Dropout is off during the rollout, as in sampling.
  - First frames, --continue and rewards over time are in the paper but not in its code.
 """
@@ -44,22 +47,24 @@ from pipeline import (
     conditions, decode, evaluate_reward, frame_picture, read_items, rollout, sweep_lora)
 from rewards import get_reward, score
 
-# The published scripts (VADER-VideoCrafter, VADER-ModelScope, VADER-Open-Sora), which give no
-# numbers for CogVideoX and I2VGen-XL.
+# The published scripts (VADER-VideoCrafter, VADER-ModelScope, VADER-Open-Sora), which
+# give no numbers for CogVideoX and I2VGen-XL.
 PAPER = dict(
-    base="videocrafter2", out="out/vader", reward="hps", steps=450, accum=16, lr=2e-4, rank=16,
-    alpha=16.0, lora_targets=["to_q", "to_k", "to_v"], sample_steps=25, save_every=50)
+    base="videocrafter2", out="out/vader", reward="hps", sample_steps=25,
+    steps=450, accum=16, lr=2e-4, save_every=50,
+    rank=16, alpha=16.0, lora_targets=["to_q", "to_k", "to_v"])
 VIDEOCRAFTER2 = dict(frames=12, fps=24, alpha=8.0, wd=0.01, accum=8)
 MODELSCOPE = dict(height=384, width=384, sampler="dpmpp", accum=16)
-OPENSORA = dict(height=276, width=368, sample_steps=30, alpha=8.0, wd=0.01, accum=8, steps=800,
-                lora_targets=["qkv", "q_linear", "kv_linear"])
+OPENSORA = dict(
+    height=276, width=368, sample_steps=30, steps=800, accum=8, wd=0.01,
+    alpha=8.0, lora_targets=["qkv", "q_linear", "kv_linear"])
 TINY = dict(
-    reward="tiny", decode="all", steps=100, batch=8, accum=1, lr=4e-3, sample_steps=5, rank=8,
-    alpha=8.0, eval_n=64, save_every=25, log_every=5, grad_ckpt=False, sweep=16)
+    reward="tiny", decode="all", sample_steps=5, steps=100, batch=8, accum=1, lr=4e-3,
+    rank=8, alpha=8.0, eval_n=64, sweep=16, save_every=25, log_every=5, grad_ckpt=False)
 TINY_I2V = TINY | dict(
     steps=20, lr=2e-3, reward="temporal", continuations=2, batch=4, eval_n=32, sweep=4)
-# A reward that does not read the prompt pulls every clip the same way, so each step has far more
-# effect.
+# A reward that does not read the prompt pulls every clip the same way, so each step has
+# far more effect.
 TINY_PROMPTLESS = dict(steps=30, lr=3e-4, sample_steps=10)
 PRESETS = {
     "videocrafter2": VIDEOCRAFTER2, "opensora": OPENSORA, "modelscope": MODELSCOPE,
@@ -112,12 +117,16 @@ def get_args(argv=None):
 # ---- the method
 
 def updates_with_gradient(backprop, updates, g):
-    """K, how many of the last sampler updates record gradients; "rand" draws 1..updates from g."""
-    return int(torch.randint(1, updates + 1, (), generator=g)) if backprop == "rand" else backprop
+    """K, how many of the last sampler updates record gradients; "rand" draws 1..updates
+    from g."""
+    if backprop == "rand":
+        return int(torch.randint(1, updates + 1, (), generator=g))
+    return backprop
 
 
 def frames_to_reward(mode, frames, g):
-    """Numbers of the frames to decode and reward, of a video of so many; "random" draws from g."""
+    """Numbers of the frames to decode and reward, of a video of so many; "random" draws
+    from g."""
     if mode in ("all", "alt"):
         return list(range(0, frames, 2 if mode == "alt" else 1))
     if mode == "first-middle-last":
@@ -131,33 +140,38 @@ def frames_to_reward(mode, frames, g):
 
 
 def roll_out(net, base, env, prompts, images, generators, sampling, k, continuations):
-    """Prompts and noise -> x_0, the latents (b,c,f',h',w') of each clip of a video, in a list.
+    """Prompts and noise -> x_0, the latents (b,c,f',h',w') of each clip of a video, in a
+    list.
 
-    The gradient is cut here: of a sampler's n updates the first n - k run without recording, so
-    the state they end in is a constant, and dx_0/dtheta reaches back through the last k network
-    calls only. The conditions are constants, too: a continuation starts from the last frame of
-    the clip before it, as a picture (8-bit pixels), so no gradient flows from clip to clip.
+    The gradient is cut here: of a sampler's n updates the first n - k run without
+    recording, so the state they end in is a constant, and dx_0/dtheta reaches back
+    through the last k network calls only. The conditions are constants, too: a
+    continuation starts from the last frame of the clip before it, as a picture (8-bit
+    pixels), so no gradient flows from clip to clip.
 
-    images: a first frame (Pillow) or None per prompt; generators: one per video, for its noise.
+    images: a first frame (Pillow) or None per prompt; generators: one per video, for its
+    noise.
     """
     shape, clips = base.latent_shape(sampling), []
     for number in range(continuations + 1):
         cond, null_cond = conditions(base, env, sampling, images)
         x_T = randn((len(prompts), *shape), generators, env.device)
-        x_0 = rollout(net, base, prompts, x_T, sampling, generators, cond, null_cond, grad_last=k)
+        x_0 = rollout(net, base, prompts, x_T, sampling, generators, cond, null_cond,
+                      grad_last=k)
         clips.append(x_0)
         if number < continuations:
             with torch.no_grad():
-                last = decode(base, x_0, sampling.frames, chosen=[sampling.frames - 1])  # b 3 1 h w
-            images = [frame_picture(frame[:, 0]) for frame in last]
+                last = decode(base, x_0, sampling.frames, chosen=[sampling.frames - 1])
+            images = [frame_picture(frame[:, 0]) for frame in last]  # frame: 3 1 h w
     return clips
 
 
 def decode_frames(base, clips, chosen, f):
-    """Latents of a video's clips -> its frames `chosen` (b,3,n,h,w), pixels in about [-1,1].
+    """Latents of a video's clips -> its frames `chosen` (b,3,n,h,w), pixels in about
+    [-1,1].
 
-    A clip has f frames. Clip k shows the video's frames k (f - 1) to (k + 1)(f - 1); its first
-    frame is the last one of clip k - 1.
+    A clip has f frames. Clip k shows the video's frames k (f - 1) to (k + 1)(f - 1); its
+    first frame is the last one of clip k - 1.
     """
     parts = []
     for k, x_0 in enumerate(clips):
@@ -168,8 +182,8 @@ def decode_frames(base, clips, chosen, f):
     return torch.cat(parts, dim=2)
 
 
-def vader_loss(net, base, env, reward, prompts, images, generators, sampling, k, continuations,
-               frames):
+def vader_loss(net, base, env, reward, prompts, images, generators, sampling, k,
+               continuations, frames):
     """-r(decode(x_0), prompt), (b,): eq. 1 with its sign turned, for gradient descent.
 
     frames: the numbers of the frames to reward, a list per video; k: see roll_out().
@@ -197,7 +211,8 @@ def main(argv=None):
 
     # a frozen base, LoRA branches on its attentions
     base = load_base(args.base, args.weights, run.device, run.dtype)
-    texts = [*(prompt + sampling.suffix for _, prompt in (*items, *held_out)), sampling.negative]
+    texts = [prompt + sampling.suffix for _, prompt in (*items, *held_out)]
+    texts.append(sampling.negative)
     base.tokenize(texts)  # refuses words that the tiny world does not know
     weights, *lora = start or (None, args.rank, args.alpha, args.lora_targets)
     add_lora(base.net, *lora)
@@ -217,14 +232,16 @@ def main(argv=None):
     if not run.resumed:
         evaluate("before")
     for step in run.steps():
-        k = updates_with_gradient(args.backprop, sampling.updates, run.generator(step, "depth"))
+        k = updates_with_gradient(
+            args.backprop, sampling.updates, run.generator(step, "depth"))
         for numbers in run.micro_steps():
             images, prompts = zip(*(items[i] for i in run.pick(len(items), numbers)))
             frames = [frames_to_reward(args.decode, length, run.generator("frame", i))
                       for i in numbers]
             with run.forward():
-                loss = vader_loss(net, base, run.env, reward, prompts, images,
-                                  run.generators(numbers), sampling, k, args.continuations, frames)
+                loss = vader_loss(
+                    net, base, run.env, reward, prompts, images, run.generators(numbers),
+                    sampling, k, args.continuations, frames)
             run.backward(loss, reward=-loss)
         run.update()
         if run.preview_due:
@@ -242,7 +259,8 @@ def main(argv=None):
 # ---- what is checked and read before any work
 
 def check_lengths(args, sampling):
-    """-> frames of a video; refuses --backprop and --decode that do not fit the rollout."""
+    """-> frames of a video; refuses --backprop and --decode that do not fit the
+    rollout."""
     if sampling.sampler == "lcm":
         raise UserError("--sampler lcm: VADER backpropagates through ddim, dpmpp, dpm or rflow")
     if args.backprop != "rand" and args.backprop > sampling.updates:
@@ -254,7 +272,8 @@ def check_lengths(args, sampling):
 
 
 def read_rewards(args, run, prompts):
-    """-> the reward to climb and the one to watch (or None), both of which can read the prompts."""
+    """-> the reward to climb and the one to watch (or None), both of which can read the
+    prompts."""
     reward = get_reward(args.reward, run.device, args.reward_weights)
     watch = get_reward(args.watch, run.device, args.reward_weights) if args.watch else None
     for asked in filter(None, (reward, watch)):

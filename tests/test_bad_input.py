@@ -128,7 +128,7 @@ BAD = [
     ("vader", "--base tiny --reward mine.py:fn", "mine.py has no function fn"),
     ("vader", "--base tiny --reward broken.py:fn", "broken.py cannot be imported (SyntaxError"),
     ("vader", "--base tiny --reward wrong.py:fn --steps 1 --batch 1 --sample-steps 1 --eval-n 1 --out wrong",
-     "the reward gave"),
+     "the reward returned"),
     ("vader", "--base tiny --backprop first", "--backprop first: choose last, rand, or last-K"),
     ("vader", "--base tiny --backprop last-99", "1..5"),
     ("vader", "--base tiny --reward size --decode 8", "0..7"),

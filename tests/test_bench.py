@@ -6,7 +6,6 @@ import torch
 
 import bench
 import common
-from bases import base_row
 from common import UserError
 
 
@@ -30,7 +29,8 @@ def measured(words, tmp_path, side="ours"):
     """The steps of a process that measures, in this one."""
     args = bench.get_args([*words.split(), "--repeats", "1", "--device", "cpu", "--threads", "1",
                            "--side", side, "--answer", str(tmp_path / "answer")])
-    bench.measure(args, base_row(args.base), common.setup(args))
+    env = common.setup(args.device, args.dtype)
+    bench.measure(bench.fitted(args, env), env)
     return torch.load(tmp_path / "answer", weights_only=True)
 
 
@@ -60,5 +60,6 @@ def test_sizes_shrink_by_what_a_base_takes():
 
 def test_what_cannot_be_trained_is_refused():
     args = bench.get_args("train --base tiny --trained branch --side ours --device cpu".split())
+    env = common.setup("cpu")
     with pytest.raises(UserError, match="branch"):
-        bench.train(args, base_row("tiny"), common.setup(args))
+        bench.train(bench.fitted(args, env), env)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import bases
 import models
+import rewards
 import sample
 import tinyworld
 import videolcm
@@ -97,10 +98,10 @@ class Fake:
 def test_reward_of_random_frames_and_of_whole_clips():
     z = (torch.rand(2, 4, 8, 2, 2) - 0.5).requires_grad_()
 
-    def reward(pictures, prompts):
+    def judge(pictures, prompts):
         assert len(pictures) == len(prompts)
         return pictures.mean((1, 2, 3))
-    reward.clip = False
+    reward = rewards.Reward(judge)
     for k in (3, 8, 20):
         z.grad = None
         generators = [generator("r", i) for i in range(2)]
@@ -114,7 +115,7 @@ def test_reward_of_random_frames_and_of_whole_clips():
     def of_clips(clips, prompts):
         assert clips.shape == (2, 3, 8, 2, 2)
         return clips.mean((1, 2, 3, 4))
-    of_clips.clip = True
+    of_clips = rewards.Reward(of_clips, clip=True)
     videolcm.reward_of(of_clips, Fake, z, ["a", "b"], None, 3)
 
 
