@@ -384,6 +384,7 @@ class Parser(argparse.ArgumentParser):
     COUNT, NATURAL, REAL = staticmethod(COUNT), staticmethod(NATURAL), staticmethod(REAL)
     POSITIVE, UNSIGNED = staticmethod(POSITIVE), staticmethod(UNSIGNED)
     SHARE, DECAY, BACKPROP = staticmethod(SHARE), staticmethod(DECAY), staticmethod(backprop)
+    YES_NO = YES_NO
 
     def __init__(self, doc):
         raw = argparse.RawDescriptionHelpFormatter
@@ -463,10 +464,11 @@ class Run:
     stopped.
     """
 
-    def __init__(self, args, method):
+    def __init__(self, args, method, trains=True):
+        """trains False: no training, so an earlier run in --out is no obstacle."""
         check_loggers(args)
         self.args, self.method, self.out = args, method, Path(args.out)
-        self.state = check_out(args, method)
+        self.state = check_out(args, method) if trains else check_writable(args.out)
         self.env = setup(args.device, args.dtype, args.seed, args.parallel, args.offload)
         self.resumed, self.stopped = self.state is not None, False
         self.totals = {}
@@ -601,6 +603,23 @@ class Run:
         print(f"held-out, {name}: {words}", flush=True)
         self.log.scalars(self.done, {f"held-out/{k}": v for k, v in numbers.items()})
 
+    def gather(self, rows):
+        """A list from each process -> all of them, sorted. Every process must call it."""
+        return sorted(gather_rows(rows, self.env))
+
+    def append(self, file, rows):
+        """Rows {name: value} of the current update -> lines of OUT/file."""
+        for row in rows if self.main else ():
+            append_line(self.out / file, {"step": self.done, **row})
+
+    def earlier(self, file):
+        """The lines of OUT/file that come before this run's first update; later ones are cut
+        off."""
+        rows = [row for row in read_lines(self.out / file) if row["step"] < self.start]
+        if self.main:  # a resumed run repeats what came after its checkpoint
+            keep_lines(self.out / file, self.start)
+        return rows
+
     def out_of_patience(self, score):
         """Keep the best checkpoint; True after --patience evaluations without a better `score`.
 
@@ -621,8 +640,8 @@ class Run:
         return on_any(ended, self.env)
 
     def finish(self, *keys):
-        """Draw curve.png of these columns of the log and end the processes."""
-        if self.main:
+        """Draw curve.png of these columns of the log, if any, and end the processes."""
+        if self.main and keys:
             title = f"{self.method} on {self.args.base}"
             draw_curve(self.log.path, self.out / "curve.png", keys, title)
         if dist.is_initialized():

@@ -162,7 +162,7 @@ def main(argv=None):
 
     if not run.resumed:
         evaluate(run, base, sampling, eval_clips, "before")
-    for step in run.steps():
+    for _ in run.steps():
         for numbers in run.micro_steps():
             batch, generators = next(batches), run.generators(numbers)
             latents, picture = draw_batch(base, run.env, batch, generators)

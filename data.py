@@ -1,6 +1,7 @@
-"""Data: the tiny world (procedural captioned clips), reading and writing videos, prompt files, data sets.
+"""Videos, pictures, prompt files and data sets: reading, checking, writing.
 
-`python data.py --check LIST --frames 16 --height 256 --width 256` reads each clip, names the bad ones.
+`python data.py --check LIST --frames 16 --height 256 --width 256` reads every clip once and names
+the bad ones.
 """
 import atexit
 import csv
@@ -31,7 +32,8 @@ from weights import load_strict, load_weights
 # ---- which clips make which batch
 
 class Mixed(torch.utils.data.Dataset):
-    """Several data sets that take turns: item (i, number) is the i-th (or i - len-th ...) of parts[turn].
+    """Several data sets that take turns: item (i, number) is the i-th (or i - len-th ...) of
+    parts[turn].
 
     turns: a part for each `size` samples of the run, from the one of number `first` on.
     """
@@ -49,7 +51,8 @@ class Mixed(torch.utils.data.Dataset):
 
 
 def leave_signals(worker):
-    """A reading process ignores SIGTERM and Ctrl-C: both go to the whole group, and only the run answers."""
+    """A reading process ignores SIGTERM and Ctrl-C: both go to the whole group, and only the run
+    answers."""
     for s in (signal.SIGTERM, signal.SIGINT):
         signal.signal(s, signal.SIG_IGN)
 
@@ -61,7 +64,8 @@ def load(data, order, workers=0):
         data, batch_sampler=order, num_workers=workers, prefetch_factor=2 if workers else None,
         worker_init_fn=leave_signals, generator=torch.Generator())
     batches = iter(loader)
-    close = getattr(batches, "_shutdown_workers", None)  # they would not heed the SIGTERM of Python's exit
+    # workers would not heed the SIGTERM of Python's exit
+    close = getattr(batches, "_shutdown_workers", None)
     if close:
         atexit.register(close)
     try:
@@ -71,7 +75,7 @@ def load(data, order, workers=0):
             raise
         reason = str(e).strip().splitlines()[-1]  # the lines before it are the worker's traceback
         reason = reason.rpartition("UserError: ")[2]
-        raise UserError(f"{reason} (in a process that reads clips; --workers 0 reads without them)") from e
+        raise UserError(f"{reason} (in a process that reads clips; --workers 0 avoids it)") from e
     finally:
         if close:
             close()
@@ -79,11 +83,13 @@ def load(data, order, workers=0):
 
 
 def read_batches(data, numbers, seed=0, workers=0):
-    """Samples by their numbers in a run, ranges for each batch -> batches {"video" (b,3,f,h,w), "text" list}.
+    """Samples by their numbers in a run, ranges for each batch -> batches {"video" (b,3,f,h,w),
+    "text" list}.
 
     data[i, number] is item i, its random part drawn for that number.
     """
-    order = (list(zip(batch_indices(len(data), part[0], len(part), seed), part)) for part in numbers)
+    order = (list(zip(batch_indices(len(data), part[0], len(part), seed), part))
+             for part in numbers)
     return load(data, order, workers)
 
 
@@ -91,7 +97,8 @@ SHARD = 64  # clips a file of encoded clips
 
 
 class EncodedClips(torch.utils.data.Dataset):
-    """A data set encoded once (--cache-latents): files of SHARD clips, read as needed, not kept in memory.
+    """A data set encoded once (--cache-latents): files of SHARD clips, read as needed, not kept
+    in memory.
 
     item (i, _) -> {"text", NAME: tensor ...}, what `encode` made of clip i.
     """
@@ -124,8 +131,9 @@ class EncodedClips(torch.utils.data.Dataset):
 def encode_once(folder, data, encode, about, env, workers=0):
     """Encode every clip of `data` once, into files below `folder` -> EncodedClips.
 
-    encode({"video": (b,3,f,h,w), "text": list}) -> {name: tensor (b, ...)}; about: plain values that tell
-    whether files of an earlier run are the same. Processes share the work; what is there already is kept.
+    encode({"video": (b,3,f,h,w), "text": list}) -> {name: tensor (b, ...)}; about: plain values
+    that tell whether files of an earlier run are the same. Processes share the work; what is
+    there already is kept.
     """
     files = [Path(folder, f"{k:06d}.safetensors") for k in range(-(-len(data) // SHARD))]
     about = json.dumps([about, len(data)], default=str)
@@ -152,8 +160,8 @@ def encode_once(folder, data, encode, about, env, workers=0):
         torch.distributed.barrier()
     absent = [file for file in files if not whole(file)]
     if absent:
-        raise UserError(f"--cache-latents: {absent[0]} is not there; --out must be a folder that all nodes "
-                        "share")
+        raise UserError(f"--cache-latents: {absent[0]} is not there; --out must be a folder that "
+                        "all nodes share")
     return EncodedClips(files, len(data))
 
 
@@ -161,7 +169,7 @@ def encode_once(folder, data, encode, about, env, workers=0):
 
 VIDEOS = (".mp4", ".avi", ".mov", ".webm", ".gif")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-FAR = 300         # frames ahead from which a film of constant rate is searched by time, not decoded up to
+FAR = 300         # frames ahead from which a film of constant rate is searched by time
 FOLDER_FPS = 8.0  # a folder of pictures has no rate of its own
 MP4_CRF = "12"    # x264's default, 23, cost 8 dB on a real 256x256 clip
 
@@ -174,8 +182,8 @@ OPENSORA_PIXELS = {"144p": 144 * 256, "240p": 240 * 426, "360p": 360 * 640, "480
 def opensora_size(length="2s", resolution="240p", aspect="9:16"):
     """Open-Sora's names -> (frames, height, width), e.g. ("4s", "240p", "3:4") -> (102, 276, 368).
 
-    aspect is height:width. Tall sizes are the wide ones turned (its own table has 1108x834, not 1110x832, for
-    720p 4:3).
+    aspect is height:width. Tall sizes are the wide ones turned (its own table has 1108x834, not
+    1110x832, for 720p 4:3).
     """
     for name, known in ((length, OPENSORA_FRAMES), (resolution, OPENSORA_PIXELS)):
         if name not in known:
@@ -190,7 +198,8 @@ def opensora_size(length="2s", resolution="240p", aspect="9:16"):
 
 
 def resize_crop(video, size):
-    """(3, h, w) or (3, f, h, w) float -> the same at size (h, w): scaled to cover it, then centre-cropped."""
+    """(3, h, w) or (3, f, h, w) float -> the same at size (h, w): scaled to cover it, then
+    centre-cropped."""
     (h, w), (H, W) = video.shape[-2:], size
     if (h, w) == (H, W):
         return video
@@ -204,9 +213,11 @@ def resize_crop(video, size):
 
 
 def cover_and_crop(w, h, size):
-    """Picture of w x h -> ((w, h) that just covers size = (h, w), (left, top) of the crop in it), as VGen.
+    """Picture of w x h -> ((w, h) that just covers size = (h, w), (left, top) of the crop in it),
+    as VGen.
 
-    In whole numbers: VGen's float floor can end one pixel short, which gives a black line (24 -> 23.9999).
+    In whole numbers: VGen's float floor can end one pixel short, which gives a black line (24 ->
+    23.9999).
     """
     H, W = size
     cover = (W, h * W // w) if w * H <= h * W else (w * H // h, H)
@@ -216,7 +227,8 @@ def cover_and_crop(w, h, size):
 def center_crop_wide(image, size, filter=Image.BOX):
     """Pillow image -> Pillow image of size (h, w): scaled to cover it, then centre-cropped (VGen).
 
-    The weights of I2VGen-XL and DreamVideo were trained on Pillow's box filter; NEAREST is for masks.
+    The weights of I2VGen-XL and DreamVideo were trained on Pillow's box filter; NEAREST is for
+    masks.
     """
     cover, (left, top) = cover_and_crop(*image.size, size)
     return image.resize(cover, filter).crop((left, top, left + size[1], top + size[0]))
@@ -237,7 +249,8 @@ def clip_normalize(images):
 
 
 def clip_frames(frames, size=224):
-    """(n,3,h,w) in [-1,1] -> (n,3,size,size) as open_clip prepares pictures: bicubic, centre-cropped."""
+    """(n,3,h,w) in [-1,1] -> (n,3,size,size) as open_clip prepares pictures: bicubic,
+    centre-cropped."""
     pictures = [Image.fromarray(to_uint8(frame[:, None])[0]) for frame in frames]
     pictures = [image_tensor(center_crop_wide(p, (size, size), Image.BICUBIC)) for p in pictures]
     return clip_normalize(torch.stack(pictures) / 2 + 0.5)
@@ -246,14 +259,16 @@ def clip_frames(frames, size=224):
 def clip_image(image, crop, size=(224, 224)):
     """Pillow image -> (3, *size), what the image tower of I2VGen-XL and DreamVideo reads.
 
-    crop: (h, w) that it is cropped to first; VGen's is a square, as wide as the video but at least 224.
+    crop: (h, w) that it is cropped to first; VGen's is a square, as wide as the video but at
+    least 224.
     """
     image = center_crop_wide(image, crop).resize((size[1], size[0]), Image.BILINEAR)
     return clip_normalize(image_tensor(image) / 2 + 0.5)
 
 
 def _blur_rows(images, sigma):
-    """(n, 3, h, w) -> the same, blurred along w by a normal curve cut at 2 sigma; borders mirrored."""
+    """(n, 3, h, w) -> the same, blurred along w by a normal curve cut at 2 sigma; borders
+    mirrored."""
     radius = int(max(4 * sigma, 3)) // 2
     x = torch.arange(-radius, radius + 1, dtype=images.dtype, device=images.device)
     weights = torch.softmax(-(x / sigma) ** 2 / 2, dim=0)
@@ -264,7 +279,8 @@ def _blur_rows(images, sigma):
 def clip_image_squeezed(images, size=224):
     """(n, 3, h, w) in [-1, 1] -> (n, 3, size, size) as VideoCrafter1's image tower reads it.
 
-    Not cropped but squeezed, by kornia's rule: blur what shrinks, then bicubic from corner to corner.
+    Not cropped but squeezed, by kornia's rule: blur what shrinks, then bicubic from corner to
+    corner.
     """
     for _ in "hw":
         images = images.transpose(2, 3)  # h along the rows, then w again
@@ -275,7 +291,8 @@ def clip_image_squeezed(images, size=224):
 
 
 def to_uint8(video):
-    """(3, f, h, w) in [-1, 1] -> numpy (f, h, w, 3), rounded and clamped. NaN raises: it would look black."""
+    """(3, f, h, w) in [-1, 1] -> numpy (f, h, w, 3), rounded and clamped. NaN raises: it would
+    look black."""
     video = video.detach().float().cpu()
     if video.dim() != 4 or video.shape[0] != 3 or not video.numel():
         raise UserError(f"a video is (3, frames, height, width), this one is {tuple(video.shape)}")
@@ -290,11 +307,13 @@ def _to_float(pixels):
 
 
 def _rgb(image):
-    """Pillow image -> uint8 (h, w, 3), turned as its EXIF says; transparent parts are laid on white."""
+    """Pillow image -> uint8 (h, w, 3), turned as its EXIF says; transparent parts are laid on
+    white."""
     if image.mode.startswith(("I", "F")):
-        raise UserError(f"{image.filename}: a 16-bit or float picture; save it with 8 bits a channel")
+        raise UserError(f"{image.filename}: a 16-bit or float picture; save it as 8-bit")
     image = ImageOps.exif_transpose(image).convert("RGBA")
-    return np.array(Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB"))
+    white = Image.new("RGBA", image.size, "white")
+    return np.array(Image.alpha_composite(white, image).convert("RGB"))
 
 
 def reason_of(e):
@@ -304,7 +323,8 @@ def reason_of(e):
 
 
 def open_image(path):
-    """Picture file -> 8-bit RGB Pillow image, turned as its EXIF says. Transparency is laid on white."""
+    """Picture file -> 8-bit RGB Pillow image, turned as its EXIF says. Transparency is laid on
+    white."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such picture")
     try:
@@ -328,11 +348,12 @@ RAFT = {"small": "raft_small_C_T_V2-01064c6d.pth", "large": "raft_large_C_T_SKHT
 
 
 def raft(size="small", weights=None, device="cpu"):
-    """torchvision's RAFT (arXiv 2003.12039), frozen -> flow(a, b): frames (n,3,h,w) in [-1,1] -> (n,2,h,w).
+    """torchvision's RAFT (arXiv 2003.12039), frozen -> flow(a, b): frames (n,3,h,w) in [-1,1] ->
+    (n,2,h,w).
 
-    The flow is in pixels, x then y: what is at (x, y) in a is at (x, y) + flow in b. Differentiable in a, b.
-    weights: local file of torchvision's weights (None: PyTorch's hub). Frames of which a side is no multiple
-    of 8, or below 128, are enlarged for the network.
+    The flow is in pixels, x then y: what is at (x, y) in a is at (x, y) + flow in b.
+    Differentiable in a, b. weights: local file of torchvision's weights (None: PyTorch's hub).
+    Frames of which a side is no multiple of 8, or below 128, are enlarged for the network.
     """
     from torchvision.models import optical_flow
     network = getattr(optical_flow, f"raft_{size}")()
@@ -341,8 +362,8 @@ def raft(size="small", weights=None, device="cpu"):
         try:
             state = torch.hub.load_state_dict_from_url(url, map_location="cpu", progress=False)
         except Exception as e:  # offline, or no such file any more
-            raise UserError(f"cannot get {url} ({type(e).__name__}); download {RAFT[size]} elsewhere and "
-                            "give it with --flow-weights") from None
+            raise UserError(f"cannot get {url} ({type(e).__name__}); download {RAFT[size]} "
+                            "elsewhere and give it with --flow-weights") from None
     else:
         state = load_weights(weights)
     load_strict(network, state, weights or f"RAFT {size}")
@@ -363,10 +384,12 @@ def raft(size="small", weights=None, device="cpu"):
 
 
 def lucas_kanade(a, b):
-    """Flow without a network, for motions of a pixel or two (Lucas & Kanade 1981): (n,c,h,w) -> (n,2,h,w).
+    """Flow without a network, for motions of a pixel or two (Lucas & Kanade 1981): (n,c,h,w) ->
+    (n,2,h,w).
 
-    As of raft(): in pixels, x then y, differentiable. Least squares over a soft window; zero where a picture
-    is flat. Contrast does not matter, so that faint pictures (attention maps) flow like bright ones.
+    As of raft(): in pixels, x then y, differentiable. Least squares over a soft window; zero
+    where a picture is flat. Contrast does not matter, so that faint pictures (attention maps)
+    flow like bright ones.
     """
     def soft(x, times=1):
         for _ in range(times):
@@ -378,13 +401,15 @@ def lucas_kanade(a, b):
     iy = (mean[:, :, 2:, 1:-1] - mean[:, :, :-2, 1:-1]) / 2
     xx, xy, yy, xt, yt = (soft((p * q).sum(1, keepdim=True), 4) for p, q in (
         (ix, ix), (ix, iy), (iy, iy), (ix, it), (iy, it)))
-    damp = 0.1 * (xx + yy).mean((2, 3), keepdim=True) + 1e-8  # edges and flat places tell too little
+    # edges and flat places tell too little
+    damp = 0.1 * (xx + yy).mean((2, 3), keepdim=True) + 1e-8
     xx, yy = xx + damp, yy + damp
     return torch.cat([xy * yt - yy * xt, xy * xt - xx * yt], dim=1) / (xx * yy - xy ** 2)
 
 
 def edges(video):
-    """Sketch of a clip (3,f,h,w) in [-1,1] without a network -> (1,f,h,w) in 0..1: Sobel's filter, soft."""
+    """Sketch of a clip (3,f,h,w) in [-1,1] without a network -> (1,f,h,w) in 0..1: Sobel's
+    filter, soft."""
     grey = F.pad(video.mean(0)[:, None], (1, 1, 1, 1), mode="replicate")
     across = grey.new_tensor([[1, 0, -1], [2, 0, -2], [1, 0, -1]]) / 4
     steep = F.conv2d(grey, torch.stack([across, across.T])[:, None]).norm(dim=1)
@@ -392,10 +417,12 @@ def edges(video):
 
 
 def video_maps(video, names, depth=None, flow=None, block=1):
-    """VideoComposer's maps of a clip (3,f,h,w) in [-1,1] -> {name: (c,f,h,w)}, those of `names` it tells.
+    """VideoComposer's maps of a clip (3,f,h,w) in [-1,1] -> {name: (c,f,h,w)}, those of `names`
+    it tells.
 
-    depth(video) -> (1,f,h,w); flow as of raft(): motion is that from the frame before, in pixels, zero for
-    the first. block: in the middle of every block of so many pixels, zero between, as codec_motion() has it.
+    depth(video) -> (1,f,h,w); flow as of raft(): motion is that from the frame before, in pixels,
+    zero for the first. block: in the middle of every block of so many pixels, zero between, as
+    codec_motion() has it.
     """
     f, found = video.shape[1], {}
     if "depth" in names and depth:
@@ -417,14 +444,14 @@ def video_maps(video, names, depth=None, flow=None, block=1):
 def frame_flow(flow, video, side=None):
     """Flow of each frame to the next, in one batch: video (b,3,f,h,w) in [-1,1] -> (b,f-1,2,h,w).
 
-    side: shorter side of the answer, by resize_flow().
+    side: shorter side of the answer, by resize().
     """
     before, after = (x.transpose(1, 2).flatten(0, 1) for x in (video[:, :, :-1], video[:, :, 1:]))
     found = flow(before, after).unflatten(0, (len(video), -1))
-    return found if side is None else resize_flow(found, side)
+    return found if side is None else resize(found, side)
 
 
-def resize_flow(x, size):
+def resize(x, size):
     """(..., h, w) -> the same at size (h, w), or of that shorter side; bilinear, not antialiased.
 
     The numbers stay as they are: a flow is then in pixels of the size that it was found at.
@@ -444,8 +471,8 @@ def natural_order(path):
 
 
 def _gif_timeline(image):
-    """-> (stored frame of each shown frame, fps). Writers merge equal neighbours into one longer frame, so a
-    stored frame stands for as many as its duration holds."""
+    """-> (stored frame of each shown frame, fps). Writers merge equal neighbours into one longer
+    frame, so a stored frame stands for as many as its duration holds."""
     durations = []
     for i in range(image.n_frames):
         image.seek(i)
@@ -455,13 +482,15 @@ def _gif_timeline(image):
 
 
 def _turns(matrix):
-    """Display matrix of a frame (phones film lying down) -> counter-clockwise quarter turns for np.rot90."""
+    """Display matrix of a frame (phones film lying down) -> counter-clockwise quarter turns for
+    np.rot90."""
     a, b = struct.unpack("=2i", matrix[:8])
     return (0 if a > 0 else 2) if abs(a) > abs(b) else (-1 if b > 0 else 1)
 
 
 def _count(file):
-    """Frames of a container whose header does not tell (webm): decoded once, without converting colours."""
+    """Frames of a container whose header does not tell (webm): decoded once, without converting
+    colours."""
     n = 0
     try:
         while True:
@@ -473,16 +502,19 @@ def _count(file):
 
 @contextmanager
 def _opened(path):
-    """Yields (frames, fps, (h, w), get) of a video file, a gif or a folder of pictures; get(i) -> uint8
-    (h, w, 3), cheap for ascending i. Whatever goes wrong with the file, here or in get, is a UserError."""
+    """Yields (frames, fps, (h, w), get) of a video file, a gif or a folder of pictures; get(i) ->
+    uint8 (h, w, 3), cheap for ascending i. Whatever goes wrong with the file, here or in get, is
+    a UserError."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such video")
     if not path.is_dir() and path.suffix.lower() not in VIDEOS:
-        raise UserError(f"{path}: not a video; known are {', '.join(VIDEOS)} and a folder of pictures")
+        raise UserError(f"{path}: not a video; known are {', '.join(VIDEOS)} and a folder of "
+                        "pictures")
     try:
         if path.is_dir():
-            files = sorted((p for p in path.iterdir() if p.suffix.lower() in IMAGES), key=natural_order)
+            files = [p for p in path.iterdir() if p.suffix.lower() in IMAGES]
+            files.sort(key=natural_order)
             if not files:
                 raise UserError(f"{path}: no pictures in this folder ({', '.join(IMAGES)})")
 
@@ -503,24 +535,31 @@ def _opened(path):
                 count, h, w = file.properties().shape[:3]
                 fps = file.metadata()["fps"]
                 count = count or _count(file)
-                # The matrix hangs on the frame. constant_framerate=False: count frames, don't seek by time.
+                # The matrix hangs on the frame. constant_framerate=False: count frames, don't
+                # seek by time.
                 first = file.metadata(index=0, constant_framerate=False) if count else {}
                 turns = _turns(first["DISPLAYMATRIX"]) if "DISPLAYMATRIX" in first else 0
 
-                # one thread converts a frame: starting several takes longer, on a busy machine 50 times so
+                # one thread converts a frame: starting several takes longer, on a busy machine 50
+                # times so
                 unpack = file._unpack_frame
-                file._unpack_frame = lambda frame, format: unpack(frame.reformat(format=format, threads=1))
+
+                def unpack_alone(frame, format):
+                    return unpack(frame.reformat(format=format, threads=1))
+                file._unpack_frame = unpack_alone
                 stream, at = file._video_stream, 0
                 # only where a frame's time tells its number
-                constant = stream.start_time in (0, None) and stream.guessed_rate == stream.average_rate
+                constant = stream.start_time in (0, None)
+                constant &= stream.guessed_rate == stream.average_rate
 
                 def get(i):
                     nonlocal at
-                    far, at = constant and i - at > FAR, i  # far ahead: from the key frame before it
+                    far, at = constant and i - at > FAR, i
+                    # far ahead: from the key frame before it
                     return np.rot90(file.read(index=i, constant_framerate=far), turns)
                 yield count, fps, (w, h) if turns % 2 else (h, w), get
     except ImportError:
-        raise UserError(f"{path}: reading it needs PyAV: pip install av (gif and pictures do not)") from None
+        raise UserError(f"{path}: reading it needs PyAV: pip install av") from None
     except UserError:
         raise
     except Exception as e:  # decoders raise everything there is
@@ -528,38 +567,42 @@ def _opened(path):
 
 
 def video_info(path):
-    """-> (frames, fps, (h, w)) from the header; a container that does not count its frames is decoded."""
+    """-> (frames, fps, (h, w)) from the header; a container that does not count its frames is
+    decoded."""
     with _opened(path) as (count, fps, size, _):
         return count, fps, size
 
 
 def read_video(path, frames=None, fps=None, start=0, size=None):
-    """-> ((3, f, h, w) in [-1, 1], its fps). frames: exactly so many (None: all), with a stride of
-    round(file fps / fps) from `start`, an index or a torch.Generator that draws one. A clip that is too
-    short raises (VGen pads it with grey)."""
+    """-> ((3, f, h, w) in [-1, 1], its fps). frames: exactly so many (None: all), with a stride
+    of round(file fps / fps) from `start`, an index or a torch.Generator that draws one. A clip
+    that is too short raises (VGen pads it with grey)."""
     with _opened(path) as (count, rate, shape, get):
         stride = max(1, round(rate / fps)) if fps else 1
         last = count - 1 - ((frames or 1) - 1) * stride  # last possible start
         if isinstance(start, torch.Generator):
             start = int(torch.randint(max(last, 0) + 1, (), generator=start))
         if start > last:
-            raise UserError(f"{path}: {count} frames at {rate:.4g} fps are too few for {frames or 1} "
-                            f"with stride {stride} from frame {start}")
+            raise UserError(f"{path}: {count} frames at {rate:.4g} fps are too few for "
+                            f"{frames or 1} with stride {stride} from frame {start}")
         clip = []
         for i in range(start, start + frames * stride if frames else count, stride):
             frame = get(i)
             if frame.shape[:2] != tuple(shape):
-                raise UserError(f"{path}: frame {i} has size {frame.shape[:2]}, the first one {tuple(shape)}")
+                raise UserError(f"{path}: frame {i} has size {frame.shape[:2]}, the first one "
+                                f"{tuple(shape)}")
             frame = torch.from_numpy(frame.copy()).permute(2, 0, 1)
-            clip.append(resize_crop(frame.float(), size) if size else frame)  # at once: long clips stay small
+            # at once, so that long clips stay small
+            clip.append(resize_crop(frame.float(), size) if size else frame)
     return _to_float(torch.stack(clip, 1)), rate / stride
 
 
 def list_videos(path):
-    """A clip, or a folder of clips -> their paths in natural order. A folder of pictures is one clip.
+    """A clip, or a folder of clips -> their paths in natural order. A folder of pictures is one
+    clip.
 
-    If the folder has an index.jsonl (sample.py writes it), its clips are those that the index lists, in that
-    order: others are left over from an earlier run.
+    If the folder has an index.jsonl (sample.py writes it), its clips are those that the index
+    lists, in that order: others are left over from an earlier run.
     """
     path = Path(path)
     if not path.is_dir():
@@ -570,40 +613,44 @@ def list_videos(path):
     names = dict.fromkeys(str(row.get("file")) for row in rows)
     listed = [present[name] for name in names if name in present]
     if listed and len(listed) < len(clips):
-        warn(f"{path}: {len(clips) - len(listed)} clips are left out: index.jsonl does not list them")
+        warn(f"{path}: {len(clips) - len(listed)} clips are left out: index.jsonl does not list "
+             "them")
     return listed or clips or [path]
 
 
 def prompts_of(clips, file=None, prompt=None):
-    """A prompt for each of the clips (paths): lines of a file, or one for all, or sample.py's index.jsonl."""
+    """A prompt for each of the clips (paths): lines of a file, or one for all, or sample.py's
+    index.jsonl."""
     if file:
         prompts = read_prompts(file)
         if len(prompts) != len(clips):
             raise UserError(f"{file}: {len(prompts)} prompts for {len(clips)} clips")
         return prompts
     index = clips[0].parent / "index.jsonl"
-    known = {row.get("file"): row.get("prompt", "") for row in read_lines(index)} if index.is_file() else {}
+    known = {row.get("file"): row.get("prompt", "") for row in read_lines(index)}
     return [prompt or known.get(clip.name, "") for clip in clips]
 
 
 def codec_motion(video):
-    """Motion vectors by which H.264 stores a clip (3,f,h,w) in [-1,1] -> (2,f,h,w) in pixels, x then y.
+    """Motion vectors by which H.264 stores a clip (3,f,h,w) in [-1,1] -> (2,f,h,w) in pixels, x
+    then y.
 
-    How far each block came since the frame before, as one dot in its middle, as VideoComposer reads them;
-    zero elsewhere, in the first frame, and where a block was stored anew. The clip is encoded for it: a
-    file's own vectors point to frames that they do not name.
+    How far each block came since the frame before, as one dot in its middle, as VideoComposer
+    reads them; zero elsewhere, in the first frame, and where a block was stored anew. The clip is
+    encoded for it: a file's own vectors point to frames that they do not name.
     """
     try:
         import av
     except ImportError:
-        raise UserError("motion vectors need PyAV: pip install av, or give --flow-weights") from None
+        raise UserError("motion vectors need PyAV: pip install av, or --flow-weights") from None
     (f, h, w), stored = video.shape[1:], io.BytesIO()
     with av.open(stored, "w", format="mp4") as file:
         stream = file.add_stream("libx264", rate=8)
         stream.width, stream.height, stream.pix_fmt = w + w % 2, h + h % 2, "yuv420p"
         one_before = "bframes=0:ref=1:keyint=infinite:scenecut=0:weightp=0"
         stream.options = {"crf": MP4_CRF, "x264-params": one_before}
-        for pixels in np.pad(to_uint8(video), ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), mode="edge"):
+        even = (0, 0), (0, h % 2), (0, w % 2), (0, 0)
+        for pixels in np.pad(to_uint8(video), even, mode="edge"):
             file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         file.mux(stream.encode())
     maps = torch.zeros(2, f, h, w)
@@ -613,14 +660,17 @@ def codec_motion(video):
             side = frame.side_data.get("MOTION_VECTORS")
             for v in () if side is None else side.to_ndarray():
                 x, y = min(max(v["dst_x"], 0), w - 1), min(max(v["dst_y"], 0), h - 1)  # its middle
-                maps[:, i, y, x] = torch.tensor([-v["motion_x"], -v["motion_y"]]) / float(v["motion_scale"])
+                moved = torch.tensor([-v["motion_x"], -v["motion_y"]])
+                maps[:, i, y, x] = moved / float(v["motion_scale"])
     return maps
 
 
 def read_map(path, frames, size, channels):
-    """A condition of VideoComposer -> (channels, f, h, w) float32: .npy as it is, a video or picture in 0..1.
+    """A condition of VideoComposer -> (channels, f, h, w) float32: .npy as it is, a video or
+    picture in 0..1.
 
-    frames: exactly so many (None: all; a picture is one); size (h, w). .npy: (f,h,w) or (channels,f,h,w).
+    frames: exactly so many (None: all; a picture is one); size (h, w). .npy: (f,h,w) or
+    (channels,f,h,w).
     """
     kind = Path(path).suffix.lower()
     if kind == ".npy":
@@ -640,19 +690,23 @@ def read_map(path, frames, size, channels):
                         f"({channels}, frames, height, width)")
     if frames is not None and value.shape[1] != frames:
         raise UserError(f"{path}: {value.shape[1]} frame(s) instead of {frames}")
-    return value if tuple(value.shape[2:]) == tuple(size) else F.interpolate(value, size, mode="bilinear")
+    if tuple(value.shape[2:]) == tuple(size):
+        return value
+    return F.interpolate(value, size, mode="bilinear")
 
 
 # ---- writing
 
 def write_video(path, video, fps=8):
-    """video (3, f, h, w) in [-1, 1] -> .mp4 (H.264 yuv420p; odd sides gain one repeated pixel) or .gif."""
+    """video (3, f, h, w) in [-1, 1] -> .mp4 (H.264 yuv420p; odd sides gain one repeated pixel) or
+    .gif."""
     frames, kind = to_uint8(video), Path(path).suffix.lower()
     if kind not in (".mp4", ".gif"):
         raise UserError(f"{path}: videos are written as .mp4 or .gif")
 
     def gif(tmp):
-        # A gif counts in 1/100 s: rounding the end of each frame, not its length, keeps the mean rate.
+        # A gif counts in 1/100 s: rounding the end of each frame, not its length, keeps the mean
+        # rate.
         ends = [round(100 * i / fps) * 10 for i in range(len(frames) + 1)]
         first, *rest = [Image.fromarray(x) for x in frames]
         first.save(tmp, save_all=True, append_images=rest, loop=0, duration=np.diff(ends).tolist())
@@ -662,18 +716,20 @@ def write_video(path, video, fps=8):
         with iio.imopen(tmp, "w", plugin="pyav") as file:
             file.init_video_stream("libx264", fps=fps, pixel_format="yuv420p")
             options = {"crf": MP4_CRF}
-            if max(h, w) < 128:  # x264's fast code reads past so small a picture: each file would be another
+            if max(h, w) < 128:  # x264's fast code reads past so small a picture: files would vary
                 options["x264-params"] = "asm=0"
             file._video_stream.options = options  # the plugin has no argument for it
-            file.write(np.pad(frames, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), mode="edge"))  # 4:2:0 is even
+            even = (0, 0), (0, h % 2), (0, w % 2), (0, 0)  # 4:2:0 has even sides
+            file.write(np.pad(frames, even, mode="edge"))
     try:
         write_atomic(path, gif if kind == ".gif" else mp4)
     except ImportError:
-        raise UserError(f"{path}: writing .mp4 needs PyAV: pip install av, or write a .gif") from None
+        raise UserError(f"{path}: writing .mp4 needs PyAV: pip install av, or write .gif") from None
 
 
 def _strip(video, frames, scale):
-    """`frames` evenly spaced frames side by side -> uint8 (h, w, 3). scale None: about 96 to 256 pixels."""
+    """`frames` evenly spaced frames side by side -> uint8 (h, w, 3). scale None: about 96 to 256
+    pixels."""
     picks = torch.linspace(0, video.shape[1] - 1, min(frames, video.shape[1])).round().long()
     video = video.detach().float().cpu()[:, picks]
     h, w = video.shape[2:]
@@ -698,18 +754,21 @@ def _wrap(text, font, width):
 
 
 def contact_sheet(videos, path, captions=None, frames=8, scale=None, headers=None):
-    """PNG with a row a video, or videos side by side (before, after) under `headers`; captions above.
-    videos: list of (3, f, h, w) in [-1, 1], or list of such lists; small ones are enlarged by an integer."""
+    """PNG with a row a video, or videos side by side (before, after) under `headers`; captions
+    above. videos: list of (3, f, h, w) in [-1, 1], or list of such lists; small ones are enlarged
+    by an integer."""
     rows = [row if isinstance(row, (list, tuple)) else [row] for row in videos]
     rows = [[_strip(video, frames, scale) for video in row] for row in rows]
     if not rows or (captions and len(captions) != len(rows)):
         raise UserError(f"{path}: {len(rows)} rows of videos and {len(captions or [])} captions")
     font, line, margin, gap = ImageFont.load_default(14), 18, 12, 20
-    columns = [max(row[j].shape[1] for row in rows if j < len(row)) for j in range(max(map(len, rows)))]
+    columns = [max(row[j].shape[1] for row in rows if j < len(row))
+               for j in range(max(map(len, rows)))]
     lefts = [margin + sum(columns[:j]) + gap * j for j in range(len(columns))]
     width = max(lefts[-1] + columns[-1] + margin, 240)
     texts = [_wrap(c, font, width - 2 * margin) for c in captions] if captions else [[]] * len(rows)
-    heights = [line * len(text) + max(s.shape[0] for s in row) + gap // 2 for text, row in zip(texts, rows)]
+    heights = [line * len(text) + max(s.shape[0] for s in row) + gap // 2
+               for text, row in zip(texts, rows)]
     top = margin + (line if headers else 0)
     sheet = Image.new("RGB", (width, top + sum(heights) - gap // 2 + margin), "white")
     draw = ImageDraw.Draw(sheet)
@@ -726,7 +785,8 @@ def contact_sheet(videos, path, captions=None, frames=8, scale=None, headers=Non
 
 # ---- prompt files and lists
 
-# Spellings in use for the same field; the first is ours, an earlier one wins where a row has several.
+# Spellings in use for the same field; the first is ours, an earlier one wins where a row has
+# several.
 PROMPT_KEYS = ("prompt", "caption", "en_caption", "prompt_en", "text")
 VIDEO_KEYS = ("video", "path", "file", "file_name")
 CAPTION_KEYS = ("caption", "text", "prompt", "en_caption")
@@ -746,8 +806,10 @@ def _read_text(path):
 
 
 def numbered_lines(path, comments="#"):
-    """-> [(row, stripped line)] without blank lines and comments; rows count from 1 as in an editor."""
-    # split, not splitlines: that one also cuts at U+2028 and others, which may stand inside a caption or JSON
+    """-> [(row, stripped line)] without blank lines and comments; rows count from 1 as in an
+    editor."""
+    # split, not splitlines: that one also cuts at U+2028 and others, which may stand inside a
+    # caption or JSON
     rows = [(n, s.strip()) for n, s in enumerate(_read_text(path).split("\n"), 1)]
     rows = [(n, s) for n, s in rows if s and not (comments and s.startswith(comments))]
     if not rows:
@@ -763,8 +825,9 @@ def _json(text, where):
 
 
 def read_table(path):
-    """.csv with a header, or .jsonl -> [(row, dict)]. A csv row with surplus or missing fields is refused: an
-    unquoted comma would cut the caption silently, as in 17 of the 51 rows of DEMO's own prompt file."""
+    """.csv with a header, or .jsonl -> [(row, dict)]. A csv row with surplus or missing fields is
+    refused: an unquoted comma would cut the caption silently, as in 17 of the 51 rows of DEMO's
+    own prompt file."""
     if Path(path).suffix.lower() == ".jsonl":
         rows = [(n, _json(s, f"{path} row {n}")) for n, s in numbered_lines(path, comments=None)]
         for n, row in rows:
@@ -778,7 +841,8 @@ def read_table(path):
             raise UserError(f"{path} row 1: a column name stands twice ({', '.join(header)})")
         for row in reader:
             if row and len(row) != len(header):
-                raise UserError(f"{path} row {reader.line_num}: {len(row)} fields, the header {len(header)}; "
+                raise UserError(f"{path} row {reader.line_num}: {len(row)} fields, the header "
+                                f"{len(header)}; "
                                 'a text with a comma needs "double quotes"')
             if row:
                 rows.append((reader.line_num, dict(zip(header, row))))
@@ -805,19 +869,21 @@ def _pairs(path, what):
     rows = [(n, [s.strip() for s in line.split("|||")]) for n, line in numbered_lines(path)]
     for n, parts in rows:
         if len(parts) != 2 or not all(parts):
-            raise UserError(f"{path} row {n}: wanted {what}|||caption, found {'|||'.join(parts)[:60]!r}")
+            raise UserError(f"{path} row {n}: wanted {what}|||caption, found "
+                            f"{'|||'.join(parts)[:60]!r}")
     return [(n, *parts) for n, parts in rows]
 
 
 def _json_prompts(data, path):
-    """The JSON forms in use: {file: prompt}, a list of prompts, of {"prompt": ...} or of {file: prompt}, and
-    any of these under "prompts" (VideoDPO)."""
+    """The JSON forms in use: {file: prompt}, a list of prompts, of {"prompt": ...} or of {file:
+    prompt}, and any of these under "prompts" (VideoDPO)."""
     if isinstance(data, dict) and isinstance(data.get("prompts"), (dict, list)):
         data = data["prompts"]
     if isinstance(data, dict):
         data = list(data.values())
     if not isinstance(data, list) or not data:
-        raise UserError(f'{path}: wanted {{file: prompt}}, a list of prompts or a list of {{"prompt": ...}}')
+        raise UserError(f'{path}: wanted {{file: prompt}}, a list of prompts or a list of '
+                        '{"prompt": ...}')
     prompts = []
     for n, row in enumerate(data, 1):
         if isinstance(row, dict) and len(row) == 1 and not set(row) & set(PROMPT_KEYS):
@@ -828,8 +894,8 @@ def _json_prompts(data, path):
 
 
 def read_prompts(path):
-    """-> list of prompts. .txt: a line each, # comments; .csv or .jsonl: `prompt` (or caption, en_caption,
-    prompt_en, text) of each row; .json: see _json_prompts."""
+    """-> list of prompts. .txt: a line each, # comments; .csv or .jsonl: `prompt` (or caption,
+    en_caption, prompt_en, text) of each row; .json: see _json_prompts."""
     kind = Path(path).suffix.lower()
     if kind == ".json":
         return _json_prompts(_json(_read_text(path), path), path)
@@ -839,12 +905,14 @@ def read_prompts(path):
         raise UserError(f"{path}: prompt files are .txt, .csv, .jsonl or .json")
     for n, line in numbered_lines(path):
         if "|||" in line:
-            raise UserError(f"{path} row {n}: image|||caption is for image-to-video; keep the caption alone")
+            raise UserError(f"{path} row {n}: image|||caption is for image-to-video; keep the "
+                            "caption alone")
     return [line for _, line in numbered_lines(path)]
 
 
 def prompt_grid(nouns, activities):
-    """Two files of prompts, a line each -> "a NOUN ACTIVITY" for every pair (VADER's nouns_activities)."""
+    """Two files of prompts, a line each -> "a NOUN ACTIVITY" for every pair (VADER's
+    nouns_activities)."""
     rows = read_prompts(activities)
     named = [f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}" for noun in read_prompts(nouns)]
     return [f"{noun} {activity}" for noun in named for activity in rows]
@@ -860,7 +928,8 @@ def read_triples(path):
 
 
 def read_image_prompts(path):
-    """.txt of `image|||caption` lines -> [(image path, caption)]; paths relative to the file, and checked."""
+    """.txt of `image|||caption` lines -> [(image path, caption)]; paths relative to the file, and
+    checked."""
     rows = [(n, Path(path).parent / image, caption) for n, image, caption in _pairs(path, "image")]
     for n, image, _ in rows:
         if not image.is_file():
@@ -871,7 +940,8 @@ def read_image_prompts(path):
 # ---- data sets of clips with captions
 
 def _folder_rows(folder, captions=True):
-    """Clips with a same-named .txt beside them -> [(row, path, caption)]; also sub-folders of pictures."""
+    """Clips with a same-named .txt beside them -> [(row, path, caption)]; also sub-folders of
+    pictures."""
     clips = [p for p in folder.iterdir() if not p.name.startswith(".") and
              (p.suffix.lower() in VIDEOS + IMAGES or (p.is_dir() and p.with_name(p.name + ".txt").is_file()))]
     rows = []
@@ -881,7 +951,8 @@ def _folder_rows(folder, captions=True):
             rows.append((n, clip, ""))
             continue
         if not text.is_file():
-            raise UserError(f"{clip}: no caption beside it; write {text.name}, or metadata.csv for all")
+            raise UserError(f"{clip}: no caption beside it; write {text.name}, or metadata.csv for "
+                            "all")
         rows.append((n, clip, " ".join(_read_text(text).split())))
     if not rows:
         raise UserError(f"{folder}: no clips in this folder ({', '.join(VIDEOS)})")
@@ -904,32 +975,35 @@ def clip_rows(source, captions=True):
     kind = source.suffix.lower()
     if kind in (".csv", ".jsonl"):
         table = [(n, row, f"{source} row {n}") for n, row in read_table(source)]
-        rows = [(n, field_of(row, VIDEO_KEYS, w), field_of(row, CAPTION_KEYS, w) if captions else "")
+        rows = [(n, field_of(row, VIDEO_KEYS, w),
+                 field_of(row, CAPTION_KEYS, w) if captions else "")
                 for n, row, w in table]
     elif kind == ".txt" and not captions:
         rows = [(n, line.split("|||")[0].strip(), "") for n, line in numbered_lines(source)]
     elif kind == ".txt":
         rows = _pairs(source, "video")
     else:
-        raise UserError(f"{source}: wanted a folder, .csv, .jsonl, or .txt with video|||caption lines")
+        raise UserError(f"{source}: wanted a folder, .csv, .jsonl, or .txt with video|||caption "
+                        "lines")
     return source, [(n, source.parent / clip, caption) for n, clip, caption in rows]
 
 
 def quick_files():
-    """Before many clips: imageio collects garbage at every close, 0.5 s each when transformers is loaded."""
+    """Before many clips: imageio collects garbage at every close, 0.5 s each when transformers is
+    loaded."""
     gc.freeze()  # what is here now is no garbage
     atexit.register(gc.unfreeze)
 
 
 class VideoDataset(torch.utils.data.Dataset):
-    """Items {"video": (3, frames, height, width) in [-1, 1], "text": str, "path": str}.
-    source: a folder (clips with same-named .txt, or a metadata.csv / .jsonl), a .csv with the columns
-    `video,caption` (or path, file, file_name; text, prompt, en_caption), .jsonl with these keys, or .txt with
-    VGen's lines `video|||caption`; paths are relative to the list. The list is checked here, a clip when it
-    is read: a bad one (corrupt, empty, too short, changing size) is named, counted, and replaced by the next
-    row; past 1 % of the rows, and more than one, the run stops.
-    Pictures count as clips when frames == 1. Item (i, number) is row i, its start drawn for `number` alone: a
-    clip that comes again starts elsewhere."""
+    """Items {"video": (3, frames, height, width) in [-1, 1], "text": str, "path": str}. source: a
+    folder (clips with same-named .txt, or a metadata.csv / .jsonl), a .csv with the columns
+    `video,caption` (or path, file, file_name; text, prompt, en_caption), .jsonl with these keys,
+    or .txt with VGen's lines `video|||caption`; paths are relative to the list. The list is
+    checked here, a clip when it is read: a bad one (corrupt, empty, too short, changing size) is
+    named, counted, and replaced by the next row; past 1 % of the rows, and more than one, the run
+    stops. Pictures count as clips when frames == 1. Item (i, number) is row i, its start drawn
+    for `number` alone: a clip that comes again starts elsewhere."""
 
     def __init__(self, source, frames, height, width, fps=None, seed=0, rows=None, captions=True):
         # rows: already read, [(row, path, caption)]
@@ -944,7 +1018,8 @@ class VideoDataset(torch.utils.data.Dataset):
             if not path.exists():
                 raise UserError(f"{self.source} row {n}: {path}: no such clip")
             if path.suffix.lower() in IMAGES and frames != 1:
-                raise UserError(f"{self.source} row {n}: {path}: a picture is one frame; use --frames 1")
+                raise UserError(f"{self.source} row {n}: {path}: a picture is one frame; use "
+                                "--frames 1")
         # in shared memory: the workers of a loader count their bad clips together
         self.bad = torch.zeros(len(self.rows), dtype=torch.bool).share_memory_()
         quick_files()
@@ -964,24 +1039,28 @@ class VideoDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, item):
         index, number = item
-        for row in [*range(index, len(self)), *range(index)]:  # the next row stands in for a bad one
+        for later in range(len(self)):  # the next row stands in for a bad one
+            row = (index + later) % len(self)
             if self.bad[row]:
                 continue
             try:
                 return self.load(row, number)
             except UserError as e:
                 self.bad[row] = True
-                print(f"bad clip: {self.source} row {self.rows[row][0]}: {reason_of(e)}", file=sys.stderr)
+                print(f"bad clip: {self.source} row {self.rows[row][0]}: {reason_of(e)}",
+                      file=sys.stderr)
             if int(self.bad.sum()) > max(1, len(self) // 100):
                 break
-        raise UserError(f"{self.source}: {int(self.bad.sum())} of {len(self)} clips are bad, over 1 %; "
+        raise UserError(f"{self.source}: {int(self.bad.sum())} of {len(self)} clips are bad, over "
+                        "1 %; "
                         + self.advice())
 
     def advice(self):
         """How to find all bad clips."""
         h, w = self.size
-        return (f"see python data.py --check {self.source} --frames {self.frames} --height {h} --width {w}"
-                + (f" --fps {self.fps:g}" if self.fps else ""))
+        command = f"python data.py --check {self.source} --frames {self.frames}"
+        fps = f" --fps {self.fps:g}" if self.fps else ""
+        return f"see {command} --height {h} --width {w}{fps}"
 
 
 def _list_file(path, what):
@@ -993,11 +1072,12 @@ def _list_file(path, what):
 
 
 def read_clips(folder):
-    """folder/metadata.json of VideoDPO's layout -> [(path of a clip, its caption)], none left out."""
+    """FOLDER/metadata.json of VideoDPO's layout -> [(path of a clip, its caption)], all of them."""
     path, rows = Path(folder, "metadata.json"), []
     for i, row in enumerate(_list_file(path, "clips")):
         try:
-            rows.append((Path(folder, row["basic"]["clip_path"]), row["misc"]["frame_caption"][0]))
+            clip, caption = row["basic"]["clip_path"], row["misc"]["frame_caption"][0]
+            rows.append((Path(folder, clip), caption))
         except (KeyError, IndexError, TypeError):
             raise UserError(f'{path} row {i}: wanted {{"basic": {{"clip_path": ...}}, "misc": '
                             '{"frame_caption": [...]}}') from None
@@ -1005,36 +1085,43 @@ def read_clips(folder):
 
 
 class PairDataset(torch.utils.data.Dataset):
-    """VideoDPO's pairs: folders with metadata.json (clips), pair.json (video1 the winner, video2 the loser).
+    """VideoDPO's pairs: folders with metadata.json (clips) and pair.json (video1 won, video2 lost).
 
-    Items {"video": (2, 3, frames, height, width) in [-1,1], winner first, "text", "number"}; scores: of each
-    pair, 1 where none is given. Rows count from 0 within their folder. Each clip is looked for now; one that
-    is missing, or when it is read corrupt or short, is an error: no other can stand in for half a pair.
-    Longer clips are read with stride 4 where they are long enough, from a start drawn for `number`.
+    Items {"video": (2, 3, frames, height, width) in [-1,1], winner first, "text", "number"};
+    scores: one per pair, 1 where none is given. Rows count from 0 within their folder. A missing
+    clip is an error now, a corrupt or short one when it is read: no other clip can stand in for
+    half a pair. Clips that are long enough are read with stride 4, from a start drawn for `number`.
     """
 
     def __init__(self, folders, frames, height, width, seed=0):
-        self.frames, self.size, self.seed, self.rows, self.scores = frames, (height, width), seed, [], []
+        self.frames, self.size, self.seed = frames, (height, width), seed
+        self.rows, self.scores = [], []
         for folder in folders:
             if not Path(folder).is_dir():
-                raise UserError(f"{folder}: no such folder of pairs (metadata.json, pair.json and clips)")
+                raise UserError(f"{folder}: no such folder of pairs (metadata.json, pair.json and "
+                                "clips)")
             clips, path = read_clips(folder), Path(folder, "pair.json")
             for i, row in enumerate(_list_file(path, "pairs")):
-                where, pair = f"{path} row {i}", [row.get(k) for k in ("video1", "video2")]
-                if not all(type(k) is int and 0 <= k < len(clips) for k in pair) or pair[0] == pair[1]:
-                    raise UserError(f"{where}: video1 and video2 must be two of the {len(clips)} rows of "
-                                    f"metadata.json, counted from 0, not {pair[0]} and {pair[1]}")
-                text, score = row.get("frame_caption", clips[pair[0]][1]), row.get("score", 1.0)
-                text = text[0] if isinstance(text, list) and text else text
-                if not isinstance(text, str):
-                    raise UserError(f"{where}: frame_caption is no text")
-                if not isinstance(score, (int, float)) or not 0 < score < float("inf"):
-                    raise UserError(f"{where}: score {score} is no number above 0")
-                for k in pair:
-                    if not clips[k][0].exists():
-                        raise UserError(f"{where}: {clips[k][0]}: no such clip")
-                self.rows.append((where, clips[pair[0]][0], clips[pair[1]][0], text))
-                self.scores.append(float(score))
+                self.add(f"{path} row {i}", row, clips)
+
+    def add(self, where, row, clips):
+        """Check a row of pair.json and add it; clips: of read_clips()."""
+        pair = [row.get(k) for k in ("video1", "video2")]
+        if not all(type(k) is int and 0 <= k < len(clips) for k in pair) or pair[0] == pair[1]:
+            raise UserError(f"{where}: video1 and video2 must be two of the {len(clips)} rows of "
+                            f"metadata.json, counted from 0, not {pair[0]} and {pair[1]}")
+        winner, loser = (clips[k][0] for k in pair)
+        text, score = row.get("frame_caption", clips[pair[0]][1]), row.get("score", 1.0)
+        text = text[0] if isinstance(text, list) and text else text
+        if not isinstance(text, str):
+            raise UserError(f"{where}: frame_caption is no text")
+        if not isinstance(score, (int, float)) or not 0 < score < float("inf"):
+            raise UserError(f"{where}: score {score} is no number above 0")
+        for clip in (winner, loser):
+            if not clip.exists():
+                raise UserError(f"{where}: {clip}: no such clip")
+        self.rows.append((where, winner, loser, text))
+        self.scores.append(float(score))
 
     def __len__(self):
         return len(self.rows)
@@ -1076,13 +1163,15 @@ def check_dataset(source, frames, height, width, fps=None):
         except UserError as e:
             bad += 1
             print(f"{dataset.source} row {n}: {reason_of(e)}")
-    print(f"{dataset.source}: {len(dataset)} clips, {bad} bad, read as {frames} frames of {height}x{width}")
+    print(f"{dataset.source}: {len(dataset)} clips, {bad} bad, read as {frames} frames of "
+          f"{height}x{width}")
     return bad
 
 
 def main(argv=None):
     p = Parser("Read every clip of a data set once and name the bad ones.")
-    p.add_argument("--check", metavar="LIST", required=True, help="folder, .csv, .jsonl or .txt list")
+    p.add_argument("--check", metavar="LIST", required=True,
+                   help="folder, .csv, .jsonl or .txt list")
     p.add_argument("--frames", type=COUNT, default=16, help="frames a clip")
     p.add_argument("--height", type=COUNT, default=256, help="pixels")
     p.add_argument("--width", type=COUNT, default=256, help="pixels")

@@ -1,16 +1,16 @@
-"""Noise schedules, prediction types, guidance, samplers and training losses: pure functions.
+"""Noise schedules, prediction types, guidance, samplers and training losses, as pure functions.
 
-x_t = sqrt(ab_t) x0 + sqrt(1 - ab_t) eps, with ab ("alpha bar") the cumulative product of 1 - beta, kept in
-float64 and cast to x's dtype when it is looked up. The network predicts eps, x0 or
-v = sqrt(ab) eps - sqrt(1 - ab) x0 (Salimans & Ho, arXiv 2202.00512).
+    x_t = sqrt(ab_t) x0 + sqrt(1 - ab_t) eps,    ab ("alpha bar") = cumulative product of 1 - beta
 
-Rectified flow (Open-Sora) has a line of its own, x_t = (1 - t/1000) x0 + t/1000 eps, and v = x0 - eps.
+The network predicts eps, x0 or v = sqrt(ab) eps - sqrt(1 - ab) x0 (Salimans & Ho, arXiv
+2202.00512). Rectified flow (Open-Sora) uses x_t = (1 - t/1000) x0 + t/1000 eps and predicts v =
+x0 - eps.
 
-Samplers take net_fn(x, t (b,)) -> prediction like x, usually made by guided(), and one torch.Generator a
-sample for what they draw: a clip does not depend on its batch.
+A sampler takes net_fn(x, t (b,)) -> prediction like x, usually made by guided(), and draws its
+noise from one torch.Generator per sample, so a clip does not depend on the rest of its batch.
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -19,15 +19,15 @@ from torch import Tensor
 
 from common import UserError
 
-# ---- noise schedules: float64 betas
+# ---- noise schedules: betas (T,) in float64
 
 def linear_sd(num=1000, first=0.00085, last=0.012):
-    """Stable Diffusion's "scaled linear": linear in sqrt(beta). ModelScope's and VideoCrafter2's."""
+    """Stable Diffusion's "scaled linear": linear in sqrt(beta). ModelScope's, VideoCrafter2's."""
     return torch.linspace(first ** 0.5, last ** 0.5, num, dtype=torch.float64) ** 2
 
 
 def cosine(num=1000, s=0.008):
-    """Nichol & Dhariwal, arXiv 2102.09672, eq. 17: ab(u) = cos^2((u + s) / (1 + s) pi / 2), beta <= 0.999."""
+    """ab(u) = cos^2((u + s) / (1 + s) pi / 2), beta <= 0.999 (arXiv 2102.09672, eq. 17)."""
     def g(u):
         return torch.cos((u + s) / (1 + s) * torch.pi / 2) ** 2
     u = torch.arange(num, dtype=torch.float64)
@@ -35,23 +35,25 @@ def cosine(num=1000, s=0.008):
 
 
 def betas_of(ab):
-    """The betas whose alpha bar is `ab`."""
+    """The betas whose alpha bar is `ab` (T,)."""
     return 1 - ab / torch.cat([torch.ones(1, dtype=torch.float64), ab[:-1]])
 
 
 def linear_sd_shifted(num=1000, first=0.00085, last=0.012, divisor=1.0):
-    """linear_sd with its SNR over `divisor`, CogVideoX's (3 for 2B, 1 for 5B), to be rescaled by zero_snr.
+    """CogVideoX's schedule: linear_sd with its SNR divided by `divisor` (3 for 2B, 1 for 5B).
 
-    make_schedule's `shift` comes after that rescaling, this one before it.
+    This shift comes before make_schedule's zero_snr rescales the result, make_schedule's `shift`
+    after it.
     """
     ab = torch.cumprod(1 - linear_sd(num, first, last), 0)
     return betas_of(shift_snr(ab, divisor ** -0.5))
 
 
 def logsnr_cosine_interp(num=1000, scale_min=2.0, scale_max=4.0):
-    """SR600's sampling: a cosine's log SNR in +-15 plus 2 ln(1 / scale), scale_min at the clean end.
+    """SR600's schedule: a cosine's log SNR within +-15, plus 2 ln(1 / scale).
 
-    As published sigma = sqrt(1 - ab) is a float32: the noisiest step rounds to 1, pure noise.
+    The scale goes from scale_min at the clean end to scale_max at the noisy one. As published,
+    sigma = sqrt(1 - ab) is rounded to float32, which makes the noisiest step pure noise.
     """
     u = torch.linspace(1, 0, num, dtype=torch.float64)  # 1: clean
     first, last = math.atan(math.exp(7.5)), math.atan(math.exp(-7.5))
@@ -62,25 +64,26 @@ def logsnr_cosine_interp(num=1000, scale_min=2.0, scale_max=4.0):
 
 
 def zero_terminal_snr(betas):
-    """Shift and scale sqrt(ab): the last step is pure noise (Lin et al., arXiv 2305.08891, algorithm 1)."""
+    """Shift and scale sqrt(ab) so that the last step is pure noise (2305.08891, algorithm 1)."""
     a = torch.cumprod(1 - betas, 0).sqrt()
     a = (a - a[-1]) * a[0] / (a[0] - a[-1])
     return betas_of(a ** 2)
 
 
 def shift_snr(ab, factor):
-    """Alpha bar with sqrt(ab / (1 - ab)) times `factor` (Hoogeboom et al., arXiv 2301.11093, section 2.1).
+    """ab with sqrt(ab / (1 - ab)) multiplied by `factor` (arXiv 2301.11093, section 2.1).
 
-    The same noise hides a redundant signal (many pixels, many frames) less well; factor < 1 makes up for it.
+    The same noise hides a redundant signal (many pixels, many frames) less well; a factor below 1
+    compensates for that.
     """
     return factor ** 2 * ab / (1 - ab + factor ** 2 * ab)
 
 
 def x0_scale(num, first=1.0, last=0.7, ramp=400):
-    """VideoCrafter2's factors on x0, (num,) float64: `ramp` steps from first to last, then last.
+    """VideoCrafter2's factors on x0, (num,) float64: first to last in `ramp` steps, then last.
 
-    A damped signal is more noise for the same ab, as in arXiv 2301.10972. (The original's table goes on for
-    `ramp` more entries, which no step reaches.)
+    Scaling the signal down adds noise at the same ab, as in arXiv 2301.10972. (The original's
+    table has `ramp` further entries, which no step reads.)
     """
     ramp = torch.linspace(first, last, ramp, dtype=torch.float64)
     return torch.cat([ramp, torch.full((num,), last, dtype=torch.float64)])[:num]
@@ -92,60 +95,68 @@ SCHEDULES = {"linear_sd": linear_sd, "linear_sd_shifted": linear_sd_shifted, "co
 
 @dataclass(frozen=True)
 class Schedule:
-    """alpha_bar (T,) float64 and what the network predicts: "eps", "v", "x0". t: long tensor (b,) or int.
+    """alpha_bar (T,) in float64, and what the network predicts: "eps", "v" or "x0".
 
-    scale (T,) or None: x_t = sqrt(ab_t) scale_t x0 + sqrt(1 - ab_t) eps. A network predicts v of scale_t x0,
-    but x0 itself.
+    scale (T,) or None: x_t = sqrt(ab_t) scale_t x0 + sqrt(1 - ab_t) eps. With a scale, a network
+    that predicts v predicts that of scale_t x0; one that predicts x0 predicts x0 itself. Steps t
+    are ints or long tensors (b,).
     """
     alpha_bar: Tensor
     prediction: str = "eps"
     scale: Tensor | None = None
+    tables: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def _ab(self, t, like):
-        """sqrt(ab_t), sqrt(1 - ab_t) in float64 precision, cast to like's dtype, shaped to multiply it."""
-        ab = self.alpha_bar[torch.as_tensor(t).cpu()].reshape(-1, *[1] * (like.ndim - 1)).to(like.device)
-        return ab.sqrt().to(like.dtype), (1 - ab).sqrt().to(like.dtype)
+    def at(self, t, like):
+        """sqrt(ab_t), sqrt(1 - ab_t) and scale_t, each shaped to multiply `like` (b, ...).
 
-    def _scale(self, t, like):
-        """scale_t, shaped to multiply `like`; 1 without a scale."""
-        if self.scale is None:
-            return 1
-        return self.scale[torch.as_tensor(t).cpu()].reshape(-1, *[1] * (like.ndim - 1)).to(like)
+        Computed in float64 and then rounded to like's dtype. The tables stay on like's device: a
+        lookup that copied t to the CPU would make the CPU wait for the GPU in every training
+        step.
+        """
+        place = like.device, like.dtype
+        if place not in self.tables:
+            scale = torch.ones_like(self.alpha_bar) if self.scale is None else self.scale
+            table = torch.stack([self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt(), scale])
+            self.tables[place] = table.to(like.dtype).to(like.device)
+        table = self.tables[place]
+        if isinstance(t, Tensor):
+            columns = table[:, t.reshape(-1).to(like.device)]
+        else:
+            columns = table[:, t:t + 1]
+        return columns.reshape(3, -1, *[1] * (like.ndim - 1)).unbind()
 
     def add_noise(self, x0, noise, t):
         """x0, noise like x0, t -> x_t."""
-        a, s = self._ab(t, x0)
-        return a * self._scale(t, x0) * x0 + s * noise
+        a, s, k = self.at(t, x0)
+        return a * k * x0 + s * noise
 
     def target(self, x0, noise, t):
-        """What the network should answer for x_t = add_noise(x0, noise, t)."""
-        a, s = self._ab(t, x0)
-        return {"eps": noise, "x0": x0, "v": a * noise - s * self._scale(t, x0) * x0}[self.prediction]
+        """What the network should answer at x_t = add_noise(x0, noise, t)."""
+        a, s, k = self.at(t, x0)
+        return {"eps": noise, "x0": x0, "v": a * noise - s * k * x0}[self.prediction]
 
     def to_x0(self, out, x_t, t):
-        """The network's answer at x_t -> the clean latents it stands for."""
-        a, s = self._ab(t, x_t)
-        k = self._scale(t, x_t)
+        """The network's answer at x_t -> the clean latents that it implies."""
+        a, s, k = self.at(t, x_t)
         if self.prediction == "eps":
             return (x_t - s * out) / (a * k)
         return out if self.prediction == "x0" else a / k * x_t - s / k * out
 
     def to_eps(self, out, x_t, t):
-        """The network's answer at x_t -> the noise it stands for."""
-        a, s = self._ab(t, x_t)
+        """The network's answer at x_t -> the noise that it implies."""
+        a, s, k = self.at(t, x_t)
         if self.prediction == "x0":
-            return (x_t - a * self._scale(t, x_t) * out) / s
+            return (x_t - a * k * out) / s
         return out if self.prediction == "eps" else a * out + s * x_t
 
 
 def make_schedule(name="linear_sd", prediction="eps", zero_snr=False, shift=1.0, scale=None,
                   **kw) -> Schedule:
-    """A Schedule from its betas' name in SCHEDULES, e.g. make_schedule("cosine", "v", zero_snr=True).
+    """A Schedule by the name of its betas, e.g. make_schedule("cosine", "v", zero_snr=True).
 
-    scale: None or x0_scale's (first, last, ramp): VideoCrafter2 has (1.0, 0.7, 400).
+    name: a key of SCHEDULES; kw: arguments of that function. scale: None, or x0_scale's
+    (first, last, ramp); VideoCrafter2 has (1.0, 0.7, 400).
     """
-    if name not in SCHEDULES:
-        raise UserError(f"noise schedule {name}: unknown; choose from {', '.join(SCHEDULES)}")
     betas = SCHEDULES[name](**kw)
     betas = zero_terminal_snr(betas) if zero_snr else betas
     scale = None if scale is None else x0_scale(len(betas), *scale)
@@ -155,11 +166,11 @@ def make_schedule(name="linear_sd", prediction="eps", zero_snr=False, shift=1.0,
 # ---- training losses
 
 def diffusion_loss(net_fn, schedule, x0, noise, t, mask=None, coherence=0.0):
-    """Mean over all elements of |net(x_t, t) - target|^2, one value a sample (b,), in fp32.
+    """Mean of |net(x_t, t) - target|^2 over all elements of a sample, (b,) in fp32.
 
-    net_fn(x_t, t) -> prediction; t (b,). mask (b,1,f,h,w) multiplies prediction and target (DreamVideo's
-    subject masks); the mean still runs over all elements. coherence: weight of the same distance between
-    what changes from frame to frame in the two (TF-T2V).
+    net_fn(x_t, t) -> prediction; t (b,). mask (b,1,f,h,w) multiplies prediction and target
+    (DreamVideo's subject masks); the mean still runs over all elements. coherence: weight of the
+    same error on differences between neighbouring frames (TF-T2V).
     """
     out = net_fn(schedule.add_noise(x0, noise, t), t).float()
     target = schedule.target(x0, noise, t).float()
@@ -172,9 +183,9 @@ def diffusion_loss(net_fn, schedule, x0, noise, t, mask=None, coherence=0.0):
 
 
 def pseudo_huber(a, b, c=0.001):
-    """Mean over all elements of sqrt((a - b)^2 + c^2) - c, one value a sample (b,), in fp32.
+    """Mean of sqrt((a - b)^2 + c^2) - c over all elements of a sample, (b,) in fp32.
 
-    Nearly |a - b|, but smooth at 0: the loss of consistency distillation (arXiv 2310.14189).
+    Close to |a - b| but smooth at 0; the loss of consistency distillation (arXiv 2310.14189).
     """
     return ((a.float() - b.float()).square() + c ** 2).sqrt().sub(c).flatten(1).mean(1)
 
@@ -182,15 +193,15 @@ def pseudo_huber(a, b, c=0.001):
 def boundary_scalings(t, sigma_data=0.5, timestep_scaling=10.0):
     """c_skip, c_out of a consistency function f(x, t) = c_skip x + c_out x0; t: number or tensor.
 
-    They make f(x, 0) = x (consistency models, arXiv 2303.01469; timestep_scaling: latent ones, 2310.04378).
-    From t = 19 on f is x0 but for 7e-6.
+    They make f(x, 0) = x (consistency models, arXiv 2303.01469; timestep_scaling is from latent
+    consistency models, 2310.04378). From t = 19 on, f differs from x0 by 7e-6 at most.
     """
     u = timestep_scaling * t
     return sigma_data ** 2 / (u ** 2 + sigma_data ** 2), u / (u ** 2 + sigma_data ** 2) ** 0.5
 
 
 def consistency(schedule, out, x_t, t):
-    """A consistency function, f(x_t, t) = c_skip x_t + c_out x0, from the network's answer; t (b,) or int."""
+    """f(x_t, t) = c_skip x_t + c_out x0, from the network's answer; t (b,) or int."""
     c_skip, c_out = boundary_scalings(torch.as_tensor(t).to(x_t).reshape(-1, *[1] * (x_t.ndim - 1)))
     return c_skip * x_t + c_out * schedule.to_x0(out, x_t, t)
 
@@ -198,15 +209,15 @@ def consistency(schedule, out, x_t, t):
 # ---- guidance
 
 def guided(net, text, null, cfg=None, rescale=0.0, sequential=False, null_cond=None, **cond):
-    """-> fn(x, t, **now) = u + cfg (c - u): classifier-free guidance (arXiv 2207.12598; here 1 is off).
+    """-> fn(x, t, **now) = u + cfg (c - u): classifier-free guidance (2207.12598; 1 is off here).
 
-    c and u are the network's answers for `text` and `null` (b,n,d). cfg None or 1: c alone; a function of the
-    step, an int: another scale at each (dynamic_guidance). Tensors in `cond` (b, ...) (fps, ...) go to both
-    branches, as do those of a single call, `now` (rflow's frame_mask); null_cond {name: tensor} replaces some
-    of `cond` in u.
-    Both in one batched call, or with `sequential` in two, which halves the activations.
-    rescale: share of the result brought back to c's standard deviation, against the over-exposure of large
-    cfg (arXiv 2305.08891, section 3.4; SR600: 0.3).
+    c and u are the network's answers for `text` and `null` (b,n,d). cfg: None or 1 for c alone, a
+    number, or a function of the step, an int (dynamic_guidance). `cond` {name: tensor (b, ...)}
+    goes to both branches, and so do the conditions of a single call, `now` (rflow's frame_mask).
+    null_cond replaces some of `cond` in u. sequential: two calls instead of one on a doubled
+    batch, which halves the activations. rescale: share of the result that is brought back to c's
+    standard deviation, against the over-exposure that a large cfg causes (arXiv 2305.08891,
+    section 3.4; SR600: 0.3).
     """
     if cfg is None or cfg == 1:
         return lambda x, t, **now: net(x, t, text, **cond, **now)
@@ -220,7 +231,8 @@ def guided(net, text, null, cfg=None, rescale=0.0, sequential=False, null_cond=N
             c, u = net(x, t, text, **cond, **now), net(x, t, null, **null_cond, **now)
         else:
             both_now = {k: torch.cat([v, v]) for k, v in now.items()}
-            c, u = net(torch.cat([x, x]), torch.cat([t, t]), both_text, **both_cond, **both_now).chunk(2)
+            out = net(torch.cat([x, x]), torch.cat([t, t]), both_text, **both_cond, **both_now)
+            c, u = out.chunk(2)
         scale = cfg(int(t[0])) if callable(cfg) else cfg
         out = u + scale * (c - u)
         if rescale:
@@ -232,11 +244,11 @@ def guided(net, text, null, cfg=None, rescale=0.0, sequential=False, null_cond=N
 
 
 def dynamic_guidance(cfg, steps, num=1000, as_published=False):
-    """-> fn(t): guidance scale of the step t, for samplers with "trailing" steps (CogVideoX).
+    """-> fn(t): guidance scale at step t, for samplers with "trailing" steps (CogVideoX).
 
-    It rises from 1 to 1 + cfg:  1 + cfg (1 - cos(pi (i / steps)^5)) / 2  at step i. as_published: diffusers'
-    form, with which the demos of CogVideoX and Diffusion as Shader ran, has steps - t in the place of i,
-    t = 999 ... 0 (a slip: the scale jumps up and down).
+    It rises from 1 to 1 + cfg:  1 + cfg (1 - cos(pi (i / steps)^5)) / 2  in the i-th update.
+    as_published: diffusers puts steps - t, t = 999 ... 0, in the place of i, a slip that makes
+    the scale jump up and down. The demos of CogVideoX and Diffusion as Shader were made with it.
     """
     times = ddim_timesteps(steps, num, "trailing")
 
@@ -246,50 +258,100 @@ def dynamic_guidance(cfg, steps, num=1000, as_published=False):
     return scale
 
 
+# ---- what samplers share
+
+def full_step(x, t):
+    """(b,): step t for every sample of x."""
+    return torch.full((len(x),), t, device=x.device)
+
+
+def recording(number, updates, grad_last):
+    """Context of update `number` (from 0) of so many: the last grad_last record gradients.
+
+    The state before them is then a constant (VADER, InstructVideo). Under torch.no_grad none do.
+    """
+    return torch.set_grad_enabled(torch.is_grad_enabled() and number >= updates - grad_last)
+
+
+def randn(shape, generators, device="cpu"):
+    """Noise of `shape` (b, ...). Sample i is drawn from generators[i] on the CPU.
+
+    It is the same on any device and in any batch.
+    """
+    return torch.stack([torch.randn(shape[1:], generator=g) for g in generators]).to(device)
+
+
+def randn_like(x, generators):
+    """Noise like x (b, ...), sample i from generators[i]; None: from torch's global generator."""
+    if generators is None:
+        return torch.randn_like(x)
+    return randn(x.shape, generators, x.device).to(x.dtype)
+
+
+def offset_noise(noise, shared, strength=0.1):
+    """Noise (b,c,f,h,w) + strength * shared (b,c,f,1,1), one value per channel and frame.
+
+    Plain noise hardly changes the mean of a frame, so a network never learns to choose its
+    brightness.
+    """
+    return noise + strength * shared
+
+
+def mix_noise(inverted, noise, strength):
+    """sqrt(strength) inverted + sqrt(1 - strength) noise: DreamVideo's start, near a video's."""
+    return strength ** 0.5 * inverted + (1 - strength) ** 0.5 * noise
+
+
 # ---- DDIM (Song et al., arXiv 2010.02502)
 
 def ddim_timesteps(steps, num=1000, spacing="leading"):
     """Descending list of integer steps.
 
-    "leading": VGen's 1 + k (num // steps), e.g. 981, ..., 21, 1 for 50; when steps does not divide num there
-    are more than asked, as published. "trailing": num - 1 first, for schedules that end in pure noise
-    (arXiv 2305.08891, section 3.3).
+    "leading": VGen's 1 + k (num // steps), e.g. 981, ..., 21, 1 for 50. As published, there are
+    more than `steps` of them when steps does not divide num. "trailing": num - 1 first, for
+    schedules that end in pure noise (arXiv 2305.08891, section 3.3).
     """
     if not 1 <= steps <= num:
         raise UserError(f"--sample-steps {steps}: this sampler takes 1 to {num}")
     if spacing == "trailing":
-        # numpy's rounding decides the halves (48 steps), as published; it may add an entry 0 at the end
+        # numpy's rounding decides the halves (48 steps), as published; it may add an entry 0 at
+        # the end
         return [int(t) - 1 for t in np.arange(num, 0, -num / steps).round()[:steps]]
     return [min(1 + t, num - 1) for t in range(0, num, num // steps)][::-1]
 
 
 def ddim_updates(steps, num=1000, spacing="leading"):
-    """What the sampler does, as pairs (t, t_prev): from step t to t_prev; -1: to x0."""
+    """The sampler's updates as pairs (t, t_prev), from step t to t_prev; -1 stands for x0."""
     times = ddim_timesteps(steps, num, "leading" if spacing == "leading" else "trailing")
     if spacing == "leading":
         return [(t, max(t - num // steps, 0)) for t in times]
     if spacing == "trailing":
         return list(zip(times, times[1:] + [-1]))
-    # "cogvideox", as published: the same where steps divides num; elsewhere each step lands beside the next
-    # one's t, and the last may stop short of x0
+    # "cogvideox", as published: the same where steps divides num. Elsewhere each update ends
+    # beside the next one's t, and the last may stop short of x0.
     return [(t, t - num // steps) for t in times]
 
 
 def number_of_updates(sampler, steps, spacing="leading") -> int:
-    """How many updates a sampler makes: `steps`, or what a spacing of DDIM's makes of them."""
+    """How many updates a sampler makes: `steps`, or what DDIM's spacing makes of them."""
     if sampler == "dpm":
         return len(ddim_updates(steps, spacing="cogvideox"))
     return len(ddim_updates(steps, spacing=spacing)) if sampler == "ddim" else steps
 
 
 def ddim_step(schedule, out, x, t, t_prev, eta=0.0, noise=None):
-    """One update from step t to t_prev (ints; -1: all the way to x0), eq. 12. `noise` like x when eta > 0."""
+    """One DDIM update from step t to t_prev (Song et al., eq. 12).
+
+    out: the network's output at x = x_t, (b,c,f,h,w); t, t_prev: ints, t_prev = -1 means x0.
+    eta: 0 is deterministic, 1 is DDPM; above 0 it needs `noise` like x.
+    """
     x0, eps = schedule.to_x0(out, x, t), schedule.to_eps(out, x, t)
     if t_prev < 0:
         return x0
     ab, ab_prev = schedule.alpha_bar[t].item(), schedule.alpha_bar[t_prev].item()
     sigma = eta * ((1 - ab_prev) / (1 - ab) * (1 - ab / ab_prev)) ** 0.5
-    x = ab_prev ** 0.5 * schedule._scale(t_prev, x0) * x0 + max(1 - ab_prev - sigma ** 2, 0.0) ** 0.5 * eps
+    _, _, scale = schedule.at(t_prev, x0)
+    x = ab_prev ** 0.5 * scale * x0 + max(1 - ab_prev - sigma ** 2, 0.0) ** 0.5 * eps
     return x if sigma == 0 else x + sigma * noise
 
 
@@ -297,26 +359,24 @@ def ddim(net_fn, x_T, schedule, steps, eta=0.0, generators=None, grad_last=0, sp
          progress=None, last=None):
     """Sample: noise x_T (b,c,f,h,w) -> latents.
 
-    generators: for the noise of eta > 0.
-    grad_last: the last K updates record gradients, the state before them is constant (VADER, InstructVideo).
-    last: only so many last updates are made, and x_T is the state at the step of the first of them, such as a
-    clip noised to there (SDEdit, arXiv 2108.01073; InstructVideo).
-    As published with "leading", the chain ends at ab_0, not at x0: a residual sqrt(1 - ab_0) eps stays,
-    visually nil.
+    generators: one per sample, for the noise of eta > 0. grad_last: see recording(). last: make
+    only the last so many updates. x_T is then the state at the step of the first of them, such as
+    a clip noised to that step (SDEdit, arXiv 2108.01073; InstructVideo). As published, "leading"
+    ends at ab_0 and not at x0, so an invisible sqrt(1 - ab_0) eps remains.
     """
     updates = ddim_updates(steps, len(schedule.alpha_bar), spacing)
     updates = updates if last is None else updates[len(updates) - last:]
     x = x_T
     for i, (t, t_prev) in enumerate(progress(updates) if progress else updates):
-        with torch.set_grad_enabled(torch.is_grad_enabled() and i >= len(updates) - grad_last):
-            out = net_fn(x, torch.full((len(x),), t, device=x.device))
+        with recording(i, len(updates), grad_last):
+            out = net_fn(x, full_step(x, t))
             noise = randn_like(x, generators) if eta > 0 else None
             x = ddim_step(schedule, out.float(), x, t, t_prev, eta, noise)
     return x
 
 
 def ddim_invert_step(schedule, out, x, t, t_next):
-    """One update of the reversed ODE, from step t up to t_next (len(alpha_bar): pure noise)."""
+    """One update of the reversed ODE, from step t up to t_next; len(alpha_bar) means pure noise."""
     x0, eps = schedule.to_x0(out, x, t), schedule.to_eps(out, x, t)
     if t_next >= len(schedule.alpha_bar):
         return eps
@@ -325,15 +385,16 @@ def ddim_invert_step(schedule, out, x, t, t_next):
 
 @torch.no_grad()
 def ddim_invert(net_fn, x0, schedule, steps, levels=None):
-    """Clean latents -> the noise that DDIM would turn into them; t = 0, s, 2s, ..., s = T // steps (VGen).
+    """Clean latents -> the noise that DDIM would turn into them.
 
-    Ends in pure noise, or with `levels` (T = levels) at the noise of step levels - 1 (SR600: 700).
+    Visits t = 0, s, 2s, ... with s = T // steps (VGen) and ends in pure noise. With `levels`, T =
+    levels and the end is the noise of step levels - 1 (SR600: 700).
     """
     num = len(schedule.alpha_bar) if levels is None else levels
     end = num if levels is None else levels - 1
     x = x0
     for t in range(0, num, num // steps):
-        out = net_fn(x, torch.full((len(x),), t, device=x.device))
+        out = net_fn(x, full_step(x, t))
         x = ddim_invert_step(schedule, out.float(), x, t, min(t + num // steps, end))
     return x
 
@@ -341,10 +402,11 @@ def ddim_invert(net_fn, x0, schedule, steps, levels=None):
 # ---- latent consistency models (arXiv 2310.04378)
 
 def lcm_timesteps(steps, num=1000, origin=50, spacing="stride"):
-    """Descending list of integer steps, out of the `origin` steps of the distillation (999, 979, ..., 19).
+    """Descending list of integer steps, chosen from the `origin` steps of the distillation.
 
-    "stride": T2V-Turbo's every (origin // steps)-th, e.g. 999, 759, 519, 279 for 4. "even": VideoLCM's
-    i origin / steps rounded down (diffusers 0.26), e.g. 999, 759, 499, 259.
+    Those are 999, 979, ..., 19 for 50. "stride": T2V-Turbo takes every (origin // steps)-th of
+    them, e.g. 999, 759, 519, 279. "even": VideoLCM takes i origin / steps, rounded down
+    (diffusers 0.26), e.g. 999, 759, 499, 259.
     """
     if not 1 <= steps <= origin:
         raise UserError(f"--sample-steps {steps}: this consistency model takes 1 to {origin}")
@@ -356,14 +418,15 @@ def lcm_timesteps(steps, num=1000, origin=50, spacing="stride"):
 
 @torch.no_grad()
 def lcm(net_fn, x_T, schedule, steps, generators=None, origin=50, spacing="stride", progress=None):
-    """Sample a consistency model: noise x_T (b,c,f,h,w) -> latents; jump to x0, add noise, jump again.
+    """Sample a consistency model: noise x_T (b,c,f,h,w) -> latents, by jumps to x0.
 
-    The network is asked once a step: guidance was distilled into it (and may be one of its conditions).
+    Each step jumps to x0 and adds noise for the next. It calls the network once: guidance was
+    distilled into the network, and may be one of its conditions.
     """
     times = lcm_timesteps(steps, len(schedule.alpha_bar), origin, spacing)
     x = x_T
     for i, t in enumerate(progress(times) if progress else times):
-        out = net_fn(x, torch.full((len(x),), t, device=x.device))
+        out = net_fn(x, full_step(x, t))
         x0 = consistency(schedule, out.float(), x, t)
         if i + 1 < len(times):
             x = schedule.add_noise(x0, randn_like(x, generators), times[i + 1])
@@ -373,15 +436,15 @@ def lcm(net_fn, x_T, schedule, steps, generators=None, origin=50, spacing="strid
 # ---- DPM-Solver++ (Lu et al., arXiv 2211.01095)
 
 def dpmpp_2m(net_fn, x_T, schedule, steps, grad_last=0, progress=None):
-    """DPM-Solver++(2M), algorithm 2: noise x_T (b,c,f,h,w) -> latents. diffusers' for ModelScope, VADER's.
+    """DPM-Solver++(2M), algorithm 2, as VADER samples ModelScope: noise x_T (b,c,f,h,w) -> latents.
 
-    No noise is drawn. With lam = ln sqrt(ab / (1 - ab)) and h = lam' - lam, from t to t':
+    It draws no noise. With lam = ln sqrt(ab / (1 - ab)) and h = lam' - lam, from t to t':
 
         x' = sqrt((1 - ab') / (1 - ab)) x + (1 - exp(-h)) sqrt(ab') D
         D = x0 + h / (2 h_last) (x0 - x0_last)
 
-    "linspace" steps, 999 = t_1 > ... > t_n, evenly spaced towards 0; the last update goes to x0 itself.
-    grad_last: as in ddim().
+    Steps are spaced by "linspace": 999 = t_1 > ... > t_n, even towards 0. The last update goes to
+    x0. grad_last: see recording().
     """
     num = len(schedule.alpha_bar)
     times = [int(t) for t in np.linspace(0, num - 1, steps + 1).round()[:0:-1]]
@@ -390,8 +453,8 @@ def dpmpp_2m(net_fn, x_T, schedule, steps, grad_last=0, progress=None):
     x, last, h_last = x_T, None, None
     updates = list(zip(times, times[1:] + [-1]))
     for i, (t, t_prev) in enumerate(progress(updates) if progress else updates):
-        with torch.set_grad_enabled(torch.is_grad_enabled() and i >= steps - grad_last):
-            out = net_fn(x, torch.full((len(x),), t, device=x.device))
+        with recording(i, steps, grad_last):
+            out = net_fn(x, full_step(x, t))
             x0 = schedule.to_x0(out.float(), x, t)
             if t_prev < 0:
                 return x0
@@ -405,33 +468,33 @@ def dpmpp_2m(net_fn, x_T, schedule, steps, grad_last=0, progress=None):
 
 @torch.no_grad()
 def dpmpp_2m_sde(net_fn, x_T, schedule, steps, generators=None, levels=None, progress=None):
-    """SDE-DPM-Solver++(2M) from step levels - 1 (default: the last): x_T (b,c,f,h,w) -> latents. SR600's.
+    """SDE-DPM-Solver++(2M), as SR600 samples, from step levels - 1 (default: the last) -> latents.
 
-    The state is x = x0 + r eps with r = sigma / alpha; the network sees x / sqrt(1 + r^2), in the schedule's
-    form. From r to r', with q = (r' / r)^2 and h = ln(r / r'):
+    The state is x = x0 + r eps with r = sigma / alpha. The network sees x / sqrt(1 + r^2), which
+    is the schedule's form. From r to r', with q = (r' / r)^2 and h = ln(r / r'):
 
         x' = q x + (1 - q) D + r' sqrt(1 - q) noise,    D = x0 + h / (2 h_last) (x0 - x0_last)
 
-    x_T counts as noise of size 1: for SR600 what ddim_invert left of the small video.
+    x_T (b,c,f,h,w): noise of size 1; for SR600, what ddim_invert() made of the small video.
     """
     num = len(schedule.alpha_bar)
     levels = levels or num
-    # "trailing" real-valued steps, the last of them dropped: the chain jumps from the one before it to r = 0
-    # (as published: where the division rounds up there is one more than asked)
+    # "trailing" real-valued steps without the last: the chain jumps from the one before it to r =
+    # 0. (As published: where the division rounds up, there is one more than asked for.)
     times = torch.arange(levels - 1, -1, -levels / (steps + 1), dtype=torch.float64).tolist()[:-1]
     log_r = 0.5 * torch.log((1 - schedule.alpha_bar) / schedule.alpha_bar)
     r = np.exp(np.interp(times, range(num), log_r.numpy())).tolist() + [0.0]
     x = x_T if math.isinf(r[0]) else r[0] * x_T
     last, h_last = None, None
     for i, t in enumerate(progress(times) if progress else times):
-        pure = math.isinf(r[i])  # no signal at all, with zero terminal SNR
+        pure = math.isinf(r[i])  # zero terminal SNR: no signal at all
         x_in = x if pure else x / (1 + r[i] ** 2) ** 0.5
         step = round(t)
-        out = net_fn(x_in, torch.full((len(x),), step, device=x.device))
+        out = net_fn(x_in, full_step(x, step))
         x0 = schedule.to_x0(out.float(), x_in, step)
         if r[i + 1] == 0:
             x = x0
-        elif pure:  # as published: one Euler step, which keeps the noise it was given
+        elif pure:  # as published: one Euler step, which keeps the noise that it was given
             x = x0 + r[i + 1] * x_T
         else:
             q, h = (r[i + 1] / r[i]) ** 2, math.log(r[i] / r[i + 1])
@@ -441,109 +504,27 @@ def dpmpp_2m_sde(net_fn, x_T, schedule, steps, generators=None, levels=None, pro
     return x
 
 
-# ---- rectified flow (Liu et al., arXiv 2209.03003), as Open-Sora 1.2 has it; real t, 0 clean to 1000 noise
-
-def flow_transform(t, frames, height, width):
-    """Move t towards the noise for clips of more pixels and frames: t' = r t / (1 + (r - 1) t), t in 0..1.
-
-    A large clip is redundant and the same noise hides it less well (arXiv 2403.03206, section 5.3.2). r is 1
-    for an image of 512x512, and grows with the root of its pixels and of its latent frames. t: tensor, in
-    sampling and in training; the size is in pixels.
-    """
-    latent_frames = 1 if frames == 1 else max(frames // 17 * 5, 1)
-    r = (height * width / 512 ** 2 * latent_frames) ** 0.5
-    return 1000 * r * t / (1000 + (r - 1) * t)
-
-
-def flow_timesteps(steps, size=None):
-    """Descending list of real steps, 1000 first, evenly spaced or with flow_transform for size (f, h, w)."""
-    t = 1000 * (1 - torch.arange(steps, dtype=torch.float64) / steps)
-    t = t if size is None else flow_transform(t, *size)
-    return t.float().tolist()  # in float32 the first is 1000 exactly, which frame masks rely on
-
-
-def flow_add_noise(x0, noise, t):
-    """x0 (b,...), noise like x0, t (b,) or number -> x_t = (1 - t/1000) x0 + t/1000 noise."""
-    t = torch.as_tensor(t, dtype=x0.dtype, device=x0.device).reshape(-1, *[1] * (x0.ndim - 1)) / 1000
-    return (1 - t) * x0 + t * noise
-
-
-def flow_loss(net_fn, x0, noise, t, frame_mask=None):
-    """Mean over all elements of |v - (x0 - noise)|^2, one value a sample (b,), in fp32; t (b,).
-
-    net_fn(x_t, t) -> v, which may have more channels than x0 (Open-Sora's second half is unused).
-    frame_mask (b,f), True or 1: frames to learn; the others are conditions, given clean and not counted, and
-    net_fn gets it as `frame_mask`.
-    """
-    x_t, now = flow_add_noise(x0, noise, t), {}
-    if frame_mask is not None:
-        frame_mask = frame_mask.bool()
-        x_t = torch.where(frame_mask[:, None, :, None, None], x_t, x0)
-        now["frame_mask"] = frame_mask
-    v = net_fn(x_t, t, **now)[:, :x0.shape[1]].float()
-    error = (v - (x0 - noise).float()).square().mean((1, 3, 4))  # b f
-    if frame_mask is None:
-        return error.mean(1)
-    return (error * frame_mask).sum(1) / frame_mask.sum(1)
-
-
-def noised(schedule, x0, noise, u, size=None, origin=None):
-    """Any base's training input: u (n,) in 0..1 says how far -> x_t, t, what the network should answer.
-
-    schedule None: rectified flow, with flow_transform for `size`. origin: only the steps of a consistency
-    model's distillation (lcm_timesteps), e.g. 19, 39, ..., 999 of 50.
-    """
-    if schedule is None:
-        t = 1000 * u if size is None else flow_transform(1000 * u, *size)
-        return flow_add_noise(x0, noise, t), t, x0 - noise
-    num = len(schedule.alpha_bar)
-    t = (u * num).long() if origin is None else num // origin * ((u * origin).long() + 1) - 1
-    return schedule.add_noise(x0, noise, t), t, schedule.target(x0, noise, t)
-
-
-def rflow(net_fn, x_T, steps, size=None, frame_mask=None, generators=None, grad_last=0, progress=None):
-    """Sample by Euler steps: noise x_T (b,c,f,h,w) -> latents, along x' = x + v (t - t_next) / 1000.
-
-    size: (frames, height, width) in pixels, for flow_transform. grad_last: as in ddim().
-    frame_mask (b,f) in 0..1: 1 makes a frame from noise; the others start as latents that are in x_T. 0 keeps
-    them, m between keeps them down to t = 1000 m, noises them to there and lets them join (edits). net_fn
-    gets `frame_mask` (b,f), True for the frames that take part. generators: for that noise.
-    """
-    times = flow_timesteps(steps, size)
-    updates = list(zip(times, times[1:] + [0.0]))
-    x, active = x_T, None if frame_mask is None else frame_mask == 1
-    for i, (t, t_next) in enumerate(progress(updates) if progress else updates):
-        with torch.set_grad_enabled(torch.is_grad_enabled() and i >= len(updates) - grad_last):
-            now = {}
-            if frame_mask is not None:
-                joined, active = active, 1000 * frame_mask >= t
-                noised = flow_add_noise(x, randn_like(x, generators), t)  # drawn at each step, as published
-                x = torch.where((active & ~joined)[:, None, :, None, None], noised, x)
-                now["frame_mask"] = active
-            v = net_fn(x, torch.full((len(x),), t, device=x.device), **now)[:, :x.shape[1]].float()
-            moved = x + v * (t - t_next) / 1000
-            x = moved if active is None else torch.where(active[:, None, :, None, None], moved, x)
-    return x
-
-
 def cogvideox_dpm(net_fn, x_T, schedule, steps, generators=None, grad_last=0, progress=None):
-    """SDE-DPM-Solver++(2M), the sampler of CogVideoX-5B: noise x_T (b,c,f,h,w) -> latents, ab_T = 0.
+    """SDE-DPM-Solver++(2M), as CogVideoX-5B samples: noise x_T (b,c,f,h,w) -> latents.
 
-    With lam = ln sqrt(ab / (1 - ab)), from t to t' of ddim_updates, h = lam' - lam and q = exp(-2 h):
+    The schedule must end in pure noise, ab_T = 0.
+
+    With lam = ln sqrt(ab / (1 - ab)), h = lam' - lam and q = exp(-2 h), from t to t'
+    (ddim_updates):
 
         x' = sqrt(q (1 - ab') / (1 - ab)) x + (1 - q) sqrt(ab') D + sqrt((1 - q) (1 - ab')) noise
         D = x0 + h / (2 h_last) (x0 - x0_last),    h_last = lam - lam_last
 
-    the solver of dpmpp_2m_sde in another parametrisation; but its first step, from lam = -inf (q = 0), adds
-    fresh noise, and t' is CogVideoX's. grad_last: as in ddim().
+    This is dpmpp_2m_sde's solver in another parametrisation, but its first step, from lam = -inf
+    (q = 0), adds fresh noise, and t' is CogVideoX's. grad_last: see recording().
     """
     ab = schedule.alpha_bar
     lam = 0.5 * (ab / (1 - ab)).log()  # -inf at the last step, which makes q = 0 and 1 / h_last = 0
     x, last, t_last = x_T, None, None
     updates = ddim_updates(steps, len(ab), "cogvideox")
     for i, (t, t_prev) in enumerate(progress(updates) if progress else updates):
-        with torch.set_grad_enabled(torch.is_grad_enabled() and i >= len(updates) - grad_last):
-            out = net_fn(x, torch.full((len(x),), t, device=x.device))
+        with recording(i, len(updates), grad_last):
+            out = net_fn(x, full_step(x, t))
             x0 = schedule.to_x0(out.float(), x, t)
             if t_prev < 0:
                 return x0
@@ -558,86 +539,154 @@ def cogvideox_dpm(net_fn, x_T, schedule, steps, generators=None, grad_last=0, pr
     return x
 
 
-# ---- HiGen (arXiv 2312.04483)
+# ---- rectified flow (arXiv 2209.03003) as in Open-Sora 1.2; t is real, 0 (clean) to 1000 (noise)
+
+def flow_transform(t, frames, height, width):
+    """Move t towards the noise for large clips: t' = r t / (1 + (r - 1) t), for t in 0..1.
+
+    The same noise hides a large, redundant clip less well (arXiv 2403.03206, section 5.3.2). r is
+    1 for an image of 512x512 and grows with the square root of pixels and of latent frames. t:
+    number or tensor, 0..1000; the size is in pixels. Used in sampling and in training.
+    """
+    latent_frames = 1 if frames == 1 else max(frames // 17 * 5, 1)
+    r = (height * width / 512 ** 2 * latent_frames) ** 0.5
+    return 1000 * r * t / (1000 + (r - 1) * t)
+
+
+def flow_timesteps(steps, size=None):
+    """Descending list of real steps from 1000 on, even, or moved by flow_transform for a size."""
+    t = 1000 * (1 - torch.arange(steps, dtype=torch.float64) / steps)
+    t = t if size is None else flow_transform(t, *size)
+    return t.float().tolist()  # in float32 the first is exactly 1000, which frame masks rely on
+
+
+def flow_add_noise(x0, noise, t):
+    """x0 (b,...), noise like x0, t (b,) or number -> x_t = (1 - t/1000) x0 + t/1000 noise."""
+    t = torch.as_tensor(t, dtype=x0.dtype, device=x0.device) / 1000
+    t = t.reshape(-1, *[1] * (x0.ndim - 1))
+    return (1 - t) * x0 + t * noise
+
+
+def flow_loss(net_fn, x0, noise, t, frame_mask=None):
+    """Mean of |v - (x0 - noise)|^2 over all elements of a sample, (b,) in fp32; t (b,).
+
+    net_fn(x_t, t) -> v, which may have more channels than x0 (the second half of Open-Sora's is
+    unused). frame_mask (b,f): True or 1 for frames to learn. The others are conditions: they are
+    given clean and are not counted, and net_fn gets the mask as `frame_mask`.
+    """
+    x_t, now = flow_add_noise(x0, noise, t), {}
+    if frame_mask is not None:
+        frame_mask = frame_mask.bool()
+        x_t = torch.where(frame_mask[:, None, :, None, None], x_t, x0)
+        now["frame_mask"] = frame_mask
+    v = net_fn(x_t, t, **now)[:, :x0.shape[1]].float()
+    error = (v - (x0 - noise).float()).square().mean((1, 3, 4))  # b f
+    if frame_mask is None:
+        return error.mean(1)
+    return (error * frame_mask).sum(1) / frame_mask.sum(1)
+
+
+def noised(schedule, x0, noise, u, size=None, origin=None):
+    """Training input of any base: x0, noise (n,...), u (n,) in 0..1 -> x_t, t (n,), target.
+
+    u says how far towards the noise. schedule None: rectified flow, moved by flow_transform for
+    `size`. origin: draw only from the steps of a consistency model's distillation
+    (lcm_timesteps), e.g. 19, 39, ..., 999 for 50.
+    """
+    if schedule is None:
+        t = 1000 * u if size is None else flow_transform(1000 * u, *size)
+        return flow_add_noise(x0, noise, t), t, x0 - noise
+    num = len(schedule.alpha_bar)
+    t = (u * num).long() if origin is None else num // origin * ((u * origin).long() + 1) - 1
+    return schedule.add_noise(x0, noise, t), t, schedule.target(x0, noise, t)
+
+
+def rflow(net_fn, x_T, steps, size=None, frame_mask=None, generators=None, grad_last=0,
+          progress=None):
+    """Sample by Euler steps, x' = x + v (t - t_next) / 1000: noise x_T (b,c,f,h,w) -> latents.
+
+    size: (frames, height, width) in pixels, for flow_transform. grad_last: see recording().
+    frame_mask (b,f) in 0..1: 1 makes a frame from noise. The others start as latents in x_T: 0
+    keeps them; m in between keeps them until t = 1000 m, noises them to there and then lets them
+    join (edits). net_fn gets `frame_mask` (b,f), True for frames that take part. generators: one
+    per sample, for that noise.
+    """
+    times = flow_timesteps(steps, size)
+    updates = list(zip(times, times[1:] + [0.0]))
+    x, active = x_T, None if frame_mask is None else frame_mask == 1
+    for i, (t, t_next) in enumerate(progress(updates) if progress else updates):
+        with recording(i, len(updates), grad_last):
+            now = {}
+            if frame_mask is not None:
+                joined, active = active, 1000 * frame_mask >= t
+                noise = randn_like(x, generators)  # drawn in every step, as published
+                joins = (active & ~joined)[:, None, :, None, None]
+                x = torch.where(joins, flow_add_noise(x, noise, t), x)
+                now["frame_mask"] = active
+            v = net_fn(x, full_step(x, t), **now)[:, :x.shape[1]].float()
+            moved = x + v * (t - t_next) / 1000
+            x = moved if active is None else torch.where(active[:, None, :, None, None], moved, x)
+    return x
+
+
+# ---- HiGen (arXiv 2312.04483) and SR600: samplers of two passes
 
 def appearance_matrix(frames, factor=1.0):
-    """(f, f): row i says how alike frame i and each other look, 1 - factor |i - j| / (f - 1).
+    """(f, f): how alike frames i and j look, 1 - factor |i - j| / (f - 1).
 
-    Larger factor: more change over the clip; 0: none.
+    A larger factor means more change over the clip; 0 means none.
     """
     i = torch.arange(frames, dtype=torch.float32)
     return 1 - factor * (i[:, None] - i).abs() / max(frames - 1, 1)
 
 
 def appearance_rows(alike):
-    """(b,f,f) likeness of frames -> (b,f,32), what the network reads: other clips' rows are stretched."""
+    """(b,f,f) likeness of frames -> (b,f,32), each row resized to what the network reads."""
     return F.interpolate(alike, 32, mode="linear", align_corners=True)
 
 
 def motion_factors(latents):
-    """How far each frame is from the next, 0 (still) to 1000, whole numbers: (b,c,f,h,w) -> (b,f-1).
+    """How far each frame is from the next, 0 (still) to 1000: latents (b,c,f,h,w) -> (b,f-1).
 
-    Root mean square, times 1000. (The paper takes differences of neighbouring frames; their scale is not
-    published. Latents of unit variance give sampling's 500 for a lively clip.)
+    Root mean square difference times 1000, rounded. (The paper takes differences of neighbouring
+    frames and does not publish their scale. With latents of unit variance, a lively clip gets the
+    500 used in sampling.)
     """
     step = latents.float().diff(dim=2).square().mean((1, 3, 4)).sqrt()
     return (1000 * step).round().clamp(max=1000)
 
 
-# ---- noise
+def higen(net, schedule, text, null, image_noise, video_noise, steps, cfg, eta=0.0,
+          motion_factor=500, appearance_factor=1.0, sequential=False, progress=None,
+          spacing="leading", generators=None):
+    """HiGen's two passes of one network: an image, then the clip around it.
 
-def randn(shape, generators, device="cpu"):
-    """Noise of `shape` (b, ...), sample i from generators[i] on the CPU: same on any device, in any batch."""
-    return torch.stack([torch.randn(shape[1:], generator=g) for g in generators]).to(device)
-
-
-def randn_like(x, generators):
-    return torch.randn_like(x) if generators is None else randn(x.shape, generators, x.device).to(x.dtype)
-
-
-def offset_noise(noise, shared, strength=0.1):
-    """Noise (b,c,f,h,w) plus `strength` of one more value a channel and frame, shared (b,c,f,1,1).
-
-    Plain noise hardly touches the mean of a frame, so that a network never learns to choose its brightness.
-    """
-    return noise + strength * shared
-
-
-def mix_noise(inverted, noise, strength):
-    """sqrt(strength) inverted + sqrt(1 - strength) noise: DreamVideo's start, near a video's inversion."""
-    return strength ** 0.5 * inverted + (1 - strength) ** 0.5 * noise
-
-
-# ---- samplers of two passes
-
-def higen(net, schedule, text, null, image_noise, video_noise, steps, cfg, eta=0.0, motion_factor=500,
-          appearance_factor=1.0, sequential=False, progress=None, spacing="leading", generators=None):
-    """HiGen's two passes of one network (arXiv 2312.04483): an image, then the clip around it.
-
-    image_noise (b,c,1,h,w), video_noise (b,c,f,h,w), published f = 32 -> (image, video) latents.
+    image_noise (b,c,1,h,w), video_noise (b,c,f,h,w), published f = 32 -> latents like these two.
     """
     b, c, f, h, w = video_noise.shape
     device = video_noise.device
 
     def run(noise, prior, motion, appearance):
-        fn = guided(net, text, null, cfg, sequential=sequential, image_prior=prior, motion_factor=motion,
-                    appearance_factor=appearance)
+        fn = guided(net, text, null, cfg, sequential=sequential, image_prior=prior,
+                    motion_factor=motion, appearance_factor=appearance)
         return ddim(fn, noise, schedule, steps, eta, generators, progress=progress, spacing=spacing)
-    prior = torch.zeros(b, c, h, w, device=device)
-    image = run(image_noise, prior, torch.zeros(b, device=device), torch.ones(b, 1, 32, device=device))
+    nothing = torch.zeros(b, c, h, w, device=device)
+    still, same = torch.zeros(b, device=device), torch.ones(b, 1, 32, device=device)
+    image = run(image_noise, nothing, still, same)
     motion = torch.full((b, f - 1), float(motion_factor), device=device)
-    appearance = appearance_rows(appearance_matrix(f, appearance_factor).to(device).expand(b, -1, -1))
+    alike = appearance_matrix(f, appearance_factor).to(device)
+    appearance = appearance_rows(alike.expand(b, -1, -1))
     return image, run(video_noise, image[:, :, 0], motion, appearance)
 
 
-def sr600(net, schedule, text, null, latents, steps, cfg, generators=None, levels=700, inversion_steps=30,
-          rescale=0.3, sequential=False, progress=None):
-    """SR600: invert the enlarged clip's latents, then sample from there with other words (VGen).
+def sr600(net, schedule, text, null, latents, steps, cfg, generators=None, levels=700,
+          inversion_steps=30, rescale=0.3, sequential=False, progress=None):
+    """SR600 (VGen): invert an enlarged clip's latents (b,c,f,h,w), then sample from there.
 
-    Inversion runs on the cosine schedule with the negative prompt; sampling (on `schedule`) starts with the
-    noise that it ends in, so that the clip's layout stays.
+    Inversion uses the cosine schedule and the negative prompt. Sampling, on `schedule`, starts
+    from the noise it ends in, so the clip's layout stays.
     """
-    cosine = make_schedule("cosine", schedule.prediction)
-    noise = ddim_invert(lambda x, t: net(x, t, null), latents, cosine, inversion_steps, levels)
+    inversion = make_schedule("cosine", schedule.prediction)
+    noise = ddim_invert(lambda x, t: net(x, t, null), latents, inversion, inversion_steps, levels)
     fn = guided(net, text, null, cfg, rescale, sequential)
     return dpmpp_2m_sde(fn, noise, schedule, steps, generators, levels, progress)

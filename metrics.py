@@ -1,14 +1,15 @@
 """Metrics for real videos: cosines of encoder features (DreamVideo, arXiv 2312.04433).
 
-    CLIP-T  cosine(CLIP of the frames, CLIP of the prompt)            temporal_consistency(CLIP of the frames)
-    CLIP-I  cosine(CLIP of the frames, CLIP of the subject's pictures)
-    DINO-I  cosine(DINO of the frames, DINO of the subject's pictures)
+    CLIP-T                  cosine(CLIP of the frames, CLIP of the prompt)
+    CLIP-I                  cosine(CLIP of the frames, CLIP of the subject's pictures)
+    DINO-I                  cosine(DINO of the frames, DINO of the subject's pictures)
+    temporal consistency    cosine(CLIP of neighbouring frames)
 
-    python metrics.py out/sample --references dog          # prompts: of out/sample/index.jsonl, or --prompts
-    python metrics.py clips.txt                            # lines clip|||folder of references|||prompt
-    python metrics.py out/sample --clip-weights ViT-B-32.pt --dino-weights dino_deitsmall16_pretrain.pth
+    python metrics.py out/sample --references dog      # prompts of index.jsonl, or --prompts
+    python metrics.py clips.txt                        # lines clip|||folder of references|||prompt
+    python metrics.py out/sample --clip-weights ViT-B-32.pt --dino-weights dino_deitsmall16.pth
 
-Every clip's scores and their means are printed and go to scores.json beside the clips.
+Every clip's scores and their means are printed and written to scores.json beside the clips.
 """
 import json
 from pathlib import Path
@@ -26,7 +27,8 @@ from weights import load_weights, rename
 # ---- features
 
 def cosine(frames, targets):
-    """Features (f, d) of a video's frames and (n, d) of texts or pictures -> mean cosine over all pairs.
+    """Features (f, d) of a video's frames and (n, d) of texts or pictures -> mean cosine over all
+    pairs.
 
     Need not be normalised. 0 without targets, as the published script reports it.
     """
@@ -40,7 +42,8 @@ def temporal_consistency(frames):
     return float(F.cosine_similarity(frames[:-1], frames[1:], dim=-1).mean())
 
 
-DINO_URL = "https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"
+DINO_URL = ("https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/"
+            "dino_deitsmall16_pretrain.pth")
 
 
 def clip_towers(weights=None, device="cpu", name="ViT-B-32-quickgelu"):
@@ -50,29 +53,33 @@ def clip_towers(weights=None, device="cpu", name="ViT-B-32-quickgelu"):
     """
     import open_clip  # slow to import
     try:
-        net, _, prepare = open_clip.create_model_and_transforms(name, pretrained=weights or "openai")
-    except Exception as e:  # offline, no such file, another network's: all mean the same to the user
-        raise UserError(f"--clip-weights {weights or ''}: cannot load CLIP {name} ({type(e).__name__}); "
-                        "download ViT-B-32.pt elsewhere and give it with --clip-weights") from None
+        net, _, prepare = open_clip.create_model_and_transforms(
+            name, pretrained=weights or "openai")
+    except Exception as e:  # offline, no such file, another network's
+        raise UserError(f"--clip-weights {weights or ''}: cannot load CLIP {name} "
+                        f"({type(e).__name__}); download ViT-B-32.pt elsewhere and give it "
+                        "with --clip-weights") from None
     net.eval().requires_grad_(False).to(device)
     words = open_clip.get_tokenizer(name)
 
     def images(pictures):
-        parts = [torch.stack([prepare(p) for p in pictures[i:i + 32]]) for i in range(0, len(pictures), 32)]
+        parts = [torch.stack([prepare(p) for p in pictures[i:i + 32]])
+                 for i in range(0, len(pictures), 32)]
         return torch.cat([net.encode_image(part.to(device)).float().cpu() for part in parts])
     return images, lambda texts: net.encode_text(words(texts).to(device)).float().cpu()
 
 
 def dino_tower(weights=None, device="cpu", net=None):
-    """DINO ViT-S/16 -> images(list of Pillow): features (n, 384). weights: its file; None: its authors' site.
+    """DINO ViT-S/16 -> images(list of Pillow): features (n, 384). weights: its file; None: its
+    authors' site.
     """
     from torchvision import transforms  # slow to import
     if weights is None:
         try:
             state = torch.hub.load_state_dict_from_url(DINO_URL, map_location="cpu", progress=False)
         except Exception as e:  # offline
-            raise UserError(f"cannot get {DINO_URL} ({type(e).__name__}); download it elsewhere and give it "
-                            "with --dino-weights") from None
+            raise UserError(f"cannot get {DINO_URL} ({type(e).__name__}); download it elsewhere "
+                            "and give it with --dino-weights") from None
     else:
         state = load_weights(weights)
     net = net or DINO()
@@ -83,7 +90,8 @@ def dino_tower(weights=None, device="cpu", net=None):
         transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))])
 
     def images(pictures):
-        parts = [torch.stack([prepare(p) for p in pictures[i:i + 32]]) for i in range(0, len(pictures), 32)]
+        parts = [torch.stack([prepare(p) for p in pictures[i:i + 32]])
+                 for i in range(0, len(pictures), 32)]
         return torch.cat([net(part.to(device)).cpu() for part in parts])
     return images
 
@@ -94,11 +102,13 @@ def score_clip(frames, prompt, references, clip, dino) -> dict:
     clip, dino: of clip_towers() and dino_tower(). A clip of one frame has no consistency over time.
     """
     images, texts = clip
-    seen = images(frames)
-    scores = {"clip_t": cosine(seen, texts([prompt])),
-              "clip_i": cosine(seen, images(references) if references else []),
+    features = images(frames)
+    scores = {"clip_t": cosine(features, texts([prompt])),
+              "clip_i": cosine(features, images(references) if references else []),
               "dino_i": cosine(dino(frames), dino(references)) if references else 0.0}
-    return scores | ({"temporal_consistency": temporal_consistency(seen)} if len(frames) > 1 else {})
+    if len(frames) > 1:
+        scores["temporal_consistency"] = temporal_consistency(features)
+    return scores
 
 
 def psnr(a, b):
@@ -108,7 +118,8 @@ def psnr(a, b):
 
 # ---- OmniScore (VideoDPO, arXiv 2412.14167): seven dimensions of VBench (2311.17982) in one number
 
-# the seven dimensions, each a number near 0..1 for one clip. A clip is (3,f,h,w) in [-1,1]; features (f,d).
+# the seven dimensions, each a number near 0..1 for one clip. A clip is (3,f,h,w) in [-1,1];
+# features (f,d).
 
 
 # ---- the command
@@ -123,9 +134,10 @@ def read_rows(args):
         clips = list_videos(source)
         prompts = prompts_of(clips, args.prompts)
         if "" in prompts:
-            raise UserError(f"{clips[prompts.index('')]}: no prompt in index.jsonl beside it; give --prompts "
-                            "FILE, a line a clip in the order of their names")
-        rows = [(clip, args.references and Path(args.references), p) for clip, p in zip(clips, prompts)]
+            raise UserError(f"{clips[prompts.index('')]}: no prompt in index.jsonl beside it; give "
+                            "--prompts FILE, a line a clip in the order of their names")
+        folder = args.references and Path(args.references)
+        rows = [(clip, folder, prompt) for clip, prompt in zip(clips, prompts)]
     for clip, folder, _ in rows:
         if not clip.exists():
             raise UserError(f"{clip}: no such clip")
@@ -142,17 +154,26 @@ def references(folder):
 @torch.no_grad()
 def main(argv=None):
     p = Parser(__doc__)
-    p.add_argument("clips", help="folder of clips, or .txt of lines clip|||folder of references|||prompt")
-    p.add_argument("--references", metavar="FOLDER", help="pictures of the subject, for CLIP-I and DINO-I")
-    p.add_argument("--prompts", help="file of prompts, a line a clip (default: index.jsonl of the folder)")
-    p.add_argument("--clip-weights", metavar="FILE", help="OpenAI's ViT-B-32.pt (default: open_clip's hub)")
-    p.add_argument("--clip-model", default="ViT-B-32-quickgelu", help="open_clip's name of the CLIP")
-    p.add_argument("--dino-weights", metavar="FILE", help="dino_deitsmall16_pretrain.pth (default: its site)")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    p.add_argument("clips",
+                   help="folder of clips, or .txt of lines clip|||folder of references|||prompt")
+    p.add_argument("--references", metavar="FOLDER",
+                   help="pictures of the subject, for CLIP-I and DINO-I")
+    p.add_argument("--prompts", help="file of prompts, one line per clip (default: index.jsonl of "
+                                     "the folder)")
+    p.add_argument("--clip-weights", metavar="FILE",
+                   help="OpenAI's ViT-B-32.pt (default: open_clip's hub)")
+    p.add_argument("--clip-model", default="ViT-B-32-quickgelu",
+                   help="open_clip's name of the CLIP")
+    p.add_argument("--dino-weights", metavar="FILE",
+                   help="dino_deitsmall16_pretrain.pth (default: its authors' site)")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                   help="cuda or cpu (default: cuda if there is one)")
     args = p.parse_args(argv)
     rows, scores = read_rows(args), []
     clip = clip_towers(args.clip_weights, args.device, args.clip_model)
-    dino = dino_tower(args.dino_weights, args.device) if any(folder for _, folder, _ in rows) else None
+    dino = None
+    if any(folder for _, folder, _ in rows):
+        dino = dino_tower(args.dino_weights, args.device)
     for path, folder, prompt in rows:
         frames = [Image.fromarray(frame) for frame in to_uint8(read_video(path)[0])]
         pictures = [open_image(file) for file in references(folder)] if folder else []

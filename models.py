@@ -1009,8 +1009,15 @@ def lora_strength(net, strength):
 
 
 def frozen_copy(net, dtype, mode, device, offload=False):
-    """What a network is before all its weights are trained, sharded with fsdp. dtype None: its own types."""
-    frozen = copy.deepcopy(net).to(dtype).eval().requires_grad_(False)
+    """What a network is before all its weights are trained, sharded with fsdp.
+
+    dtype: of the layers whose weights autocast would cast anyway; norms and tables keep theirs, so that
+    under autocast the copy computes exactly what `net` does. None: all keep theirs.
+    """
+    frozen = copy.deepcopy(net).eval().requires_grad_(False)
+    for module in frozen.modules() if dtype else ():
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            module.to(dtype)
     return parallelize(frozen, mode, device, offload) if mode == "fsdp" else frozen
 
 

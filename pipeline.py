@@ -25,7 +25,7 @@ from metrics import psnr
 from models import (
     Adapter, SpatialTransformer, add_lora, guidance_embedding, lora_strength, merge_lora)
 from rewards import statistics
-from tinyworld import judge_captions, tiny_pairs, tiny_prompts
+from tinyworld import TinyWorld, judge_captions, tiny_pairs, tiny_prompts
 from weights import run_parts
 
 STRENGTHS = 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0  # of the LoRA, in sweep.png
@@ -282,17 +282,18 @@ def generate_folder(base, env: Env, folder, prompts, n, sampling, batch, seed, r
     finish(env, folder / "metadata.json", lambda: json.dumps(rows, indent=1))
 
 
-def show(run, name, videos, prompts, fps, row=None, sheet=None, headers=None):
+def show(run, name, videos, prompts, fps, row=None, sheet=None, headers=None, files=16):
     """What an evaluation made -> NAME.png, NAME/*.mp4 of the first 16 clips, a line of eval.jsonl.
 
     For the main process alone. videos (n,3,f,h,w); row: what was measured, {name: float or dict};
-    sheet: rows for the picture if they are more than the clips, under headers.
+    sheet: rows for the picture if they are more than the clips, under headers; files: clips that
+    are written.
     """
     if row is not None:
         run.record(name, row)
     contact_sheet(list(videos[:16]) if sheet is None else sheet, run.out / f"{name}.png",
                   list(prompts[:16]), headers=headers)
-    for i, video in enumerate(videos[:16]):
+    for i, video in enumerate(videos[:files]):
         write_video(run.out / name / f"{i:04d}.mp4", video, fps)
     for i, video in enumerate(videos[:4]):
         run.log.video(run.done, f"held-out/{i}", to_uint8(video), fps, prompts[i])
@@ -343,6 +344,23 @@ def read_items(args, sampling, continuations=0):
     return items, held_out[:args.eval_n]
 
 
+def read_captioned(args, sampling):
+    """Options of instructvideo.py -> clips with captions, the captions, held-out items (None,
+    prompt)."""
+    if args.data:
+        data = VideoDataset(args.data, *sampling.size, args.read_fps, args.seed)
+        captions = list(dict.fromkeys(caption for _, _, caption in data.rows))
+        prompts = captions
+    elif base_row(args.base).tiny:
+        captions, prompts = tiny_prompts(), tiny_prompts(held_out=True)
+        data = TinyWorld(880, sampling.frames, args.seed, captions=captions)
+    else:
+        raise UserError("--data: give a folder, csv, jsonl or list of clips with captions")
+    if args.eval_prompts:
+        prompts = read_prompts(args.eval_prompts)
+    return data, captions, [(None, prompt) for prompt in prompts[:args.eval_n]]
+
+
 def measure_reward(base, sampling, reward, videos, prompts, device):
     """-> {"reward", "reward_sd", ...} of the videos, and on tiny bases "judge": {attribute: share
     right}."""
@@ -373,6 +391,65 @@ def evaluate_reward(run, base, sampling, reward, items, name, watch=None, contin
     if watch:
         row["watch"] = statistics(watch, videos, prompts, run.device)["reward"]
     show(run, name, videos, prompts, sampling.save_fps, row)
+
+
+def read_prompt_sets(args):
+    """--prompts and --eval-prompts -> prompts to train on, held-out ones.
+
+    Tiny bases have their own: 376 and 128 captions. Others are evaluated on what they train on, if
+    nothing else is given.
+    """
+    tiny = base_row(args.base).tiny
+    if args.prompts:
+        prompts = held_out = read_prompts(args.prompts)
+    else:
+        prompts, held_out = (tiny_prompts(part, 128) if tiny else [] for part in (False, True))
+    if args.eval_prompts:
+        held_out = read_prompts(args.eval_prompts)
+    return prompts, held_out
+
+
+# VideoDPO's stages: what each starts from, in its folders
+STAGE_FILES = {"generate": "", "score": "metadata.json", "pair": "scores.jsonl",
+               "train": "pair.json"}
+
+
+def plan_stages(args):
+    """Options of videodpo.py -> stages to run, {folder: prompts of its clips}; refuses what cannot
+    work."""
+    if args.pairs and args.stage not in (None, "train"):
+        raise UserError(f"--stage {args.stage}: --pairs brings pairs that are made; leave one of "
+                        "the two")
+    if args.eval_pairs and not args.pairs:
+        raise UserError("--eval-pairs: goes with --pairs; else held-out pairs are made from "
+                        "--eval-prompts")
+    if args.pairs:
+        return ["train"], {}
+    stages = [args.stage] if args.stage else list(STAGE_FILES)
+    prompts, held_out = read_prompt_sets(args)
+    if "generate" in stages and not prompts:
+        raise UserError("--prompts: give a file of prompts to generate from, or ready pairs with "
+                        "--pairs")
+    out, first = Path(args.out), stages[0]
+    folders = {out / "train": prompts, out / "held-out": held_out[:args.eval_n]}
+    for folder in folders:
+        file = folder / STAGE_FILES[first]
+        if first != "generate" and not file.exists():
+            raise UserError(f"--stage {first}: no {file}; run the stage before it first")
+    return stages, folders
+
+
+@torch.no_grad()
+def sample_held_out(run, base, sampling, prompts, name) -> dict:
+    """Sample the prompts, always from the same noise -> NAME.png and NAME/*.mp4, a clip per prompt.
+
+    -> {"judge": {attribute: share right}} on tiny bases, else {}. Every process must call it.
+    """
+    seeds = [f"eval-{i}" for i in range(len(prompts))]
+    videos = generate_split(base, run.env, prompts, seeds, sampling, run.args.batch)
+    if run.main:
+        show(run, name, videos, prompts, sampling.save_fps, files=len(videos))
+    return {"judge": judge_captions(videos, prompts)} if base.row.tiny and run.main else {}
 
 
 @torch.no_grad()
@@ -447,87 +524,113 @@ def cache_latents(run, data, encode, about, name="."):
 
 # ---- text-to-video training: clips, images among them, previews
 
-def read_data(args, sampling, tiny, captions=True):
-    """--data and --images -> two data sets: clips, and images or None. Without --data tiny bases take
-    the data set `tiny`.
+class Clips:
+    """What a text-to-video run reads: clips, single images among them, and prompts for previews.
 
-    captions False: none of the clips are read. Refuses options that do not go together.
+        clips = Clips(args, sampling)                 # reads the lists, refuses bad options
+        clips.check_words(base)
+        clips.open(run, base)                         # --cache-latents encodes everything now
+        x0, captions, seen = clips.draw(generators)   # of each micro-step
+
+    Its options are the groups "data" and "images" of common.OPTIONS. On tiny bases clips come from
+    the tiny world unless there is --data.
     """
-    if args.images and not (args.data and args.image_share):
-        raise UserError("--images: goes with --data, for the steps of --image-share")
-    if not args.data and not base_row(args.base).tiny:
-        raise UserError("--data: give a folder, csv, jsonl or list of clips with captions")
-    if not args.data:
-        return tiny, None
-    clips = VideoDataset(args.data, *sampling.size, args.read_fps, args.seed, captions=captions)
-    images = None
-    if args.images:
-        images = VideoDataset(args.images, 1, *sampling.size[1:], None, args.seed)
-    return clips, images
 
+    def __init__(self, args, sampling, captions=True, mixture=(), **tiny):
+        """captions False: none of --data's are read. mixture: (frames, frames per second) of the
+        kinds of clips that batches take turns at, in place of steps on images. tiny: options of
+        TinyWorld.
+        """
+        self.args, self.sampling, self.mixture = args, sampling, mixture
+        self.observe, self.cached = None, False
+        if args.images and not (args.data and (args.image_share or mixture)):
+            raise UserError("--images: goes with --data, for the steps of --image-share")
+        if not args.data and not base_row(args.base).tiny:
+            raise UserError("--data: give a folder, csv, jsonl or list of clips with captions")
+        kinds = sorted(set(mixture), reverse=True) or [(sampling.frames, args.read_fps)]
+        if args.images and not mixture:
+            kinds.append((1, None))
+        self.kinds, self.parts = kinds, []
+        for frames, fps in kinds:
+            if not args.data:
+                self.parts.append(TinyWorld(4096, frames, args.seed, **tiny))
+                continue
+            pictures = args.images and frames == 1
+            self.parts.append(VideoDataset(
+                args.images if pictures else args.data, frames, *sampling.size[1:], fps, args.seed,
+                captions=captions or pictures))
+        if args.eval_prompts:
+            prompts = read_prompts(args.eval_prompts)
+        else:
+            prompts = [self.parts[-1].rows[0][2]] if args.data else tiny_prompts(held_out=True)
+        self.prompts = prompts[:args.eval_n]
 
-def preview_prompts(args, data):
-    """--eval-prompts, else held-out captions of the tiny world, else the first caption of `data`."""
-    if args.eval_prompts:
-        prompts = read_prompts(args.eval_prompts)
-    else:
-        prompts = [data.rows[0][2]] if args.data else tiny_prompts(held_out=True)
-    return prompts[:args.eval_n]
+    def check_words(self, base):
+        """Refuse words that the tiny world does not know."""
+        if base.row.tiny:
+            rows = [row for part in self.parts if self.args.data for row in part.rows]
+            base.tokenize([*self.prompts, self.sampling.negative, *(row[2] for row in rows)])
 
+    def open(self, run, base, observe=None, texts=()):
+        """Start to read. With --cache-latents everything is encoded first, and all captions, prompts
+        and `texts` are, too: the text tower goes. texts None: it stays.
 
-def check_words(base, texts, data):
-    """Refuse, before any long work, words that the tiny world does not know: in these texts, or in the
-    captions of read_data()'s data sets."""
-    if base.row.tiny:
-        rows = [row for part in data if isinstance(part, VideoDataset) for row in part.rows]
-        base.tokenize([*texts, *(caption for _, _, caption in rows)])
+        observe(video (b,3,f,h,w), batch) -> {name: tensor (b, ...)}, what the method reads off clips.
+        """
+        self.run, self.base, self.observe, args = run, base, observe, self.args
+        if args.cache_latents:
+            for i, part in enumerate(self.parts):
+                rows = part.rows if args.data else "tiny"
+                about = dict(size=self.sampling.size, fps=args.read_fps, rows=seed_of(rows))
+                name = "images" if i else "."
+                self.parts[i] = cache_latents(run, part, self.encode, about, name)
+            self.cached = True
+            if texts is not None:
+                prompts = [prompt + self.sampling.suffix for prompt in self.prompts]
+                captions = [text for part in self.parts for text in part.texts()]
+                base.remember([*captions, *prompts, *texts, self.sampling.negative], run.env)
+        data = self.parts[0]
+        if len(self.parts) > 1:
+            data = Mixed(self.parts, *self.turns(), run.samples_read)
+        self.batches = read_batches(data, run.numbers, args.seed, args.workers)
 
+    def turns(self):
+        """-> which part of the data is read in turn from now on, and samples per turn."""
+        args, run = self.args, self.run
+        if not self.mixture:  # a turn is an update of all processes
+            steps = range(run.start, args.steps)
+            return [int(self.is_image_step(step)) for step in steps], run.samples_per_update
+        first = run.samples_read // args.batch  # a turn is a batch of one process
+        last = first + (args.steps - run.start) * args.accum * run.env.world
+        kinds = [self.mixture[k % len(self.mixture)] for k in range(first, last)]
+        return [self.kinds.index(kind) for kind in kinds], args.batch
 
-def cache_data(run, base, sampling, data, encode, texts=None):
-    """--cache-latents for read_data()'s data sets -> the encoded ones.
+    def is_image_step(self, step) -> bool:
+        """Does update `step` train on single frames? Drawn from its number: all processes agree."""
+        draw = torch.rand((), generator=self.run.generator(step, "image")).item()
+        return not self.mixture and draw < self.args.image_share
 
-    texts: what the run reads beside captions. All are encoded, and the text tower goes; None: it stays.
-    """
-    cached, about = [], dict(size=sampling.size, fps=run.args.read_fps)
-    for part, name in zip(data, (".", "images")):
-        if part is not None:
-            about["rows"] = seed_of(part.rows if run.args.data else "tiny")
-            part = cache_latents(run, part, encode, about, name)
-        cached.append(part)
-    if texts is not None:
-        captions = [text for part in cached if part is not None for text in part.texts()]
-        base.remember([*captions, *texts], run.env)
-    return cached
+    def encode(self, batch) -> dict:
+        video = batch["video"]
+        seen = self.observe(video, batch) if self.observe and video.shape[2] > 1 else {}
+        return encode_clips(self.base, self.run.env, video) | seen
 
+    def draw(self, generators):
+        """The next micro-step's samples -> latents x0 (b,c,f,h,w), captions, all that was encoded.
 
-def image_step(run, step) -> bool:
-    """Does update `step` train on single frames (--image-share)? Drawn from its number alone, so
-    that all processes do the same."""
-    return torch.rand((), generator=run.generator(step, "image")).item() < run.args.image_share
-
-
-def read_clips(run, clips, images=None):
-    """Batches for all micro-steps to come: of clips, or of `images`, if given, in an image_step()."""
-    args, data = run.args, clips
-    if images is not None:
-        turns = [int(image_step(run, step)) for step in range(run.start, args.steps)]
-        per_step = args.batch * args.accum * run.env.world
-        data = Mixed([clips, images], turns, per_step, run.samples_read)
-    return read_batches(data, run.numbers, args.seed, args.workers)
-
-
-def one_frame(x0, generators):
-    """Latents (b,c,f,h,w) -> a random frame of each clip, (b,c,1,h,w)."""
-    if x0.shape[2] == 1:
-        return x0
-    chosen = [int(torch.randint(x0.shape[2], (), generator=g)) for g in generators]
-    return torch.stack([x[:, i:i + 1] for x, i in zip(x0, chosen)])
-
-
-def drop_captions(captions, negative, share, generators):
-    """Captions, each replaced by the negative prompt with probability `share` (--drop-text)."""
-    return [negative if torch.rand((), generator=g) < share else caption
-            for caption, g in zip(captions, generators)]
+        f is 1 in steps on images. Captions are replaced by the negative prompt with probability
+        --drop-text.
+        """
+        batch = next(self.batches)
+        seen = batch if self.cached else self.encode(batch)
+        x0 = draw_latents(self.base, self.run.env, seen, generators)
+        if self.is_image_step(self.run.step) and x0.shape[2] > 1:  # a random frame of each clip
+            chosen = [int(torch.randint(x0.shape[2], (), generator=g)) for g in generators]
+            x0 = torch.stack([x[:, i:i + 1] for x, i in zip(x0, chosen)])
+        dropped = [torch.rand((), generator=g) < self.args.drop_text for g in generators]
+        captions = [self.sampling.negative if drop else text
+                    for text, drop in zip(batch["text"], dropped)]
+        return x0, captions, seen
 
 
 @torch.no_grad()

@@ -51,7 +51,7 @@ from pipeline import (
 from rewards import get_reward, print_scores, score_files
 from text_encoders import CLIPConfig
 from tinyworld import MOTIONS, NEW_MOTIONS, judge_captions, parse, tiny_captions, tiny_pairs
-from tracks import estimate_depth, midas_depth
+from tracks import depth_estimator
 from weights import LEARNED, load_checkpoint, public_files, run_file
 
 # options that name a file, and what --follow takes of a clip
@@ -208,7 +208,8 @@ def play(args):
     if reward:
         reward.check([clip.prompt for clip in clips])
     if args.midas and args.depth:
-        maps["depth"] = midas_depth(args.midas, maps["depth"], env.device)
+        estimate = depth_estimator(args.midas, env.device, inverse=True)
+        maps["depth"] = estimate(maps["depth"][0])[None, None]
     if args.follow:
         taken, style = followed(args, row, sampling, env.device, style)
         maps |= taken
@@ -390,7 +391,7 @@ def read_maps(args, sampling):
     """VideoComposer's maps from ready files -> {name: (1,c,f,h,w)}.
 
     depth: MiDaS's inverse depth / 20 in 0..10 (.npy; a video counts as 0..1), but with --midas a
-    video in [-1,1], whose depth midas_depth() finds; sketch: 0..1 (a picture is the single sketch
+    video in [-1,1], whose depth is estimated later; sketch: 0..1 (a picture is the single sketch
     of the first frame); motion: .npy (2,f,h,w); image: the first frame, in 0..1; video and mask
     (1: hidden).
     """
@@ -432,10 +433,7 @@ def followed(args, row, sampling, device, style=None):
     video = video.transpose(0, 1)
 
     def depth(video):
-        if args.midas:
-            return midas_depth(args.midas, video[None], device)[0]
-        near = 1 / torch.from_numpy(estimate_depth(args.depth_model, video, device)).float()
-        return (2 * near / near.max())[None]  # about MiDaS's range; other networks have their own
+        return depth_estimator(args.midas or args.depth_model, device, inverse=True)(video)[None]
     flow = lucas_kanade if row.tiny else None
     flow = raft("large", args.flow_weights, device) if args.flow_weights else flow
     maps = video_maps(video, args.take, depth, flow, block=1 if row.tiny else 16)

@@ -1,12 +1,13 @@
-"""The tiny world: procedural captioned clips, the judge that reads them, the scorer that rewards them.
+"""The tiny world: procedural captioned clips, the judge that reads them, the scorer that rewards
+them.
 
-Everything about it is here: scenes, captions, data sets, the judge, the learned scorer, the text encoder and
-the training of its small autoencoders. Clips are 8 frames of 32x32 with one coloured shape on a plain
-background that moves, grows, shrinks or stands still.
+Everything about it is here: scenes, captions, data sets, the judge, the learned scorer, the text
+encoder and the training of its small autoencoders. Clips are 8 frames of 32x32 with one coloured
+shape on a plain background that moves, grows, shrinks or stands still.
 
-The judge reads shape, colour, background, motion, speed and smoothness off a clip. It learns nothing and
-shares no code with the scorer, and it is never a reward, so it can tell when a reward is hacked. (One
-exception: VideoDPO's OmniScore of tiny clips is made of it, see omniscore.py.)
+The judge reads shape, colour, background, motion, speed and smoothness off a clip. It learns
+nothing and shares no code with the scorer, and it is never a reward, so it can tell when a reward
+is hacked. (One exception: VideoDPO's OmniScore of tiny clips is made of it, see omniscore.py.)
 
     python tinyworld.py --train scorer           # trains assets/tiny-scorer.safetensors
     python tinyworld.py --train autoencoder      # trains the autoencoder in assets/tiny.safetensors
@@ -23,22 +24,24 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from common import COUNT, NATURAL, Parser, UserError, run_command
+from common import Parser, UserError, run_command
 from data import Few, to_uint8
 from text_encoders import Transformer, insert_vectors
 from tracks import dense_colours, draw_tracks, to_video
 from vae import AutoencoderKL, CogVideoXVAE, CogVideoXVAEConfig, VAEConfig
-from weights import load_safetensors
+from weights import load_safetensors, load_weights, replace_part
 
 # ---- scenes and captions
 
 SHAPES = ("circle", "square", "triangle")
 COLOURS = {
     "red": (230, 40, 40), "green": (60, 220, 80), "blue": (60, 100, 255), "yellow": (240, 220, 50),
-    "purple": (180, 80, 230), "orange": (245, 140, 30), "cyan": (60, 210, 220), "white": (250, 250, 250)}
+    "purple": (180, 80, 230), "orange": (245, 140, 30), "cyan": (60, 210, 220),
+    "white": (250, 250, 250)}
 BACKGROUNDS = {"black": (15, 15, 20), "gray": (70, 70, 75), "brown": (95, 55, 30)}
 MOTIONS = (
-    "moving left", "moving right", "moving up", "moving down", "growing", "shrinking", "standing still")
+    "moving left", "moving right", "moving up", "moving down", "growing", "shrinking",
+    "standing still")
 NEW_MOTIONS = ("zigzagging", "circling")  # no base is trained on them: for fine-tuning
 NEW_SHAPES = ("star",)  # nor on these, which no word names: a subject to learn from pictures
 NEW_COLOURS = {"salmon": (245, 150, 130), "pink": (250, 110, 170)}
@@ -73,20 +76,24 @@ def tiny_captions():
 
 def parse(caption) -> dict:
     """A tiny-world prompt -> {attribute: word} for the attributes that it mentions."""
-    choices = {"shape": SHAPES, "colour": COLOURS, "background": BACKGROUNDS, "motion": MOTIONS + NEW_MOTIONS}
+    choices = {"shape": SHAPES, "colour": COLOURS, "background": BACKGROUNDS,
+               "motion": MOTIONS + NEW_MOTIONS}
     text = f" {caption.lower()} "
-    return {attribute: word for attribute, words in choices.items() for word in words if f" {word} " in text}
+    return {attribute: word for attribute, words in choices.items() for word in words
+            if f" {word} " in text}
 
 
 def tiny_prompts(held_out=False, n=64):
-    """The captions that alignment trains on, or the n that it never sees (the base has seen all 504)."""
+    """The captions that alignment trains on, or the n that it never sees (the base has seen all
+    504)."""
     captions = tiny_captions()
     order = np.random.default_rng(0).permutation(len(captions))
     return [captions[i] for i in (order[-n:] if held_out else order[:-n])]
 
 
 def new_path(rng, motion, travel, time):
-    """Path of one of NEW_MOTIONS about its middle, (x, y) in pixels; time (f,) from -0.5 to 0.5."""
+    """Path of one of NEW_MOTIONS about its middle, (x, y) in pixels; time (f,) from -0.5 to
+    0.5."""
     if motion == "circling":  # once around, clockwise, from anywhere
         radius, angle = rng.uniform(4.5, 5.5), rng.uniform(0, 2 * np.pi) + 2 * np.pi * time
         return radius * np.cos(angle), radius * np.sin(angle)
@@ -99,8 +106,10 @@ def new_path(rng, motion, travel, time):
 TRAVEL = 10, 13  # how far a shape moves in a clip, in pixels: from, to
 
 
-def tiny_scene(rng, shape=None, colour=None, background=None, motion=None, frames=TINY_FRAMES, travel=TRAVEL):
-    """A random Scene from a numpy Generator; what is given is kept. The shape stays inside the frame."""
+def tiny_scene(rng, shape=None, colour=None, background=None, motion=None, frames=TINY_FRAMES,
+               travel=TRAVEL):
+    """A random Scene from a numpy Generator; what is given is kept. The shape stays inside the
+    frame."""
     def pick(given, choices):
         # drawn in any case: the rest of the scene does not depend on what is given
         drawn = choices[rng.integers(len(choices))]
@@ -108,11 +117,13 @@ def tiny_scene(rng, shape=None, colour=None, background=None, motion=None, frame
     shape, colour = pick(shape, SHAPES), pick(colour, tuple(COLOURS))
     background, motion = pick(background, tuple(BACKGROUNDS)), pick(motion, MOTIONS)
     time = np.linspace(-0.5, 0.5, frames) if frames > 1 else np.zeros(1)
-    # The words say nearly all. What is drawn at random here is what the noise can tell: with wide random
-    # positions a small network learns to read the path from the noise and ignores the words.
+    # The words say nearly all. What is drawn at random here is what the noise can tell: with wide
+    # random positions a small network learns to read the path from the noise and ignores the
+    # words.
     ranges = ((4.8, 6.2), travel, (2.0, 2.4), (-2, 2), (-2, 2))
     radius, travel, ratio, u, v = (rng.uniform(*r) for r in ranges)
-    directions = {"moving left": (-1, 0), "moving right": (1, 0), "moving up": (0, -1), "moving down": (0, 1)}
+    directions = {"moving left": (-1, 0), "moving right": (1, 0), "moving up": (0, -1),
+                  "moving down": (0, 1)}
     dx, dy = directions.get(motion, (0, 0))
     growth = {"growing": 1, "shrinking": -1}.get(motion, 0) * np.log(ratio)
     r = radius * np.exp(growth * time)
@@ -124,8 +135,9 @@ def tiny_scene(rng, shape=None, colour=None, background=None, motion=None, frame
     y = TINY_SIZE / 2 + v + dy * travel * time
     if motion in NEW_MOTIONS:  # drawn last: the other motions' scenes stay as they were
         paths = new_path(rng, motion, travel, time)
-        x, y = (TINY_SIZE / 2 + np.clip(offset, -room, room) + path for offset, path in zip((u, v), paths)
-                for room in [max(0.0, TINY_SIZE / 2 - reach - abs(path).max())])
+        rooms = [max(0.0, TINY_SIZE / 2 - reach - abs(path).max()) for path in paths]
+        x, y = (TINY_SIZE / 2 + np.clip(offset, -room, room) + path
+                for offset, room, path in zip((u, v), rooms, paths))
     return Scene(shape, colour, background, motion, x, y, np.broadcast_to(r, x.shape))
 
 
@@ -148,7 +160,8 @@ def signed_distance(shape, x, y, r):
 def star_distance(x, y):
     """signed_distance of a star of five points, point up, with the area of the unit disc."""
     angle, reach = np.arange(10) * np.pi / 5, np.where(np.arange(10) % 2, 0.5, 1.0)
-    reach = reach * np.sqrt(np.pi / (2.5 * np.sin(np.pi / 5)))  # ten triangles of 0.5 sin(pi / 5) / 2
+    # it is made of ten triangles of area 0.5 sin(pi / 5) / 2
+    reach = reach * np.sqrt(np.pi / (2.5 * np.sin(np.pi / 5)))
     corners = np.stack([reach * np.sin(angle), -reach * np.cos(angle)], 1)
     distance, inside = np.inf, False
     for (ax, ay), (bx, by) in zip(corners, np.roll(corners, -1, 0)):
@@ -181,7 +194,8 @@ def render(scene, with_mask=False):
 
 
 def tiny_batch(seed, n, frames=TINY_FRAMES, drop_background=0.2, motion=None, travel=TRAVEL):
-    """-> (videos (n,3,f,32,32) in [-1,1], captions, scenes), from the seed (int or tuple of ints) alone."""
+    """-> (videos (n,3,f,32,32) in [-1,1], captions, scenes), from the seed (int or tuple of ints)
+    alone."""
     rng = np.random.default_rng(seed)
     scenes = [tiny_scene(rng, motion=motion, frames=frames, travel=travel) for _ in range(n)]
     captions = [s.caption(with_background=rng.random() >= drop_background) for s in scenes]
@@ -194,14 +208,18 @@ TRAINING, HELD_OUT = 10 ** 6, 10 ** 6 + 1  # in the seeds of clips: the two neve
 # ---- data sets
 
 class TinyWorld(torch.utils.data.Dataset):
-    """`n` fixed clips of the tiny world: item (i, _) -> {"video" (3,f,32,32), "text"}; f = 1 gives images.
+    """`n` fixed clips of the tiny world: item (i, _) -> {"video" (3,f,32,32), "text"}; f = 1
+    gives images.
 
-    motion: of all clips; None: any of MOTIONS. captions: what the clips show in turn, such as those that a
-    test does not hold out. depth: with "depth" (1,f,32,32), 1 where the object is, which is in front.
+    motion: of all clips; None: any of MOTIONS. captions: what the clips show in turn, such as
+    those that a test does not hold out. depth: with "depth" (1,f,32,32), 1 where the object is,
+    which is in front.
     """
 
-    def __init__(self, n, frames=TINY_FRAMES, seed=0, motion=None, captions=None, travel=TRAVEL, depth=False):
-        self.n, self.frames, self.seed, self.motion, self.captions = n, frames, seed, motion, captions
+    def __init__(self, n, frames=TINY_FRAMES, seed=0, motion=None, captions=None, travel=TRAVEL,
+                 depth=False):
+        self.n, self.frames, self.seed = n, frames, seed
+        self.motion, self.captions = motion, captions
         self.travel, self.depth = travel, depth
 
     def __len__(self):
@@ -210,8 +228,10 @@ class TinyWorld(torch.utils.data.Dataset):
     def __getitem__(self, item):
         i, _ = item
         if self.captions:
-            text, rng = self.captions[i % len(self.captions)], np.random.default_rng((self.seed, TRAINING, i))
-            return {"video": render(tiny_scene(rng, **parse(text), frames=self.frames)), "text": text}
+            text = self.captions[i % len(self.captions)]
+            rng = np.random.default_rng((self.seed, TRAINING, i))
+            scene = tiny_scene(rng, **parse(text), frames=self.frames)
+            return {"video": render(scene), "text": text}
         video, captions, scenes = tiny_batch(
             (self.seed, TRAINING, i), 1, self.frames, motion=self.motion, travel=self.travel)
         depth = {"depth": render(scenes[0], with_mask=True)[1]} if self.depth else {}
@@ -219,12 +239,14 @@ class TinyWorld(torch.utils.data.Dataset):
 
 
 def tiny_pairs(seed, n, frames=TINY_FRAMES, motion=None):
-    """Held-out (first frame, caption) pairs -> (clips (n,3,f,32,32), captions); no TinyWorld holds them."""
+    """Held-out (first frame, caption) pairs -> (clips (n,3,f,32,32), captions); no TinyWorld
+    holds them."""
     return tiny_batch((seed, HELD_OUT), n, frames, drop_background=0.0, motion=motion)[:2]
 
 
 def tiny_subject(seed, n):
-    """n pictures of a star with a stripe, in colours that no word names -> items as read_subject() has."""
+    """n pictures of a star with a stripe, in colours that no word names -> items as
+    read_subject() has."""
     rng, items = np.random.default_rng((seed, TRAINING)), []
     for i in range(n):
         x, y = rng.uniform(13.5, 18.5, 2)
@@ -232,7 +254,8 @@ def tiny_subject(seed, n):
         scene = Scene("star", "pink", back, "standing still", np.array([x]), np.array([y]),
                       rng.uniform(6.0, 7.0, 1), stripe="salmon")
         video, mask = render(scene, with_mask=True)
-        items.append({"video": video, "mask": mask, "text": f"a * standing still on a {back} background"})
+        text = f"a * standing still on a {back} background"
+        items.append({"video": video, "mask": mask, "text": text})
     return items
 
 
@@ -245,30 +268,37 @@ def tiny_motion(seed, n, motion, frames=TINY_FRAMES):
         shape, back = SHAPES[i % len(SHAPES)], tuple(BACKGROUNDS)[i % len(BACKGROUNDS)]
         scene = tiny_scene(rng, shape, str(colours[i]), back, "standing still", frames)
         # a little off the middle, so that the whole path fits
-        x, y = (TINY_SIZE / 2 + 0.5 * (v - TINY_SIZE / 2) + p for v, p in zip((scene.x, scene.y), path.T))
+        x, y = (TINY_SIZE / 2 + 0.5 * (v - TINY_SIZE / 2) + p
+                for v, p in zip((scene.x, scene.y), path.T))
         scene = replace(scene, x=x, y=y, motion="moving")
         items.append({"video": render(scene), "text": scene.caption()})
     return Few(items), torch.from_numpy(path).float()
 
 
 def tiny_previews(subject):
-    """[(picture or None, prompt)]: "a *" and known motions, or known objects that are just "moving"."""
+    """[(picture or None, prompt)]: "a *" and known motions, or known objects that are just
+    "moving"."""
     if subject:
         words = ("moving left on a gray", "moving up on a black", "growing on a brown",
                  "standing still on a gray")
         return [(None, f"a * {w} background") for w in words]
-    objects = (("circle", "red", "gray"), ("square", "blue", "black"), ("triangle", "yellow", "brown"),
-               ("circle", "white", "black"))
-    scenes = [tiny_scene(np.random.default_rng(0), *words, "standing still", 1) for words in objects]
-    return [(Image.fromarray(to_uint8(render(s))[0]), replace(s, motion="moving").caption()) for s in scenes]
+    objects = (("circle", "red", "gray"), ("square", "blue", "black"),
+               ("triangle", "yellow", "brown"), ("circle", "white", "black"))
+    pairs = []
+    for words in objects:
+        scene = tiny_scene(np.random.default_rng(0), *words, "standing still", 1)
+        picture = Image.fromarray(to_uint8(render(scene))[0])
+        pairs.append((picture, replace(scene, motion="moving").caption()))
+    return pairs
 
 
 TINY_TRACKS = ("wandering", "zigzagging", "camera")  # das.py trains on the first alone
 
 
 def tiny_track_scene(rng, motion, frames):
-    """A Scene for das.py: "wandering" (a smooth path, at most 1.2 waves across and down), "zigzagging" (1.5,
-    with corners), or "camera": as if the camera wandered. No words tell the path, only tracks do."""
+    """A Scene for das.py: "wandering" (a smooth path, at most 1.2 waves across and down),
+    "zigzagging" (1.5, with corners), or "camera": as if the camera wandered. No words tell the
+    path, only tracks do."""
     known = "zigzagging" if motion == "zigzagging" else "standing still"
     scene = tiny_scene(rng, motion=known, frames=frames)
     if motion == "zigzagging":
@@ -285,7 +315,8 @@ def tiny_track_scene(rng, motion, frames):
 def tiny_tracks(scene):
     """The true tracks of a Scene, drawn: (3,f,32,32) in [-1,1].
 
-    The object is nearer than the background, which stands still, or for the motion "camera" moves with it.
+    The object is nearer than the background, which stands still, or for the motion "camera" moves
+    with it.
     """
     size, centre = (TINY_SIZE, TINY_SIZE), np.arange(TINY_SIZE) + 0.5
     x, y = (g.reshape(-1) for g in np.meshgrid(centre, centre))
@@ -298,7 +329,8 @@ def tiny_tracks(scene):
 
 
 def tiny_track_clip(seed, motion, frames):
-    """-> {"video", "tracks", "text"} and its Scene, from the seed alone; the caption names no motion."""
+    """-> {"video", "tracks", "text"} and its Scene, from the seed alone; the caption names no
+    motion."""
     scene = tiny_track_scene(np.random.default_rng(seed), motion, frames)
     text = f"a {scene.colour} {scene.shape} on a {scene.background} background"
     return {"video": render(scene), "tracks": tiny_tracks(scene), "text": text}, scene
@@ -338,7 +370,8 @@ def _nearest(rgb, palette):
 
 
 def _coverage(shape, size, cx, cy, area, sub=4):
-    """(size, size) share of each pixel that the shape covers, counted on sub x sub points a pixel."""
+    """(size, size) share of each pixel that the shape covers, counted on sub x sub points a
+    pixel."""
     p = (np.arange(size * sub) + 0.5) / sub
     x, y = np.meshgrid(p - cx, p - cy)
     if shape == "circle":
@@ -364,17 +397,17 @@ def _turns(path):
 
 
 def _object(video):
-    """(3,f,h,w) in [-1,1] -> frames (f,h,w,3) 0..255, the background's colour, the object's distance from it,
-    its mask (f,h,w) from 0 to 1."""
+    """(3,f,h,w) in [-1,1] -> frames (f,h,w,3) 0..255, the background's colour, the object's
+    distance from it, its mask (f,h,w) from 0 to 1."""
     pixels = ((video.detach().float().cpu().numpy() + 1) * 127.5).clip(0, 255)
     frames = pixels.transpose(1, 2, 3, 0)  # f h w c
     f = frames.shape[0]
     edges = [frames[:, 0], frames[:, -1], frames[:, :, 0], frames[:, :, -1]]
     back = np.median(np.concatenate(edges, axis=1).reshape(-1, 3), axis=0)
     distance = np.sqrt(((frames - back) ** 2).sum(-1))                 # f h w
-    level = np.percentile(distance.reshape(f, -1), 97, axis=1)         # the object's distance, in each frame
+    level = np.percentile(distance.reshape(f, -1), 97, axis=1)         # of the object, per frame
     strong = np.median(level)
-    mask = np.clip((distance / max(strong, 1e-6) - 0.25) / 0.5, 0, 1)  # soft: 0.5 half-way to the background
+    mask = np.clip((distance / max(strong, 1e-6) - 0.25) / 0.5, 0, 1)  # soft, 0.5 half-way
     return frames, back, strong, mask
 
 
@@ -385,7 +418,8 @@ def _centres(mask):
 
 
 def position_error(video, x, y):
-    """Clip (3,f,h,w) in [-1,1], true centre x (f,), y (f,) in pixels -> mean distance, in frame widths.
+    """Clip (3,f,h,w) in [-1,1], true centre x (f,), y (f,) in pixels -> mean distance, in frame
+    widths.
 
     Half a width for a frame in which there is no object.
     """
@@ -406,70 +440,98 @@ def position_errors(videos, clips):
 
 
 def judge(video: Tensor) -> dict:
-    """One clip (3,f,h,w) in [-1,1] -> what it shows: shape, colour, background, motion (words), and numbers:
+    """What one clip (3,f,h,w) in [-1,1] shows: shape, colour, background, motion (words), and
+    numbers:
 
-    speed (pixels a frame, of the straight line through the centroids), size (mean area, pixels), smoothness
-    (root mean square distance of the centroids from that line, pixels; 0 is perfectly smooth), visible (share
-    of frames with an object).
+    speed: pixels per frame along the straight line through the object's centroids; size: mean
+    area in pixels; smoothness: root mean square distance of the centroids from that line, in
+    pixels (0 is perfectly smooth); visible: share of frames with an object; and those of
+    how_drawn().
     """
     frames, back, strong, mask = _object(video)
-    f, size = frames.shape[0], frames.shape[1]
-    area = mask.sum((1, 2))
+    size, area = frames.shape[1], mask.sum((1, 2))
     shown = (area > 4) & (strong > 25)
-    seen = {"background": _nearest(back, BACKGROUNDS), "visible": float(shown.mean())}
+    verdict = {"background": _nearest(back, BACKGROUNDS), "visible": float(shown.mean())}
     if shown.mean() < 0.75 or area.max() > 0.8 * size * size:
-        return seen | {"shape": "none", "colour": "none", "motion": "none",
-                       "speed": 0.0, "size": float(area.mean()), "smoothness": 99.0}
+        return verdict | {"shape": "none", "colour": "none", "motion": "none",
+                          "speed": 0.0, "size": float(area.mean()), "smoothness": 99.0}
     core = mask > 0.95
-    seen["colour"] = _nearest(np.median(frames[core], axis=0), COLOURS) if core.any() else "none"
+    colour = np.median(frames[core], axis=0) if core.any() else None
+    verdict["colour"] = "none" if colour is None else _nearest(colour, COLOURS)
     cx, cy = _centres(mask)
 
-    # motion: straight lines through centroids and log radius, over the frames that show the object
-    # (the new motions bend: round a closed area, or to and fro across the line)
-    k = np.arange(f)[shown]
-    slope = [np.polyfit(k, y, 1) for y in (cx[shown], cy[shown], 0.5 * np.log(np.maximum(area[shown], 1e-6)))]
-    dx, dy, growth = (s[0] * (f - 1) for s in slope)
-    residual = [np.polyval(s, k) - y for s, y in zip(slope[:2], (cx[shown], cy[shown]))]
+    # straight lines through centroids and log radius, over the frames that show the object
+    k, radius = np.arange(len(area))[shown], 0.5 * np.log(np.maximum(area[shown], 1e-6))
+    lines = [np.polyfit(k, y, 1) for y in (cx[shown], cy[shown], radius)]
+    residual = [np.polyval(s, k) - y for s, y in zip(lines, (cx[shown], cy[shown]))]
     bend = float(np.sqrt(np.mean(np.square(residual).sum(0))))
-    if _enclosed(cx[shown], cy[shown]) > 20:
-        seen["motion"] = "circling"
-    elif bend > 1.5 and _turns((cy if abs(dx) > abs(dy) else cx)[shown]) >= 2:
-        seen["motion"] = "zigzagging"
-    elif max(abs(dx), abs(dy)) > 4:
-        horizontal = "moving right" if dx > 0 else "moving left"
-        vertical = "moving down" if dy > 0 else "moving up"
-        seen["motion"] = horizontal if abs(dx) > abs(dy) else vertical
-    else:
-        seen["motion"] = "growing" if growth > 0.35 else "shrinking" if growth < -0.35 else "standing still"
+    changes = [s[0] * (len(area) - 1) for s in lines]
+    verdict["motion"] = _motion_word(cx[shown], cy[shown], *changes, bend)
+    verdict["shape"], misfit = _shape_word(mask, cx, cy, area, k)
 
-    # shape: the template that fits best at the measured centre and area, summed over the frames
+    verdict |= how_drawn(frames, mask, core, colour, back, radius, np.polyval(lines[2], k), k)
+    moved = np.hypot(np.diff(cx[shown]), np.diff(cy[shown])) > 0.5
+    grows = abs(np.diff(radius)) > 0.03
+    verdict |= dict(misfit=misfit, moving=float(np.mean(moved | grows)) if len(k) > 1 else 0.0)
+    return verdict | {"speed": float(np.hypot(lines[0][0], lines[1][0])),
+                      "size": float(area.mean()), "smoothness": bend}
+
+
+def _motion_word(cx, cy, dx, dy, growth, bend):
+    """Centroids (f,), change of place (pixels) and of log radius over the clip, and bend -> a
+    motion."""
+    if _enclosed(cx, cy) > 20:
+        return "circling"
+    if bend > 1.5 and _turns(cy if abs(dx) > abs(dy) else cx) >= 2:
+        return "zigzagging"
+    if max(abs(dx), abs(dy)) > 4:
+        if abs(dx) > abs(dy):
+            return "moving right" if dx > 0 else "moving left"
+        return "moving down" if dy > 0 else "moving up"
+    if abs(growth) > 0.35:
+        return "growing" if growth > 0 else "shrinking"
+    return "standing still"
+
+
+def _shape_word(mask, cx, cy, area, k):
+    """The template that fits best at the measured centres and areas of frames k -> shape,
+    misfit."""
+    size = mask.shape[1]
     errors = {s: sum(np.abs(_coverage(s, size, cx[i], cy[i], area[i]) - mask[i]).sum() for i in k)
               for s in SHAPES}
     best = min(errors, key=errors.get)
-    seen["shape"] = best if errors[best] < 0.6 * area[k].sum() else "none"  # noise fits no template
+    misfit = float(errors[best] / area[k].sum())
+    return (best if misfit < 0.6 else "none"), misfit  # noise fits no template
 
-    # how well it is drawn
+
+def how_drawn(frames, mask, core, colour, back, radius, fitted_radius, k) -> dict:
+    """How well a clip is drawn: three numbers, 0 is perfect.
+
+    off_palette: distance of the object's and the background's colour from the named ones;
+    unsteady: drift of the object's colour and of its log radius from a straight line; flicker:
+    mean change of the empty background from frame to frame, in 0..255.
+    """
+    off = [255.0]
+    if colour is not None:
+        off = [min(np.linalg.norm(rgb - np.array(named)) for named in palette.values())
+               for rgb, palette in ((colour, COLOURS), (back, BACKGROUNDS))]
     colours = np.array([np.median(frames[i][core[i]], axis=0) for i in k if core[i].any()])
-    off = [min(np.linalg.norm(rgb - np.array(named)) for named in palette.values())
-           for rgb, palette in ((np.median(frames[core], axis=0), COLOURS), (back, BACKGROUNDS))
-           ] if core.any() else [255]
-    drift = np.linalg.norm(colours - colours.mean(0), axis=1).mean() / 255 if len(colours) else 1.0
-    radius = 0.5 * np.log(np.maximum(area[shown], 1e-6))
-    empty = (mask[1:] < 0.02) & (mask[:-1] < 0.02)
-    moved = np.hypot(np.diff(cx[shown]), np.diff(cy[shown])) > 0.5
-    seen |= dict(
-        off_palette=float(sum(off)), misfit=float(errors[best] / area[k].sum()),
-        unsteady=float(drift + np.sqrt(np.mean((np.polyval(slope[2], k) - radius) ** 2))),
-        flicker=float(np.abs(np.diff(frames, axis=0)).mean(-1)[empty].mean()) if empty.any() else 255.0,
-        moving=float(np.mean(moved | (abs(np.diff(radius)) > 0.03))) if len(k) > 1 else 0.0)
-    return seen | {"speed": float(np.hypot(slope[0][0], slope[1][0])), "size": float(area.mean()),
-                   "smoothness": bend}
+    drift = 1.0
+    if len(colours):
+        drift = np.linalg.norm(colours - colours.mean(0), axis=1).mean() / 255
+    unsteady = float(drift + np.sqrt(np.mean((fitted_radius - radius) ** 2)))
+    empty, flicker = (mask[1:] < 0.02) & (mask[:-1] < 0.02), 255.0
+    if empty.any():
+        flicker = float(np.abs(np.diff(frames, axis=0)).mean(-1)[empty].mean())
+    return dict(off_palette=float(sum(off)), unsteady=unsteady, flicker=flicker)
 
 
 def judge_captions(videos, captions) -> dict:
-    """Clips (n,3,f,h,w) in [-1,1] and tiny-world captions -> share of clips that are right, per attribute.
+    """Clips (n,3,f,h,w) in [-1,1] and tiny-world captions -> share of clips that are right, per
+    attribute.
 
-    "joint": all that the caption mentions is right. A caption without a background is not judged on it.
+    "joint": all that the caption mentions is right. A caption without a background is not judged
+    on it.
     """
     hits = {a: [] for a in (*ATTRIBUTES, "joint")}
     for video, caption in zip(videos, captions):
@@ -482,7 +544,8 @@ def judge_captions(videos, captions) -> dict:
 
 
 def _histogram(frame, mask, bins=4):
-    """Colours of the pixels (h,w,3) in 0..255 where mask (h,w) is, (bins^3,), sum 1; shared out linearly."""
+    """Colours of the pixels (h,w,3) in 0..255 where mask (h,w) is, (bins^3,), sum 1; shared out
+    linearly."""
     place = frame.reshape(-1, 3) / 255 * (bins - 1)
     low = np.minimum(place.astype(int), bins - 2)
     count = np.zeros((bins,) * 3)
@@ -504,10 +567,11 @@ def _aligned(mask, side=24):
 
 
 def subject_likeness(videos, subject) -> dict:
-    """Clips (n,3,f,h,w) in [-1,1], items of tiny_subject() -> means over all frames and pictures, 0 to 1:
+    """Clips (n,3,f,h,w) in [-1,1], items of tiny_subject() -> means over all frames and pictures,
+    0 to 1:
 
-    "colours": intersection of the colour histograms of the two objects; "shape": intersection over union of
-    their masks, brought to one centre and area.
+    "colours": intersection of the colour histograms of the two objects; "shape": intersection
+    over union of their masks, brought to one centre and area.
     """
     known = []
     for item in subject:
@@ -525,8 +589,9 @@ def subject_likeness(videos, subject) -> dict:
 
 
 def path_error(videos, path) -> dict:
-    """Clips (n,3,f,h,w) in [-1,1], path (f,2) in pixels -> {"path_error"}: root mean square distance of the
-    object's centroid from the path, each about its own middle, mean over the clips."""
+    """Clips (n,3,f,h,w) in [-1,1], path (f,2) in pixels -> {"path_error"}: root mean square
+    distance of the object's centroid from the path, each about its own middle, mean over the
+    clips."""
     target, errors = (path - path.mean(0)).numpy(), []
     for video in videos:
         found = np.stack(_centres(_object(video)[3]), 1)
@@ -540,15 +605,18 @@ SCORER_FILE = Path(__file__).parent / "assets" / "tiny-scorer.safetensors"
 
 
 class TinyScorer(nn.Module):
-    """Cosine of a clip's and a caption's embedding, -1 to 1. Sees the whole clip, so motion counts."""
+    """Cosine of a clip's and a caption's embedding, -1 to 1. Sees the whole clip, so motion
+    counts."""
     clip = True
 
     def __init__(self, dim=64):
         super().__init__()
         def conv(cin, cout, stride):
-            return nn.Sequential(nn.Conv3d(cin, cout, 3, stride, padding=1), nn.GroupNorm(8, cout), nn.SiLU())
+            layer = nn.Conv3d(cin, cout, 3, stride, padding=1)
+            return nn.Sequential(layer, nn.GroupNorm(8, cout), nn.SiLU())
         self.video = nn.Sequential(
-            conv(3, 24, (1, 2, 2)), conv(24, 48, (2, 2, 2)), conv(48, 64, (1, 1, 1)), conv(64, 96, (2, 2, 2)),
+            conv(3, 24, (1, 2, 2)), conv(24, 48, (2, 2, 2)), conv(48, 64, (1, 1, 1)),
+            conv(64, 96, (2, 2, 2)),
             nn.Flatten(), nn.Linear(96 * 2 * 4 * 4, dim))  # 2 frames of 4x4 are left of 8 of 32x32
         # a sum over the words: their order carries nothing in the tiny world
         self.words = nn.EmbeddingBag(len(TINY_WORDS) + 1, 64, mode="sum", padding_idx=0)
@@ -560,25 +628,32 @@ class TinyScorer(nn.Module):
         """clips (b,3,8,32,32) in [0,1], prompts -> two (b, dim), unit length."""
         ids = [[self.index[w] for w in p.split()] for p in prompts]
         ids = torch.tensor([row + [0] * (12 - len(row)) for row in ids], device=clips.device)
-        return F.normalize(self.video(clips * 2 - 1), dim=1), F.normalize(self.text(self.words(ids)), dim=1)
+        video, text = self.video(clips * 2 - 1), self.text(self.words(ids))
+        return F.normalize(video, dim=1), F.normalize(text, dim=1)
 
     def forward(self, clips, prompts):
         video, text = self.embed(clips, prompts)
         return (video * text).sum(1)
 
 
-def tiny_scorer(files):
-    """-> judge(clips, captions) and check(captions), from which rewards.py makes `tiny`."""
+def load_scorer(device) -> TinyScorer:
+    """The scorer in assets/, frozen."""
     if not SCORER_FILE.exists():
         raise UserError(f"{SCORER_FILE} is missing: check out the repository whole, "
                         "or run python tinyworld.py --train scorer")
     scorer = TinyScorer()
     scorer.load_state_dict(load_safetensors(SCORER_FILE)[0])
-    scorer.requires_grad_(False).eval().to(files.device)
+    return scorer.requires_grad_(False).eval().to(device)
+
+
+def tiny_scorer(files):
+    """-> judge(clips, captions) and check(captions), from which rewards.py makes `tiny`."""
+    scorer = load_scorer(files.device)
 
     def check(prompts):
         for prompt in prompts:
-            if unknown := [w for w in prompt.split() if w not in scorer.index] or prompt.split()[12:]:
+            unknown = [w for w in prompt.split() if w not in scorer.index] or prompt.split()[12:]
+            if unknown:
                 raise UserError(f"--reward tiny: prompt {prompt!r} is no caption of the tiny world "
                                 f"({unknown[0]!r})")
 
@@ -593,13 +668,9 @@ def tiny_scorer(files):
 
 
 def tiny_image_embedding(device):
-    """-> embed(frames (b,3,h,w) in [-1,1]) -> (b,64): what the scorer makes of a still clip of each."""
-    if not SCORER_FILE.exists():
-        raise UserError(f"{SCORER_FILE} is missing: check out the repository whole, "
-                        "or run python tinyworld.py --train scorer")
-    scorer = TinyScorer()
-    scorer.load_state_dict(load_safetensors(SCORER_FILE)[0])
-    video = scorer.requires_grad_(False).eval().to(device).video
+    """-> embed(frames (b,3,h,w) in [-1,1]) -> (b,64): the scorer's features of still clips of
+    them."""
+    video = load_scorer(device).video
 
     def embed(frames):
         frames = F.interpolate(frames, (32, 32), mode="bilinear", align_corners=False)
@@ -608,7 +679,8 @@ def tiny_image_embedding(device):
 
 
 def train_scorer(out, steps=400, batch=64, lr=2e-3, seed=0):
-    """Contrastive training of TinyScorer on rendered clips with a little noise, as a decoder makes it."""
+    """Contrastive training of TinyScorer on rendered clips with a little noise, as a decoder
+    makes it."""
     torch.manual_seed(seed)
     scorer, start = TinyScorer(), time.time()
     opt = torch.optim.AdamW(scorer.parameters(), lr, weight_decay=0.05)
@@ -628,8 +700,8 @@ def train_scorer(out, steps=400, batch=64, lr=2e-3, seed=0):
         schedule.step()
         if step % 100 == 0 or step == steps - 1:
             right = same[range(batch), logits.argmax(1)].mean()
-            print(f"step {step:5d}/{steps} | loss {loss:.4f} | right caption of {batch} {right:.3f} "
-                  f"| {time.time() - start:.0f} s", flush=True)
+            print(f"step {step:5d}/{steps} | loss {loss:.4f} | right caption of {batch} "
+                  f"{right:.3f} | {time.time() - start:.0f} s", flush=True)
     save_file({k: v.half().contiguous() for k, v in scorer.state_dict().items()}, out)
 
 
@@ -652,7 +724,8 @@ def tiny_tokenize(numbers, length, texts):
 
 
 class TinyText(nn.Module):
-    """A word a token, one transformer block, trained with the tiny network; see tiny_tokenize()."""
+    """A word a token, one transformer block, trained with the tiny network; see
+    tiny_tokenize()."""
 
     def __init__(self, words, width=64, heads=2, layers=1, context_length=10):
         super().__init__()
@@ -679,17 +752,20 @@ class TinyText(nn.Module):
 
 # what the rows of bases.py hold, but for the scale of the latents
 TINY_VAE = VAEConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, patch=2, scale=1.0)
-TINY_COGVIDEOX_VAE = CogVideoXVAEConfig(widths=(16, 24), layers=1, z_channels=8, groups=8, scale=1.0)
-TINY_VAES = {"tiny": (AutoencoderKL, TINY_VAE), "tiny-cogvideox": (CogVideoXVAE, TINY_COGVIDEOX_VAE)}
+TINY_COGVIDEOX_VAE = CogVideoXVAEConfig(
+    widths=(16, 24), layers=1, z_channels=8, groups=8, scale=1.0)
+TINY_VAES = {"tiny": (AutoencoderKL, TINY_VAE),
+             "tiny-cogvideox": (CogVideoXVAE, TINY_COGVIDEOX_VAE)}
 TINY_CLIP = 9  # frames of a clip of tiny-cogvideox
 
 
 def wild_clip(rng, frames):
-    """What the tiny world's words do not say -> video (3,f,32,32): fast crooked paths, tracking videos.
+    """What the tiny world's words do not say -> video (3,f,32,32): fast crooked paths, tracking
+    videos.
 
-    Half of them a shape on a random path. Half as Diffusion as Shader draws tracks: each point's colour is
-    its place in the first frame (R: x, G: y) and its nearness (B), in marks of some pixels on black, the
-    object and the camera moving on paths of their own.
+    Half of them a shape on a random path. Half as Diffusion as Shader draws tracks: each point's
+    colour is its place in the first frame (R: x, G: y) and its nearness (B), in marks of some
+    pixels on black, the object and the camera moving on paths of their own.
     """
     from tinyworld import TINY_SIZE, render, signed_distance, tiny_scene
     time = np.linspace(0, 1, frames)
@@ -715,13 +791,15 @@ def wild_clip(rng, frames):
     for k in range(frames):
         back = points(0, 0, 0) if still else points(pan[0][k] - pan[0][0], pan[1][k] - pan[1][0], 0)
         front = points(scene.x[k] - scene.x[0], scene.y[k] - scene.y[0], near)
-        covered = signed_distance(scene.shape, gx - scene.x[k], gy - scene.y[k], scene.radius[k]) < 0
+        x, y = gx - scene.x[k], gy - scene.y[k]
+        covered = signed_distance(scene.shape, x, y, scene.radius[k]) < 0
         video.append(np.where(covered, front, back))
     return torch.from_numpy(np.stack(video, 1).astype(np.float32)) * 2 - 1
 
 
 def tiny_frames(seed, n):
-    """-> (n, 3, 32, 32): 4 frames each of n / 4 clips, for the autoencoder that takes frame by frame."""
+    """-> (n, 3, 32, 32): 4 frames each of n / 4 clips, for the autoencoder that takes frame by
+    frame."""
     from tinyworld import tiny_batch
     video, _, _ = tiny_batch(seed, n // 4)
     return rearrange(video[:, :, torch.randperm(video.shape[2])[:4]], "b c f h w -> (b f) c h w")
@@ -735,13 +813,29 @@ def tiny_clips(seed, n):
     return torch.cat([tiny_batch(seed, n - n // 2, TINY_CLIP)[0], torch.stack(wild)])
 
 
-def train_autoencoder(base, out, steps, decoder_steps, batch, lr=2e-3, seed=0, device="cpu"):
-    """Train a tiny base's autoencoder on rendered clips, then its decoder alone, and put it into `out`.
+def autoencoder_loss(images, mean, logvar, decode):
+    """-> loss, {name: 0-d tensor} to print: L1 + MSE + 1e-4 KL, errors relative to a frame's
+    contrast.
 
-    Loss: L1 + MSE + 1e-4 KL, errors relative to a frame's contrast. The second stage leaves the latents as
-    they are (a base may already be trained on them); with steps 0 it starts from the file's autoencoder.
+    In units of each frame's own contrast, because blue on gray costs little and would stay
+    blurred.
     """
-    from weights import load_weights, replace_part
+    error = decode(mean + (0.5 * logvar).exp() * torch.randn_like(mean)).float() - images
+    kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
+    centred = images - images.mean((-2, -1), keepdim=True)
+    contrast = centred.square().mean((1, -2, -1), keepdim=True).sqrt()
+    scaled = error * (0.3 / contrast).clamp(max=5)
+    loss = scaled.abs().mean() + scaled.square().mean() + 1e-4 * kl
+    return loss, {"mse": error.square().mean(), "kl": kl, "latent std": mean.std()}
+
+
+def train_autoencoder(base, out, steps, decoder_steps, batch, lr=2e-3, seed=0, device="cpu"):
+    """Train a tiny base's autoencoder on rendered clips, then its decoder alone, and put it into
+    `out`.
+
+    The second stage leaves the latents as they are, since a base may already be trained on them;
+    with steps 0 it starts from the file's autoencoder.
+    """
     torch.manual_seed(seed)
     build, cfg = TINY_VAES[base]
     vae, start = build(cfg).to(device), time.time()
@@ -750,38 +844,32 @@ def train_autoencoder(base, out, steps, decoder_steps, batch, lr=2e-3, seed=0, d
     else:
         draw, moments, decode = tiny_clips, vae.moments, vae.decode_latents
     if not steps:
-        state = {k.removeprefix("vae."): v for k, v in load_weights(out).items() if k.startswith("vae.")}
-        vae.load_state_dict({k: v.float() for k, v in state.items()})
-    for stage, (n, first) in enumerate(((steps, 0), (decoder_steps, steps))):
-        decoder_only = stage == 1
+        state = {k.removeprefix("vae."): v.float() for k, v in load_weights(out).items()
+                 if k.startswith("vae.")}
+        vae.load_state_dict(state)
+    for part, n, first in (("all", steps, 0), ("decoder", decoder_steps, steps)):
         for key, p in vae.named_parameters():
-            p.requires_grad_(not decoder_only or key.startswith(("decoder.", "post_quant_conv.")))
+            p.requires_grad_(part == "all" or key.startswith(("decoder.", "post_quant_conv.")))
         trained = [p for p in vae.parameters() if p.requires_grad]
         opt = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=max(n, 1), pct_start=0.05)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            opt, lr, total_steps=max(n, 1), pct_start=0.05)
         for step in range(n):
             images = draw((seed, first + step), batch).to(device)
             # 3-D convolutions in bf16 take half the time on a CPU that has it, too
-            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=base != "tiny"):
-                with torch.set_grad_enabled(not decoder_only):
+            kind = torch.device(device).type
+            with torch.autocast(kind, torch.bfloat16, enabled=base != "tiny"):
+                with torch.set_grad_enabled(part == "all"):
                     mean, logvar = moments(images)
-                mean, logvar = mean.float(), logvar.float()
-                error = decode(mean + (0.5 * logvar).exp() * torch.randn_like(mean)).float() - images
-            kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
-            # in units of each frame's own contrast: else blue on gray stays blurred, for it costs little
-            centred = images - images.mean((-2, -1), keepdim=True)
-            contrast = centred.square().mean((1, -2, -1), keepdim=True).sqrt()
-            scaled = error * (0.3 / contrast).clamp(max=5)
-            loss = scaled.abs().mean() + scaled.square().mean() + 1e-4 * kl
+                loss, terms = autoencoder_loss(images, mean.float(), logvar.float(), decode)
             opt.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             opt.step()
             schedule.step()
             if step % 100 == 0 or step == n - 1:
-                part = "decoder" if decoder_only else "all"
-                print(f"{part} {step:5d}/{n} | mse {error.square().mean():.5f} | kl {kl:.3f} "
-                      f"| latent std {mean.std():.3f} | {time.time() - start:.0f} s", flush=True)
+                words = " | ".join(f"{name} {value:.5f}" for name, value in terms.items())
+                print(f"{part} {step:5d}/{n} | {words} | {time.time() - start:.0f} s", flush=True)
         replace_part(out, "vae", vae.state_dict())
 
 
@@ -789,14 +877,17 @@ def train_autoencoder(base, out, steps, decoder_steps, batch, lr=2e-3, seed=0, d
 
 def get_args(argv=None):
     p = Parser(__doc__)
-    p.add_argument("--train", choices=("scorer", "autoencoder"), required=True, help="what to train")
-    p.add_argument("--base", choices=TINY_VAES, default="tiny", help="tiny base whose autoencoder is trained")
+    p.add_argument("--train", choices=("scorer", "autoencoder"), required=True,
+                   help="what to train")
+    p.add_argument("--base", choices=TINY_VAES, default="tiny",
+                   help="tiny base whose autoencoder is trained")
     p.add_argument("--out", help="file to write (default: the one in assets/)")
-    p.add_argument("--steps", type=NATURAL,
-                   help="optimizer steps (scorer: 400, autoencoder: 2000; 0 trains its decoder alone)")
-    p.add_argument("--decoder-steps", type=NATURAL, default=1000,
+    p.add_argument("--steps", type=p.NATURAL,
+                   help="optimizer steps (scorer: 400, autoencoder: 2000; 0: its decoder alone)")
+    p.add_argument("--decoder-steps", type=p.NATURAL, default=1000,
                    help="further steps of the autoencoder in which the encoder is frozen")
-    p.add_argument("--batch", type=COUNT, help="frames (tiny: 64) or clips (tiny-cogvideox: 8) per step")
+    p.add_argument("--batch", type=p.COUNT,
+                   help="frames (tiny: 64) or clips (tiny-cogvideox: 8) per step")
     p.add_argument("--device", default="cpu", help="cuda or cpu")
     args = p.parse_args(argv)
     least = 4 if args.base == "tiny" else 2

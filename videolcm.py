@@ -1,337 +1,300 @@
-"""VideoLCM: distil a text-to-video base into a student that samples in 1 to 8 steps (arXiv 2312.09109).
+"""VideoLCM: distil a text-to-video base into a student that needs 1 to 8 steps (Wang et
+al., arXiv 2312.09109), by latent consistency distillation (Luo et al., arXiv 2310.04378).
 
-Latent consistency distillation (Luo et al., arXiv 2310.04378, algorithm 1, eq. 15-17). A consistency function
-jumps from any noise to the clean clip; two neighbouring points of one path must jump to the same place:
+    L = E || f(x_t, t; theta) - f(x_s, s; theta-) ||     (2310.04378, eq. 15, algorithm 1)
 
-    L = E || f(x_t, t; theta) - f(x_s, s; theta-) ||,  f(x, t) = c_skip(t) x + c_out(t) x0(net(x, t, text))
+    f(x, t) = c_skip(t) x + c_out(t) x0(net(x, t, text))      the jump to the clean clip
+    c_skip(t) = sigma_data^2 / ((10 t)^2 + sigma_data^2)      sigma_data = 0.5; 10 is the
+    c_out(t) = 10 t / sqrt((10 t)^2 + sigma_data^2)           timestep scaling
+    || d || = mean of sqrt(d^2 + c^2) - c                     pseudo-Huber, c = 0.001
 
-x_t = sqrt(ab_t) x0 + sqrt(1 - ab_t) eps is a noised clip, x_s one DDIM step of the base (the teacher) with
-guidance u + cfg (c - u) from t to s = t - 1000 / origin, ||.|| a pseudo-Huber distance, theta- a moving
-average of the student (the target). Guidance thus goes into the student: a clip costs 4 network calls and not
-2 x 50. With --cfg-range the student is told the scale and --cfg still turns it (T2V-Turbo, arXiv 2405.18750).
-With --reward the student's own jump f is decoded as well and its reward raised (T2V-Turbo, eq. 13):
-L - E r(decode(f), text).
+f jumps from any noise to the clean clip: f(x, 0) = x, and two neighbours on one path must
+land at the same place. x_t = sqrt(ab_t) x0 + sqrt(1 - ab_t) eps is a noised clip. Its
+neighbour x_s is one DDIM step of the base (the teacher) with guidance u + w (c - u), from
+t to s = t - 1000 / origin. theta are the weights of the student, theta- those of the
+target, a moving average of the student. So guidance goes into the student, and a clip
+costs 4 network calls instead of 2 x 50. T2V-Turbo (Li et al., arXiv 2405.18750) adds
 
-    python videolcm.py --base tiny                             # 2 CPU cores: minutes and result in RESULTS.md
+    --cfg-range   w is drawn per clip and told to the student: --cfg still turns it
+    --reward      L - E r(decode(f(x_t, t; theta)), text), a reward of the jump (eq. 13)
+
+    python videolcm.py --base tiny                            # 2 CPU cores, minutes
     python videolcm.py --base tiny --rank 16 --lr 1e-3 --reward tiny:0.1
-    python videolcm.py --base tft2v --weights W --data clips.csv --batch 1 --accum 16           # 1 GPU
-    torchrun --nproc_per_node=4 videolcm.py --base modelscope --weights W --data clips.csv --parallel fsdp
-    # T2V-Turbo's recipe: LoRA, the scale as an input, a reward
-    torchrun --nproc_per_node=4 videolcm.py --base videocrafter2 --weights W --data clips.csv --reward hps
-    python videolcm.py ... --resume                              # goes on bit for bit
-    python sample.py --ckpt out/videolcm --prompt "a red circle moving left" --sample-steps 4
+    python videolcm.py --weights W --data clips.csv           # TF-T2V on one GPU
+    torchrun --nproc_per_node=4 videolcm.py --weights W --data clips.csv --parallel fsdp
+    torchrun --nproc_per_node=4 videolcm.py --base videocrafter2 --weights W \\
+        --data clips.csv --reward hps                         # T2V-Turbo
+    python videolcm.py ... --resume                           # continue, bit for bit
+    python sample.py --ckpt out/videolcm --prompt "a red circle moving left"
 
-Leaves in --out: ckpt.safetensors (the target: the average, as consistency models are sampled), log.jsonl,
-curve.png, preview-<step>.png: the same noise in 1, 2, 4 and 8 steps.
+Writes to --out: ckpt.safetensors (the target, as consistency models are sampled),
+log.jsonl, curve.png, and before.png, step-N.png and after.png: held-out prompts in 1, 2,
+4 and 8 steps, always from the same noise, with clips of --sample-steps steps.
 
-Memory: all weights of ModelScope's 1.41 G parameters: student, gradients, two moments and target in fp32, the
-teacher in bf16, 31 GB, and the activations of one recomputed block (not measured). LoRA: the base twice in
-bf16 and the branches; the teacher is the student with its branches off.
+Memory: to train all weights of ModelScope (1.41 G), student, gradients, two moments and
+target take 28 GB in fp32 and the teacher 3 GB in bf16, beside the activations of one
+block (not measured). With LoRA the base is there twice in bf16, and the teacher is the
+student with its branches off.
 
-Differences from the original code
- - No dropout, in teacher and target (left in training mode there, by an oversight) as in the student.
- - The target is what is saved and sampled from; VideoLCM's files are the student, some 20 updates ahead.
- - The scale is --cfg, u + cfg (c - u), everywhere: VideoLCM's w = 9 and T2V-Turbo's w in 5..15 are 10 and
-   6..16, and --cfg-range embeds this number. VideoLCM embeds w, too, but its network ignores it.
- - VideoCrafter2's x_t keep the scale of their clean part as the teacher knows it (T2V-Turbo leaves it out).
- - The learning rate is constant: VideoLCM's cosine of a million updates was left after 32,000. No gradient
-   scale for spatial layers: AdamW cancels it.
- - The rewards are one sum on one set of frames: --reward-frames random ones, or the whole clip if one of the
-   rewards judges clips (T2V-Turbo: two sets of frames, on different GPUs). LoRA is on the attentions and,
-   with --cfg-range, on the scale's new layer, zero before (T2V-Turbo: on all layers, that one from a random
-   start).
+Differences from the original code (the others: docs/differences/videolcm.md)
+ - The target is saved and sampled from. (VideoLCM's files are the student, some 20
+   updates ahead of it.)
+ - The scale is --cfg, w in u + w (c - u), everywhere: VideoLCM's w = 9 and T2V-Turbo's 5
+   to 15 are 10 and 6 to 16 here.
+ - No dropout, in teacher and target as in the student. (They stay in training mode there,
+   by an oversight.)
 """
-import argparse
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 import torch
-import torch.distributed as dist
 
-from bases import add_guidance, base_row, fill, load_base
-from common import (
-    COUNT,
-    DECAY,
-    NATURAL,
-    POSITIVE,
-    REAL,
-    UNSIGNED,
-    FiniteGuard,
-    Log,
-    MySamples,
-    Parser,
-    UserError,
-    agree_to_stop,
-    apply_defaults,
-    catch_signals,
-    check_out,
-    draw_curve,
-    generator,
-    load_state,
-    lr_at,
-    memory_advice,
-    move_average,
-    run_command,
-    save_checkpoint,
-    seed_of,
-    setup,
-    trained,
-)
-from data import VideoDataset, contact_sheet, encode_once, read_batches, read_prompts
-from diffusion import consistency, guided, lcm_timesteps, pseudo_huber, randn
-from models import (
-    add_lora,
-    frozen_copy,
-    guidance_embedding,
-    parallelize,
-    sync_gradients,
-    without_lora,
-)
-from pipeline import decode, draw_latents, frame_rate, generate_split, moments
-from rewards import get_reward, score
-from tinyworld import TinyWorld, tiny_prompts
+import pipeline
+import rewards
+import tinyworld
+from bases import add_guidance, choose_sampling, load_base
+from common import Parser, Run, UserError, run_command, trained
+from diffusion import consistency, guided, randn
+from models import add_lora, frozen_copy, guidance_embedding, parallelize, without_lora
 
-GUIDANCE_DIM = 256  # numbers that tell the scale, T2V-Turbo's
-SHOWN = 1, 2, 4, 8  # steps of the previews
+GUIDANCE_DIM = 256  # numbers that tell the student the scale, as in T2V-Turbo
+SHOWN = 1, 2, 4, 8  # sampler steps of the previews
+
+# VideoLCM's configuration; T2V-Turbo's for VideoCrafter2.
+PAPER = dict(
+    base="tft2v", out="out/videolcm", origin=50, sample_steps=4, reward_frames=5,
+    steps=32000, accum=16, lr=3e-5, warmup=10, ema=0.95, rank=0, preview_every=500, eval_n=4)
+TURBO = dict(
+    fps=16, cfg=8.5, cfg_range=(6.0, 16.0), steps=10000, accum=2, lr=1e-5, warmup=0,
+    ema=0.0, rank=64, alpha=64.0)
 TINY = dict(
-    steps=300, batch=8, accum=1, lr=5e-4, origin=20, lr_schedule="cosine", warmup=20, cfg=1.5,
-    cache_latents=True, workers=0, preview_every=100, save_every=100, grad_ckpt=False, log_every=25)
+    origin=20, cfg=1.5, steps=300, batch=8, accum=1, lr=5e-4, lr_schedule="cosine",
+    warmup=20, cache_latents=True, workers=0, grad_ckpt=False, preview_every=100,
+    save_every=100, log_every=25)
 PRESETS = {
-    "tiny": TINY, "tiny-weak": TINY, "tft2v": dict(cfg=10.0),
-    "videocrafter2": dict(steps=10000, accum=2, lr=1e-5, rank=64, alpha=64.0, ema=0.0, warmup=0, fps=16,
-                          cfg=8.5, cfg_range=(6.0, 16.0))}
-PREVIEWS = [
-    "a red circle moving left on a gray background", "a blue square moving up on a black background",
-    "a yellow triangle growing on a brown background", "a white circle standing still on a black background"]
+    "tft2v": dict(cfg=10.0), "videocrafter2": TURBO, "tiny": TINY, "tiny-weak": TINY}
 
 
 def get_args(argv=None):
     p = Parser(__doc__)
-    yes_no = argparse.BooleanOptionalAction
-    # what
-    p.add_argument("--base", default="tft2v", help="base network (python bases.py lists them)")
-    p.add_argument("--weights", help="folder with the base's public weights (default: its hub)")
-    p.add_argument("--out", default="out/videolcm", help="run folder")
-    p.add_argument("--resume", action="store_true", help="continue the run in --out")
-    # data
-    p.add_argument("--data", help="clips and captions: folder, csv, jsonl or VGen list (tiny: procedural)")
-    p.add_argument("--frames", type=COUNT, help="frames a clip (default: the base's)")
-    p.add_argument("--height", type=COUNT, help="pixels (default: the base's)")
-    p.add_argument("--width", type=COUNT, help="pixels (default: the base's)")
-    p.add_argument("--fps", type=COUNT, help="frame rate as a condition, for bases that take one")
-    p.add_argument("--read-fps", type=POSITIVE, help="rate at which clips are read (default: every frame)")
-    p.add_argument("--cache-latents", action=yes_no, default=False, help="encode once, into --out")
-    p.add_argument("--negative", help="text of the unconditional branch (default: the base's)")
-    # method
-    p.add_argument("--origin", type=COUNT, default=50, help="steps of the teacher's solver from end to end")
-    p.add_argument("--cfg", type=REAL, help="guidance u + cfg (c - u) (default: the base's)")
-    p.add_argument("--cfg-range", type=REAL, nargs=2, metavar=("LOW", "HIGH"),
-                   help="draw the scale from here and tell it to the student (default: always --cfg)")
-    p.add_argument("--reward", help="of rewards.py, or a sum hps:1.5,aesthetic:0.1, or my_file.py:function")
-    p.add_argument("--reward-weights", help="folder with the rewards' public files (default: their hub)")
-    p.add_argument("--reward-frames", type=COUNT, default=5, help="random frames that a reward sees")
-    p.add_argument("--sample-steps", type=COUNT, default=4, help="sampler steps (sample.py's default, too)")
-    # optimisation
-    p.add_argument("--steps", type=COUNT, default=32000, help="optimizer steps")
-    p.add_argument("--batch", type=COUNT, default=1, help="clips a process and micro-step")
-    p.add_argument("--accum", type=COUNT, default=16, help="micro-steps a step")
-    p.add_argument("--lr", type=POSITIVE, default=3e-5, help="learning rate")
-    p.add_argument("--wd", type=UNSIGNED, default=0.0, help="weight decay")
-    p.add_argument("--betas", type=DECAY, nargs=2, default=(0.9, 0.999), help="AdamW betas")
-    p.add_argument("--lr-schedule", choices=("constant", "cosine", "cosine-restarts"), default="constant")
-    p.add_argument("--warmup", type=NATURAL, default=10, help="steps of linear warm-up")
-    p.add_argument("--clip", type=POSITIVE, default=1.0, help="largest gradient norm")
-    p.add_argument("--ema", type=DECAY, default=0.95, help="decay of the weights' moving average; 0: off")
-    p.add_argument("--rank", type=NATURAL, default=0, help="LoRA rank; 0 trains all weights")
-    p.add_argument("--alpha", type=POSITIVE, default=16.0, help="LoRA branches are scaled by alpha / rank")
-    p.add_argument("--lora-targets", nargs="+", default=["to_q", "to_k", "to_v", "to_out.0"], help="layers")
-    # machine
-    p.add_argument("--workers", type=NATURAL, default=2, help="processes that read clips")
-    p.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda if there is one)")
-    p.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 on GPU, fp32 on CPU")
-    p.add_argument("--grad-ckpt", action=yes_no, default=True, help="recompute blocks backward: less memory")
-    p.add_argument("--parallel", choices=("ddp", "fsdp"), default="ddp", help="full copies, or shards")
-    p.add_argument("--offload", action="store_true", help="activations (fsdp: weights too) wait on the CPU")
-    # run
-    p.add_argument("--seed", type=NATURAL, default=0, help="seed")
-    p.add_argument("--prompts", help="file of preview prompts (default: the first clip's caption)")
-    p.add_argument("--save-every", type=COUNT, default=500, help="steps between checkpoints")
-    p.add_argument("--keep", type=COUNT, default=1, help="checkpoints kept")
-    p.add_argument("--preview-every", type=NATURAL, default=500, help="steps between previews; 0: none")
-    p.add_argument("--log-every", type=COUNT, default=1, help="steps between log lines on the screen")
-    p.add_argument("--tensorboard", action="store_true", help="log to TensorBoard too")
-    p.add_argument("--wandb", action="store_true", help="log to Weights & Biases too")
-    p.set_defaults(sampler="lcm", spacing="even")
-    args = apply_defaults(p, argv, PRESETS)
+    p.options("base data pixels sampling", without=("--drop-text", "--eta"))
+    p.add_argument("--cfg-range", type=p.REAL, nargs=2, metavar=("LOW", "HIGH"),
+                   help="draw the scale of the teacher's guidance from here, per clip, and "
+                        "tell it to the student (default: always --cfg)")
+    p.add_argument("--origin", type=p.COUNT,
+                   help="steps of the teacher's DDIM, from noise to clip; divides 1000")
+    p.options("reward")
+    p.add_argument("--reward-frames", type=p.COUNT,
+                   help="random frames per clip that the reward sees, unless it judges "
+                        "whole clips")
+    p.options("optimisation")
+    p.add_argument("--ema", type=p.DECAY,
+                   help="decay of the weights' moving average, which is what gets saved; 0: "
+                        "no average (default: 0.95; the average is the target, so with 0 the "
+                        "target is the student)")
+    p.options("lora machine evaluation run")
+    args = p.parse(argv, PAPER, PRESETS)
     if 1000 % args.origin:
-        raise UserError(f"--origin {args.origin}: must divide the 1000 steps of the noise, such as 50 or 20")
-    lcm_timesteps(args.sample_steps, origin=args.origin)
+        raise UserError(f"--origin {args.origin}: must divide the 1000 steps of the "
+                        "noise, such as 50 or 20")
+    if args.sample_steps > args.origin:
+        raise UserError(f"--sample-steps {args.sample_steps}: this consistency model "
+                        f"takes 1 to {args.origin}")
     if args.cfg_range and args.cfg_range[0] > args.cfg_range[1]:
         raise UserError("--cfg-range: the first is the lower one")
-    if args.cfg_range and args.rank:
-        args.lora_targets = [*args.lora_targets, "time_cond_proj"]
-    if base_row(args.base).text and not args.data:
-        raise UserError("--data: give a folder, csv, jsonl or list of clips with captions")
     return args
 
 
 # ---- the method
 
-def distillation(student, teacher, target, schedule, x0, noise, n, origin=50, c=0.001):
-    """-> loss (b,) of consistency distillation, and the student's jumps to clean latents, like x0.
+def pseudo_huber(a, b, c=0.001):
+    """|| a - b ||, (b,), in fp32: nearly the mean of |a - b|, but smooth at 0 (Song and
+    Dhariwal, arXiv 2310.14189)."""
+    return ((a.float() - b.float()).square() + c ** 2).sqrt().sub(c).flatten(1).mean(1)
 
-    student, teacher, target: fn(x, t (b,)) -> prediction; teacher with guidance, it and target without
-    gradient. x0, noise (b,c,f,h,w); n (b,): which of the solver's `origin` steps, 0 the one that ends at x0.
+
+def ddim_step(schedule, out, x_t, t, s):
+    """One DDIM step without noise, from x_t to x_s (Song et al., 2010.02502, eq. 12).
+
+        x_s = sqrt(ab_s) x0 + sqrt(1 - ab_s) eps
+
+    x0, eps: what the network's answer `out` at x_t stands for; t, s: steps (b,).
     """
-    length = len(schedule.alpha_bar) // origin
-    t = length * (n + 1) - 1
-    s = (t - length).clamp(min=0)  # f(x, 0) = x: there the loss meets the data
-    x_t = schedule.add_noise(x0, noise, t)
-    with torch.no_grad():  # one DDIM step along the teacher's path
-        out = teacher(x_t, t).float()
-        x_s = schedule.add_noise(schedule.to_x0(out, x_t, t), schedule.to_eps(out, x_t, t), s)
-        aim = consistency(schedule, target(x_s, s).float(), x_s, s)
+    x0, eps = schedule.to_x0(out, x_t, t), schedule.to_eps(out, x_t, t)
+    signal, noise, damping = schedule.at(s, x_t)  # damping: 1 but for VideoCrafter2
+    return signal * damping * x0 + noise * eps
+
+
+def consistency_step(student, teacher, target, schedule, x0, eps, n, origin=50, c=0.001):
+    """-> the loss of each clip (b,), and the student's jumps to clean latents, like x0.
+
+    student, teacher (with guidance), target: fn(x, t (b,)) -> the network's answer.
+    x0, eps: clean latents and noise (b,c,f,h,w). n (b,): which of the teacher's `origin`
+    steps to look at; 0 is the last one, which ends at the clip. c: of the norm.
+    """
+    length = len(schedule.alpha_bar) // origin  # of one step of the teacher
+    t = length * (n + 1) - 1                    # 19, 39, ..., 999 if origin = 50
+    s = (t - length).clamp(min=0)               # f(x, 0) = x: here the loss meets the data
+    x_t = schedule.add_noise(x0, eps, t)
+    with torch.no_grad():
+        x_s = ddim_step(schedule, teacher(x_t, t).float(), x_t, t, s)
+        # f(x_s, s; theta-), where the student should land
+        wanted = consistency(schedule, target(x_s, s).float(), x_s, s)
+    # f(x_t, t; theta), where it lands
     jump = consistency(schedule, student(x_t, t).float(), x_t, t)
-    return pseudo_huber(jump, aim, c), jump
+    return pseudo_huber(jump, wanted, c), jump
+
+
+def with_guidance(teacher, text, null, w, cond):
+    """-> fn(x, t) = u + w (c - u): the teacher's answer with guidance; w (b,)."""
+    def scale(step):
+        return w.view(-1, 1, 1, 1, 1)
+    return guided(teacher, text, null, scale, **cond)
+
+
+def distil(student, teacher, target, base, sampling, captions, x0, eps, n, w):
+    """consistency_step() with three networks on captioned clips; w (b,): guidance scales."""
+    text, null = base.encode_text(captions), base.encode_null(sampling.negative, len(x0))
+    cond = pipeline.frame_rate(sampling.fps, len(x0), x0.device)
+    told, dim = dict(cond), base.row.unet.guidance_dim
+    if dim:  # --cfg-range: student and target are told the scale
+        told["guidance"] = guidance_embedding(w, dim)
+    return consistency_step(
+        partial(student, text=text, **told), with_guidance(teacher, text, null, w, cond),
+        partial(target, text=text, **told), base.schedule, x0, eps, n, sampling.origin)
 
 
 def reward_of(reward, base, jump, prompts, generators, frames):
-    """Rewards (b,) of clean latents (b,c,f,h,w): of each clip so many random frames, or of whole clips."""
+    """T2V-Turbo's reward (b,) of clean latents (b,c,f,h,w): of so many random frames per
+    clip, or of whole clips."""
     if not reward.clip:
         order = [torch.randperm(jump.shape[2], generator=g) for g in generators]
         jump = torch.stack([x[:, i[:frames].sort().values] for x, i in zip(jump, order)])
-    return score(reward, decode(base, jump, jump.shape[2]), prompts)
+    return rewards.score(reward, pipeline.decode(base, jump, jump.shape[2]), prompts)
 
 
-@memory_advice("--grad-ckpt", "--batch 1", "--offload", "--parallel fsdp", "smaller --height and --width")
 def main(argv=None):
     args = get_args(argv)
-    settings = fill(args, args.base, method="videolcm")
-    low, high = args.cfg_range or (args.cfg, args.cfg)
-    if not low <= args.cfg <= high:
-        raise UserError(f"--cfg {args.cfg:g}: outside of --cfg-range {low:g} {high:g}")
-    size = args.frames, args.height, args.width
-    if args.data:
-        data = VideoDataset(args.data, *size, args.read_fps, args.seed)
-        rows, previews = data.rows, [data.rows[0][2]]
-    else:
-        data = TinyWorld(1024, args.frames, args.seed, captions=tiny_prompts())
-        rows, previews = "tiny", PREVIEWS
-    if args.prompts:
-        previews = read_prompts(args.prompts)
-    state = check_out(args, "videolcm")
-    env = setup(args)
-    reward = get_reward(args.reward, env.device, args.reward_weights) if args.reward else None
-    dtype = env.dtype if args.rank else torch.float32  # trained weights are kept in fp32
-    base = load_base(args.base, args.weights, env.device, dtype)
-    texts = [*previews, args.negative, *(row[2] for row in rows if args.data)]
-    if reward:
-        reward.check(texts)
-    base.tokenize(texts)  # a word that the tiny world does not know is refused now
+    sampling = choose_sampling(
+        args.base, args, method="videolcm", sampler="lcm", spacing="even")
+    low, high = guidance_range(args, sampling)
+    clips, _ = pipeline.read_data(args, sampling, tinyworld.TinyWorld(
+        1024, sampling.frames, args.seed, captions=tinyworld.tiny_prompts()))
+    prompts = pipeline.preview_prompts(args, clips)
+    run = Run(args, "videolcm")
+    reward = read_reward(args, run, clips, prompts)
 
-    # ---- teacher, student and target, the moving average of the student
-    if args.cfg_range:
-        add_guidance(base, GUIDANCE_DIM)
-    if args.rank:
-        add_lora(base.net, args.rank, args.alpha, args.lora_targets)
-        base.freeze(env.dtype, but=["net"])
-    else:
-        teacher = frozen_copy(base.net, env.dtype, args.parallel, env.device, args.offload)
-        base.freeze(env.dtype, but=["net"])
-        base.net.requires_grad_(True)
-        if base.row.unet.style_image:  # of TF-T2V: not used, and so without a gradient
-            base.net.pre_image_condition.requires_grad_(False)
-    target = frozen_copy(base.net, None, args.parallel, env.device, args.offload)
-    base.net.grad_ckpt = args.grad_ckpt
-    net = parallelize(base.net, args.parallel, env.device, args.offload)
-    if args.rank:
-        teacher = without_lora(net)
-    params = trained({"": base.net})
-    ema = {k: p for k, p in target.named_parameters() if k in params}
+    # the base, three times; what trains is kept in fp32
+    dtype = run.dtype if args.rank else torch.float32
+    base = load_base(args.base, args.weights, run.device, dtype)
+    texts = [*(prompt + sampling.suffix for prompt in prompts), sampling.negative]
+    pipeline.check_words(base, texts, [clips])
+    # the layer that reads the scale is trained, too
+    lora_targets = [*args.lora_targets, *["time_cond_proj"] * bool(args.cfg_range)]
+    net, teacher, target = student_teacher_target(args, run, base, lora_targets)
+    params = trained({"": net})
+    target_params = {k: p for k, p in target.named_parameters() if k in params}
     opt = torch.optim.AdamW(params.values(), args.lr, args.betas, weight_decay=args.wd)
-    scaler = torch.amp.GradScaler(env.device.type, enabled=env.dtype == torch.float16)
-    start, seen = load_state(args, env, state, params, opt, ema, scaler)
-    meta = dict(
-        method="videolcm", base=args.base, rank=args.rank, alpha=args.alpha, lora_targets=args.lora_targets,
-        guidance_dim=base.row.unet.guidance_dim, sample=settings)
-    log = Log(args, env, base.parts(), start)
-    if args.cache_latents:
-        about = dict(base=args.base, weights=args.weights, size=size, fps=args.read_fps, seed=args.seed,
-                     rows=seed_of(rows))
-        data = encode_once(Path(args.out, "latents"), data, lambda batch: {
-            k: v.half() for k, v in moments(base.vae, batch["video"], env).items()}, about, env, args.workers)
-        with torch.no_grad(), env.autocast():
-            base.remember([*data.texts(), args.negative, *(p + args.suffix for p in previews)])
-    numbers = MySamples(args, env, start, seen)
-    batches = read_batches(data, numbers, args.seed, args.workers)
-    guard = FiniteGuard(env)
-    catch_signals(env)
+    meta = dict(rank=args.rank, alpha=args.alpha, lora_targets=lora_targets,
+                guidance_dim=base.row.unet.guidance_dim, sample=sampling.metadata())
+    run.attach(opt, params, [net], base.parts(), meta, target_params, args.ema)
 
-    for step in range(start, args.steps):
-        for group in opt.param_groups:
-            group["lr"] = lr_at(step, args)
-        total, gained = (torch.zeros((), device=env.device) for _ in range(2))
-        for micro in range(args.accum):
-            batch = next(batches)
-            # all that is random about a sample comes from its number: however the samples are dealt to
-            # processes and micro-steps, the run is the same
-            mine = numbers[(step - start) * args.accum + micro]
-            generators = [generator(args.seed, "sample", i) for i in mine]
-            x0 = draw_latents(base.vae, batch, generators, env)
-            n = torch.stack([torch.randint(args.origin, (), generator=g) for g in generators])
-            noise = randn(x0.shape, generators, env.device)
-            scale = torch.stack([low + (high - low) * torch.rand((), generator=g) for g in generators])
-            scale = scale.to(env.device)
-            with sync_gradients(net, micro == args.accum - 1), env.autocast():
-                with torch.no_grad():
-                    text, null = base.encode_text(batch["text"]), base.encode_null(args.negative, len(x0))
-                told = cond = frame_rate(args, len(x0), env.device)
-                if args.cfg_range:
-                    told = cond | {"guidance": guidance_embedding(scale, GUIDANCE_DIM)}
-                loss, jump = distillation(
-                    lambda x, t: net(x, t, text, **told),
-                    guided(teacher, text, null, lambda t: scale.view(-1, 1, 1, 1, 1), **cond),
-                    lambda x, t: target(x, t, text, **told), base.schedule, x0, noise, n.to(env.device),
-                    args.origin)
-                gain = torch.zeros_like(loss)
+    def encode(batch):
+        return pipeline.encode_clips(base, run.env, batch["video"])
+    if args.cache_latents:  # texts are encoded once, too
+        clips, = pipeline.cache_data(run, base, sampling, [clips], encode, texts)
+    batches = pipeline.read_clips(run, clips)
+
+    if not run.resumed:
+        evaluate(run, base, target, sampling, prompts, "before")
+    for _ in run.steps():
+        for numbers in run.micro_steps():
+            batch, generators = next(batches), run.generators(numbers)
+            encoded = batch if args.cache_latents else encode(batch)
+            x0 = pipeline.draw_latents(base, run.env, encoded, generators)
+            n = torch.tensor([int(torch.randint(args.origin, (), generator=g))
+                              for g in generators], device=run.device)
+            eps = randn(x0.shape, generators, run.device)
+            uniform = torch.stack([torch.rand((), generator=g) for g in generators])
+            w = (low + (high - low) * uniform).to(run.device)
+            terms = {}
+            with run.forward():
+                terms["loss"], jump = distil(
+                    net, teacher, target, base, sampling, batch["text"], x0, eps, n, w)
                 if reward:
-                    gain = reward_of(reward, base, jump, batch["text"], generators, args.reward_frames)
-                scaler.scale((loss - gain).mean() / args.accum).backward()
-            total += loss.detach().mean() / args.accum
-            gained += gain.detach().mean() / args.accum
-        norm = guard.step(opt, scaler, params.values(), args.clip, loss=total, reward=gained)
-        move_average(ema, params, args.ema)
-        seen += args.batch * args.accum * env.world
-        log.step(step, loss=total, **({"reward": gained} if reward else {}), grad=norm,
-                 lr=opt.param_groups[0]["lr"])
-
-        done, stop = step + 1, agree_to_stop(env)
-        if stop or done % args.save_every == 0 or done == args.steps:
-            save_checkpoint(args, env, done, seen, params, meta, opt, ema, scaler)
-        if stop:
-            break
-        if args.preview_every and (done % args.preview_every == 0 or done == args.steps):
-            preview(args, env, base, target, previews, done)
-    if env.main:
-        keys = ["loss", "reward"] if reward else ["loss", "grad"]
-        draw_curve(log.path, Path(args.out, "curve.png"), keys, f"videolcm on {args.base}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+                    terms["reward"] = reward_of(
+                        reward, base, jump, batch["text"], generators, args.reward_frames)
+            run.backward(terms["loss"] - terms.get("reward", 0.0), **terms)
+        run.update()
+        if run.preview_due:
+            evaluate(run, base, target, sampling, prompts, f"step-{run.done}")
+    if not run.stopped:
+        evaluate(run, base, target, sampling, prompts, "after")
+    run.finish("loss", "reward" if reward else "grad")
 
 
-# ---- previews
+# ---- guidance, the reward, the three networks
 
-def preview(args, env, base, target, prompts, done):
-    """The preview prompts by the target in a few steps, always from the same noise -> preview-<step>.png."""
-    seeds, clips = [f"preview-{i}" for i in range(len(prompts))], []
-    for steps in (k for k in SHOWN if k <= args.origin):
-        now = argparse.Namespace(**vars(args) | {"sample_steps": steps})
-        clips.append(generate_split(replace(base, net=target), env, prompts, seeds, now))
-    if env.main:
-        headers = [f"{k} step{'s' * (k > 1)}" for k in SHOWN[:len(clips)]]
-        contact_sheet([list(row) for row in zip(*clips)], Path(args.out, f"preview-{done}.png"), prompts,
-                      headers=headers)
+def guidance_range(args, sampling):
+    """-> lowest and highest scale of the teacher's guidance; refuses a --cfg outside."""
+    low, high = args.cfg_range or (sampling.cfg, sampling.cfg)
+    if not low <= sampling.cfg <= high:
+        raise UserError(
+            f"--cfg {sampling.cfg:g}: outside of --cfg-range {low:g} {high:g}")
+    return low, high
+
+
+def read_reward(args, run, clips, prompts):
+    """-> the reward or None; refuses captions that it cannot read."""
+    if not args.reward:
+        return None
+    reward = rewards.get_reward(args.reward, run.device, args.reward_weights)
+    captions = [caption for _, _, caption in clips.rows] if args.data else []
+    reward.check([*prompts, *captions])
+    return reward
+
+
+def student_teacher_target(args, run, base, lora_targets):
+    """-> the student that trains, wrapped by DDP or FSDP; the frozen teacher; the target.
+
+    The teacher is a copy of the base; with LoRA, the student with its branches off.
+    """
+    copies = args.parallel, run.device, args.offload
+    if args.cfg_range:
+        add_guidance(base, GUIDANCE_DIM)  # a layer for the scale, zero at first
+    if args.rank:
+        add_lora(base.net, args.rank, args.alpha, lora_targets)
+    else:
+        teacher = frozen_copy(base.net, run.dtype, *copies)
+        base.net.requires_grad_(True)
+        if base.row.unet.style_image:  # TF-T2V's layer for an image has no use here
+            base.net.pre_image_condition.requires_grad_(False)
+    base.freeze(run.dtype, but=["net"])
+    target = frozen_copy(base.net, None, *copies)
+    base.net.grad_ckpt = args.grad_ckpt
+    student = parallelize(base.net, *copies)
+    return student, without_lora(student) if args.rank else teacher, target
+
+
+# ---- evaluation
+
+@torch.no_grad()
+def evaluate(run, base, target, sampling, prompts, name):
+    """The prompts by the target in a few steps, always from the same noise -> NAME.png,
+    and NAME/*.mp4 in --sample-steps steps. Every process must call it."""
+    counts = sorted({k for k in SHOWN if k <= sampling.origin} | {sampling.sample_steps})
+    seeds, videos = [f"preview-{i}" for i in range(len(prompts))], {}
+    for k in counts:
+        now = replace(sampling, sample_steps=k)
+        videos[k] = pipeline.generate_split(
+            replace(base, net=target), run.env, prompts, seeds, now, run.args.batch)
+    if run.main:
+        sheet = [list(row) for row in zip(*videos.values())][:16]
+        headers = [f"{k} step{'s' * (k > 1)}" for k in counts]
+        pipeline.show(run, name, videos[sampling.sample_steps], prompts,
+                      sampling.save_fps, sheet=sheet, headers=headers)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "--grad-ckpt", "--batch 1", "--offload", "--parallel fsdp",
+                "smaller --height and --width")

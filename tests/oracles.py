@@ -2207,7 +2207,7 @@ def onecycle(config, update):
         raise Unsupported("a momentum that decays")
     if config["cycle_first_step_size"] != config["cycle_second_step_size"]:
         raise Unsupported("unequal halves of the cycle")
-    lr, beta1, beta2 = common.onecycle(
+    lr, beta1, beta2 = demo.onecycle(
         update - 1, config["cycle_min_lr"], config["cycle_max_lr"], config["cycle_first_step_size"],
         config["decay_lr_rate"], config["decay_step_size"],
         (config["cycle_min_mom"], config["cycle_max_mom"]))

@@ -40,8 +40,8 @@ SCHEDULES = [make_schedule("cosine", "v", zero_snr=True), make_schedule("linear_
 def points_at(schedule, clean):
     """A network that knows the one clip there is: its answer at any (x, t)."""
     def net(x, t):
-        a, s = schedule._ab(t, x)
-        eps = (x - a * schedule._scale(t, x) * clean) / s
+        a, s, scale = schedule.at(t, x)
+        eps = (x - a * scale * clean) / s
         return schedule.target(clean, eps, t)
     return net
 

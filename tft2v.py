@@ -1,0 +1,192 @@
+"""TF-T2V: learn motion from videos that have no captions (Wang et al., arXiv 2312.15770).
+
+    L = || net(x_t, t, c) - v ||^2  +  lambda || d net(x_t, t, c) - d v ||^2
+    d: the difference between neighbouring frames (the coherence loss, lambda = 0.1)
+
+Captioned videos are rare, captioned images and plain videos are not. One network learns from
+both in turn. In the content branch it sees single images with their captions, c = text. In
+the motion branch it sees clips without captions, c = the CLIP embedding of the clip's middle
+frame, which tells what is shown but not how it moves. Sampling combines the two: words say
+what is shown, and motion comes from the clips.
+
+    python tft2v.py --base tiny                 # an image model learns to move; CPU, minutes
+    python tft2v.py --base tiny --image-share 1 --out out/images     # the same without clips
+    python tft2v.py --weights W --data clips --images pictures.csv --rank 16 --lr 1e-4
+    torchrun --nproc_per_node=8 tft2v.py --weights W --data clips --images pictures.csv --rank 0
+    python tft2v.py ... --resume                # continue, bit for bit
+    python sample.py --ckpt out/tft2v --prompt "a fox in the snow"
+
+--data: clips, their captions are never read; --images: pictures with captions (default: single
+frames of --data with its captions). On --base tiny both come from the tiny world, and training
+starts from tiny with its layers over time switched off. The tiny base has no layers for an
+image embedding, so clips go without any condition there.
+
+Writes to --out: ckpt.safetensors (averaged weights with --ema), log.jsonl, curve.png, and
+before.png, step-N.png and after.png, clips of held-out prompts with always the same noise;
+on tiny bases eval.jsonl holds the judge's verdict on them.
+
+Memory: as t2v.py on the same base and size (not measured).
+
+Differences from the original: its training code is not public, so this follows the paper.
+ - How often the image embedding is dropped is ours, see see_image().
+ - Images and clips take turns step by step, with --image-share as the probability of images.
+"""
+import torch
+
+from bases import choose_sampling, load_base
+from common import Parser, Run, UserError, run_command, trained
+from data import clip_frames
+from diffusion import offset_noise, randn
+from models import add_lora, forget_motion, parallelize, seed_dropout
+from pipeline import (
+    cache_data, check_words, draw_latents, drop_captions, encode_clips, image_step, one_frame,
+    preview, preview_prompts, read_clips, read_data)
+from tinyworld import TinyWorld
+
+# lambda is the paper's; the others are those of VGen's text-to-video training
+PAPER = dict(
+    base="tft2v", out="out/tft2v", coherence=0.1, steps=10000, lr=3e-5, warmup=10,
+    offset_noise=0.1, preview_every=500)
+TINY = dict(
+    forget_motion=True, image_share=0.5, steps=400, batch=16, lr=1e-3, lr_schedule="cosine",
+    warmup=20, betas=(0.9, 0.99), wd=0.01, ema=0.99, rank=0, offset_noise=0.0,
+    cache_latents=True, workers=0, grad_ckpt=False, log_every=50)
+
+
+def get_args(argv=None):
+    p = Parser(__doc__)
+    p.options("base")
+    p.add_argument("--forget-motion", action=p.YES_NO, default=False,
+                   help="start with layers over time that pass their input on, as an image model")
+    p.options("data images")
+    p.add_argument("--coherence", type=p.UNSIGNED, help="lambda, the weight of the coherence loss")
+    p.options("pixels sampling optimisation ema lora")
+    p.add_argument("--offset-noise", type=p.UNSIGNED,
+                   help="strength of noise that all pixels of a frame share: it teaches brightness")
+    p.options("machine evaluation run")
+    args = p.parse(argv, PAPER, {"tiny": TINY})
+    if args.forget_motion and args.rank:
+        raise UserError("--forget-motion: LoRA cannot learn all of motion; add --rank 0 or "
+                        "--no-forget-motion")
+    if not args.image_share:
+        raise UserError("--image-share 0: no caption would be left; give a share above 0")
+    return args
+
+
+# ---- the method
+
+def tft2v_loss(net, schedule, x0, text, generators, offset=0.0, coherence=0.0, **cond):
+    """The denoising loss and lambda = `coherence` times the coherence loss, (b,).
+
+    x0 (b,c,f,h,w): latents, f = 1 for images, which have no second term; text (b,n,d);
+    generators: one per sample, for its step and noise; offset: strength of the noise that a
+    frame shares; cond: other conditions of the network.
+    """
+    steps = len(schedule.alpha_bar)
+    t = torch.stack([torch.randint(steps, (), generator=g) for g in generators]).to(x0.device)
+    noise, shared = randn(x0.shape, generators), randn((*x0.shape[:3], 1, 1), generators)
+    noise = offset_noise(noise, shared, offset).to(x0.device)
+
+    out = net(schedule.add_noise(x0, noise, t), t, text, **cond).float()
+    error = out - schedule.target(x0, noise, t).float()
+    loss = error.square().flatten(1).mean(1)
+    if x0.shape[2] > 1:  # d is linear: the difference of differences is that of the errors
+        loss = loss + coherence * error.diff(dim=2).square().flatten(1).mean(1)
+    return loss
+
+
+@torch.no_grad()
+def middle_frames(base, env, video):
+    """Clips (b,3,f,h,w) in [-1,1] -> CLIP embeddings of their middle frames, (b,1,d) on the CPU."""
+    frames = clip_frames(video[:, :, video.shape[2] // 2])
+    return base.image_encoder(frames.to(env.device, env.dtype))[:, None].float().cpu()
+
+
+def see_image(image, generators):
+    """Embeddings (b,1,d) -> the same, zeros for clips that go without.
+
+    Sampling from words alone has none, so the network must know both cases. A tenth of the
+    clips never see it, four tenths always do, and a coin decides for the others.
+    """
+    case, coin = torch.stack([torch.rand(2, generator=g) for g in generators]).T
+    keep = (case >= 0.6) | ((case > 0.1) & (coin > 0.5))
+    return image.float() * keep[:, None, None]
+
+
+def main(argv=None):
+    args = get_args(argv)
+    sampling = choose_sampling(args.base, args, method="tft2v")
+    # clips need captions only where their frames are the captioned images
+    data = read_data(args, sampling, TinyWorld(4096, sampling.frames, args.seed),
+                     captions=not args.images)
+    prompts = preview_prompts(args, data[0] if data[1] is None else data[1])
+    run = Run(args, "tft2v")
+
+    base = load(args, run)
+    texts = [*(prompt + sampling.suffix for prompt in prompts), sampling.negative, ""]
+    check_words(base, texts, data)
+    has_image = base.row.unet.style_image  # layers that image steps leave out
+    net = parallelize(base.net, args.parallel, run.device, args.offload, unused=has_image)
+    params = trained({"": net})
+    opt = torch.optim.AdamW(params.values(), args.lr, args.betas, weight_decay=args.wd)
+    meta = dict(rank=args.rank, alpha=args.alpha, lora_targets=args.lora_targets,
+                sample=sampling.metadata())
+    run.attach(opt, params, [net], base.parts(), meta, ema_decay=args.ema)
+
+    def encode(batch):
+        video, image = batch["video"], {}
+        if has_image and video.shape[2] > 1:
+            image = {"image": middle_frames(base, run.env, video)}
+        return encode_clips(base, run.env, video) | image
+    if args.cache_latents:
+        data = cache_data(run, base, sampling, data, encode, texts)
+        base.image_encoder = None
+    batches = read_clips(run, *data)
+
+    if not run.resumed:
+        preview(run, base, sampling, prompts, "before")
+    for step in run.steps():
+        on_images = image_step(run, step)  # the content branch, else the motion branch
+        for numbers in run.micro_steps():
+            batch, generators = next(batches), run.generators(numbers)
+            seed_dropout(net, args.seed, numbers)
+            encoded, cond = batch if args.cache_latents else encode(batch), {}
+            x0 = draw_latents(base, run.env, encoded, generators)
+            x0 = one_frame(x0, generators) if on_images else x0
+            captions = drop_captions(batch["text"], sampling.negative, args.drop_text, generators)
+            if not on_images:
+                captions = [""] * len(captions)
+                if has_image:
+                    cond["image"] = see_image(encoded["image"], generators).to(run.device)
+            with run.forward():
+                loss = tft2v_loss(
+                    net, base.schedule, x0, base.encode_text(captions), generators,
+                    args.offset_noise, args.coherence, **cond)
+            run.backward(loss)
+        run.update()
+        if run.preview_due:
+            preview(run, base, sampling, prompts, f"step-{run.done}")
+    if not run.stopped:
+        preview(run, base, sampling, prompts, "after")
+    run.finish("loss", "grad")
+
+
+def load(args, run):
+    """-> the base in training mode, its trained tensors in fp32 and requiring gradients."""
+    dtype = run.dtype if args.rank else torch.float32
+    base = load_base(args.base, args.weights, run.device, dtype, image=True)
+    if args.forget_motion:  # a resumed run's weights come later
+        forget_motion(base.net)
+    if args.rank:
+        add_lora(base.net, args.rank, args.alpha, args.lora_targets)
+    else:
+        base.net.requires_grad_(True)
+    base.freeze(run.dtype, but=["net"])  # what is frozen needs half the memory
+    base.net.grad_ckpt = args.grad_ckpt
+    base.net.train()
+    return base
+
+
+if __name__ == "__main__":
+    run_command(main, "--grad-ckpt", "--batch 1", "--offload", "--parallel fsdp",
+                "smaller --height and --width")
