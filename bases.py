@@ -458,6 +458,8 @@ def base_row(name, tracks=0) -> Row:
         return row
     if not 0 < tracks <= row.net.num_layers:
         raise UserError(f"--tracking-blocks {tracks}: {name} has {row.net.num_layers} blocks to copy")
+    if row.tracks and tracks != row.net.tracking_blocks:
+        raise UserError(f"--tracking-blocks {tracks}: the branch of {name} has {row.net.tracking_blocks}")
     return replace(row, net=replace(row.net, tracking_blocks=tracks))
 
 

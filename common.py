@@ -549,7 +549,7 @@ class Run:
         """Context for network calls: autocast and --offload."""
         return self.env.autocast()
 
-    def backward(self, loss, **values):
+    def backward(self, loss, /, **values):
         """Accumulate the gradients of loss.mean(). `values` are averaged over the update and
         logged.
 

@@ -39,8 +39,8 @@ import torch
 
 import tinyworld
 import tracks
-from bases import base_row, choose_sampling, load_base
-from common import Parser, Run, UserError, run_command, seed_of, trained
+from bases import choose_sampling, load_base
+from common import Parser, Run, run_command, trained
 from diffusion import diffusion_loss, randn
 from dit import TRACK_BRANCH
 from models import parallelize
@@ -55,7 +55,8 @@ PAPER = dict(
 TINY = dict(
     tracking_blocks=6, steps=500, batch=16, accum=1, lr=1e-3, warmup=20, betas=(0.9, 0.99),
     wd=0.01, ema=0.99, cache_latents=True, workers=0, grad_ckpt=False, log_every=20, eval_n=48)
-TINY_CLIPS = 2048
+PRESETS = {"tiny-cogvideox": TINY}
+TINY_CLIPS = 2048  # fixed ones, to encode once
 
 
 def get_args(argv=None):
@@ -82,12 +83,9 @@ def get_args(argv=None):
                    help="probability of dropping the first frame and the first tracking frame")
     p.options("pixels sampling", without=("--fps", "--eta"))
     p.options("optimisation ema machine run")
-    args = p.parse(argv, PAPER, {"tiny-cogvideox": TINY})
+    args = p.parse(argv, PAPER, PRESETS)
     if args.eval_data and not args.data:
-        raise UserError("--eval-data: goes with --data")
-    if not args.data and not base_row(args.base).tiny:
-        raise UserError("--data: give a folder with prompt.txt, videos.txt, trackings.txt, a csv "
-                        "or a jsonl")
+        p.error("--eval-data: goes with --data")
     return args
 
 
@@ -132,7 +130,6 @@ def main(argv=None):
     if "make_tracks" in args:
         return tracks.make(args)
     sampling = choose_sampling(args.base, args, method="das")
-    check_blocks(args)
     parts, eval_clips = read_data(args, sampling)
     run = Run(args, "das")
 
@@ -153,7 +150,7 @@ def main(argv=None):
     meta = dict(rank=0, tracking_blocks=args.tracking_blocks, sample=sampling.metadata())
     run.attach(opt, params, [net], base.parts(), meta, ema_decay=args.ema)
     if args.cache_latents:
-        parts = [cached(run, base, part, str(k)) for k, part in enumerate(parts)]
+        parts = [cached(run, base, part, k) for k, part in enumerate(parts)]
         texts = [text for part in parts for text in part.texts()]
         texts += [clip["text"] for clip in eval_clips]
         base.remember([*texts, sampling.negative], run.env)
@@ -180,22 +177,13 @@ def main(argv=None):
 
 # ---- data and latents
 
-def check_blocks(args):
-    """Refuse --tracking-blocks that the base does not have."""
-    row = base_row(args.base)
-    if row.tracks and args.tracking_blocks != row.net.tracking_blocks:
-        raise UserError(f"--tracking-blocks {args.tracking_blocks}: {args.base} has a branch of "
-                        f"{row.net.tracking_blocks} blocks")
-    base_row(args.base, args.tracking_blocks)  # refuses more blocks than the base has
-
-
 def read_data(args, sampling):
     """-> (training data sets, one per clip size; the clips to evaluate on).
 
     The latter: {"video", "tracks": (3,f,h,w) in [-1,1], "text", "motion", "scene": the
     truth on tiny, else None}.
     """
-    if not args.data:
+    if not args.data and args.base in PRESETS:
         part = tinyworld.TinyTracks(TINY_CLIPS, sampling.frames, args.seed)
         return [part], tinyworld.held_out_tracks(args.eval_n, sampling.frames, args.seed)
     sizes = [sampling.size]
@@ -232,12 +220,11 @@ def draw_batch(base, env, batch, generators):
     return latents, encoded["picture"].float().to(env.device)
 
 
-def cached(run, base, part, name):
-    """Every clip and tracking video of a data set encoded once, below --out."""
-    about = vars(part)
-    if run.args.data:
-        about = dict(frames=part.frames, size=part.size, rows=seed_of(part.rows))
-    return cache_latents(run, part, lambda batch: encode(base, run.env, batch), about, name)
+def cached(run, base, part, k):
+    """Training data set number k with every clip and tracking video encoded once, below
+    --out."""
+    return cache_latents(
+        run, part, lambda batch: encode(base, run.env, batch), part.about(), str(k))
 
 
 # ---- evaluation

@@ -310,7 +310,7 @@ def _rgb(image):
     """Pillow image -> uint8 (h, w, 3), turned as its EXIF says; transparent parts are laid on
     white."""
     if image.mode.startswith(("I", "F")):
-        raise UserError(f"{image.filename}: a 16-bit or float picture; save it as 8-bit")
+        raise UserError(f"{image.filename}: a 16-bit or float picture; save it with 8 bits")
     image = ImageOps.exif_transpose(image).convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
     return np.array(Image.alpha_composite(white, image).convert("RGB"))
@@ -943,7 +943,8 @@ def _folder_rows(folder, captions=True):
     """Clips with a same-named .txt beside them -> [(row, path, caption)]; also sub-folders of
     pictures."""
     clips = [p for p in folder.iterdir() if not p.name.startswith(".") and
-             (p.suffix.lower() in VIDEOS + IMAGES or (p.is_dir() and p.with_name(p.name + ".txt").is_file()))]
+             (p.suffix.lower() in VIDEOS + IMAGES
+              or (p.is_dir() and p.with_name(p.name + ".txt").is_file()))]
     rows = []
     for n, clip in enumerate(sorted(clips, key=natural_order), 1):
         text = clip.with_name((clip.name if clip.is_dir() else clip.stem) + ".txt")

@@ -53,7 +53,6 @@ TINY = dict(
     steps=240, batch=16, accum=1, lr=2e-3, lr_schedule="cosine", warmup=20, betas=(0.9, 0.99),
     wd=0.01, ema=0.98, encoder_lr=5e-3, encoder_from=0, drop_motion=0.1, negative=None,
     cache_latents=True, workers=0, grad_ckpt=False, log_every=20, eval_n=64)
-TERMS = "video_motion", "text_motion", "regularization"  # beside the diffusion loss
 
 
 def get_args(argv=None):
@@ -177,10 +176,10 @@ def onecycle(step, low=1e-5, high=5e-5, half=2000, decay=0.001, decay_steps=1000
 def main(argv=None):
     args = get_args(argv)
     sampling = choose_sampling(args.base, args, method="demo")
-    clips, rows = read_clips(args, sampling)
-    prompts = pipeline.preview_prompts(args, clips)
+    clips, rows, prompts = read_clips(args, sampling)
     run = Run(args, "demo")
-    weights = {"diffusion": 1.0} | {name: vars(args)[name] for name in TERMS}
+    weights = {"diffusion": 1.0, "video_motion": args.video_motion,
+               "text_motion": args.text_motion, "regularization": args.regularization}
 
     optical_flow = load_flow(args, run.device)
     base = load_base(args.base, args.weights, run.device, torch.float32, motion=True,
@@ -236,13 +235,17 @@ def main(argv=None):
 # ---- clips, teachers, what trains
 
 def read_clips(args, sampling):
-    """-> data set of clips with captions; rows (number, path, caption) of --data, or []."""
+    """-> data set of clips; its rows (number, path, caption), [] on tiny; evaluation prompts."""
     if args.data:
         clips = data.VideoDataset(args.data, *sampling.size, args.read_fps, args.seed)
-        return clips, clips.rows
-    if not base_row(args.base).tiny:
+        rows, prompts = clips.rows, [clips.rows[0][2]]
+    elif base_row(args.base).tiny:
+        clips, rows = tinyworld.TinyWorld(2048, sampling.frames, args.seed), []
+        prompts = tinyworld.tiny_prompts(held_out=True)
+    else:
         raise UserError("--data: give a folder, csv, jsonl or list of clips with captions")
-    return tinyworld.TinyWorld(2048, sampling.frames, args.seed), []
+    prompts = data.read_prompts(args.eval_prompts) if args.eval_prompts else prompts
+    return clips, rows, prompts[:args.eval_n]
 
 
 def load_flow(args, device):
@@ -266,11 +269,8 @@ def image_embedding(args, base, run):
 
 @torch.no_grad()
 def encode_clips(base, env, video, optical_flow, embed_image):
-    """Clips (b,3,f,h,w) in [-1,1] -> what the losses need of them, on the CPU.
-
-    Latents' "mean", "std" (b,c,f',h',w'); "flow" (b,f-1,2,H,W) at 128 pixels as published, or
-    fewer; "image" (b,d), of the middle frame.
-    """
+    """Clips (b,3,f,h,w) in [-1,1] -> "mean", "std" of their latents, "flow" (b,f-1,2,H,W), and
+    "image" (b,d) of the middle frame, on the CPU. Flow has at most 128 pixels, as published."""
     video = video.to(env.device)
     encoded = pipeline.encode_clips(base, env, video)
     if optical_flow:

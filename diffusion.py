@@ -297,6 +297,17 @@ def offset_noise(noise, shared, strength=0.1):
     return noise + strength * shared
 
 
+def draw_noise(schedule, x0, generators, offset=0.0):
+    """Steps t (b,) and noise like x0 for training, each sample's from its generator, on x0's device.
+
+    offset: strength of offset_noise().
+    """
+    num = len(schedule.alpha_bar)
+    t = torch.stack([torch.randint(num, (), generator=g) for g in generators])
+    noise, shared = randn(x0.shape, generators), randn((*x0.shape[:3], 1, 1), generators)
+    return t.to(x0.device), offset_noise(noise, shared, offset).to(x0.device)
+
+
 def mix_noise(inverted, noise, strength):
     """sqrt(strength) inverted + sqrt(1 - strength) noise: DreamVideo's start, near a video's."""
     return strength ** 0.5 * inverted + (1 - strength) ** 0.5 * noise

@@ -1,7 +1,9 @@
-"""Video transformers: STDiT3 (Open-Sora 1.2) and CogVideoX, with the track branch of Diffusion as Shader.
+"""Video transformers: Open-Sora 1.2's STDiT3, and CogVideoX with Diffusion as Shader's branch.
 
-Parameter names are those of the public checkpoints. Videos and latents are `b c f h w`; inside STDiT3 tokens
-travel as `b f s d`, where s counts the patches of a frame.
+CogVideoX (arXiv 2408.06072) makes video from text or from an image; the branch of Diffusion as
+Shader (2501.03847), which follows a tracking video, is an option. Parameter names are those of the
+public checkpoints. Videos and latents are `b c f h w`. Inside, tokens are `b f s d` (STDiT3; s
+counts the patches of a frame) or one sequence of text and video (CogVideoX).
 """
 from dataclasses import dataclass
 
@@ -9,10 +11,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from common import UserError
-from models import GELU, FeedForward, attend, rotate, sinusoidal, zero_init
+from models import GELU, FeedForward, attend, rotate, run_block, sinusoidal, zero_init
 
 # ---- STDiT3: Open-Sora 1.2's transformer over space and time (github.com/hpcaitech/Open-Sora)
 
@@ -28,12 +28,12 @@ class STDiT3Config:
 
 
 def modulate(x, shift, scale):
-    """LayerNorm without weights, then x (1 + scale) + shift (adaLN, arXiv 2212.09748); all (b,f,s,d)."""
+    """LayerNorm without weights, then x (1 + scale) + shift (adaLN, 2212.09748); all (b,f,s,d)."""
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
 def rope_frequencies(dim, device=None):
-    """Angles a step of the rotary embedding of `dim` numbers, (dim / 2,) float32."""
+    """Angle per step of each pair of channels, (dim / 2,) float32, in a rotary embedding of dim."""
     return 10000 ** -(torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
 
 
@@ -47,7 +47,7 @@ class MLP(nn.Module):
 
 
 class RMSNorm(nn.RMSNorm):
-    """In float32, whatever the weights and x are."""
+    """RMSNorm computed in float32, whatever the types of weights and x."""
 
     def forward(self, x):
         y = F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps)
@@ -55,7 +55,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class STDiT3SelfAttention(nn.Module):
-    """q and k normalised head by head; over time they also carry rotary positions."""
+    """q and k are normalised head by head, and rotated to their positions if it runs over time."""
 
     def __init__(self, dim, heads, temporal):
         super().__init__()
@@ -69,7 +69,7 @@ class STDiT3SelfAttention(nn.Module):
         q, k = (y.unflatten(-1, (self.heads, -1)) for y in (q, k))  # n l a d
         q, k = self.q_norm(q), self.k_norm(k)
         if self.temporal:
-            # the frequencies are made here, not read from the file's `rope.freqs`: bf16 would ruin those
+            # the frequencies are not read from the file's `rope.freqs`, which bf16 would ruin
             steps = torch.arange(x.shape[1], device=x.device, dtype=torch.float32)
             angle = torch.outer(steps, rope_frequencies(q.shape[-1], x.device))  # l d/2
             q, k = (rotate(y, angle.cos(), angle.sin()) for y in (q, k))
@@ -90,7 +90,7 @@ class STDiT3CrossAttention(nn.Module):
 
 
 class STDiT3Block(nn.Module):
-    """Self-attention within a frame, or over the frames at a place; cross-attention to the text; MLP."""
+    """Self-attention within a frame or over the frames, cross-attention to the text, MLP."""
 
     def __init__(self, dim, heads, temporal):
         super().__init__()
@@ -101,17 +101,20 @@ class STDiT3Block(nn.Module):
         self.mlp = MLP(dim, 4 * dim, dim)
 
     def forward(self, x, text, text_mask, emb):
-        """x (b,f,s,d), text (b,n,d), text_mask (b,n) or None, emb (b,1 or f,6,d): embedding of the step."""
+        """x (b,f,s,d), text (b,n,d), text_mask (b,n) or None, emb (b,1 or f,6,d) -> like x."""
         _, f, s, _ = x.shape
         table = (self.scale_shift_table + emb).unsqueeze(3)  # b f 6 1 d
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = table.unbind(2)
         h = modulate(x, shift_a, scale_a)
         if self.temporal:
-            h = rearrange(self.attn(rearrange(h, "b f s d -> (b s) f d")), "(b s) f d -> b f s d", s=s)
+            h = self.attn(rearrange(h, "b f s d -> (b s) f d"))
+            h = rearrange(h, "(b s) f d -> b f s d", s=s)
         else:
-            h = rearrange(self.attn(rearrange(h, "b f s d -> (b f) s d")), "(b f) s d -> b f s d", f=f)
+            h = self.attn(rearrange(h, "b f s d -> (b f) s d"))
+            h = rearrange(h, "(b f) s d -> b f s d", f=f)
         x = torch.addcmul(x, gate_a, h)
-        # no norm and no gate here, as published; one sequence of queries a video, text keys computed once
+        # no norm and no gate here, as published; a video is one sequence of queries, so that the
+        # keys of the text are computed once
         x = x + self.cross_attn(x.flatten(1, 2), text, text_mask).unflatten(1, (f, s))
         return torch.addcmul(x, gate_m, self.mlp(modulate(x, shift_m, scale_m)))
 
@@ -129,14 +132,14 @@ class STDiT3FinalLayer(nn.Module):
             return modulate(x, *table.unbind(2))
         u = head(x, emb)
         if frame_mask is not None:
-            # as published: the clean frames are modulated once more, not instead; the weights learned it so
+            # as published, clean frames are modulated a second time, not instead of the first
             u = torch.where(frame_mask[:, :, None, None], u, head(u, clean))
         return self.linear(u)
 
 
 class STDiT3(nn.Module):
-    """Open-Sora 1.2: pairs of a spatial and a temporal block, flow prediction, any size and length."""
-    patch = 2  # latent pixels a side of a token
+    """Open-Sora 1.2: pairs of a spatial and a temporal block, flow prediction, any size."""
+    patch = 2  # a token is 2 x 2 latent pixels
 
     def __init__(self, cfg=STDiT3Config()):
         super().__init__()
@@ -148,7 +151,7 @@ class STDiT3(nn.Module):
             holder = nn.Module()
             holder.mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
             return holder
-        self.rope = nn.Module()  # a key of the public file, not used
+        self.rope = nn.Module()  # a key of the public file that is not used
         self.rope.register_buffer("freqs", rope_frequencies(dim // cfg.num_heads))
         self.x_embedder = nn.Module()
         self.x_embedder.proj = nn.Conv3d(cfg.in_dim, dim, patch, stride=patch)
@@ -158,8 +161,9 @@ class STDiT3(nn.Module):
         null = torch.randn(cfg.text_length, cfg.context_dim) / cfg.context_dim ** 0.5
         self.y_embedder.register_buffer("y_embedding", null)  # frozen, as published
         self.y_embedder.y_proj = MLP(cfg.context_dim, dim, dim)
-        self.spatial_blocks = nn.ModuleList(STDiT3Block(dim, cfg.num_heads, False) for _ in range(cfg.depth))
-        self.temporal_blocks = nn.ModuleList(STDiT3Block(dim, cfg.num_heads, True) for _ in range(cfg.depth))
+        self.spatial_blocks, self.temporal_blocks = (
+            nn.ModuleList(STDiT3Block(dim, cfg.num_heads, temporal) for _ in range(cfg.depth))
+            for temporal in (False, True))
         self.final_layer = STDiT3FinalLayer(dim, self.patch ** 2 * 2 * cfg.in_dim)
         self.init_weights()
 
@@ -175,18 +179,19 @@ class STDiT3(nn.Module):
                 zero_init(layer)
 
     def blocks(self):
-        """The modules to shard and to recompute one by one."""
+        """The modules that FSDP shards one by one."""
         return [*self.spatial_blocks, *self.temporal_blocks]
 
     def null_text(self, b):
-        """What guidance puts in the text's place (b,n,d): a learned caption, its mask the prompt's."""
+        """(b,n,d): the learned caption that guidance puts in the text's place, under its mask."""
         return self.y_embedder.y_embedding.expand(b, -1, -1)
 
     def positions(self, rows, columns, pixels):
         """-> (rows columns, d) float32: sines and cosines of each token's column, then of its row.
 
-        pixels: height width of the clip, a tensor. Positions are those of a square of as many tokens, drawn
-        together as the clip is larger than 512x512 pixels: (index / scale) (side / number).
+        Positions are those in a square of as many tokens, and closer to each other where the clip
+        is larger than 512x512: (index / scale) (side / number). pixels: the clip's height *
+        width, a tensor.
         """
         side = round((rows * columns) ** 0.5)
         scale = pixels.float().sqrt() / 512
@@ -194,17 +199,19 @@ class STDiT3(nn.Module):
         def wave(n):
             p = torch.arange(n, device=pixels.device, dtype=torch.float32) / scale * (side / n)
             return sinusoidal(p, self.cfg.dim // 2).roll(self.cfg.dim // 4, -1)  # sines first
-        column, row = wave(columns)[None].expand(rows, -1, -1), wave(rows)[:, None].expand(-1, columns, -1)
+        column = wave(columns)[None].expand(rows, -1, -1)
+        row = wave(rows)[:, None].expand(-1, columns, -1)
         return torch.cat([column, row], dim=-1).flatten(0, 1)
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor, *, fps, height, width, text_mask=None,
                 frame_mask=None) -> Tensor:
         """x (b,c,f,h,w) latents, t (b,) real in 0..1000, text (b,n,d) -> (b,2c,f,h,w).
 
-        The first c channels are the velocity x0 - noise; the others, as published, serve nothing.
-        fps, height, width (b,): of the clip, in pixels; height and width of the first sample count for all.
-        text_mask (b,n), 1 for tokens that are seen; None: all. frame_mask (b,f), True or 1 for noisy frames,
-        False for clean ones (conditions), which the network takes to be at t = 0; None: all noisy.
+        The first c channels are the velocity x0 - noise; the others are unused, as published.
+        fps, height, width (b,): of the clip, in pixels; all samples must have the first one's
+        size. text_mask (b,n): 1 for tokens that are seen; None: all. frame_mask (b,f): True or 1
+        for noisy frames, False for clean ones (conditions), which are treated as being at t = 0;
+        None: all noisy.
         """
         cfg, (h, w) = self.cfg, x.shape[3:]
         dtype, p = self.x_embedder.proj.weight.dtype, self.patch
@@ -227,13 +234,16 @@ class STDiT3(nn.Module):
 
         for pair in zip(self.spatial_blocks, self.temporal_blocks):
             for block in pair:
-                if self.grad_ckpt and torch.is_grad_enabled():
-                    x = checkpoint(block, x, text, text_mask, six, use_reentrant=False)  # as in UNet3D
-                else:
-                    x = block(x, text, text_mask, six)
+                x = run_block(block, x, text, text_mask, six, recompute=self.grad_ckpt)
         x = self.final_layer(x, emb, clean, frame_mask)
         x = rearrange(x, "b f (h w) (p q c) -> b c f (h p) (w q)", h=rows, p=p, q=p)
         return x[..., :h, :w]
+
+
+def stdit3_state(state, net, source):
+    """Public weights -> STDiT3's."""
+    unused = {"rope.freqs": rope_frequencies(net.cfg.dim // net.cfg.num_heads)}  # not in every file
+    return unused | state
 
 
 # ---- CogVideoX (arXiv 2408.06072), with the tracks of Diffusion as Shader (arXiv 2501.03847)
@@ -242,10 +252,10 @@ class STDiT3(nn.Module):
 class CogVideoXConfig:
     """Defaults: CogVideoX-5B, text to video, 5,570 M parameters.
 
-    2B: num_layers=30, heads=30, positions="sincos". 5B-I2V: in_channels=32, positions="rope+learned".
-    Diffusion as Shader: 5B-I2V with tracking_blocks=18.
+    2B: num_layers=30, heads=30, positions="sincos". 5B-I2V: in_channels=32,
+    positions="rope+learned". Diffusion as Shader: 5B-I2V with tracking_blocks=18.
     """
-    in_channels: int = 16       # I2V: 32, the noisy latents and beside them those of the first frame
+    in_channels: int = 16       # I2V: 32, the noisy latents and those of the first frame
     out_channels: int = 16
     num_layers: int = 42
     heads: int = 48
@@ -253,9 +263,9 @@ class CogVideoXConfig:
     time_dim: int = 512         # width of the step's embedding
     text_dim: int = 4096        # of T5
     text_length: int = 226
-    positions: str = "rope"     # "sincos": a table, added; "rope+learned": rope and a learned table, added
+    positions: str = "rope"     # "sincos": a table, added; "rope+learned": and a learned table
     size: tuple = (13, 60, 90)  # f, h, w of the latents in training: 49 frames of 480 x 720
-    tracking_blocks: int = 0    # the first so many blocks get a trained copy that sees the tracks
+    tracking_blocks: int = 0    # so many blocks get a trained copy that sees the tracks
 
 
 PATCH = 2  # a token is 2 x 2 latent pixels of a frame
@@ -264,24 +274,26 @@ PATCH = 2  # a token is 2 x 2 latent pixels of a frame
 def sincos_positions(f, h, w, dim, scale=1.875, device=None):
     """(f h w, dim) float32: time in dim / 4 channels, then column, then row in 3 dim / 8 each.
 
-    Each as sines, then cosines. Rows and columns count in units of `scale`, as published.
+    Each is sines, then cosines. Rows and columns are divided by `scale`, as published.
     """
     def wave(n, d, unit):
         freq = 10000 ** (-torch.arange(d // 2, dtype=torch.float64) / (d // 2))
-        angle = (torch.arange(n).float() / unit)[:, None] * freq  # positions in float32, as published
+        position = torch.arange(n).float() / unit  # in float32, as published
+        angle = position[:, None] * freq
         return torch.cat([angle.sin(), angle.cos()], dim=-1).float().to(device=device)
-    return spread(wave(f, dim // 4, 1), wave(h, 3 * dim // 8, scale), wave(w, 3 * dim // 8, scale), "twh")
+    rows, columns = wave(h, 3 * dim // 8, scale), wave(w, 3 * dim // 8, scale)
+    return spread(wave(f, dim // 4, 1), rows, columns, "twh")
 
 
 def spread(t, h, w, order="thw"):
-    """Vectors for time (f,a), row (h,b), column (w,c) -> one for each token (f h w, a + b + c)."""
+    """Vectors of time (f,a), row (h,b) and column (w,c) -> one per token, (f h w, a + b + c)."""
     size = len(t), len(h), len(w)
     parts = {"t": t[:, None, None], "h": h[None, :, None], "w": w[None, None]}
     return torch.cat([parts[axis].expand(*size, -1) for axis in order], dim=-1).flatten(0, 2)
 
 
 def crop_window(h, w, base_h, base_w):
-    """(top, left), (bottom, right): where an h x w grid lies in the base grid, scaled to fit and centred."""
+    """(top, left), (bottom, right) of an h x w grid, scaled to fit and centred in the base's."""
     if h / w > base_h / base_w:
         rows, columns = base_h, round(base_h / h * w)
     else:
@@ -291,13 +303,15 @@ def crop_window(h, w, base_h, base_w):
 
 
 def rope_positions(f, h, w, base_h, base_w, head_dim):
-    """cos, sin (f h w, head_dim / 2) of rotary positions: time gets a quarter of the channels, row and
-    column 3/8 each. A grid other than the base's is stretched over the part of it that crop_window gives.
+    """cos, sin (f h w, head_dim / 2) of rotary positions: 1/4 of it time, 3/8 row, 3/8 column.
+
+    A grid other than the base's is stretched over the part of it that crop_window gives.
     """
     def angle(position, dim):
         return position[:, None] * (1 / 10000 ** (torch.arange(0, dim, 2).float() / dim))
     (top, left), (bottom, right) = crop_window(h, w, base_h, base_w)
-    # the end point scales with the offset in it, as published; at the base's own size: 0, 1, ... h - 1
+    # the end point scales with the offset in it, as published; at the base's own size: 0, 1, ...
+    # h - 1
     rows = torch.linspace(top, bottom * (h - 1) / h, h)
     columns = torch.linspace(left, right * (w - 1) / w, w)
     angles = spread(angle(torch.arange(f).float(), head_dim // 4), angle(rows, 3 * head_dim // 8),
@@ -306,7 +320,7 @@ def rope_positions(f, h, w, base_h, base_w, head_dim):
 
 
 class PatchEmbed(nn.Module):
-    """Text and latents as tokens of one width; adds the positions that are added."""
+    """Text and latents -> tokens of one width, with the positions that are added (not rope)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -324,36 +338,39 @@ class PatchEmbed(nn.Module):
         b, _, f, h, w = x.shape
         text = self.text_proj(text)
         video = self.proj(rearrange(x, "b c f h w -> (b f) c h w"))
-        video = rearrange(video, "(b f) d h w -> b (f h w) d", b=b)  # a frame, its rows, their columns
+        video = rearrange(video, "(b f) d h w -> b (f h w) d", b=b)
         n, m = text.shape[1], video.shape[1]
         if self.positions == "sincos":
-            table = sincos_positions(f, h // PATCH, w // PATCH, video.shape[-1], device=video.device)
+            size = f, h // PATCH, w // PATCH
+            table = sincos_positions(*size, video.shape[-1], device=video.device)
             video = video + table.to(video.dtype)
         elif self.positions == "rope+learned":
-            # fewer frames: the table's first rows, as in the authors' own code (diffusers takes sincos then)
+            # fewer frames: the table's first rows, as in the authors' code (diffusers uses sincos
+            # then)
             table = self.pos_embedding.to(video)
             text, video = text + table[:, :n], video + table[:, n:n + m]
         return text, video
 
 
 class AdaLayerNorm(nn.Module):
-    """LayerNorm of text and video tokens, scaled and shifted by the step's embedding, each in its own way."""
+    """LayerNorm of text and video tokens, each scaled and shifted by the step's embedding."""
 
     def __init__(self, dim, time_dim):
         super().__init__()
-        self.linear = zero_init(nn.Linear(time_dim, 6 * dim))  # gates start at 0 (DiT, arXiv 2212.09748)
+        self.linear = zero_init(nn.Linear(time_dim, 6 * dim))  # gates start at 0 (DiT, 2212.09748)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, text, video, emb):
-        """-> text and video as one sequence (b,n + m,dim), the gates of what is computed from each."""
-        shift, scale, gate, text_shift, text_scale, text_gate = self.linear(F.silu(emb))[:, None].chunk(6, -1)
+        """-> text and video as one sequence (b,n + m,dim), and the gates for both."""
+        six = self.linear(F.silu(emb))[:, None].chunk(6, -1)  # b 1 dim
+        shift, scale, gate, text_shift, text_scale, text_gate = six
         text = torch.addcmul(text_shift, self.norm(text), 1 + text_scale)
         video = torch.addcmul(shift, self.norm(video), 1 + scale)
         return torch.cat([text, video], dim=1), text_gate, gate
 
 
 class JointAttention(nn.Module):
-    """Self-attention over text and video together, one set of weights; q and k normalised, then rotated."""
+    """Self-attention over text and video together; q and k are normalised, then rotated."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -374,7 +391,7 @@ class JointAttention(nn.Module):
 
 
 class CogVideoXBlock(nn.Module):
-    """Joint attention, then an MLP, on text and video tokens; the step modulates what goes in and out."""
+    """Joint attention, then an MLP, on text and video tokens, modulated by the step."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -396,21 +413,12 @@ class CogVideoXBlock(nn.Module):
         return torch.addcmul(text, text_gate, out[:, :n]), torch.addcmul(video, gate, out[:, n:])
 
 
-def cogvideox_misfit(cfg, f, h, w):
-    """What is wrong with f frames of h x w latents for this transformer, in words; None if they fit."""
-    if h % PATCH or w % PATCH:
-        return f"latent size {h}x{w}: height and width must be multiples of {PATCH} for this transformer"
-    if cfg.positions == "rope+learned" and ((h, w) != cfg.size[1:] or f > cfg.size[0]):
-        return (f"{f} latent frames of {h}x{w}: this base has learned positions for "
-                f"{cfg.size[1]}x{cfg.size[2]} and at most {cfg.size[0]} latent frames")
-    return None
-
-
 class CogVideoX(nn.Module):
     """Diffusion transformer over text and video tokens in one sequence; CogVideoX-5B by default.
 
-    tracking_blocks adds Diffusion as Shader's branch: copies of the first blocks run on the tracks' tokens,
-    and each adds its answer, through a linear layer that starts at zero, to the video tokens.
+    tracking_blocks adds Diffusion as Shader's branch: copies of the first blocks run on the
+    tracks' tokens, and each adds its output, through a linear layer that starts at zero, to the
+    video tokens.
     """
 
     def __init__(self, cfg=CogVideoXConfig()):
@@ -435,11 +443,11 @@ class CogVideoX(nn.Module):
             self.initial_combine_linear = zero_init(nn.Linear(dim, dim))
 
     def blocks(self):
-        """The modules to shard and to recompute one by one."""
+        """The modules that FSDP shards one by one."""
         return [m for m in self.modules() if isinstance(m, CogVideoXBlock)]
 
     def rope(self, f, h, w, n):
-        """cos, sin of n text tokens, which are not rotated (angle 0), and of the video's; None if unused."""
+        """cos, sin of n text tokens, which are not rotated, and of the video; None without rope."""
         if self.cfg.positions == "sincos":
             return None
         base = (size // PATCH for size in self.cfg.size[1:])
@@ -448,51 +456,52 @@ class CogVideoX(nn.Module):
         return F.pad(cos, (0, 0, n, 0), value=1.0).to(device), F.pad(sin, (0, 0, n, 0)).to(device)
 
     def beside(self, x, first, name):
-        """x (b,c,f,h,w) and `first` (b,d,k,h,w), zero after its k frames, or None -> (b,c + d,f,h,w)."""
+        """x (b,c,f,h,w) and `first` (b,d,k,h,w) or None, padded with zeros -> (b,c + d,f,h,w)."""
         if first is not None:
             first = F.pad(first, (0, 0, 0, 0, 0, x.shape[2] - first.shape[2]))
             x = torch.cat([x, first.to(x)], dim=1)
-        if x.shape[1] != self.cfg.in_channels:
-            wanted = "needs it" if x.shape[1] < self.cfg.in_channels else "takes none"
-            raise UserError(f"condition {name}: this base {wanted}; {x.shape[1]} channels of latents "
-                            f"instead of {self.cfg.in_channels}")
+        given, wanted = x.shape[1], self.cfg.in_channels
+        assert given == wanted, f"with {name}: {given} channels of latents instead of {wanted}"
         return x
+
+    def check(self, x, text, tracks):
+        """Assert that sizes and conditions fit; the command line was checked by latent_shape()."""
+        cfg, (f, h, w), n = self.cfg, x.shape[2:], text.shape[1]
+        assert h % PATCH == w % PATCH == 0, f"latents of {h}x{w}: not multiples of {PATCH}"
+        if cfg.positions == "rope+learned":
+            assert (h, w) == cfg.size[1:] and f <= cfg.size[0], (
+                f"{f} latent frames of {h}x{w}: the learned positions are for {cfg.size}")
+            assert n == cfg.text_length, (
+                f"{n} text tokens: the learned positions are for {cfg.text_length}")
+        assert tracks is None or cfg.tracking_blocks, "tracks: this network has no branch for them"
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor, first_frame=None, tracks=None,
                 first_track=None, track_strength=None) -> Tensor:
-        """x (b,c,f,h,w) noisy latents, t (b,) step 0..999, text (b,n,d) of T5 -> prediction (v) like x.
+        """x (b,c,f,h,w) noisy latents, t (b,) step 0..999, text (b,n,d) of T5 -> v like x.
 
         Conditions: first_frame (b,c,k,h,w), k <= f: latents of the first frame, k = 1 (I2V);
-        tracks (b,c,f,h,w), first_track (b,c,k,h,w): latents of the tracking video and of its first frame
-        (Diffusion as Shader; without tracks its branch rests); track_strength (b,) multiplies its answers.
+        tracks (b,c,f,h,w), first_track (b,c,k,h,w): latents of the tracking video and of its
+        first frame (Diffusion as Shader; the branch does not run without tracks); track_strength
+        (b,) multiplies what the branch adds.
         """
-        cfg, (f, h, w), n = self.cfg, x.shape[2:], text.shape[1]
-        if fault := cogvideox_misfit(cfg, f, h, w):
-            raise UserError(fault)
-        if cfg.positions == "rope+learned" and n != cfg.text_length:
-            raise UserError(f"{n} text tokens: this base has learned positions for {cfg.text_length}")
-        if tracks is not None and not cfg.tracking_blocks:
-            raise UserError("condition tracks: unknown to this base")
-
-        def run(block, *args):
-            if self.grad_ckpt and torch.is_grad_enabled():
-                return checkpoint(block, *args, use_reentrant=False)
-            return block(*args)
-
+        self.check(x, text, tracks)
+        cfg, (f, h, w) = self.cfg, x.shape[2:]
         emb = sinusoidal(t, cfg.heads * cfg.head_dim).to(self.proj_out.weight.dtype)
         emb = self.time_embedding.linear_2(F.silu(self.time_embedding.linear_1(emb)))
-        rope = self.rope(f, h, w, n)
+        rope = self.rope(f, h, w, text.shape[1])
         words, video = self.patch_embed(self.beside(x, first_frame, "first_frame"), text)
         if tracks is not None:
             _, tracking = self.patch_embed(self.beside(tracks, first_track, "first_track"), text)
             side = self.initial_combine_linear(video + tracking)
         for i, block in enumerate(self.transformer_blocks):
-            words, video = run(block, words, video, emb, rope)
+            words, video = run_block(block, words, video, emb, rope, recompute=self.grad_ckpt)
             if tracks is not None and i < cfg.tracking_blocks:
-                # in series: a copy reads what the linear layer of the one before answered
-                _, side = run(self.transformer_blocks_copy[i], words, side, emb, rope)
+                # in series: a copy reads the output of the linear layer before it
+                copied = self.transformer_blocks_copy[i]
+                _, side = run_block(copied, words, side, emb, rope, recompute=self.grad_ckpt)
                 side = self.combine_linears[i](side)
-                video = video + (side if track_strength is None else track_strength.view(-1, 1, 1) * side)
+                added = side if track_strength is None else track_strength.view(-1, 1, 1) * side
+                video = video + added
         shift, scale = self.norm_out.linear(F.silu(emb))[:, None].chunk(2, dim=-1)
         video = torch.addcmul(shift, self.norm_out.norm(self.norm_final(video)), 1 + scale)
         return rearrange(self.proj_out(video), "b (f h w) (c p q) -> b c f (h p) (w q)",
@@ -503,9 +512,10 @@ TRACK_BRANCH = ("transformer_blocks_copy", "combine_linears", "initial_combine_l
 
 
 def with_tracks(state, net):
-    """Weights of CogVideoX-5B-I2V -> those that Diffusion as Shader's training starts from, for `net`.
+    """CogVideoX's weights -> those from which Diffusion as Shader's training of `net` starts.
 
-    The branch's blocks are copies of the base's, its linear layers zero: the network is the base, exactly.
+    The branch's blocks are copies of the base's and its linear layers are zero, so the network's
+    predictions are exactly the base's.
     """
     state = dict(state)
     for key, value in net.state_dict().items():
@@ -514,3 +524,9 @@ def with_tracks(state, net):
         elif key.startswith(TRACK_BRANCH[1:]):
             state[key] = torch.zeros(value.shape)
     return state
+
+
+def cogvideox_state(state, net, source):
+    """Public weights -> CogVideoX's. Diffusion as Shader may start from CogVideoX-5B-I2V's file."""
+    started = not net.cfg.tracking_blocks or any(k.startswith("combine_linears.") for k in state)
+    return state if started else with_tracks(state, net)

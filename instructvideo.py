@@ -1,13 +1,13 @@
 """InstructVideo: reward fine-tuning as editing (Yuan et al., arXiv 2312.12490).
 
-    J(theta) = E_{clip, text, eps} [ mean_s w(i_s) r(frame i_s of decode(x_0(theta)), text) ]
+    J(theta) = E_{clip, eps} [ mean_s w(i_s) r(frame i_s of decode(x_0(theta)), text) ]
     w(i) = exp(-lambda |i - f/2|),   loss = 1 - J
 
-To sample a whole clip for a single reward is expensive. Instead, add noise to a real clip
+Sampling a whole clip for a single reward is expensive. Instead, add noise to a real clip
 up to the step where 0.6 of the DDIM updates are left, let these updates edit it with
 guidance, decode a random frame from each of 4 segments (SegVR), and backpropagate through
 the last update into LoRA weights. The farther a frame is from the middle, the less it
-counts (TAR): with full weight everywhere, a clip of one repeated picture would score best.
+counts (TAR): with equal weights, a clip of one repeated picture would score best.
 
     python instructvideo.py --base tiny                    # 2 CPU cores, minutes
     python instructvideo.py --base tiny --reward size      # a hand-written reward
@@ -48,11 +48,11 @@ from rewards import get_reward, score
 PAPER = dict(
     base="modelscope-v1.4", out="out/instructvideo", reward="hps=v2.0", read_fps=8.0,
     sample_steps=20, partial=0.6, eta=0.0, offset_noise=0.1, segments=4, attenuation=1.0,
-    history=16, min_history=16, steps=20000, batch=2, lr=1e-5, warmup=10, rank=4, alpha=4.0)
+    steps=20000, batch=2, lr=1e-5, warmup=10, rank=4, alpha=4.0, history=16, min_history=16)
 TINY = dict(
-    reward="tiny", sample_steps=5, offset_noise=0.0, min_history=2, steps=100, batch=8, lr=4e-3,
-    warmup=0, rank=8, alpha=8.0, workers=0, eval_n=64, save_every=25, log_every=5,
-    grad_ckpt=False)
+    reward="tiny", sample_steps=5, offset_noise=0.0, steps=100, batch=8, lr=4e-3, warmup=0,
+    rank=8, alpha=8.0, eval_n=64, save_every=25, log_every=5, grad_ckpt=False, workers=0,
+    min_history=2)
 # A reward that does not read the prompt pulls every clip the same way, so each step has
 # far more effect.
 TINY_PROMPTLESS = dict(steps=30, lr=3e-4)
@@ -68,17 +68,17 @@ def get_args(argv=None):
                    help="sampler updates that record gradients: last, last-K, or rand (1 to all) "
                         "(default: last; rand is refused here)")
     p.add_argument("--partial", type=p.SHARE,
-                   help="last share of --sample-steps, which edits a clip that is noised to there")
+                   help="share of --sample-steps left where clips are noised to")
     p.add_argument("--offset-noise", type=p.UNSIGNED,
                    help="strength of noise that all pixels of a frame share: it teaches brightness")
     p.add_argument("--segments", type=p.COUNT,
-                   help="equal parts of a clip; a random frame of each is decoded and rewarded")
+                   help="equal parts of a clip; one random frame of each is rewarded")
     p.add_argument("--attenuation", type=p.UNSIGNED,
-                   help="lambda: how fast weights fall off from the middle frame; 0: all are 1")
+                   help="lambda in exp(-lambda |i - f/2|), the weight of frame i")
     p.add_argument("--history", type=p.COUNT,
-                   help="recent rewards kept per caption, for the advantages in rewards.jsonl")
+                   help="recent rewards kept per caption, for advantages")
     p.add_argument("--min-history", type=p.COUNT,
-                   help="captions with fewer rewards than this are compared with the whole step")
+                   help="captions with fewer rewards are compared with the whole step")
     p.options("data", without=("--cache-latents", "--drop-text"))
     p.options("pixels sampling optimisation lora machine evaluation run")
 
@@ -127,8 +127,8 @@ def segment_frames(frames, segments, g):
 def segmental_reward(reward, vae, latents, prompts, frames, chosen, attenuation):
     """mean_s w(i_s) r(frame i_s), (b,), with w(i) = exp(-attenuation |i - frames // 2|).
 
-    latents: x_0 (b,c,f',h',w') of clips with so many frames; chosen: the i_s of each clip,
-    a list of lists. A reward that judges whole clips gets them, with weight 1.
+    latents: x_0 (b,c,f',h',w'); frames: of a clip; chosen: the i_s of each clip, a list
+    of lists. A reward that judges whole clips gets them, with weight 1.
     """
     if reward.clip:
         return score(reward, vae.decode(latents), prompts)
@@ -148,13 +148,13 @@ def instructvideo_loss(net, base, env, reward, video, prompts, generators, chain
     without recording (k: --backprop), so the state they end in is a constant, and
     dx_0/dtheta reaches back through the last k network calls only.
 
-    video (b,3,f,h,w) in [-1,1], with its captions as prompts; generators: one per clip, for
-    all its draws.
+    video (b,3,f,h,w) in [-1,1], with its captions as prompts; generators: one per clip.
     """
     t, n = partial_chain(chain, args.partial, len(base.schedule.alpha_bar))
     x_t = noise_clips(base, env, video, generators, chain, t, args.offset_noise)
     chosen = [segment_frames(chain.frames, args.segments, g) for g in generators]
-    x_0 = rollout(net, base, prompts, x_t, chain, generators, grad_last=args.backprop, last=n)
+    x_0 = rollout(net, base, prompts, x_t, chain, generators, grad_last=args.backprop,
+                  last=n)
     return 1 - segmental_reward(
         reward, base.vae, x_0, prompts, chain.frames, chosen, args.attenuation)
 
@@ -171,16 +171,16 @@ class PromptStatistics:
             self.past[row["prompt"]].append(row["reward"])
 
     def update(self, prompts, rewards):
-        """Add a step's rewards. -> (reward - mean) / sd for each, over its prompt's history.
+        """Add a step's rewards. -> (reward - mean) / sd for each, over its prompt's past.
 
         A prompt with fewer than min_history rewards takes the mean and sd of the step.
         """
         for prompt, value in zip(prompts, rewards):
             self.past[prompt].append(value)
-        enough = [len(self.past[prompt]) >= self.min_history for prompt in prompts]
-        compared = [self.past[p] if known else rewards for p, known in zip(prompts, enough)]
+        own = [self.past[prompt] for prompt in prompts]
+        pasts = [past if len(past) >= self.min_history else rewards for past in own]
         return [float((value - np.mean(past)) / (np.std(past) + 1e-6))
-                for value, past in zip(rewards, compared)]
+                for value, past in zip(rewards, pasts)]
 
 
 def main(argv=None):
@@ -200,7 +200,7 @@ def main(argv=None):
     base.tokenize(texts)  # refuses words that the tiny world does not know
     add_lora(base.net, args.rank, args.alpha, args.lora_targets)
     for key, p in base.net.named_parameters():
-        if key.endswith("lora_A.weight"):  # far larger than peft's, so that --lr can be small
+        if key.endswith("lora_A.weight"):  # larger than peft's, so that --lr can be small
             torch.nn.init.normal_(p, std=1 / args.rank)
     if lora:
         start_from_lora(base.net, *lora)
@@ -241,8 +241,7 @@ def main(argv=None):
 # ---- what is checked before any work, and what is logged
 
 def editing_chain(args, sampling):
-    """-> the sampling settings of the chain that edits clips; refuses options that do not fit
-    it."""
+    """-> the settings of the chain that edits clips; refuses options that do not fit it."""
     chain = sampling
     if sampling.sampler == "dpm":  # CogVideoX-5B's, which can only start from pure noise
         chain = replace(sampling, sampler="ddim", spacing="cogvideox")
@@ -261,7 +260,8 @@ def note_rewards(run, rows, statistics):
     samples, prompts, rewards = zip(*run.gather(rows))
     advantages = statistics.update(prompts, rewards)
     columns = dict(sample=samples, prompt=prompts, reward=rewards, advantage=advantages)
-    run.append("rewards.jsonl", [dict(zip(columns, row)) for row in zip(*columns.values())])
+    lines = [dict(zip(columns, row)) for row in zip(*columns.values())]
+    run.append("rewards.jsonl", lines)
     return dict(reward_sd=np.std(rewards), advantage=np.mean(advantages))
 
 

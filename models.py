@@ -61,6 +61,14 @@ def lean(layers, x, width):
     return checkpoint(layers, x, use_reentrant=False) if again else layers(x)
 
 
+def run_block(block, *args, recompute):
+    """block(*args). recompute: in training, compute its activations again in the backward pass."""
+    if recompute and torch.is_grad_enabled():
+        # non-reentrant: the other kind loses the graph when no input needs a gradient (LoRA)
+        return checkpoint(block, *args, use_reentrant=False)
+    return block(*args)
+
+
 def split_heads(x, heads):
     return rearrange(x, "n l (a d) -> n a l d", a=heads)
 

@@ -278,29 +278,43 @@ def score_folder(env, folder, score_clip):
 
 
 def read_scores(folder):
-    """FOLDER -> its clips [(path, caption)] and the OmniScore of each, [float]."""
-    clips = read_clips(folder)
-    totals = {row["clip"]: row["total"] for row in read_lines(Path(folder, "scores.jsonl"))}
-    for path, _ in clips:
+    """FOLDER -> each prompt's clips, [(row in metadata.json, caption, OmniScore)].
+
+    Files are called PROMPT-K.mp4.
+    """
+    totals = {row["clip"]: row["total"] for row in saved(folder)}
+    clips, prompts = read_clips(folder), {}
+    for number, (path, caption) in enumerate(clips):
         if path.name not in totals:
             raise UserError(f"{folder}: {path.name} has no score yet: --stage score first")
-    return clips, [totals[path.name] for path, _ in clips]
+        prompt = path.stem.rsplit("-", 1)[0]
+        prompts.setdefault(prompt, []).append((number, caption, totals[path.name]))
+    return list(prompts.values())
 
 
 def write_pairs(env, folder, pairs):
-    """Rows of choose_pairs() -> FOLDER/pair.json."""
+    """Rows of a pair.json -> FOLDER/pair.json."""
+    if not pairs:
+        raise UserError(f"{folder}: no pair is left; give a smaller --drop-pairs, or more clips: "
+                        "--samples")
     finish(env, Path(folder, "pair.json"), lambda: json.dumps(pairs, indent=1))
+    if env.main:
+        apart = sum(pair["diff_score"] for pair in pairs) / len(pairs)
+        print(f"{folder}: {len(pairs)} pairs, OmniScores {apart:.4f} apart on average", flush=True)
 
 
 def read_pairs(folders, size, seed=0):
-    """Folders with pair.json -> a PairDataset; size: (frames, height, width)."""
-    return PairDataset(folders, *size, seed)
+    """Folders of training pairs and of held-out pairs (or None) -> a PairDataset (or None) each.
+
+    size: (frames, height, width).
+    """
+    return [part and PairDataset(part, *size, seed) for part in folders]
 
 
 def score_videos(folder, prompts, score_clip):
     """FOLDER/0000.mp4 ..., one clip per prompt -> FOLDER/scores.jsonl and its rows, in order.
 
-    The files are scored, not the videos they were written from, because pairs are scored so, too.
+    As for pairs, what is scored is the files, not the videos that they were written from.
     """
     rows = []
     for i, prompt in enumerate(prompts):
@@ -309,3 +323,13 @@ def score_videos(folder, prompts, score_clip):
         rows.append({"clip": path.name, **score_clip(video, prompt, fps)})
     write_lines(Path(folder, "scores.jsonl"), rows)
     return rows
+
+
+def saved(folder):
+    """Rows of FOLDER/scores.jsonl, {"clip", dimension: value, ..., "total"}."""
+    return read_lines(Path(folder, "scores.jsonl"))
+
+
+def means(rows):
+    """Rows of scores -> {dimension: mean}."""
+    return {k: float(np.mean([row[k] for row in rows])) for k in rows[0] if k != "clip"}

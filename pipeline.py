@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from bases import Sampling, add_guidance, base_row, latent_shape, load_base
@@ -542,7 +543,7 @@ class Clips:
         TinyWorld.
         """
         self.args, self.sampling, self.mixture = args, sampling, mixture
-        self.observe, self.cached = None, False
+        self.tiny, self.observe, self.cached = tiny, None, False
         if args.images and not (args.data and (args.image_share or mixture)):
             raise UserError("--images: goes with --data, for the steps of --image-share")
         if not args.data and not base_row(args.base).tiny:
@@ -571,9 +572,17 @@ class Clips:
             rows = [row for part in self.parts if self.args.data for row in part.rows]
             base.tokenize([*self.prompts, self.sampling.negative, *(row[2] for row in rows)])
 
+    def examples(self, n):
+        """A batch of n clips to evaluate on: the first of --data, or tiny ones that training never
+        reads. Before open()."""
+        data = self.parts[0]
+        if not self.args.data:
+            data = TinyWorld(n, self.sampling.frames, self.args.seed + 1, **self.tiny)
+        return default_collate([data[i, i] for i in range(min(n, len(data)))])
+
     def open(self, run, base, observe=None, texts=()):
-        """Start to read. With --cache-latents everything is encoded first, and all captions, prompts
-        and `texts` are, too: the text tower goes. texts None: it stays.
+        """Start to read. With --cache-latents everything is encoded first and the image tower goes; so
+        do all captions, prompts and `texts`, and the text tower. texts None: it stays.
 
         observe(video (b,3,f,h,w), batch) -> {name: tensor (b, ...)}, what the method reads off clips.
         """
@@ -584,7 +593,7 @@ class Clips:
                 about = dict(size=self.sampling.size, fps=args.read_fps, rows=seed_of(rows))
                 name = "images" if i else "."
                 self.parts[i] = cache_latents(run, part, self.encode, about, name)
-            self.cached = True
+            self.cached, base.image_encoder = True, None
             if texts is not None:
                 prompts = [prompt + self.sampling.suffix for prompt in self.prompts]
                 captions = [text for part in self.parts for text in part.texts()]
@@ -598,8 +607,8 @@ class Clips:
         """-> which part of the data is read in turn from now on, and samples per turn."""
         args, run = self.args, self.run
         if not self.mixture:  # a turn is an update of all processes
-            steps = range(run.start, args.steps)
-            return [int(self.is_image_step(step)) for step in steps], run.samples_per_update
+            steps = [int(self.is_image_step(step)) for step in range(run.start, args.steps)]
+            return steps, args.batch * args.accum * run.env.world
         first = run.samples_read // args.batch  # a turn is a batch of one process
         last = first + (args.steps - run.start) * args.accum * run.env.world
         kinds = [self.mixture[k % len(self.mixture)] for k in range(first, last)]
@@ -610,7 +619,8 @@ class Clips:
         draw = torch.rand((), generator=self.run.generator(step, "image")).item()
         return not self.mixture and draw < self.args.image_share
 
-    def encode(self, batch) -> dict:
+    def encode(self, batch):
+        """A batch of clips -> {name: tensor (b, ...)} on the CPU: latents, and what observe() saw."""
         video = batch["video"]
         seen = self.observe(video, batch) if self.observe and video.shape[2] > 1 else {}
         return encode_clips(self.base, self.run.env, video) | seen

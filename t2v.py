@@ -43,14 +43,10 @@ import torch
 
 from bases import base_row, choose_sampling, load_base
 from common import Parser, Run, UserError, run_command, trained
-from data import Mixed, VideoDataset, read_batches
-from diffusion import diffusion_loss, make_schedule, offset_noise, randn
+from diffusion import diffusion_loss, draw_noise, make_schedule
 from models import (
     TemporalConv, TemporalTransformer, add_lora, forget_motion, parallelize, seed_dropout)
-from pipeline import (
-    cache_data, check_words, draw_latents, drop_captions, encode_clips, frame_rate, image_step,
-    one_frame, preview, preview_prompts, read_clips, read_data)
-from tinyworld import TinyWorld
+from pipeline import Clips, frame_rate, preview
 
 # VGen's t2v_train.yaml; LoRA is ours. Its frames and frame rates, process by process:
 PAPER = dict(
@@ -107,82 +103,65 @@ def t2v_loss(net, schedule, x0, text, generators, offset=0.0, **cond):
     x0 (b,c,f,h,w): latents; text (b,n,d); generators: one per sample, for its step and noise;
     offset: strength of the noise that a frame shares; cond: other conditions of the network.
     """
-    steps = len(schedule.alpha_bar)
-    t = torch.stack([torch.randint(steps, (), generator=g) for g in generators])
-    # a frame's mean hardly changes under plain noise, so the network would not learn to choose it
-    noise, shared = randn(x0.shape, generators), randn((*x0.shape[:3], 1, 1), generators)
-    noise = offset_noise(noise, shared, offset)
-
-    def predict(x_t, t):
-        return net(x_t, t, text, **cond)
-    return diffusion_loss(predict, schedule, x0, noise.to(x0.device), t.to(x0.device))
+    t, noise = draw_noise(schedule, x0, generators, offset)
+    return diffusion_loss(lambda x_t, t: net(x_t, t, text, **cond), schedule, x0, noise, t)
 
 
 def spatial_parameters(net):
-    """{name: parameter} of a UNet3D's layers within a frame: what an image model has, too.
+    """Names of a UNet3D's parameters within a frame: what an image model has, too.
 
     VGen's list of them leaves out the embedding of the step.
     """
-    kinds = TemporalTransformer, TemporalConv
-    temporal = [f"{name}." for name, module in net.named_modules() if isinstance(module, kinds)]
-    skipped = ("time_embed.", *temporal)
-    return {name: p for name, p in net.named_parameters() if not name.startswith(skipped)}
+    temporal = [f"{name}." for name, module in net.named_modules()
+                if isinstance(module, (TemporalTransformer, TemporalConv))]
+    others = ("time_embed.", *temporal)
+    return {name for name, _ in net.named_parameters() if not name.startswith(others)}
 
 
 def main(argv=None):
     args = get_args(argv)
-    # --zero-snr: sampling, too, starts from pure noise
+    # with --zero-snr sampling, too, starts from pure noise
     spacing = {"spacing": "trailing"} if args.zero_snr else {}
     sampling = choose_sampling(args.base, args, method="t2v", **spacing)
-    data = read_mixture(args, sampling) if args.mixture else read_data(
-        args, sampling, TinyWorld(4096, sampling.frames, args.seed))
-    prompts = preview_prompts(args, data[0])
+    clips = Clips(args, sampling, mixture=MIXTURE if args.mixture else ())
     run = Run(args, "t2v")
 
     base, schedule = load(args, run)
-    texts = [*prompts, sampling.negative]
-    check_words(base, texts, data)
-    # plain training leaves out the layers for TF-T2V's image
+    clips.check_words(base)
+    # TF-T2V's layers for an image stay unused
     unused = base.row.unet.style_image
-    nets = {"": parallelize(base.net, args.parallel, run.device, args.offload, unused=unused)}
+    net = parallelize(base.net, args.parallel, run.device, args.offload, unused=unused)
+    nets = {"": net}
     if trains_text(args):
         base.text_encoder = parallelize(base.text_encoder, "ddp", run.device)
         nets["text_encoder."] = base.text_encoder
-    net, params = nets[""], trained(nets)
-    opt = torch.optim.AdamW(parameter_groups(base.net, params, args.spatial_lr), args.lr, args.betas,
-                            weight_decay=args.wd)
+    params, spatial = trained(nets), spatial_parameters(base.net)
+    groups = [
+        dict(params=[p for k, p in params.items() if k in spatial], lr_factor=args.spatial_lr),
+        dict(params=[p for k, p in params.items() if k not in spatial], lr_factor=1.0)]
+    opt = torch.optim.AdamW(groups, args.lr, args.betas, weight_decay=args.wd)
     meta = dict(rank=args.rank, alpha=args.alpha, lora_targets=args.lora_targets,
                 sample=sampling.metadata(), schedule=schedule)
     run.attach(opt, params, list(nets.values()), base.parts(), meta, ema_decay=args.ema)
-
-    def encode(batch):
-        return encode_clips(base, run.env, batch["video"])
-    if args.cache_latents:
-        # texts are encoded once, too, unless their encoder is trained
-        data = cache_data(run, base, sampling, data, encode, None if trains_text(args) else texts)
-    batches = read_turns(run, data) if args.mixture else read_clips(run, *data)
+    clips.open(run, base, texts=None if trains_text(args) else ())
 
     if not run.resumed and not args.scratch:
-        preview(run, base, sampling, prompts, "before")
-    for step in run.steps():
-        images = not args.mixture and image_step(run, step)
+        preview(run, base, sampling, clips.prompts, "before")
+    for _ in run.steps():
         for numbers in run.micro_steps():
-            batch, generators = next(batches), run.generators(numbers)
+            generators = run.generators(numbers)
             seed_dropout(net, args.seed, numbers)
-            x0 = draw_latents(
-                base, run.env, batch if args.cache_latents else encode(batch), generators)
-            x0 = one_frame(x0, generators) if images else x0
-            captions = drop_captions(batch["text"], sampling.negative, args.drop_text, generators)
+            x0, captions, _ = clips.draw(generators)
             with run.forward():
-                loss = t2v_loss(
-                    net, base.schedule, x0, base.encode_text(captions), generators,
-                    args.offset_noise, **frame_rate(sampling.fps, len(x0), run.device))
+                text = base.encode_text(captions)
+                cond = frame_rate(sampling.fps, len(x0), run.device)
+                loss = t2v_loss(net, base.schedule, x0, text, generators, args.offset_noise, **cond)
             run.backward(loss)
         run.update()
         if run.preview_due:
-            preview(run, base, sampling, prompts, f"step-{run.done}")
+            preview(run, base, sampling, clips.prompts, f"step-{run.done}")
     if not run.stopped:
-        preview(run, base, sampling, prompts, "after")
+        preview(run, base, sampling, clips.prompts, "after")
     run.finish("loss", "grad")
 
 
@@ -194,8 +173,10 @@ def trains_text(args):
 
 
 def load(args, run):
-    """-> the base in training mode, its trained tensors in fp32 and requiring gradients; --zero-snr's
-    schedule as plain values, or None."""
+    """-> the base, in training mode; --zero-snr's schedule as plain values, or None.
+
+    What is trained is kept in fp32. A resumed run's weights come later.
+    """
     dtype = run.dtype if args.rank else torch.float32
     base = load_base(args.base, args.weights, run.device, dtype, args.scratch)
     if args.forget_motion:
@@ -214,42 +195,6 @@ def load(args, run):
     base.net.grad_ckpt = args.grad_ckpt
     base.net.train()
     return base, schedule
-
-
-def parameter_groups(net, params, spatial_lr):
-    """The trained parameters {key: parameter} -> AdamW's groups: within a frame, and all others."""
-    spatial = spatial_parameters(net)
-    within = [p for key, p in params.items() if key in spatial]
-    others = [p for key, p in params.items() if key not in spatial]
-    return [dict(params=within, lr_factor=spatial_lr), dict(params=others, lr_factor=1.0)]
-
-
-# ---- VGen's mixture of data
-
-def read_mixture(args, sampling):
-    """-> a data set for each kind of MIXTURE, the longest clips first."""
-    sets = []
-    for frames, fps in sorted(set(MIXTURE), reverse=True):
-        source = args.images if args.images and frames == 1 else args.data
-        sets.append(VideoDataset(source, frames, sampling.height, sampling.width, fps, args.seed))
-    return sets
-
-
-def mixture_turns(first, last):
-    """Which of read_mixture()'s data sets the batches first..last-1 of a run are made of.
-
-    Eight processes have VGen's kind each, and fewer take turns.
-    """
-    kinds = sorted(set(MIXTURE), reverse=True)
-    return [kinds.index(MIXTURE[k % len(MIXTURE)]) for k in range(first, last)]
-
-
-def read_turns(run, data):
-    """The batches of --mixture for all micro-steps to come."""
-    args, first = run.args, run.samples_read // run.args.batch
-    last = first + (args.steps - run.start) * args.accum * run.env.world
-    mixed = Mixed(data, mixture_turns(first, last), args.batch, run.samples_read)
-    return read_batches(mixed, run.numbers, args.seed, args.workers)
 
 
 if __name__ == "__main__":

@@ -36,12 +36,9 @@ import torch
 from bases import choose_sampling, load_base
 from common import Parser, Run, UserError, run_command, trained
 from data import clip_frames
-from diffusion import offset_noise, randn
+from diffusion import draw_noise
 from models import add_lora, forget_motion, parallelize, seed_dropout
-from pipeline import (
-    cache_data, check_words, draw_latents, drop_captions, encode_clips, image_step, one_frame,
-    preview, preview_prompts, read_clips, read_data)
-from tinyworld import TinyWorld
+from pipeline import Clips, preview
 
 # lambda is the paper's; the others are those of VGen's text-to-video training
 PAPER = dict(
@@ -51,6 +48,7 @@ TINY = dict(
     forget_motion=True, image_share=0.5, steps=400, batch=16, lr=1e-3, lr_schedule="cosine",
     warmup=20, betas=(0.9, 0.99), wd=0.01, ema=0.99, rank=0, offset_noise=0.0,
     cache_latents=True, workers=0, grad_ckpt=False, log_every=50)
+NO_CAPTION = ""  # text of a clip
 
 
 def get_args(argv=None):
@@ -82,11 +80,7 @@ def tft2v_loss(net, schedule, x0, text, generators, offset=0.0, coherence=0.0, *
     generators: one per sample, for its step and noise; offset: strength of the noise that a
     frame shares; cond: other conditions of the network.
     """
-    steps = len(schedule.alpha_bar)
-    t = torch.stack([torch.randint(steps, (), generator=g) for g in generators]).to(x0.device)
-    noise, shared = randn(x0.shape, generators), randn((*x0.shape[:3], 1, 1), generators)
-    noise = offset_noise(noise, shared, offset).to(x0.device)
-
+    t, noise = draw_noise(schedule, x0, generators, offset)
     out = net(schedule.add_noise(x0, noise, t), t, text, **cond).float()
     error = out - schedule.target(x0, noise, t).float()
     loss = error.square().flatten(1).mean(1)
@@ -117,14 +111,11 @@ def main(argv=None):
     args = get_args(argv)
     sampling = choose_sampling(args.base, args, method="tft2v")
     # clips need captions only where their frames are the captioned images
-    data = read_data(args, sampling, TinyWorld(4096, sampling.frames, args.seed),
-                     captions=not args.images)
-    prompts = preview_prompts(args, data[0] if data[1] is None else data[1])
+    clips = Clips(args, sampling, captions=not args.images)
     run = Run(args, "tft2v")
 
     base = load(args, run)
-    texts = [*(prompt + sampling.suffix for prompt in prompts), sampling.negative, ""]
-    check_words(base, texts, data)
+    clips.check_words(base)
     has_image = base.row.unet.style_image  # layers that image steps leave out
     net = parallelize(base.net, args.parallel, run.device, args.offload, unused=has_image)
     params = trained({"": net})
@@ -133,41 +124,32 @@ def main(argv=None):
                 sample=sampling.metadata())
     run.attach(opt, params, [net], base.parts(), meta, ema_decay=args.ema)
 
-    def encode(batch):
-        video, image = batch["video"], {}
-        if has_image and video.shape[2] > 1:
-            image = {"image": middle_frames(base, run.env, video)}
-        return encode_clips(base, run.env, video) | image
-    if args.cache_latents:
-        data = cache_data(run, base, sampling, data, encode, texts)
-        base.image_encoder = None
-    batches = read_clips(run, *data)
+    def observe(video, batch):
+        return {"image": middle_frames(base, run.env, video)} if has_image else {}
+    clips.open(run, base, observe, texts=[NO_CAPTION])
 
     if not run.resumed:
-        preview(run, base, sampling, prompts, "before")
-    for step in run.steps():
-        on_images = image_step(run, step)  # the content branch, else the motion branch
+        preview(run, base, sampling, clips.prompts, "before")
+    for _ in run.steps():
         for numbers in run.micro_steps():
-            batch, generators = next(batches), run.generators(numbers)
+            generators = run.generators(numbers)
             seed_dropout(net, args.seed, numbers)
-            encoded, cond = batch if args.cache_latents else encode(batch), {}
-            x0 = draw_latents(base, run.env, encoded, generators)
-            x0 = one_frame(x0, generators) if on_images else x0
-            captions = drop_captions(batch["text"], sampling.negative, args.drop_text, generators)
-            if not on_images:
-                captions = [""] * len(captions)
+            x0, captions, seen = clips.draw(generators)
+            cond = {}
+            if x0.shape[2] > 1:  # the motion branch
+                captions = [NO_CAPTION] * len(captions)
                 if has_image:
-                    cond["image"] = see_image(encoded["image"], generators).to(run.device)
+                    cond["image"] = see_image(seen["image"], generators).to(run.device)
             with run.forward():
-                loss = tft2v_loss(
-                    net, base.schedule, x0, base.encode_text(captions), generators,
-                    args.offset_noise, args.coherence, **cond)
+                text = base.encode_text(captions)
+                loss = tft2v_loss(net, base.schedule, x0, text, generators, args.offset_noise,
+                                  args.coherence, **cond)
             run.backward(loss)
         run.update()
         if run.preview_due:
-            preview(run, base, sampling, prompts, f"step-{run.done}")
+            preview(run, base, sampling, clips.prompts, f"step-{run.done}")
     if not run.stopped:
-        preview(run, base, sampling, prompts, "after")
+        preview(run, base, sampling, clips.prompts, "after")
     run.finish("loss", "grad")
 
 

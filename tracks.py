@@ -33,7 +33,8 @@ from torch import nn
 from tqdm import tqdm
 
 from common import (
-    Parser, UserError, batch_indices, check_writable, gather_rows, setup, warn, write_atomic)
+    Parser, UserError, batch_indices, check_writable, gather_rows, seed_of, setup, warn,
+    write_atomic)
 from data import (
     IMAGES, VIDEOS, VideoDataset, center_crop_wide, clip_rows, contact_sheet, cover_and_crop,
     field_of, load, natural_order, numbered_lines, open_image, raft, read_image, read_table,
@@ -677,6 +678,9 @@ def track_rows(source):
     line), a .csv or .jsonl with video, tracking and caption, or a folder with such a metadata
     file.
     """
+    if not source:
+        raise UserError("--data: give a folder with prompt.txt, videos.txt, trackings.txt, a csv or a "
+                        "jsonl")
     source = Path(source)
     if not source.exists():
         raise UserError(f"--data {source}: no such folder or list of clips")
@@ -737,6 +741,10 @@ class TrackDataset(VideoDataset):
 
     def advice(self):
         return "the lines before name them and say why"
+
+    def about(self):
+        """Plain values that tell whether encoded clips are those of this data set."""
+        return dict(frames=self.frames, size=self.size, rows=seed_of(self.rows))
 
     def split(self, k):
         """-> two data sets: its first k clips, and the others."""
@@ -843,11 +851,10 @@ def bucket(text):
 # ---- making tracks: the options of  python das.py --make-tracks SOURCE
 
 def asked_for(argv):
-    """Does the command line hold --make-tracks? Then das.py makes tracking videos and does not
+    """Does the command line hold --make-tracks? Then das.py has the options below and does not
     train."""
-    p = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    p.add_argument("--make-tracks", nargs="?", const="")
-    return p.parse_known_args(argv)[0].make_tracks is not None
+    words = sys.argv[1:] if argv is None else argv
+    return any(word.partition("=")[0] == "--make-tracks" for word in words)
 
 
 def get_args(argv=None):

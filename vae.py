@@ -1,10 +1,12 @@
 """Autoencoders: video <-> latents.
 
-AutoencoderKL is Stable Diffusion's (Rombach et al., arXiv 2112.10752), frame by frame. Keys are those of the
-SD checkpoint's `first_stage_model.`. Latents are scaled: encode multiplies by cfg.scale, decode divides.
-OpenSoraVAE is Open-Sora 1.2's: the same autoencoder, and one over time on its latents. CogVideoXVAE (arXiv
-2408.06072) is causal in time and has 4 times fewer latent frames than the video; its keys are those of the
-public diffusers files.
+AutoencoderKL is Stable Diffusion's (Rombach et al., arXiv 2112.10752) and works frame by frame.
+OpenSoraVAE is Open-Sora 1.2's: the same autoencoder, and another one over time on its latents.
+CogVideoXVAE (arXiv 2408.06072) is causal in time; the latents have 4 times fewer frames than the
+video.
+
+All have one interface, see Autoencoder, and the keys of their public files (for AutoencoderKL,
+those below `first_stage_model.` of SD checkpoints). Maps from other namings stand next to them.
 """
 from dataclasses import dataclass
 
@@ -14,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from models import attend
+from weights import below, rename
 
 
 @dataclass(frozen=True)
@@ -24,13 +27,40 @@ class VAEConfig:
     num_res_blocks: int = 2
     z_channels: int = 4
     scale: float = 0.18215
-    patch: int = 1  # tiny world: fold patch x patch pixels into channels at the door (no public file has it)
+    patch: int = 1  # the tiny world's option: fold patch x patch pixels into channels first
 
     @property
     def factor(self):
         """Pixels per latent, along height and width."""
         return self.patch * 2 ** (len(self.ch_mult) - 1)
 
+
+class Autoencoder(nn.Module):
+    """What the autoencoders share. Each also has a config `cfg` and two methods:
+
+    moments(video, chunk=16): video (b,3,f,h,w) in [-1,1] -> mean and log variance in [-30,20] of
+    unscaled latents (b,c,f',h',w').
+    decode(latents, frames=None, chunk=16): scaled latents -> video (b,3,f,h,w) in about [-1,1], not
+    clamped, differentiable. frames: list of the only frames wanted, numbered from 0.
+
+    chunk: how many frames are processed at a time.
+    """
+
+    def normalise(self, z: Tensor) -> Tensor:
+        """Unscaled latents -> the scaled ones that a video network sees."""
+        return z * self.cfg.scale
+
+    def encode(self, video: Tensor, noise: Tensor | None = None, chunk: int = 16) -> Tensor:
+        """video (b,3,f,h,w) in [-1,1] -> scaled latents (b,c,f',h',w').
+
+        The mean, or with `noise` like the latents a sample of the encoder's Gaussian (VGen and
+        CogVideoX train on samples, never on the mean).
+        """
+        mean, logvar = self.moments(video, chunk)
+        return self.normalise(mean if noise is None else mean + (0.5 * logvar).exp() * noise)
+
+
+# ---- Stable Diffusion's autoencoder
 
 def norm(channels):
     return nn.GroupNorm(32, channels, eps=1e-6)
@@ -49,7 +79,7 @@ class ResnetBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """Single-head self-attention over the pixels; the projections are 1x1 convolutions, as published."""
+    """Single-head self-attention over the pixels, with 1x1 convolutions as projections."""
 
     def __init__(self, channels):
         super().__init__()
@@ -58,7 +88,8 @@ class AttnBlock(nn.Module):
 
     def forward(self, x):
         h = self.norm(x)
-        q, k, v = (rearrange(proj(h), "n c h w -> n (h w) c") for proj in (self.q, self.k, self.v))
+        projections = self.q, self.k, self.v
+        q, k, v = (rearrange(layer(h), "n c h w -> n (h w) c") for layer in projections)
         h = rearrange(attend(q, k, v, heads=1), "n (h w) c -> n c h w", h=x.shape[2])
         return x + self.proj_out(h)
 
@@ -105,7 +136,8 @@ class Encoder(nn.Module):
                 level.downsample = Downsample(channels)
             self.down.append(level)
         self.mid = middle(channels)
-        self.norm_out, self.conv_out = norm(channels), nn.Conv2d(channels, 2 * cfg.z_channels, 3, padding=1)
+        self.norm_out = norm(channels)
+        self.conv_out = nn.Conv2d(channels, 2 * cfg.z_channels, 3, padding=1)
 
     def forward(self, x):
         h = self.conv_in(x)
@@ -135,7 +167,8 @@ class Decoder(nn.Module):
                 level.upsample = Upsample(channels)
             levels.insert(0, level)  # stored in the encoder's order, run from the last to the first
         self.up = nn.ModuleList(levels)
-        self.norm_out, self.conv_out = norm(channels), nn.Conv2d(channels, 3 * cfg.patch ** 2, 3, padding=1)
+        self.norm_out = norm(channels)
+        self.conv_out = nn.Conv2d(channels, 3 * cfg.patch ** 2, 3, padding=1)
 
     def forward(self, z):
         h = self.conv_in(z)
@@ -148,12 +181,9 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
-def drawn(mean, logvar, noise):
-    """A sample of the encoder's Gaussian, from `noise` like the latents; None: its mean."""
-    return mean if noise is None else mean + (0.5 * logvar).exp() * noise
+class AutoencoderKL(Autoencoder):
+    """Frame by frame: (b,3,f,h,w) <-> latents (b,4,f,h/8,w/8) by default."""
 
-
-class AutoencoderKL(nn.Module):
     def __init__(self, cfg=VAEConfig()):
         super().__init__()
         self.cfg = cfg
@@ -162,7 +192,7 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv2d(cfg.z_channels, cfg.z_channels, 1)
 
     def image_moments(self, images: Tensor):
-        """images (n,3,h,w) in [-1,1] -> mean, log variance in [-30,20] of unscaled latents (n,c,h',w')."""
+        """images (n,3,h,w) in [-1,1] -> mean, log variance in [-30,20] of latents (n,c,h',w')."""
         images = F.pixel_unshuffle(images, self.cfg.patch)
         mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
@@ -172,32 +202,14 @@ class AutoencoderKL(nn.Module):
         return F.pixel_shuffle(self.decoder(self.post_quant_conv(z)), self.cfg.patch)
 
     def moments(self, video: Tensor, chunk: int = 16):
-        """video (b,3,f,h,w) in [-1,1] -> mean, log variance in [-30,20] of unscaled latents (b,c,f,h',w').
-
-        `chunk` frames are encoded at a time.
-        """
+        """See Autoencoder."""
         images = rearrange(video, "b c f h w -> (b f) c h w")
         parts = zip(*(self.image_moments(part) for part in images.split(chunk)))
-        return tuple(rearrange(torch.cat(x), "(b f) c h w -> b c f h w", b=len(video)) for x in parts)
-
-    def normalise(self, z: Tensor) -> Tensor:
-        """Unscaled latents -> the scaled ones that a video network sees."""
-        return z * self.cfg.scale
-
-    def encode(self, video: Tensor, noise: Tensor | None = None, chunk: int = 16) -> Tensor:
-        """video (b,3,f,h,w) in [-1,1] -> scaled latents (b,c,f,h',w').
-
-        The mean, or a sample when there is `noise` like the latents: VGen trains on samples, never on the
-        mean. `chunk` frames are encoded at a time.
-        """
-        return self.normalise(drawn(*self.moments(video, chunk), noise))
+        return tuple(rearrange(torch.cat(x), "(b f) c h w -> b c f h w", b=len(video))
+                     for x in parts)
 
     def decode(self, latents: Tensor, frames=None, chunk: int = 16) -> Tensor:
-        """Scaled latents (b,c,f,h',w') -> video (b,3,f,h,w), differentiable.
-
-        frames: list of frame numbers to decode instead of all; the others cost nothing. `chunk` images are
-        decoded at a time.
-        """
+        """See Autoencoder. Frames that are not wanted cost nothing."""
         if frames is not None:
             latents = latents[:, :, frames]
         z = rearrange(latents, "b c f h w -> (b f) c h w") / self.cfg.scale
@@ -220,22 +232,38 @@ def vae_diffusers_name(key, levels=4):
     parts = key.split(".")
     if parts[1] in ("down", "up"):
         level = int(parts[2]) if parts[1] == "down" else levels - 1 - int(parts[2])
-        inner = {"block": ["resnets"], "downsample": ["downsamplers", "0"], "upsample": ["upsamplers", "0"]}
-        parts = [parts[0], parts[1] + "_blocks", str(level), *inner[parts[3]], *parts[4:]]
+        inner = {"block": "resnets", "downsample": "downsamplers.0", "upsample": "upsamplers.0"}
+        parts = [parts[0], f"{parts[1]}_blocks", str(level), inner[parts[3]], *parts[4:]]
     return ".".join(parts)
 
 
-# ---- Open-Sora 1.2: AutoencoderKL frame by frame, then a causal autoencoder over time on its latents
+# names in old diffusers files -> in new ones
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def vae_state(state, net, source):
+    """Public weights -> AutoencoderKL's: SD's (alone or in a whole SD file), or diffusers'."""
+    state = below(state, "first_stage_model.")
+    if any(k.startswith("encoder.down_blocks.") for k in state):
+        for old, new in OLD_ATTENTION.items():
+            state = {k.replace(f"attentions.0.{old}.", f"attentions.0.{new}."): v
+                     for k, v in state.items()}
+        levels = len(net.cfg.ch_mult)
+        return rename(state, net, lambda key: vae_diffusers_name(key, levels), source)
+    return {k: v for k, v in state.items() if not k.startswith(("loss.", "model_ema."))}
+
+
+# ---- Open-Sora 1.2: AutoencoderKL for frames, then a causal autoencoder over time on its latents
 
 @dataclass(frozen=True)
 class OpenSoraVAEConfig:
-    """Defaults: OpenSora-VAE-v1.2 (393 M parameters), 4x fewer frames, 8x smaller latents of 4 channels."""
-    spatial: VAEConfig = VAEConfig()         # of SDXL's shape, but SD's scale, which the part over time knows
+    """Defaults: OpenSora-VAE-v1.2 (393 M parameters), 4 channels, 8x smaller, 4x fewer frames."""
+    spatial: VAEConfig = VAEConfig()         # SDXL's shape, but scaled like SD's
     ch: int = 128
     ch_mult: tuple = (1, 2, 2, 4)
     num_res_blocks: int = 4
     time_down: tuple = (False, True, True)   # between which levels time is halved
-    chunk_frames: int = 17                   # frames that see one another: a clip is encoded in such pieces
+    chunk_frames: int = 17                   # a clip is encoded in pieces of so many frames
     shift: tuple = (-0.10, 0.34, 0.27, 0.98)  # latents are (z - shift) / scale
     scale: tuple = (3.85, 2.32, 2.33, 3.06)
 
@@ -256,11 +284,12 @@ class OpenSoraVAEConfig:
     def latent_frames(self, frames):
         """Number of latent frames of a clip, e.g. 51 -> 15."""
         whole, rest = divmod(frames, self.chunk_frames)
-        return whole * -(-self.chunk_frames // self.time_factor) - (-rest // self.time_factor)
+        in_piece = -(-self.chunk_frames // self.time_factor)  # rounded up
+        return whole * in_piece + -(-rest // self.time_factor)
 
 
 class FrontConv3d(nn.Module):
-    """Convolution that sees a frame and those before it: zeros are put in front of the first."""
+    """Convolution that sees a frame and those before it; before the first there are zeros."""
 
     def __init__(self, cin, cout, kernel, time_stride=1, bias=True):
         super().__init__()
@@ -307,9 +336,11 @@ class TimeEncoder(nn.Module):
         widths = [cfg.ch * mult for mult in cfg.ch_mult]
         self.conv_in = FrontConv3d(cfg.z_channels, cfg.ch, 3, bias=False)
         self.block_res_blocks = nn.ModuleList(
-            time_res_blocks(cin, cout, cfg.num_res_blocks) for cin, cout in zip([cfg.ch, *widths], widths))
+            time_res_blocks(cin, cout, cfg.num_res_blocks)
+            for cin, cout in zip([cfg.ch, *widths], widths))
         self.conv_blocks = nn.ModuleList(
-            TimeDownsample(width) if down else nn.Identity() for width, down in zip(widths, cfg.time_down))
+            TimeDownsample(width) if down else nn.Identity()
+            for width, down in zip(widths, cfg.time_down))
         self.res_blocks = time_res_blocks(widths[-1], widths[-1], cfg.num_res_blocks)
         self.norm1 = nn.GroupNorm(32, widths[-1])
         self.conv2 = FrontConv3d(widths[-1], 2 * cfg.z_channels, 1)
@@ -335,7 +366,8 @@ class TimeDecoder(nn.Module):
             time_res_blocks(cin, cout, cfg.num_res_blocks)
             for cin, cout in zip([*widths[1:], widths[-1]], widths))
         self.conv_blocks = nn.ModuleList(
-            TimeUpsample(width) if up else nn.Identity() for width, up in zip(widths[1:], cfg.time_down))
+            TimeUpsample(width) if up else nn.Identity()
+            for width, up in zip(widths[1:], cfg.time_down))
         self.norm1 = nn.GroupNorm(32, widths[0])
         self.conv_out = FrontConv3d(widths[0], cfg.z_channels, 3)
 
@@ -369,7 +401,9 @@ class TimeAutoencoder(nn.Module):
         return self.decoder(self.post_quant_conv(z))[:, :, -frames % self.time_factor:]
 
 
-class OpenSoraVAE(nn.Module):
+class OpenSoraVAE(Autoencoder):
+    """(b,3,f,h,w) <-> latents (b,4,n,h/8,w/8), n = cfg.latent_frames(f)."""
+
     def __init__(self, cfg=OpenSoraVAEConfig()):
         super().__init__()
         self.cfg = cfg
@@ -377,36 +411,31 @@ class OpenSoraVAE(nn.Module):
         for name in ("scale", "shift"):
             self.register_buffer(name, torch.tensor(getattr(cfg, name)).view(1, -1, 1, 1, 1))
 
-    def encode(self, video: Tensor, noise: Tensor | None = None, chunk: int = 16) -> Tensor:
-        """video (b,3,f,h,w) in [-1,1] -> scaled latents (b,c,n,h',w'), n = cfg.latent_frames(f).
-
-        The mean, or with `noise` like the latents a sample of the part over time (the original samples the
-        frames' latents too). `chunk` images are encoded at a time.
-        """
-        return self.normalise(drawn(*self.moments(video, chunk), noise))
-
-    def moments(self, video: Tensor, chunk: int = 16):
-        """video (b,3,f,h,w) in [-1,1] -> mean, log variance of unscaled latents (b,c,n,h',w')."""
-        images = self.spatial_vae.encode(video, chunk=chunk)
-        parts = zip(*(self.temporal_vae.moments(part)
-                      for part in images.split(self.cfg.chunk_frames, dim=2)))
-        return tuple(torch.cat(x, dim=2) for x in parts)
-
     def normalise(self, z: Tensor) -> Tensor:
         """Unscaled latents -> the scaled ones that a video network sees."""
         return (z - self.shift) / self.scale
 
-    def decode(self, latents: Tensor, frames=None, chunk: int = 16, num_frames: int | None = None) -> Tensor:
-        """Scaled latents (b,c,n,h',w') -> video (b,3,f,h,w), differentiable.
+    def moments(self, video: Tensor, chunk: int = 16):
+        """See Autoencoder. Of the part over time, on the means of the images' latents.
 
-        num_frames: of the whole clip; without it, the most that n latent frames can hold (15 -> 51).
-        frames: list of frame numbers to decode instead of all: only the pieces of 17 that hold them go
-        through the part over time, only they themselves through that for images. `chunk` images are decoded
-        at a time. VADER decodes one latent frame as if a clip began there: latents[:, :, k:k + 1] with
-        num_frames=1.
+        (The original samples the images' latents, too.)
+        """
+        images = self.spatial_vae.encode(video, chunk=chunk)
+        pieces = images.split(self.cfg.chunk_frames, dim=2)
+        parts = zip(*(self.temporal_vae.moments(piece) for piece in pieces))
+        return tuple(torch.cat(x, dim=2) for x in parts)
+
+    def decode(self, latents: Tensor, frames=None, chunk: int = 16,
+               num_frames: int | None = None) -> Tensor:
+        """See Autoencoder. num_frames: of the whole clip (default: the most that fit, 15 -> 51).
+
+        Only the pieces of 17 frames that hold wanted ones go through the part over time, and only
+        the wanted frames go through the part for images. (VADER decodes one latent frame as if a
+        clip began there: latents[:, :, k:k + 1] with num_frames=1.)
         """
         cfg = self.cfg
-        parts = (latents * self.scale + self.shift).split(cfg.latent_frames(cfg.chunk_frames), dim=2)
+        z = latents * self.scale + self.shift
+        parts = z.split(cfg.latent_frames(cfg.chunk_frames), dim=2)
         if num_frames is None:
             last = min(cfg.chunk_frames, cfg.time_factor * parts[-1].shape[2])
             num_frames = (len(parts) - 1) * cfg.chunk_frames + last
@@ -420,20 +449,25 @@ class OpenSoraVAE(nn.Module):
 
 
 def opensora_vae_name(key, levels=4):
-    """Key of OpenSoraVAE -> the public file's, whose spatial part has diffusers' names."""
+    """Key of OpenSoraVAE -> the public file's, whose part for images has diffusers' names."""
     part, _, rest = key.partition(".")
     if part != "spatial_vae":
         return key
     return f"spatial_vae.module.{vae_diffusers_name(rest, levels)}"
 
 
+def opensora_vae_state(state, net, source):
+    """Public weights -> OpenSoraVAE's."""
+    return rename(state, net, opensora_vae_name, source)
+
+
 # ---- CogVideoX's autoencoder: causal in time (arXiv 2408.06072, section 2.1)
 
 @dataclass(frozen=True)
 class CogVideoXVAEConfig:
-    """Defaults: that of CogVideoX-5B and 5B-I2V (216 M parameters). 2B has the same but scale 1.15258426."""
+    """Defaults: CogVideoX-5B's and 5B-I2V's (216 M parameters). 2B's has scale 1.15258426."""
     widths: tuple = (128, 256, 256, 512)
-    layers: int = 3            # residual blocks a level; the decoder has one more
+    layers: int = 3            # residual blocks per level; the decoder has one more
     z_channels: int = 16
     groups: int = 32           # of the GroupNorms
     scale: float = 0.7
@@ -450,18 +484,20 @@ class CogVideoXVAEConfig:
 
 
 TIME_LEVELS = 2  # only the first levels halve the frames
-# Frames pass in chunks: GroupNorm takes its statistics over a chunk, so the weights depend on these sizes.
-# What is left over joins the first chunk: 49 frames are 9 8 8 8 8 8, their 13 latents 3 2 2 2 2 2.
+# Frames pass in chunks. GroupNorm takes its statistics over a chunk, so the public weights rely
+# on these sizes. The remainder joins the first chunk: 49 frames are 9 8 8 8 8 8, their 13 latent
+# frames 3 2 2 2 2 2.
 ENCODE_CHUNK = 8
 DECODE_CHUNK = 2
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Pictures larger than a tile (in pixels) go through in overlapping tiles, blended where they meet.
+    """Split pictures larger than a tile (in pixels) into overlapping tiles and blend the results.
 
-    Saves memory and differs a little from the whole. Defaults: diffusers' enable_tiling for 480 x 720, with
-    which Diffusion as Shader was trained. height (1 - overlap_height) must be a multiple of 8; width too.
+    It saves memory; the result differs slightly from that without tiles. Defaults: diffusers'
+    enable_tiling for 480 x 720, with which Diffusion as Shader was trained. height (1 -
+    overlap_height) must be a multiple of 8, and likewise for the width.
     """
     height: int = 240
     width: int = 360
@@ -470,7 +506,10 @@ class Tiles:
 
 
 class CausalConv(nn.Module):
-    """3x3x3 convolution that sees no later frame. cache: {module: the last two frames of its last chunk}."""
+    """3x3x3 convolution that sees no later frame.
+
+    cache: {module: the last two frames of its last chunk}.
+    """
 
     def __init__(self, cin, cout):
         super().__init__()
@@ -492,8 +531,8 @@ class Pointwise(nn.Module):
         return self.conv(x)
 
 
-# In time, a chunk with an odd number of frames is the clip's first: its first frame stands alone, the others
-# are halved or doubled.
+# A chunk with an odd number of frames is a clip's first one: its first frame stands alone, and only
+# the others are halved or doubled in time.
 
 def enlarge(z, like):
     """z (b,c,f,h,w) -> frames, height and width of `like`, nearest."""
@@ -513,17 +552,20 @@ class LatentNorm(nn.Module):
         self.conv_b = Pointwise(cfg.z_channels, channels)
 
     def forward(self, x, z):
-        # the original enlarges z first; a 1x1x1 convolution commutes with that and is far cheaper before it
+        # the original enlarges z first; a 1x1x1 convolution commutes with that and is cheaper
+        # before it
         return self.norm_layer(x) * enlarge(self.conv_y(z), x) + enlarge(self.conv_b(z), x)
 
 
 class CausalResnet(nn.Module):
-    """Encoder: plain GroupNorms (latent=False, z None); decoder: LatentNorms."""
+    """Two causal convolutions. Encoder: latent=False, GroupNorms, z None. Decoder: LatentNorms."""
 
     def __init__(self, cin, cout, cfg, latent):
         super().__init__()
         def norm(channels):
-            return LatentNorm(channels, cfg) if latent else nn.GroupNorm(cfg.groups, channels, eps=1e-6)
+            if latent:
+                return LatentNorm(channels, cfg)
+            return nn.GroupNorm(cfg.groups, channels, eps=1e-6)
         self.norm1, self.conv1 = norm(cin), CausalConv(cin, cout)
         self.norm2, self.conv2 = norm(cout), CausalConv(cout, cout)
         self.conv_shortcut = nn.Identity() if cin == cout else nn.Conv3d(cin, cout, 1)
@@ -540,7 +582,7 @@ def per_frame(conv, x):
 
 
 class CausalDownsample(nn.Module):
-    """Half the height and width, with `time` also half the frames, as means of pairs."""
+    """Half the height and width; with `time` also half the frames, as means of pairs."""
 
     def __init__(self, channels, time):
         super().__init__()
@@ -556,7 +598,7 @@ class CausalDownsample(nn.Module):
 
 
 class CausalUpsample(nn.Module):
-    """Twice the height and width, with `time` also twice the frames."""
+    """Twice the height and width; with `time` also twice the frames."""
 
     def __init__(self, channels, time):
         super().__init__()
@@ -571,7 +613,7 @@ class CausalUpsample(nn.Module):
 
 
 def causal_levels(widths, layers, cfg, latent, resize):
-    """Levels of residual blocks; each but the last ends in resize(channels, time). -> what they hold."""
+    """Levels of residual blocks, a ModuleList; each but the last ends in resize(channels, time)."""
     levels, cin = nn.ModuleList(), widths[0]
     for i, width in enumerate(widths):
         level = nn.Module()
@@ -637,7 +679,7 @@ class CausalDecoder(nn.Module):
 
 
 def in_chunks(part, x, size, enough=None):
-    """part(chunk, cache) over the frames of x (b,c,f,h,w); `enough`: stop after so many frames of output."""
+    """part(chunk, cache) over the frames of x (b,c,f,h,w), until there are `enough` (None: all)."""
     f, cache, out, done = x.shape[2], {}, [], 0
     later = max(f // size - 1, 0)
     for chunk in x.split([f - later * size] + [size] * later, dim=2):
@@ -649,7 +691,7 @@ def in_chunks(part, x, size, enough=None):
 
 
 def blend(before, tile, extent, dim):
-    """Fade `before`, whose end overlaps the start of `tile`, into it along `dim` over `extent` places."""
+    """`tile`, faded in along `dim` from the end of `before` over the first `extent` places."""
     size = tile.shape[dim]
     extent = min(extent, before.shape[dim], size)
     weight = torch.arange(extent, device=tile.device, dtype=tile.dtype) / max(extent, 1)
@@ -669,7 +711,7 @@ def in_tiles(part, x, tile, out_tile, overlap):
         row = []
         for j in range(0, x.shape[4], step[1]):
             y = part(x[..., i:i + tile[0], j:j + tile[1]])
-            if rows:  # the neighbours are blended already, as published
+            if rows:  # with neighbours that are already blended, as published
                 y = blend(rows[-1][len(row)], y, extent[0], -2)
             if row:
                 y = blend(row[-1], y, extent[1], -1)
@@ -678,10 +720,12 @@ def in_tiles(part, x, tile, out_tile, overlap):
     return torch.cat([torch.cat([y[..., :keep_h, :keep_w] for y in row], -1) for row in rows], -2)
 
 
-class CogVideoXVAE(nn.Module):
-    """(b,3,f,h,w) <-> latents (b,16,1 + (f - 1) / 4,h / 8,w / 8) where f is 8 k + 1.
+class CogVideoXVAE(Autoencoder):
+    """(b,3,f,h,w) <-> latents (b,16,1 + (f - 1) / 4,h / 8,w / 8), where f is 8 k + 1.
 
-    Other numbers of frames encode too, but come back as another: an even number f' of latents as 4 f' frames.
+    Clips of another length are encoded, too, but not restored: an even number n of latent frames
+    is decoded to 4 n frames. moments() and decode() take as many clips at a time as have `chunk`
+    frames in total, at least one.
     """
 
     def __init__(self, cfg=CogVideoXVAEConfig()):
@@ -693,14 +737,11 @@ class CogVideoXVAE(nn.Module):
     def tile_sizes(self):
         """(rows, columns) of a tile of pixels, of its latents, shares that overlap."""
         t = self.tiles
-        pixels = t.height, t.width
-        return pixels, tuple(n // self.cfg.factor for n in pixels), (t.overlap_height, t.overlap_width)
+        pixels, overlap = (t.height, t.width), (t.overlap_height, t.overlap_width)
+        return pixels, tuple(n // self.cfg.factor for n in pixels), overlap
 
     def moments(self, video: Tensor, chunk: int = 16):
-        """video (b,3,f,h,w) in [-1,1] -> mean, log variance in [-30,20] of unscaled latents (b,c,f',h',w').
-
-        As many clips at a time as have `chunk` frames, at least one.
-        """
+        """See Autoencoder."""
         parts = [self.clip_moments(clips) for clips in video.split(max(1, chunk // video.shape[2]))]
         mean, logvar = torch.cat(parts).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
@@ -709,17 +750,23 @@ class CogVideoXVAE(nn.Module):
         """video (b,3,f,h,w) -> mean, then log variance of unscaled latents, (b,2c,f',h',w')."""
         def part(x):
             return in_chunks(self.encoder, x, ENCODE_CHUNK)
-        if self.tiles is None or (video.shape[3] <= self.tiles.height and video.shape[4] <= self.tiles.width):
+        if self.tiles is None:
             return part(video)
         pixels, latents, overlap = self.tile_sizes()
+        if video.shape[3] <= pixels[0] and video.shape[4] <= pixels[1]:
+            return part(video)
         return in_tiles(part, video, pixels, latents, overlap)
 
-    def normalise(self, z: Tensor) -> Tensor:
-        """Unscaled latents -> the scaled ones that a video network sees."""
-        return z * self.cfg.scale
+    def decode(self, latents: Tensor, frames=None, chunk: int = 16) -> Tensor:
+        """See Autoencoder. Chunks after the last wanted frame cost nothing, those before it do."""
+        enough = None if frames is None else max(frames) + 1
+        clips = max(1, chunk // (latents.shape[2] * self.cfg.time_factor))
+        parts = [self.decode_latents(z / self.cfg.scale, enough) for z in latents.split(clips)]
+        video = torch.cat(parts)
+        return video if frames is None else video[:, :, frames]
 
     def decode_latents(self, z: Tensor, enough=None) -> Tensor:
-        """Unscaled latents z (b,c,f',h',w') -> video, about [-1,1], not clamped, at least `enough` frames."""
+        """Unscaled latents z -> video (b,3,f,h,w), at least `enough` frames of it (None: all)."""
         def part(z):
             return in_chunks(self.decoder, z, DECODE_CHUNK, enough)
         if self.tiles is None:
@@ -729,23 +776,7 @@ class CogVideoXVAE(nn.Module):
             return part(z)
         return in_tiles(part, z, latents, pixels, overlap)
 
-    def encode(self, video: Tensor, noise: Tensor | None = None, chunk: int = 16) -> Tensor:
-        """video (b,3,f,h,w) in [-1,1] -> scaled latents (b,c,f',h',w').
 
-        The mean, or a sample when there is `noise` like the latents (CogVideoX trains on samples). As many
-        clips at a time as have `chunk` frames, at least one.
-        """
-        return self.normalise(drawn(*self.moments(video, chunk), noise))
-
-    def decode(self, latents: Tensor, frames=None, chunk: int = 16) -> Tensor:
-        """Scaled latents (b,c,f',h',w') -> video (b,3,f,h,w), differentiable.
-
-        frames: list of frame numbers, from 0, wanted instead of all. A frame needs those before it, but the
-        chunks after the last one cost nothing. As many clips at a time as have `chunk` frames, at least one.
-        """
-        enough = None if frames is None else max(frames) + 1
-        clips = max(1, chunk // (latents.shape[2] * self.cfg.time_factor))
-        video = torch.cat([self.decode_latents(z / self.cfg.scale, enough) for z in latents.split(clips)])
-        return video if frames is None else video[:, :, frames]
-
-
+def cogvideox_vae_state(state, net, source):
+    """Public weights -> CogVideoXVAE's: the keys are the same."""
+    return state

@@ -1,81 +1,68 @@
-"""VideoDPO: align a video model with preference pairs of its own clips (Liu et al., arXiv
-2412.14167).
+"""VideoDPO: align a video model by preferences (Liu et al., arXiv 2412.14167).
 
     L = -w log sigmoid(z),  z = -beta/2 [(e(x_w) - e_ref(x_w)) - (e(x_l) - e_ref(x_l))]
     e(x) = mean |net(x_t, t, text) - target|^2        (Diffusion-DPO, 2311.12908, eq. 14)
     w = (0.72 / score)^alpha,  score = OmniScore(x_w) OmniScore(x_l)
 
-Four stages. generate: N clips per prompt. score: OmniScore of each, seven dimensions of
-VBench in one number (omniscore.py). pair: the best clip of a prompt x_w against its worst
-x_l. train: the network learns to be better on winners and worse on losers than its frozen
-reference, which is the network as it was before.
+Four stages. generate: N clips per prompt. score: the OmniScore of each, seven dimensions
+of VBench in one number. pair: a prompt's best clip x_w and its worst x_l. train: become
+better on winners and worse on losers than the reference, the network before training.
 
-    python videodpo.py --base tiny                     # all stages on 2 CPU cores, minutes
-    python videodpo.py --base tiny --reweight 1 --out out/weighted   # rare pairs count more
-    python videodpo.py --weights W --prompts P --score-weights S     # VideoCrafter2
+    python videodpo.py --base tiny                      # all stages, minutes on 2 CPU cores
+    python videodpo.py --weights W --prompts P --score-weights S      # VideoCrafter2
     torchrun --nproc_per_node=4 videodpo.py --weights W --pairs vidpro --accum 2
     python videodpo.py --base t2v-turbo --weights W --pairs vidpro --rank 16 --lr 1e-4
-    python videodpo.py ... --resume                    # continue in the same stage, exactly
+    python videodpo.py ... --resume                     # continue in the same stage
     python sample.py --ckpt out/videodpo --prompts vbench.txt --n 5 --vbench
 
-Writes to --out: train and held-out (clips, metadata.json, scores.jsonl, pair.json: the
-layout of the released data, which --pairs reads), ckpt.safetensors, log.jsonl, curve.png,
-eval.jsonl, and before.png and after.png with their clips and scores.
+Writes to --out: train and held-out (clips, scores and pairs, laid out as released),
+ckpt.safetensors, log.jsonl, curve.png, eval.jsonl, before.png and after.png with clips.
 
-Memory: --rank 0 keeps the policy in fp32, its gradients, AdamW's two moments and a
-reference in --dtype: 18 bytes per parameter in bf16. LoRA needs no second network.
+Memory: --rank 0 holds policy, gradients and AdamW's two moments in fp32 and the reference
+in --dtype: 18 bytes per parameter in bf16. LoRA needs no second network.
 
 Differences from the original code (the others: docs/differences/videodpo.md)
  - One logistic term per video. (Released: one per latent column.)
- - No dropout. (There it makes policy and reference differ before any training.)
- - --share-noise, one step and noise for both clips, is Diffusion-DPO's; --max-step and
-   --drop-pairs on the tiny world are ours.
- - OmniScore's networks differ from VBench's in two places, see omniscore.py.
+ - No dropout. (Released: it makes policy and reference differ before any training.)
 """
 import argparse
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 import omniscore
 from bases import choose_sampling, load_base
-from common import Parser, Run, UserError, generator, run_command, trained
+from common import Parser, Run, generator, run_command, trained, warn
 from diffusion import noised, randn
 from models import add_lora, frozen_copy, parallelize, without_lora
 from pipeline import (
-    cache_latents, generate_folder, read_prompt_sets, sample_held_out, training_conditions)
+    cache_latents, generate_folder, plan_stages, sample_held_out, training_conditions)
 
-# The released configs/vc2_dpo: all weights of VideoCrafter2. Its pairs: four clips per prompt.
+# The released configs/vc2_dpo (all weights of VideoCrafter2) and four clips per prompt
 PAPER = dict(
     base="videocrafter2", out="out/videodpo", samples=4, beta_dpo=5000.0, drop_text=0.2,
     steps=2000, accum=8, lr=6e-6, wd=0.01, rank=0, save_every=499)
-# No guidance: it takes half the time, and clips score higher and differ more (RESULTS.md).
-TINY = dict(
+TINY = dict(  # without guidance clips take half the time, score higher and differ more
     sample_steps=5, cfg=1.0, drop_pairs=0.5, max_step=0.3, share_noise=True,
     steps=120, batch=8, accum=1, lr=3e-4, lr_schedule="cosine", rank=16,
     eval_n=128, workers=0, save_every=40, log_every=10, grad_ckpt=False)
-# what a stage starts from, in the folders of the run
-NEEDS = {"generate": None, "score": "metadata.json", "pair": "scores.jsonl", "train": "pair.json"}
 
 
 def get_args(argv=None):
     p = Parser(__doc__)
     p.options("base")
-    p.add_argument("--stage", choices=NEEDS,
+    p.add_argument("--stage", choices=("generate", "score", "pair", "train"),
                    help="run this stage alone (default: all four; with --pairs: train)")
     p.add_argument("--prompts", help="file of prompts to generate from (tiny: 376 captions)")
     p.add_argument("--samples", type=p.COUNT, help="clips generated per prompt")
-    p.add_argument("--score-weights", metavar="FOLDER",
-                   help="folder of OmniScore's networks (tiny: none are needed)")
+    p.add_argument("--score-weights", help="folder of OmniScore's networks (tiny: none needed)")
     p.add_argument("--flow-weights", metavar="FILE",
                    help="file of torchvision's RAFT weights (default: RAFT large of its hub)")
     p.add_argument("--drop-pairs", type=p.SHARE, default=0.0,
-                   help="share of the pairs to leave out, those whose clips score most alike")
+                   help="share of pairs to leave out, those whose clips score most alike")
     p.add_argument("--pairs", nargs="+", metavar="FOLDER", help="train on these ready pairs")
-    p.add_argument("--eval-pairs", nargs="+", metavar="FOLDER",
-                   help="folders of held-out pairs, to go with --pairs")
+    p.add_argument("--eval-pairs", nargs="+", metavar="FOLDER", help="held-out pairs for --pairs")
     p.options("pixels sampling")
     p.add_argument("--train-fps", type=p.COUNT,
                    help="frame rate given to the network in training (default: its own, 16)")
@@ -86,57 +73,46 @@ def get_args(argv=None):
     p.add_argument("--share-noise", action=argparse.BooleanOptionalAction, default=False,
                    help="noise both clips of a pair alike (released: independently)")
     p.add_argument("--max-step", type=p.SHARE, default=1.0,
-                   help="noisiest step to train on, as a share of the schedule")
+                   help="noisiest step to train on, as a share of all steps")
     p.options("data", without=("--data", "--read-fps", "--cache-latents"))
     p.options("optimisation lora machine evaluation run")
     return p.parse(argv, PAPER, {"tiny": TINY})
 
 
-# ---- the method: pairs
+# ---- the method
 
 def select_pair(totals):
-    """OmniScores of one prompt's clips -> index of the best, of the worst, the pair's score.
-
-    The score is the product of the two, as released. (The paper speaks of how frequent
-    the two scores are among all clips; here, too, lower scores are rarer.)
-    """
-    best = max(range(len(totals)), key=totals.__getitem__)
-    worst = min(range(len(totals)), key=totals.__getitem__)
+    """OmniScores of one prompt's clips -> index of the best, of the worst, the pair's score."""
+    best, worst = totals.index(max(totals)), totals.index(min(totals))
     return best, worst, totals[best] * totals[worst]
 
 
-def choose_pairs(clips, totals, drop=0.0):
-    """Clips [(path, caption)] and their OmniScores -> rows of pair.json, one per prompt.
+def choose_pairs(prompts, drop=0.0):
+    """Each prompt's clips [(row in metadata.json, caption, OmniScore)] -> rows of pair.json.
 
     Left out: pairs of equal scores, and the share `drop` of pairs with the smallest
-    difference, in which OmniScore can hardly tell which clip is better.
+    difference, in which OmniScore hardly knows which clip is better.
     """
-    prompts, pairs = {}, []
-    for i, (path, _) in enumerate(clips):  # files are called PROMPT-K.mp4
-        prompts.setdefault(path.stem.rsplit("-", 1)[0], []).append(i)
-    for own in prompts.values():
-        best, worst, score = select_pair([totals[i] for i in own])
-        winner, loser = own[best], own[worst]
-        pairs.append(dict(
-            video1=winner, video2=loser, label=0, frame_caption=[clips[winner][1]],
-            score=max(score, 1e-3), diff_score=totals[winner] - totals[loser]))
+    pairs = []
+    for clips in prompts:
+        best, worst, score = select_pair([total for _, _, total in clips])
+        (winner, caption, high), (loser, _, low) = clips[best], clips[worst]
+        pairs.append(dict(video1=winner, video2=loser, label=0, frame_caption=[caption],
+                          score=max(score, 1e-3), diff_score=high - low))
     alike = sorted(pairs, key=lambda pair: pair["diff_score"])[:int(drop * len(pairs))]
     return [pair for pair in pairs if pair["diff_score"] > 0 and pair not in alike]
 
 
 def pair_weight(score, alpha, numerator=0.72):
-    """w = (0.72 / score)^alpha: 0.72 is about the largest product, so rarer, lower pairs
-    weigh more."""
+    """w = (0.72 / score)^alpha: 0.72 is about the largest score; low scores are rare."""
     return (numerator / score) ** alpha
 
-
-# ---- the method: loss
 
 def draw_noise(generators, shape, max_step, share_noise, drop_text):
     """What is random about pairs of latents `shape` (p,2,c,f,h,w), a generator each.
 
-    -> steps u (p,2) in 0..max_step, as shares of the schedule; noise (p,2,c,f,h,w);
-    dropped (p,): whose caption is dropped, for both clips and both networks.
+    -> steps u (p,2) in 0..max_step, as shares of the schedule; noise (p,2,c,f,h,w); whose
+    caption is dropped (p,), for both clips and both networks.
     """
     u_winner, u_loser, coin = torch.stack([torch.rand(3, generator=g) for g in generators]).T
     noise = randn(shape, generators)
@@ -158,62 +134,60 @@ def dpo_loss(pred, ref, target, weight, beta, reduce="video"):
     return -weight * F.logsigmoid(z).reshape(len(z), -1).mean(1), z
 
 
-def pair_loss(net, reference, base, sampling, beta, fps, pairs, captions, u, noise, weight):
-    """dpo_loss() of pairs of latents (p,2,c,f,h,w), winner first; captions: None if dropped.
+def pair_loss(net, reference, base, sampling, args, pairs, captions, u, noise, weight):
+    """dpo_loss() of latents (p,2,c,f,h,w), winner first; captions: p texts, None: dropped.
 
-    e(x) is the error of what the network predicts, x_t being the same for all:
-    v: |v - v'|^2 = |eps - eps'|^2 / ab_t; rectified flow: |v - v'|^2 = |x0 - x0'|^2 / t^2.
+    Of a network that predicts v, e(x) = |v - v'|^2 = |eps - eps'|^2 / ab_t; of rectified
+    flow, |v - v'|^2 = |x0 - x0'|^2 / t^2.
     """
-    x0, u, noise = (x.transpose(0, 1).flatten(0, 1) for x in (pairs, u, noise))  # (2 p) ...
-    # T2V-Turbo knows only the steps of its distillation
-    origin = sampling.origin if base.row.unet.guidance_dim else None
+    # 2p c f h w: p winners, then their losers
+    x0, u, noise = (x.transpose(0, 1).flatten(0, 1) for x in (pairs, u, noise))
+    origin = sampling.origin if base.row.unet.guidance_dim else None  # T2V-Turbo's steps
     x_t, t, target = noised(base.schedule, x0, noise, u, sampling.size, origin)
     texts = [sampling.negative if c is None else c + sampling.suffix for c in captions]
     text, null = base.encode_text(texts), base.encode_null(sampling.negative, len(texts))
     text = torch.stack([n if c is None else x for c, x, n in zip(captions, text, null)])
-    cond = training_conditions(base, sampling, texts + texts, t, fps)
+    cond = training_conditions(base, sampling, texts + texts, t, args.train_fps)
     inputs = x_t, t, torch.cat([text, text])
     with torch.no_grad():  # first: blocks recomputed in the backward pass must find LoRA on
         ref = reference(*inputs, **cond)[:, :x0.shape[1]].float()
-    pred = net(*inputs, **cond)[:, :x0.shape[1]].float()  # Open-Sora also answers a variance
-    return dpo_loss(pred, ref, target.float(), weight, beta)
+    pred = net(*inputs, **cond)[:, :x0.shape[1]].float()  # Open-Sora adds a variance
+    return dpo_loss(pred, ref, target.float(), weight, args.beta_dpo)
 
 
 def main(argv=None):
     args = get_args(argv)
     sampling = choose_sampling(args.base, args, method="videodpo")
-    stages, prompts = plan(args)
-    folders = [args.pairs, args.eval_pairs] if args.pairs else [[folder] for folder in prompts]
-
-    def read_pairs():
-        return [part and omniscore.read_pairs(part, sampling.size, args.seed) for part in folders]
-    pairs = read_pairs() if stages == ["train"] else ()
+    stages, prompts = plan_stages(args)
+    folders = [args.pairs, args.eval_pairs] if args.pairs else [[name] for name in prompts]
+    ready = stages == ["train"]  # then faults of the files show before any work
+    pairs = omniscore.read_pairs(folders, sampling.size, args.seed) if ready else ()
     run = Run(args, "videodpo", trains="train" in stages)
     score_clip = omniscore.clip_scorer(
         args.base, args.score_weights, args.flow_weights, run.device, "score" in stages)
     base = None
     if "generate" in stages or "train" in stages:
-        # what trains is fp32: the whole network with --rank 0
-        dtype, trains = (run.dtype, ()) if args.rank else (torch.float32, ("net",))
+        dtype = run.dtype if args.rank else torch.float32  # what trains is fp32
         base = load_base(args.base, args.weights, run.device, dtype)
-        base.freeze(run.dtype, but=trains)
-        texts = [row[-1] for data in pairs if data for row in data.rows]
+        base.freeze(run.dtype, but=[] if args.rank else ["net"])
+        texts = [row[-1] for part in pairs if part for row in part.rows]
         texts = [text + sampling.suffix for text in sum(prompts.values(), texts)]
-        base.tokenize([*texts, sampling.negative])  # refuses words that the tiny world does not know
-        base.remember([*texts, sampling.negative], run.env)
+        base.tokenize([*texts, sampling.negative])  # tiny refuses words it does not know
+        base.remember([*texts, sampling.negative], run.env)  # then the text tower goes
 
     # each clip, score and pair depends on its own number alone, and what is there is kept
-    for folder, texts in prompts.items():
+    for folder, own in prompts.items():
         if "generate" in stages:
-            generate_folder(base, run.env, folder, texts, args.samples, sampling, args.batch,
-                            args.seed, args.resume)
+            generate_folder(base, run.env, folder, own, args.samples, sampling,
+                            args.batch, args.seed, args.resume)
         if "score" in stages:
             omniscore.score_folder(run.env, folder, score_clip)
         if "pair" in stages:
-            clips, totals = omniscore.read_scores(folder)
-            omniscore.write_pairs(run.env, folder, choose_pairs(clips, totals, args.drop_pairs))
+            chosen = choose_pairs(omniscore.read_scores(folder), args.drop_pairs)
+            omniscore.write_pairs(run.env, folder, chosen)
     if "train" in stages:
-        train(run, base, sampling, score_clip, *(pairs or read_pairs()))
+        pairs = pairs or omniscore.read_pairs(folders, sampling.size, args.seed)
+        train(run, base, sampling, score_clip, *pairs)
     else:
         run.finish()
 
@@ -238,20 +212,19 @@ def train(run, base, sampling, score_clip, pairs, held_out):
     weights = torch.tensor([pair_weight(score, args.reweight) for score in pairs.scores])
     pairs = encode_pairs(run, base, sampling, pairs, "train")
     held_out = held_out and encode_pairs(run, base, sampling, held_out, "held-out")
-    loss_of = partial(pair_loss, net, reference, base, sampling, args.beta_dpo, args.train_fps)
-
-    def evaluate(name):
-        evaluate_policy(run, loss_of, base, sampling, held_out, prompts, score_clip, name)
+    loss_of = partial(pair_loss, net, reference, base, sampling, args)
+    evaluate = partial(
+        evaluate_policy, run, loss_of, base, sampling, held_out, prompts, score_clip)
     if not run.resumed:
         check_reference(run, loss_of, held_out or pairs)
         evaluate("before")
-    for step in run.steps():
+    for _ in run.steps():
         for numbers in run.micro_steps():
             picked = run.pick(len(pairs), numbers)
             items = [pairs[i, i] for i in picked]
             x0 = torch.stack([item["latents"] for item in items]).float()  # p 2 c f h w
-            u, noise, dropped = draw_noise(run.generators(numbers), x0.shape, args.max_step,
-                                           args.share_noise, args.drop_text)
+            u, noise, dropped = draw_noise(
+                run.generators(numbers), x0.shape, args.max_step, args.share_noise, args.drop_text)
             captions = [None if d else item["text"] for d, item in zip(dropped, items)]
             x0, u, noise, weight = (x.to(run.device) for x in (x0, u, noise, weights[picked]))
             with run.forward():
@@ -265,46 +238,23 @@ def train(run, base, sampling, score_clip, pairs, held_out):
     run.finish("loss", "accuracy", "margin")
 
 
-def plan(args):
-    """-> stages to run, {folder: prompts of its clips}; refuses what cannot work."""
-    if args.pairs and args.stage not in (None, "train"):
-        raise UserError(f"--stage {args.stage}: --pairs brings pairs that are made; leave one of "
-                        "the two")
-    if args.eval_pairs and not args.pairs:
-        raise UserError("--eval-pairs: goes with --pairs; else held-out pairs are made from "
-                        "--eval-prompts")
-    if args.pairs:
-        return ["train"], {}
-    stages = [args.stage] if args.stage else list(NEEDS)
-    prompts, held_out = read_prompt_sets(args)
-    if "generate" in stages and not prompts:
-        raise UserError("--prompts: give a file of prompts to generate from, or ready pairs with "
-                        "--pairs")
-    sets = {Path(args.out, "train"): prompts, Path(args.out, "held-out"): held_out[:args.eval_n]}
-    for folder in sets:
-        file = folder / (NEEDS[stages[0]] or "")
-        if stages[0] != "generate" and not file.exists():
-            raise UserError(f"--stage {stages[0]}: no {file}; run the stage before it first")
-    return stages, sets
-
+# ---- encoding and evaluation
 
 def encode_pairs(run, base, sampling, pairs, name):
     """A PairDataset -> items {"latents" (2,c,f,h,w), "text"}, encoded once, into --out."""
-    shape = base.latent_shape(sampling)
-
     def encode(batch):
-        video = batch["video"].flatten(0, 1).to(run.device, run.dtype)
+        video = batch["video"].flatten(0, 1).to(run.device, run.dtype)  # 2b 3 f h w
         generators = [run.generator("posterior", int(i)) for i in batch["number"]]
-        noise = randn((len(generators), 2, *shape), generators).flatten(0, 1).to(video)
+        noise = randn((len(generators), 2, *base.latent_shape(sampling)), generators)
         with torch.no_grad():  # a sample of the encoder's Gaussian
-            return {"latents": base.vae.encode(video, noise).unflatten(0, (-1, 2))}
-    return cache_latents(run, pairs, encode, dict(shape=shape, rows=pairs.rows), name)
+            latents = base.vae.encode(video, noise.flatten(0, 1).to(video))
+        return {"latents": latents.unflatten(0, (-1, 2))}
+    return cache_latents(run, pairs, encode, dict(size=sampling.size, rows=pairs.rows), name)
 
 
 @torch.no_grad()
 def margins(run, loss_of, pairs, draws=4):
-    """z of the first --eval-n pairs, (n,): the mean over steps, evenly spread, both clips
-    noised alike."""
+    """z of the first --eval-n pairs, (n,): the mean over steps, both clips noised alike."""
     z = []
     for i in range(min(len(pairs), run.args.eval_n)):
         x0 = pairs[i, i]["latents"].float().to(run.device)[None]  # 1 2 c f h w
@@ -317,34 +267,35 @@ def margins(run, loss_of, pairs, draws=4):
 
 
 def check_reference(run, loss_of, pairs):
-    """Before training the policy is its reference and z is 0; beta amplifies any error."""
+    """z must be 0 before training: beta would multiply any difference in numerics."""
     largest = margins(run, loss_of, pairs, draws=1).abs().max().item()
     if run.main:
-        print(f"before training: |z| is at most {largest:.2g} (the reference is the policy: 0)")
-    if run.main and not largest < 0.01:
-        print("warning: policy and reference differ before training; try --dtype fp32", flush=True)
+        print(f"before training: largest |z| is {largest:.2g} (must be 0)", flush=True)
+    if not largest < 0.01:
+        warn("policy and reference differ before training; try --dtype fp32")
 
 
 def evaluate_policy(run, loss_of, base, sampling, held_out, prompts, score_clip, name):
-    """Held-out pairs and prompts -> a line of eval.jsonl, NAME.png, NAME/*.mp4, scores.jsonl.
+    """Held-out pairs and prompts -> a line of eval.jsonl, NAME.png, NAME/*.mp4.
 
-    accuracy: share of the held-out pairs with z > 0. Every process must call it.
+    accuracy: share of the pairs with z > 0; wins: share of the prompts whose clip scores
+    higher than before training. Every process must call it.
     """
     row = {}
     if held_out and run.done:
         z = margins(run, loss_of, held_out)
         row = dict(accuracy=(z > 0).float().mean().item(), margin=z.mean().item())
     row |= sample_held_out(run, base, sampling, prompts, name)
-    if run.main and score_clip:
-        scores = omniscore.score_videos(run.out / name, prompts, score_clip)
-        before = omniscore.read_lines(run.out / "before" / "scores.jsonl")
-        row |= omniscore.means(scores)
-        better = [now["total"] > then["total"] for now, then in zip(scores, before)]
-        row["wins"] = sum(better) / len(better)  # share of clips better than before training
-    if run.main:
-        run.record(name, row)
+    if not run.main:
+        return
+    if score_clip:
+        now = omniscore.score_videos(run.out / name, prompts, score_clip)
+        before = omniscore.saved(run.out / "before")
+        better = [a["total"] > b["total"] for a, b in zip(now, before)]
+        row |= omniscore.means(now) | {"wins": sum(better) / len(better)}
+    run.record(name, row)
 
 
 if __name__ == "__main__":
-    run_command(main, "--grad-ckpt", "--batch 1", "--rank 16", "--offload", "--parallel fsdp",
-                "fewer --frames")
+    run_command(main, "--grad-ckpt", "--batch 1", "--rank 16", "--offload",
+                "--parallel fsdp", "fewer --frames")

@@ -11,30 +11,27 @@ al., arXiv 2312.09109), by latent consistency distillation (Luo et al., arXiv 23
 f jumps from any noise to the clean clip: f(x, 0) = x, and two neighbours on one path must
 land at the same place. x_t = sqrt(ab_t) x0 + sqrt(1 - ab_t) eps is a noised clip. Its
 neighbour x_s is one DDIM step of the base (the teacher) with guidance u + w (c - u), from
-t to s = t - 1000 / origin. theta are the weights of the student, theta- those of the
-target, a moving average of the student. So guidance goes into the student, and a clip
-costs 4 network calls instead of 2 x 50. T2V-Turbo (Li et al., arXiv 2405.18750) adds
+t to s = t - 1000 / origin. theta are the student's weights, theta- the target's, a moving
+average of them. So the student learns guidance, too, and a clip costs 4 network calls
+instead of 2 x 50. T2V-Turbo (Li et al., arXiv 2405.18750) adds
 
     --cfg-range   w is drawn per clip and told to the student: --cfg still turns it
     --reward      L - E r(decode(f(x_t, t; theta)), text), a reward of the jump (eq. 13)
 
-    python videolcm.py --base tiny                            # 2 CPU cores, minutes
+    python videolcm.py --base tiny                        # 2 CPU cores, minutes
     python videolcm.py --base tiny --rank 16 --lr 1e-3 --reward tiny:0.1
-    python videolcm.py --weights W --data clips.csv           # TF-T2V on one GPU
     torchrun --nproc_per_node=4 videolcm.py --weights W --data clips.csv --parallel fsdp
-    torchrun --nproc_per_node=4 videolcm.py --base videocrafter2 --weights W \\
-        --data clips.csv --reward hps                         # T2V-Turbo
-    python videolcm.py ... --resume                           # continue, bit for bit
+    python videolcm.py --base videocrafter2 --weights W --data clips.csv --reward hps
+    python videolcm.py ... --resume                       # continue, bit for bit
     python sample.py --ckpt out/videolcm --prompt "a red circle moving left"
 
-Writes to --out: ckpt.safetensors (the target, as consistency models are sampled),
-log.jsonl, curve.png, and before.png, step-N.png and after.png: held-out prompts in 1, 2,
-4 and 8 steps, always from the same noise, with clips of --sample-steps steps.
+Writes to --out: ckpt.safetensors (the target), log.jsonl, curve.png, and before.png,
+step-N.png and after.png: held-out prompts in 1, 2, 4 and 8 steps, always from the same
+noise, with the clips of --sample-steps steps.
 
-Memory: to train all weights of ModelScope (1.41 G), student, gradients, two moments and
-target take 28 GB in fp32 and the teacher 3 GB in bf16, beside the activations of one
-block (not measured). With LoRA the base is there twice in bf16, and the teacher is the
-student with its branches off.
+Memory: to train all of ModelScope (1.41 G weights), student, gradients, two moments and
+target take 28 GB in fp32, the teacher 3 GB in bf16; then the activations of one block (not
+measured). With LoRA the base is there twice, in bf16.
 
 Differences from the original code (the others: docs/differences/videolcm.md)
  - The target is saved and sampled from. (VideoLCM's files are the student, some 20
@@ -49,13 +46,14 @@ from functools import partial
 
 import torch
 
+import data
+import models
 import pipeline
 import rewards
 import tinyworld
-from bases import add_guidance, choose_sampling, load_base
-from common import Parser, Run, UserError, run_command, trained
+from bases import add_guidance, base_row, choose_sampling, load_base
+from common import Parser, Run, UserError, run_command, seed_of, trained
 from diffusion import consistency, guided, randn
-from models import add_lora, frozen_copy, guidance_embedding, parallelize, without_lora
 
 GUIDANCE_DIM = 256  # numbers that tell the student the scale, as in T2V-Turbo
 SHOWN = 1, 2, 4, 8  # sampler steps of the previews
@@ -71,8 +69,7 @@ TINY = dict(
     origin=20, cfg=1.5, steps=300, batch=8, accum=1, lr=5e-4, lr_schedule="cosine",
     warmup=20, cache_latents=True, workers=0, grad_ckpt=False, preview_every=100,
     save_every=100, log_every=25)
-PRESETS = {
-    "tft2v": dict(cfg=10.0), "videocrafter2": TURBO, "tiny": TINY, "tiny-weak": TINY}
+PRESETS = {"tft2v": dict(cfg=10.0), "videocrafter2": TURBO, "tiny": TINY, "tiny-weak": TINY}
 
 
 def get_args(argv=None):
@@ -85,8 +82,7 @@ def get_args(argv=None):
                    help="steps of the teacher's DDIM, from noise to clip; divides 1000")
     p.options("reward")
     p.add_argument("--reward-frames", type=p.COUNT,
-                   help="random frames per clip that the reward sees, unless it judges "
-                        "whole clips")
+                   help="random frames per clip that the reward sees, if it judges frames")
     p.options("optimisation")
     p.add_argument("--ema", type=p.DECAY,
                    help="decay of the weights' moving average, which is what gets saved; 0: "
@@ -95,13 +91,15 @@ def get_args(argv=None):
     p.options("lora machine evaluation run")
     args = p.parse(argv, PAPER, PRESETS)
     if 1000 % args.origin:
-        raise UserError(f"--origin {args.origin}: must divide the 1000 steps of the "
-                        "noise, such as 50 or 20")
+        raise UserError(
+            f"--origin {args.origin}: must divide the 1000 steps of the noise, such as 50 or 20")
     if args.sample_steps > args.origin:
-        raise UserError(f"--sample-steps {args.sample_steps}: this consistency model "
-                        f"takes 1 to {args.origin}")
+        raise UserError(f"--sample-steps {args.sample_steps}: this consistency model takes 1 to "
+                        f"{args.origin}")
     if args.cfg_range and args.cfg_range[0] > args.cfg_range[1]:
         raise UserError("--cfg-range: the first is the lower one")
+    if not args.data and not base_row(args.base).tiny:
+        raise UserError("--data: give a folder, csv, jsonl or list of clips with captions")
     return args
 
 
@@ -145,28 +143,32 @@ def consistency_step(student, teacher, target, schedule, x0, eps, n, origin=50, 
     return pseudo_huber(jump, wanted, c), jump
 
 
-def with_guidance(teacher, text, null, w, cond):
-    """-> fn(x, t) = u + w (c - u): the teacher's answer with guidance; w (b,)."""
-    def scale(step):
-        return w.view(-1, 1, 1, 1, 1)
-    return guided(teacher, text, null, scale, **cond)
+def distil(student, teacher, target, base, sampling, captions, x0, generators, scales):
+    """consistency_step() with three networks on clips x0 with captions.
 
+    generators: one per clip, for its step, its noise and its guidance scale in `scales`.
+    """
+    n = torch.stack([torch.randint(sampling.origin, (), generator=g) for g in generators])
+    eps = randn(x0.shape, generators, x0.device)
+    uniform = torch.stack([torch.rand((), generator=g) for g in generators])
+    w = (scales[0] + (scales[1] - scales[0]) * uniform).to(x0.device)
 
-def distil(student, teacher, target, base, sampling, captions, x0, eps, n, w):
-    """consistency_step() with three networks on captioned clips; w (b,): guidance scales."""
     text, null = base.encode_text(captions), base.encode_null(sampling.negative, len(x0))
     cond = pipeline.frame_rate(sampling.fps, len(x0), x0.device)
     told, dim = dict(cond), base.row.unet.guidance_dim
     if dim:  # --cfg-range: student and target are told the scale
-        told["guidance"] = guidance_embedding(w, dim)
+        told["guidance"] = models.guidance_embedding(w, dim)
+
+    def scale(step):  # of guidance: one per clip, the same at each step
+        return w.view(-1, 1, 1, 1, 1)
     return consistency_step(
-        partial(student, text=text, **told), with_guidance(teacher, text, null, w, cond),
-        partial(target, text=text, **told), base.schedule, x0, eps, n, sampling.origin)
+        partial(student, text=text, **told), guided(teacher, text, null, scale, **cond),
+        partial(target, text=text, **told), base.schedule, x0, eps, n.to(x0.device),
+        sampling.origin)
 
 
 def reward_of(reward, base, jump, prompts, generators, frames):
-    """T2V-Turbo's reward (b,) of clean latents (b,c,f,h,w): of so many random frames per
-    clip, or of whole clips."""
+    """Reward (b,) of clean latents (b,c,f,h,w): of random frames, or of whole clips."""
     if not reward.clip:
         order = [torch.randperm(jump.shape[2], generator=g) for g in generators]
         jump = torch.stack([x[:, i[:frames].sort().values] for x, i in zip(jump, order)])
@@ -175,35 +177,36 @@ def reward_of(reward, base, jump, prompts, generators, frames):
 
 def main(argv=None):
     args = get_args(argv)
-    sampling = choose_sampling(
-        args.base, args, method="videolcm", sampler="lcm", spacing="even")
-    low, high = guidance_range(args, sampling)
-    clips, _ = pipeline.read_data(args, sampling, tinyworld.TinyWorld(
-        1024, sampling.frames, args.seed, captions=tinyworld.tiny_prompts()))
-    prompts = pipeline.preview_prompts(args, clips)
+    sampling = choose_sampling(args.base, args, method="videolcm", sampler="lcm", spacing="even")
+    low, high = scales = args.cfg_range or (sampling.cfg, sampling.cfg)
+    if not low <= sampling.cfg <= high:
+        raise UserError(f"--cfg {sampling.cfg:g}: outside of --cfg-range {low:g} {high:g}")
+    clips, rows, prompts = read_clips(args, sampling)
+    captions = [caption for _, _, caption in rows]
     run = Run(args, "videolcm")
-    reward = read_reward(args, run, clips, prompts)
+    reward = None
+    if args.reward:
+        reward = rewards.get_reward(args.reward, run.device, args.reward_weights)
+        reward.check([*captions, *prompts])
 
-    # the base, three times; what trains is kept in fp32
-    dtype = run.dtype if args.rank else torch.float32
+    dtype = run.dtype if args.rank else torch.float32  # what trains is kept in fp32
     base = load_base(args.base, args.weights, run.device, dtype)
-    texts = [*(prompt + sampling.suffix for prompt in prompts), sampling.negative]
-    pipeline.check_words(base, texts, [clips])
-    # the layer that reads the scale is trained, too
-    lora_targets = [*args.lora_targets, *["time_cond_proj"] * bool(args.cfg_range)]
-    net, teacher, target = student_teacher_target(args, run, base, lora_targets)
+    texts = [*captions, *(prompt + sampling.suffix for prompt in prompts), sampling.negative]
+    base.tokenize(texts)  # refuses words that the tiny world does not know
+    net, teacher, target, meta = student_teacher_target(args, run, base)
     params = trained({"": net})
     target_params = {k: p for k, p in target.named_parameters() if k in params}
     opt = torch.optim.AdamW(params.values(), args.lr, args.betas, weight_decay=args.wd)
-    meta = dict(rank=args.rank, alpha=args.alpha, lora_targets=lora_targets,
-                guidance_dim=base.row.unet.guidance_dim, sample=sampling.metadata())
+    meta["sample"] = sampling.metadata()
     run.attach(opt, params, [net], base.parts(), meta, target_params, args.ema)
 
     def encode(batch):
         return pipeline.encode_clips(base, run.env, batch["video"])
-    if args.cache_latents:  # texts are encoded once, too
-        clips, = pipeline.cache_data(run, base, sampling, [clips], encode, texts)
-    batches = pipeline.read_clips(run, clips)
+    if args.cache_latents:
+        about = dict(size=sampling.size, fps=args.read_fps, rows=seed_of(rows))
+        clips = pipeline.cache_latents(run, clips, encode, about)
+        base.remember([*clips.texts(), *texts], run.env)  # then the text tower goes
+    batches = data.read_batches(clips, run.numbers, args.seed, args.workers)
 
     if not run.resumed:
         evaluate(run, base, target, sampling, prompts, "before")
@@ -212,19 +215,14 @@ def main(argv=None):
             batch, generators = next(batches), run.generators(numbers)
             encoded = batch if args.cache_latents else encode(batch)
             x0 = pipeline.draw_latents(base, run.env, encoded, generators)
-            n = torch.tensor([int(torch.randint(args.origin, (), generator=g))
-                              for g in generators], device=run.device)
-            eps = randn(x0.shape, generators, run.device)
-            uniform = torch.stack([torch.rand((), generator=g) for g in generators])
-            w = (low + (high - low) * uniform).to(run.device)
-            terms = {}
+            gain = {}
             with run.forward():
-                terms["loss"], jump = distil(
-                    net, teacher, target, base, sampling, batch["text"], x0, eps, n, w)
+                loss, jump = distil(net, teacher, target, base, sampling, batch["text"], x0,
+                                    generators, scales)
                 if reward:
-                    terms["reward"] = reward_of(
+                    gain["reward"] = reward_of(
                         reward, base, jump, batch["text"], generators, args.reward_frames)
-            run.backward(terms["loss"] - terms.get("reward", 0.0), **terms)
+            run.backward(loss - sum(gain.values()), loss=loss, **gain)
         run.update()
         if run.preview_due:
             evaluate(run, base, target, sampling, prompts, f"step-{run.done}")
@@ -233,47 +231,45 @@ def main(argv=None):
     run.finish("loss", "reward" if reward else "grad")
 
 
-# ---- guidance, the reward, the three networks
+# ---- data and networks
 
-def guidance_range(args, sampling):
-    """-> lowest and highest scale of the teacher's guidance; refuses a --cfg outside."""
-    low, high = args.cfg_range or (sampling.cfg, sampling.cfg)
-    if not low <= sampling.cfg <= high:
-        raise UserError(
-            f"--cfg {sampling.cfg:g}: outside of --cfg-range {low:g} {high:g}")
-    return low, high
-
-
-def read_reward(args, run, clips, prompts):
-    """-> the reward or None; refuses captions that it cannot read."""
-    if not args.reward:
-        return None
-    reward = rewards.get_reward(args.reward, run.device, args.reward_weights)
-    captions = [caption for _, _, caption in clips.rows] if args.data else []
-    reward.check([*prompts, *captions])
-    return reward
+def read_clips(args, sampling):
+    """-> the data set of clips, its rows (tiny: none), the prompts of the previews."""
+    if args.data:
+        clips = data.VideoDataset(args.data, *sampling.size, args.read_fps, args.seed)
+        rows, prompts = clips.rows, [clips.rows[0][2]]
+    else:
+        clips = tinyworld.TinyWorld(
+            1024, sampling.frames, args.seed, captions=tinyworld.tiny_prompts())
+        rows, prompts = [], tinyworld.tiny_prompts(held_out=True)
+    if args.eval_prompts:
+        prompts = data.read_prompts(args.eval_prompts)
+    return clips, rows, prompts[:args.eval_n]
 
 
-def student_teacher_target(args, run, base, lora_targets):
-    """-> the student that trains, wrapped by DDP or FSDP; the frozen teacher; the target.
-
-    The teacher is a copy of the base; with LoRA, the student with its branches off.
-    """
-    copies = args.parallel, run.device, args.offload
+def student_teacher_target(args, run, base):
+    """-> the student that trains, wrapped by DDP or FSDP; the frozen teacher: a copy of the
+    base, or with LoRA the student with its branches off; the target; metadata."""
+    copies, targets = (args.parallel, run.device, args.offload), list(args.lora_targets)
     if args.cfg_range:
         add_guidance(base, GUIDANCE_DIM)  # a layer for the scale, zero at first
+        targets.append("time_cond_proj")
     if args.rank:
-        add_lora(base.net, args.rank, args.alpha, lora_targets)
+        models.add_lora(base.net, args.rank, args.alpha, targets)
     else:
-        teacher = frozen_copy(base.net, run.dtype, *copies)
+        teacher = models.frozen_copy(base.net, run.dtype, *copies)
         base.net.requires_grad_(True)
         if base.row.unet.style_image:  # TF-T2V's layer for an image has no use here
             base.net.pre_image_condition.requires_grad_(False)
     base.freeze(run.dtype, but=["net"])
-    target = frozen_copy(base.net, None, *copies)
+    target = models.frozen_copy(base.net, None, *copies)
     base.net.grad_ckpt = args.grad_ckpt
-    student = parallelize(base.net, *copies)
-    return student, without_lora(student) if args.rank else teacher, target
+    student = models.parallelize(base.net, *copies)
+    if args.rank:
+        teacher = models.without_lora(student)
+    meta = dict(rank=args.rank, alpha=args.alpha, lora_targets=targets,
+                guidance_dim=base.row.unet.guidance_dim)
+    return student, teacher, target, meta
 
 
 # ---- evaluation

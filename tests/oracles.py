@@ -28,6 +28,7 @@ from PIL import Image
 from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import bases
 import common
 import das
 import data
@@ -1391,7 +1392,7 @@ def reward_losses(case):
             prompts = ["0" if row0 else str(i) for i in range(len(clips))]
             loss = -rewards.score(reward, clips, prompts).mean()
             loss.backward()
-            plain = rewards.of_clips(reward, (clips / 2 + 0.5).clamp(0, 1), prompts, plain=True)
+            plain = reward.score((clips / 2 + 0.5).clamp(0, 1), prompts)
             found[which] = {"loss": loss.view(1), "score": plain.mean().view(1), "grad": x.grad,
                             "grad_norm": x.grad.norm().view(1)}
         quantity = spec["quantity"]
@@ -1596,9 +1597,9 @@ def instructvideo_step(case):
         return rewarded[-1]
 
     schedule, frames = diffusion_schedule(config["diffusion"]), config["frames"]
-    args = argparse.Namespace(sample_steps=config["ddim_timesteps"], partial=config["starting_partial"],
-                              spacing="leading", grad_last=config["trunc_backprop_timestep"])
-    t, last = instructvideo.partial_chain(args, len(schedule.alpha_bar))
+    steps, grad_last = config["ddim_timesteps"], config["trunc_backprop_timestep"]
+    t, last = instructvideo.partial_chain(
+        bases.Sampling(sample_steps=steps), config["starting_partial"], len(schedule.alpha_bar))
     x_t = schedule.add_noise(case.input("latent"), case.input("noise"), t)
     null = case.input("zero_y").expand(len(x_t), -1, -1)
     fn, times = diffusion.guided(net, case.input("y"), null, config["guide_scale"]), []
@@ -1606,8 +1607,7 @@ def instructvideo_step(case):
     def record(x, t):
         times.append((int(t[0]), torch.is_grad_enabled()))
         return fn(x, t)
-    x0 = diffusion.ddim(record, x_t, schedule, args.sample_steps, config["eta"], grad_last=args.grad_last,
-                        last=last)
+    x0 = diffusion.ddim(record, x_t, schedule, steps, config["eta"], grad_last=grad_last, last=last)
     if ([t for t, _ in times], [t for t, grad in times if grad]) != (call["timesteps"],
                                                                     call["grad_timesteps"]):
         raise ValueError(f"other steps: {times}")
@@ -1616,14 +1616,14 @@ def instructvideo_step(case):
     if span != call["segment_length"]:
         raise ValueError(f"segments of {span} frames")
     numbers = [[s * span + i for s, i in enumerate(row)] for row in case.input("local_index").tolist()]
-    rewards = instructvideo.segmental_reward(
-        reward, autoencoder, x0, captions, frames, numbers, config["lambda_TAR"])
-    loss = (1 - rewards).mean()
+    values = instructvideo.segmental_reward(
+        rewards.Reward(reward), autoencoder, x0, captions, frames, numbers, config["lambda_TAR"])
+    loss = (1 - values).mean()
     loss.backward()
     fed, features, cosines = rewarded
     b, s = len(captions), config["segments"]
     result = dict(xt=x_t, x0=x0, frames_fed=fed[:s], image_features=features.view(b, s, -1),
-                  text_features=text_features, cosines=cosines.view(b, s), rewards=rewards, loss=loss[None],
+                  text_features=text_features, cosines=cosines.view(b, s), rewards=values, loss=loss[None],
                   tar=torch.exp(-config["lambda_TAR"] * (torch.tensor(numbers) - frames // 2).abs()),
                   grad_x0=x0.grad)
     grads = {public(k): p.grad for k, p in net.named_parameters() if p.grad is not None}

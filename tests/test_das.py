@@ -1,5 +1,4 @@
 """das.py: the branch at step 0, gradients, buckets, resume, processes, small public bases, sampling."""
-from argparse import Namespace
 from dataclasses import replace
 
 import pytest
@@ -30,7 +29,8 @@ def quick(monkeypatch):
     """Few clips, two sampler steps."""
     monkeypatch.setattr(das, "TINY_CLIPS", 6)
     row = bases.BASES["tiny-cogvideox"]
-    monkeypatch.setitem(bases.BASES, "tiny-cogvideox", replace(row, sample=row.sample | {"sample_steps": 2}))
+    quick = replace(row, sample=replace(row.sample, sample_steps=2))
+    monkeypatch.setitem(bases.BASES, "tiny-cogvideox", quick)
 
 
 def train(out, steps, *more):
@@ -72,9 +72,8 @@ def loss_of(base, items, drop=0.0, first=0):
     env = Env(0, 1, torch.device("cpu"), torch.float32)
     batch = torch.utils.data.default_collate(items)
     generators = [generator("x", first + i) for i in range(len(items))]
-    latents, picture = das.draw_latents(base, batch, generators, env)
-    args = Namespace(drop_image=drop)
-    return das.das_loss(base.net, base, latents, picture, batch["text"], generators, args)
+    latents, picture = das.draw_batch(base, env, batch, generators)
+    return das.das_loss(base.net, base, latents, picture, batch["text"], generators, drop)
 
 
 def test_only_the_branch_trains_and_all_of_it():
@@ -133,8 +132,8 @@ def test_resume_equals_the_uninterrupted_run_and_samples(tmp_path, message):
                      str(tmp_path / "tracks.mp4"), "--prompt", item["text"], "--n", "2", *more, "--out",
                      str(out)])
         clips.append(read_video(out / "0001.mp4")[0])
-        assert video_info(out / "0001-side.mp4")[2] == (32, 96) and (out / "sheet.png").exists()
-    side = read_video(tmp_path / "s0" / "0000-side.mp4")[0]
+        assert video_info(out / "side" / "0001.mp4")[2] == (32, 96) and (out / "sheet.png").exists()
+    side = read_video(tmp_path / "s0" / "side" / "0000.mp4")[0]
     assert (side[..., 32:64] - item["tracks"]).abs().mean() < 0.15
     assert (side[:, 5, :, :32] - item["video"][:, 0]).abs().mean() < 0.1
     assert torch.equal(clips[1], clips[2]) and not torch.equal(clips[0], clips[1])
@@ -142,6 +141,23 @@ def test_resume_equals_the_uninterrupted_run_and_samples(tmp_path, message):
     assert "--tracks" in message(sample.main, ["--ckpt", str(tmp_path / "whole"), *words])
     assert "no such condition" in message(
         sample.main, ["--base", "tiny-cogvideox", "--track-strength", "1", *words])
+
+
+def test_a_finished_run_and_one_that_lacks_a_step_go_on(tmp_path):
+    """A finished run is evaluated anew, an almost finished one makes its last step; neither trains a step
+    twice or writes a line twice."""
+    train(tmp_path / "run", 2)
+    before = load_file(tmp_path / "run" / "ckpt.safetensors")
+    rows = read_lines(tmp_path / "run" / "eval.jsonl")
+    train(tmp_path / "run", 2, "--resume")
+    after = load_file(tmp_path / "run" / "ckpt.safetensors")
+    assert all(torch.equal(before[k], v) for k, v in after.items())
+    assert read_lines(tmp_path / "run" / "eval.jsonl") == rows and [r["step"] for r in rows] == [0, 2]
+    assert len(read_lines(tmp_path / "run" / "log.jsonl")) == 2
+    train(tmp_path / "run", 3, "--resume", "--preview-every", "2")
+    steps = [row["step"] for row in read_lines(tmp_path / "run" / "log.jsonl")]
+    assert steps == [0, 1, 2] and load_pickle(tmp_path / "run" / "state.pt")["step"] == 3
+    assert [r["step"] for r in read_lines(tmp_path / "run" / "eval.jsonl")] == [0, 2, 3]
 
 
 @pytest.mark.slow
@@ -163,7 +179,7 @@ def run(tmp_path):
         f"import sys\nsys.path.insert(0, {str(test_dist.ROOT)!r})\n"
         "import bases, das\nfrom dataclasses import replace\n"
         "row = bases.BASES['tiny-cogvideox']\n"
-        "bases.BASES['tiny-cogvideox'] = replace(row, sample=row.sample | {'sample_steps': 1})\n"
+        "bases.BASES['tiny-cogvideox'] = replace(row, sample=replace(row.sample, sample_steps=1))\n"
         "if __name__ == '__main__':\n    das.main()\n")
     return [str(script), *TINY, "--no-cache-latents", "--steps", "2", "--batch", "1", "--lr", "1e-4"]
 
@@ -203,7 +219,7 @@ def small(monkeypatch, tmp_path):
                     from safetensors.torch import save_file
                     save_file({k: v for k, v in state.items() if k in keep}, folder / shard)
                 index.write_text(json.dumps(weights | {"weight_map": keep}))
-        h, w = row.sample["height"], row.sample["width"]
+        h, w = row.sample.height, row.sample.width
         lists = {"prompt.txt": [], "videos.txt": [], "trackings.txt": []}
         for i in range(4):
             frames = 9 if i < 2 else 4
@@ -235,7 +251,7 @@ def test_trains_resumes_and_samples(name, more, small, tmp_path):
     image = ["--image", str(tmp_path / "first.png")] if bases.BASES[name].first_frame else []
     sample.main(["--ckpt", str(tmp_path / "run"), *image, "--tracks", str(tmp_path / "data/tracking/0.mp4"),
                  "--prompt", "a red ball", "--out", str(tmp_path / "s")])
-    assert video_info(tmp_path / "s" / "0000-side.mp4")[2][1] == 3 * bases.BASES[name].sample["width"]
+    assert video_info(tmp_path / "s" / "side" / "0000.mp4")[2][1] == 3 * bases.BASES[name].sample.width
 
 
 def test_das_starts_from_the_files_of_i2v(small, tmp_path):

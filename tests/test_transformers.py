@@ -42,7 +42,7 @@ def small(monkeypatch, name):
                       tracking_blocks=2 if row.tracks else 0)
         vae = CogVideoXVAEConfig(widths=(8, 8, 16, 16), layers=1, z_channels=4, groups=4, scale=row.vae.scale)
         size = dict(frames=9, height=32, width=48)
-    row = replace(row, net=net, vae=vae, text=text, sample=row.sample | size | dict(sample_steps=2))
+    row = replace(row, net=net, vae=vae, text=text, sample=replace(row.sample, **size, sample_steps=2))
     monkeypatch.setitem(bases.BASES, name, row)
     return row
 
@@ -122,9 +122,9 @@ def test_samples_end_to_end(name, monkeypatch, tmp_path, picture):
     for options in (["--n", "2"], ["--n", "2", "--batch", "1", "--sequential"]):
         out = tmp_path / f"out{len(clips)}"
         sample.main([*args, *options, "--out", str(out)])
-        size = row.sample["height"] // 8 * 8 if name == "opensora" else row.sample["height"]
-        width = row.sample["width"] // row.vae.factor * row.vae.factor
-        assert video_info(out / "0001.mp4") == (row.sample["frames"], row.sample["save_fps"],
+        size = row.sample.height // 8 * 8 if name == "opensora" else row.sample.height
+        width = row.sample.width // row.vae.factor * row.vae.factor
+        assert video_info(out / "0001.mp4") == (row.sample.frames, row.sample.save_fps,
                                                 (size // row.vae.factor * row.vae.factor, width))
         clips.append(data.read_video(out / "0001.mp4")[0])
     # whatever the batch and the order of the branches; the files are 8 bit and compressed
