@@ -712,7 +712,7 @@ def load_base(name, weights=None, device="cpu", dtype=torch.float32, scratch=Fal
             state = tiny_state(name, "text" if part == "motion_text" else part)
             state = with_tracks(state, module) if tracks and part == "net" else state
             if part == "net":
-                state = fresh_adapters(module) | state
+                state = identity_adapters(module) | state
                 state = fresh_conditions(state, row.net) if name in TINY_NEW else state
             if copies and part == "net":
                 state = with_motion_blocks(state, module, where)
@@ -796,9 +796,9 @@ def unet_state(state, net, source):
             parts = [state.pop(f"{attention}{k}.weight") for k in "qkv"]
             state[f"{attention}qkv.weight"] = torch.cat(parts)
         return rename(state, net, lambda k: unet_diffusers_name(k, net.cfg.num_res_blocks), source)
-    fresh = fresh_adapters(net)
-    if fresh and state.keys() | fresh.keys() == net.state_dict().keys():
-        return fresh | state  # the base's file has none: they start here
+    untrained = identity_adapters(net)
+    if untrained and state.keys() | untrained.keys() == net.state_dict().keys():
+        return untrained | state  # the base's file has none
     return state
 
 
@@ -847,17 +847,9 @@ def fresh_conditions(state, cfg):
     return fresh | state | {first: F.pad(state[first], (0, 0, 0, 0, 0, cfg.concat_dim))}
 
 
-def fresh_adapters(net):
-    """Initial weights of DreamVideo's adapters, PyTorch's of a Linear; but the branch ends in zeros, so that
-    any start is the identity."""
-    shapes = {k: v.shape for k, v in net.state_dict().items() if "_adapter." in k}
-
-    def start(key):
-        if "up_linear" in key:
-            return torch.zeros(shapes[key])
-        bound = shapes[key.replace("bias", "weight")][1] ** -0.5
-        return torch.empty(shapes[key]).uniform_(-bound, bound)
-    return {k: start(k) for k in shapes}
+def identity_adapters(net):
+    """DreamVideo's adapters, untrained: all zeros, A(x) = x. dreamvideo.py draws its new ones."""
+    return {k: torch.zeros(v.shape) for k, v in net.state_dict().items() if "_adapter." in k}
 
 
 def vae_state(state, vae, source):

@@ -25,8 +25,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from common import (
-    COUNT, POSITIVE, Parser, UserError, batch_indices, generator, read_lines, run_command, warn,
-    write_atomic)
+    COUNT, POSITIVE, Parser, UserError, batch_indices, generator, read_lines, run_command, seed_of,
+    warn, write_atomic)
 from weights import load_strict, load_weights
 
 # ---- which clips make which batch
@@ -336,6 +336,18 @@ def open_image(path):
         raise UserError(f"{path}: not a readable picture ({reason_of(e)})") from None
 
 
+def read_mask(path, picture_size, size):
+    """Mask of a picture of (w, h) pixels, white on black -> (1, *size) of 1 and 0, cropped like it."""
+    grey = open_image(path).convert("L")
+    if grey.size != picture_size:
+        raise UserError(f"{path}: {grey.width}x{grey.height} pixels, the picture has another size")
+    mask = np.array(center_crop_wide(grey, size, Image.NEAREST))
+    if not np.isin(mask, (0, 255)).all():
+        raise UserError(f"{path}: grey pixels; a mask is white where the subject is, black "
+                        "elsewhere")
+    return torch.from_numpy(mask / 255).float()[None]
+
+
 def read_image(path, size=None):
     """-> (3, h, w) in [-1, 1]; size = (h, w) scales and centre-crops, see resize_crop."""
     pixels = torch.from_numpy(np.array(open_image(path))).permute(2, 0, 1).float()
@@ -613,8 +625,8 @@ def list_videos(path):
     names = dict.fromkeys(str(row.get("file")) for row in rows)
     listed = [present[name] for name in names if name in present]
     if listed and len(listed) < len(clips):
-        warn(f"{path}: {len(clips) - len(listed)} clips are left out: index.jsonl does not list "
-             "them")
+        left_out = len(clips) - len(listed)
+        warn(f"{path}: clips that index.jsonl does not list are left out ({left_out})")
     return listed or clips or [path]
 
 
@@ -1123,6 +1135,11 @@ class PairDataset(torch.utils.data.Dataset):
                 raise UserError(f"{where}: {clip}: no such clip")
         self.rows.append((where, winner, loser, text))
         self.scores.append(float(score))
+
+    @property
+    def fingerprint(self):
+        """A number that changes with the pairs, to tell whether their latents are up to date."""
+        return seed_of(self.rows)
 
     def __len__(self):
         return len(self.rows)

@@ -2,18 +2,18 @@
 
     L = L_diffusion + 0.1 L_video-motion + 0.1 L_text-motion + 0.1 L_regularization
 
-      diffusion       | net(x_t, t) - target |^2         target: the noise, or the base's own
-      video motion    | D(net(x_t, t)) - D(target) |^2   D(u)[f] = |u[f+1] - u[f]| over frames
+      diffusion       | net(x_t, t) - target |^2        target: the noise, or the base's own
+      video motion    | D(net(x_t, t)) - D(target) |^2  D(u)[f] = |u[f+1] - u[f]| over frames
       text motion     -cos(flow of the attention maps, flow of the clip)
       regularization  -cos(motion encoder's feature of the caption, image embedding)
 
-The base's text encoder, now the content encoder, still tells its spatial transformers what to
-show. Behind each of them stands a new motion block: a copy that attends over the frames of a
-pixel, and to the tokens of a second text encoder, the motion encoder.
+The base's text encoder, now the content encoder, still tells its spatial transformers what
+to show. Behind each of them stands a new motion block: a copy that attends over the frames
+of a pixel, and to the tokens of a second text encoder, the motion encoder.
 
     part                    starts as             trained by
     motion blocks (274 M)   spatial transformers  diffusion, video motion, text motion
-    motion encoder (164 M)  content encoder       all four; its blocks from --encoder-from on
+    motion encoder (164 M)  content encoder       all four, in its blocks from --encoder-from
     base, content encoder, optical flow, image tower: never
 
     python demo.py --base tiny-weak         # tiny, its text encoder made blind to motions
@@ -23,16 +23,16 @@ pixel, and to the tokens of a second text encoder, the motion encoder.
     python demo.py ... --resume             # continue, bit for bit
     python sample.py --ckpt out/demo --prompt "a red circle moving left" --sequential
 
-Writes to --out: ckpt.safetensors (blocks and encoder), log.jsonl (all loss terms), curve.png,
-before.png, after.png and their clips, on tiny bases eval.jsonl (the judge's verdict).
+Writes to --out: ckpt.safetensors (blocks and encoder), log.jsonl with all loss terms,
+curve.png, before.png, after.png and their clips, on tiny eval.jsonl (the judge's verdict).
 
 Differences from the original code
  - The text-motion loss has a gradient. (There, activation checkpointing cuts it off.)
    --as-published: without it, and DeepSpeed's OneCycle instead of both learning rates.
  - Frozen parts have no gradients. (There, those of RAFT and others pile up unread.)
- - The frame to embed is scaled to [0,1]. (The published cast to uint8 folds its dark half.)
- - Guidance reads the negative prompt by both encoders; --drop-motion trains that (tiny: 0.1)
-   and does not pull the feature of the negative prompt to the clip's image.
+ - The frame to embed is scaled to [0,1]. (Published: a cast that folds its dark half.)
+ - Guidance reads the negative prompt by both encoders: --drop-motion trains that (on tiny
+   0.1), but does not pull the feature of the negative prompt to the clip's image.
 """
 import torch
 import torch.nn.functional as F
@@ -46,12 +46,12 @@ from diffusion import diffusion_loss, randn
 from models import MotionBlock, parallelize, seed_dropout
 
 PAPER = dict(
-    base="modelscope", out="out/demo", video_motion=0.1, text_motion=0.1, regularization=0.1,
-    steps=20000, batch=4, accum=4, lr=5e-5, warmup=10, encoder_lr=1e-6, encoder_from=10,
-    drop_motion=0.0, read_fps=3.0, negative=NEGATIVE, zero=2, eval_n=4)
+    base="modelscope", out="out/demo", video_motion=0.1, text_motion=0.1,
+    regularization=0.1, steps=20000, batch=4, accum=4, lr=5e-5, warmup=10, encoder_lr=1e-6,
+    encoder_from=10, drop_motion=0.0, read_fps=3.0, negative=NEGATIVE, zero=2, eval_n=4)
 TINY = dict(
-    steps=240, batch=16, accum=1, lr=2e-3, lr_schedule="cosine", warmup=20, betas=(0.9, 0.99),
-    wd=0.01, ema=0.98, encoder_lr=5e-3, encoder_from=0, drop_motion=0.1, negative=None,
+    steps=240, batch=16, accum=1, lr=2e-3, lr_schedule="cosine", warmup=20, encoder_lr=5e-3,
+    encoder_from=0, drop_motion=0.1, betas=(0.9, 0.99), wd=0.01, ema=0.98, negative=None,
     cache_latents=True, workers=0, grad_ckpt=False, log_every=20, eval_n=64)
 
 
@@ -74,10 +74,9 @@ def get_args(argv=None):
                    help="no gradient through the attention maps; OneCycle's rate")
     p.add_argument("--flow-weights",
                    help="file of torchvision's raft_small (default: download it)")
-    p.options("data pixels sampling optimisation ema machine", without=("--fps",))
     p.add_argument("--zero", type=int, choices=(2, 3),
                    help="with fsdp: 2 shards gradients and moments, 3 the weights, too")
-    p.options("evaluation run")
+    p.options("data pixels sampling optimisation ema machine evaluation run", without=("--fps",))
     return p.parse(argv, PAPER, {"tiny": TINY, "tiny-weak": TINY})
 
 
@@ -90,14 +89,14 @@ def video_motion_loss(out, target):
 
 
 def text_motion_loss(maps, clip_flow, optical_flow):
-    """-cos(flow of the attention maps, flow of the clip), (b,): mean over the resolutions.
+    """-cos(flow of the attention maps, flow of the clip), mean over resolutions, (b,).
 
     maps: one (b,h,w,f) per motion block, first to last, of the block's latent resolution.
     models.Attention.map_of makes them in the block's attention to the motion encoder's
-    tokens: how much pixel (h,w) of frame f attends to the end-of-text token, which has read
-    the whole caption; 0 to 1, mean over the heads. Their gradient reaches block and encoder.
+    tokens: how much pixel (h,w) of frame f attends to the end-of-text token, which has
+    read the whole caption; 0 to 1, mean over heads. They have a gradient to both parts.
     clip_flow (b,f-1,2,H,W): the clip's optical flow, each frame to the next.
-    optical_flow(a, b): pictures (n,3,h,w) in [-1,1] -> (n,2,h,w), pixels moved from a to b.
+    optical_flow(a, b): pictures (n,3,h,w) in [-1,1] -> (n,2,h,w), pixels from a to b.
     """
     same_size, cosines = {}, []
     for attention in maps:
@@ -120,10 +119,10 @@ def regularization_loss(feature, image):
 
 def demo_losses(net_fn, schedule, x0, noise, t, clip_flow, optical_flow, feature, image,
                 detach=False, captioned=1.0):
-    """The terms of L, {name: (b,)}; without optical_flow or image (None) theirs are left out.
+    """The terms of L, {name: (b,)}; without optical_flow or image (None) not theirs.
 
     net_fn(x_t, t) -> prediction (b,c,f,h,w) and maps; without optical_flow that alone.
-    x0, noise (b,c,f,h,w); t (b,); the rest as above. detach: no gradient through the maps.
+    x0, noise (b,c,f,h,w); t (b,); the rest as above. detach: no gradient through maps.
     captioned (b,): 1, or 0 where the feature is that of the negative prompt.
     """
     answer = net_fn(schedule.add_noise(x0, noise, t), t)
@@ -141,7 +140,7 @@ def demo_losses(net_fn, schedule, x0, noise, t, clip_flow, optical_flow, feature
 def clip_losses(net, base, batch, x0, generators, args, negative, optical_flow):
     """demo_losses() of a batch of encode_clips(); x0: its scaled latents (b,c,f,h,w).
 
-    generators, one per clip, draw its step, which encoder's caption is dropped, its noise.
+    generators, one per clip, draw: step, dropped caption for either encoder, noise.
     """
     draws = torch.stack([torch.rand(3, generator=g) for g in generators])
     u_step, u_text, u_motion = draws.T
@@ -157,15 +156,16 @@ def clip_losses(net, base, batch, x0, generators, args, negative, optical_flow):
 
     def net_fn(x, t):  # answers with maps if it is asked for those of a token
         return net(x, t, text, motion_text=motion, eot=end if optical_flow else None)
+    feature = motion[range(len(end)), end]                # b d
     taught = {k: batch[k].to(x0.device) for k in ("flow", "image") if k in batch}
-    return demo_losses(net_fn, base.schedule, x0, noise, t, taught.get("flow"), optical_flow,
-                       motion[range(len(end)), end], taught.get("image"), args.as_published,
-                       captioned=(~drop_motion).to(x0))
+    return demo_losses(
+        net_fn, base.schedule, x0, noise, t, taught.get("flow"), optical_flow, feature,
+        taught.get("image"), args.as_published, captioned=(~drop_motion).to(x0))
 
 
 def onecycle(step, low=1e-5, high=5e-5, half=2000, decay=0.001, decay_steps=10000,
              momentum=(0.85, 0.99)):
-    """DeepSpeed's OneCycle, as published -> (lr, beta1, beta2) of update `step`, from 0."""
+    """DeepSpeed's OneCycle, as published -> (lr, beta1, beta2) of an update, from 0."""
     if step >= 2 * half:
         return low / (1 + decay * (step - 2 * half) / decay_steps), momentum[1], 0.99
     height = min(step, 2 * half - step) / half
@@ -235,7 +235,7 @@ def main(argv=None):
 # ---- clips, teachers, what trains
 
 def read_clips(args, sampling):
-    """-> data set of clips; its rows (number, path, caption), [] on tiny; evaluation prompts."""
+    """-> data set of clips, --data's rows (number, path, caption), evaluation prompts."""
     if args.data:
         clips = data.VideoDataset(args.data, *sampling.size, args.read_fps, args.seed)
         rows, prompts = clips.rows, [clips.rows[0][2]]
@@ -249,7 +249,7 @@ def read_clips(args, sampling):
 
 
 def load_flow(args, device):
-    """-> optical_flow of text_motion_loss(), frozen, or None. Tiny clips need no network."""
+    """-> optical_flow of text_motion_loss() or None; tiny clips need no network."""
     if not args.text_motion:
         return None
     tiny = base_row(args.base).tiny
@@ -257,7 +257,7 @@ def load_flow(args, device):
 
 
 def image_embedding(args, base, run):
-    """-> embed(frames (b,3,h,w) in [-1,1]) -> (b,d): CLIP's, on tiny the scorer's, or None."""
+    """-> embed(frames (b,3,h,w) in [-1,1]) -> (b,d), or None: CLIP, on tiny the scorer."""
     if not args.regularization:
         return None
     if base.row.tiny:
@@ -269,8 +269,8 @@ def image_embedding(args, base, run):
 
 @torch.no_grad()
 def encode_clips(base, env, video, optical_flow, embed_image):
-    """Clips (b,3,f,h,w) in [-1,1] -> "mean", "std" of their latents, "flow" (b,f-1,2,H,W), and
-    "image" (b,d) of the middle frame, on the CPU. Flow has at most 128 pixels, as published."""
+    """Clips (b,3,f,h,w) in [-1,1] -> latents' "mean" and "std", "flow" (b,f-1,2,H,W), at most
+    128 pixels as published, "image" (b,d): the middle frame's embedding; on the CPU."""
     video = video.to(env.device)
     encoded = pipeline.encode_clips(base, env, video)
     if optical_flow:
@@ -282,7 +282,7 @@ def encode_clips(base, env, video, optical_flow, embed_image):
 
 
 def train_motion(base, first, dtype):
-    """Train motion blocks and the motion encoder from its block `first` on; 0: all of it."""
+    """Train motion blocks and the motion encoder, from block `first` on (0: all of it)."""
     encoder, blocks = base.motion_encoder, base.motion_encoder.blocks()
     if first >= len(blocks):
         raise UserError(f"--encoder-from {first}: the motion encoder has the blocks "

@@ -182,14 +182,6 @@ def diffusion_loss(net_fn, schedule, x0, noise, t, mask=None, coherence=0.0):
     return loss
 
 
-def pseudo_huber(a, b, c=0.001):
-    """Mean of sqrt((a - b)^2 + c^2) - c over all elements of a sample, (b,) in fp32.
-
-    Close to |a - b| but smooth at 0; the loss of consistency distillation (arXiv 2310.14189).
-    """
-    return ((a.float() - b.float()).square() + c ** 2).sqrt().sub(c).flatten(1).mean(1)
-
-
 def boundary_scalings(t, sigma_data=0.5, timestep_scaling=10.0):
     """c_skip, c_out of a consistency function f(x, t) = c_skip x + c_out x0; t: number or tensor.
 

@@ -1,21 +1,20 @@
-"""Networks: UNet3D (the VGen family's 3-D UNet), STDiT3 and CogVideoX (transformers), LoRA, parallelize().
+"""UNet3D, the VGen family's 3-D UNet; the layers that all networks share; LoRA; parallelize().
 
-UNet3D is one network with options: ModelScope T2V (arXiv 2308.06571), VideoCrafter1 and 2 (2310.19512,
-2401.09047), T2V-Turbo (2405.18750, 2410.05677), I2VGen-XL (2311.04145), its SR600, DEMO (2410.05097),
-DreamVideo (2312.04433), HiGen (2312.04483), TF-T2V / VideoComposer (2312.15770, 2306.02018) and VideoLCM
-(2312.09109). The options stand in a frozen dataclass whose defaults are the public ModelScope T2V checkpoint;
-an option that is off adds no keys and costs nothing. Parameter names are the public checkpoints',
-misspellings included (`temopral_conv`); what VideoCrafter and diffusers name otherwise is mapped at load.
-CogVideoX (2408.06072) makes video from text or an image, with the branch of Diffusion as Shader (2501.03847)
-as an option; its keys are those of the public diffusers files.
-Videos and latents are `b c f h w`; inside the UNet images travel as `(b f) c h w`, sample-major; inside
-STDiT3 tokens as `b f s d`, s the h w patches of a frame.
+UNet3D is one network with options: ModelScope T2V (arXiv 2308.06571), VideoCrafter1 and 2
+(2310.19512, 2401.09047), T2V-Turbo (2405.18750, 2410.05677), I2VGen-XL (2311.04145), its SR600,
+DEMO (2410.05097), DreamVideo (2312.04433), HiGen (2312.04483), TF-T2V / VideoComposer
+(2312.15770, 2306.02018) and VideoLCM (2312.09109). The defaults of UNetConfig are ModelScope
+T2V's; an option that is off adds no keys and costs nothing. Parameter names are those of the
+public checkpoints, misspellings included (`temopral_conv`). The names of VideoCrafter and
+diffusers are mapped on loading.
+
+Videos and latents are `b c f h w`; inside the UNet images are `(b f) c h w`, sample by sample.
 """
 import copy
 import math
 import re
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -24,38 +23,44 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common import UserError, seed_of
+from weights import (
+    below, load_strict, load_weights, looks_like, lora_format, peft_lora, rename, turbo_lora)
 
-# ---- parts shared by every network
+# ---- layers shared by all networks
 
 def sinusoidal(t, dim):
-    """t (b,) -> (b, dim) float32: cosines, then sines, frequencies 10000^(-k / half) for k = 0..half-1."""
+    """t (b,) -> (b, dim) float32: cosines, then sines, of 10000^(-k / half) t, k < half."""
     half = dim // 2
-    # rounded as in the originals: in float32 another order of these factors shifts angles by up to 6e-5
-    freq = torch.exp(-math.log(10000) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
+    k = torch.arange(half, device=t.device, dtype=torch.float32)
+    # rounded as in the originals: in float32 another order of the factors shifts angles by up to
+    # 6e-5
+    freq = torch.exp(-math.log(10000) * k / half)
     angle = t.float()[:, None] * freq
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
 def guidance_embedding(w, dim=256):
-    """Guidance scale w (b,) -> (b, dim): sinusoid of 1000 w as T2V-Turbo has it, sines first, half - 1."""
+    """Guidance scale w (b,) -> (b, dim): T2V-Turbo's sinusoids of 1000 w, sines first."""
     half = dim // 2
-    freq = torch.exp(-math.log(10000) / (half - 1) * torch.arange(half, device=w.device, dtype=torch.float32))
+    k = torch.arange(half, device=w.device, dtype=torch.float32)
+    freq = torch.exp(-math.log(10000) / (half - 1) * k)
     angle = 1000 * w.float()[:, None] * freq
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
 def zero_init(module):
-    """Zero weights and bias of a residual branch's last layer: the branch starts as the identity."""
+    """Zero the weights of a residual branch's last layer: at first it adds nothing."""
     for p in module.parameters():
         nn.init.zeros_(p)
     return module
 
 
 def lean(layers, x, width):
-    """layers(x), keeping x alone for the backward pass, which computes cheap layers (norms, activations, a
-    gather) again. The last one may be a product: its answer is not needed there, so it runs once.
+    """layers(x), of which only x is kept for the backward pass.
 
-    Only from 256 channels on: in a narrow network the cheap layers take as long as the products.
+    The backward pass computes cheap layers (norms, activations) again. The last one may be a
+    matrix product, which is not repeated because its output is not needed. Below a width of 256
+    all is kept: in a narrow network the cheap layers take as long as the products.
     """
     again = width >= 256 and torch.is_grad_enabled()
     return checkpoint(layers, x, use_reentrant=False) if again else layers(x)
@@ -74,9 +79,9 @@ def split_heads(x, heads):
 
 
 def attend(q, k, v, heads, mask=None, causal=False):
-    """Attention of `heads` heads, of every network here: q (n,l,heads d), k and v (n,m,heads d) -> like q.
+    """The attention of all networks: q (n,l,heads d), k and v (n,m,heads d) -> like q.
 
-    mask (n,m), True for the keys that are seen; None: all.
+    mask (n,m): True for keys that are seen; None: all.
     """
     q, k, v = (split_heads(y, heads) for y in (q, k, v))
     mask = None if mask is None else mask[:, None, None]  # the same for all heads and queries
@@ -85,22 +90,26 @@ def attend(q, k, v, heads, mask=None, causal=False):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions (arXiv 2104.09864): turn the pairs of channels (2i, 2i+1) of x (b,l,heads,d) by the
-    angles of cos, sin (l,d/2). In float32, whatever x is."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # one pass over memory instead of six
+    """Rotary positions (arXiv 2104.09864): rotate the channel pairs (2i, 2i+1) of x (b,l,heads,d).
+
+    cos, sin (l,d/2): of the angles. Computed in float32.
+    """
+    # as complex numbers: one pass over memory instead of six
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * torch.complex(cos, sin)[:, None]).flatten(-2).to(x.dtype)
 
 
 def conv2d(x, weight, bias, stride, padding):
-    """F.conv2d of x (n,c,h,w), stride and padding pairs.
+    """F.conv2d of x (n,c,h,w); stride and padding are pairs.
 
-    On a CPU few pixels under wide weights become one matmul: oneDNN would reorder the weights, and in
-    training their gradient, at every call, which takes several times longer than the convolution itself.
+    On a CPU, few pixels under wide weights become one matrix product: oneDNN would reorder the
+    weights (and their gradient) in every call, which takes several times longer than the
+    convolution itself.
     """
     if x.device.type != "cpu" or len(x) * x.shape[2] * x.shape[3] > len(weight) // 4:
         return F.conv2d(x, weight, bias, stride, padding)
     columns = F.unfold(x, weight.shape[2:], padding=padding, stride=stride)  # n (c kh kw) l
-    out = F.linear(columns.transpose(1, 2).flatten(0, 1), weight.flatten(1), bias)  # (n l) c: one matmul
+    out = F.linear(columns.transpose(1, 2).flatten(0, 1), weight.flatten(1), bias)  # (n l) c
     rows = (x.shape[2] + 2 * padding[0] - weight.shape[2]) // stride[0] + 1
     return rearrange(out, "(n h w) c -> n c h w", n=len(x), h=rows)
 
@@ -118,7 +127,7 @@ class FrameConv(nn.Conv3d):
 
 
 class RelativePosition(nn.Module):
-    """A learned vector for each distance -span..span between two frames, farther ones clipped."""
+    """A learned vector per distance -span..span of two frames; larger ones are clipped."""
 
     def __init__(self, span, dim):
         super().__init__()
@@ -129,14 +138,16 @@ class RelativePosition(nn.Module):
     def forward(self, f):
         """-> (f, f, dim): entry [i, j] belongs to the distance j - i."""
         i = torch.arange(f, device=self.embeddings_table.device)
-        return self.embeddings_table[(i[None] - i[:, None]).clamp(-self.span, self.span) + self.span]
+        distance = (i[None] - i[:, None]).clamp(-self.span, self.span)
+        return self.embeddings_table[distance + self.span]
 
 
 class Attention(nn.Module):
-    """Multi-head attention, the only one in the UNet: project, split heads, SDPA, merge.
+    """Multi-head attention of the UNet: project, attend, merge.
 
-    image_keys: further keys and values for image tokens, attended to apart from the text (VideoCrafter1
-    image-to-video, as IP-Adapter). relative: span of a RelativePosition in keys and values (VideoCrafter1).
+    image_keys: further keys and values for image tokens, to which it attends separately
+    (VideoCrafter1 image-to-video, like IP-Adapter). relative: span of RelativePosition in keys
+    and values (VideoCrafter1).
     """
 
     def __init__(self, dim, heads, head_dim, context_dim=None, image_keys=False, relative=0):
@@ -164,16 +175,16 @@ class Attention(nn.Module):
         return self.to_out(out)
 
     def attend_relative(self, q, k, v):
-        """Logits q_i (k_j + R^k_ij), then the weighted sum of v_j + R^v_ij (arXiv 1803.02155, eq. 3, 4)."""
+        """Logits q_i (k_j + R^k_ij), then the weighted sum of v_j + R^v_ij (1803.02155, eq. 3)."""
         q, k, v = (split_heads(y, self.heads) for y in (q, k, v))
-        f = q.shape[2]
-        logits = q @ k.transpose(-1, -2) + torch.einsum("naid,ijd->naij", q, self.relative_position_k(f))
+        keys, values = self.relative_position_k(q.shape[2]), self.relative_position_v(q.shape[2])
+        logits = q @ k.transpose(-1, -2) + torch.einsum("naid,ijd->naij", q, keys)
         weights = (logits * q.shape[-1] ** -0.5).softmax(-1)
-        out = weights @ v + torch.einsum("naij,ijd->naid", weights, self.relative_position_v(f))
+        out = weights @ v + torch.einsum("naij,ijd->naid", weights, values)
         return rearrange(out, "n a l d -> n l (a d)")
 
     def map_of(self, x, context, index):
-        """Mean over heads of each query's attention to one token of its sample: index (n,) -> (n,l)."""
+        """Attention of each query to one token, index (n,), mean over the heads -> (n,l)."""
         q, k = split_heads(self.to_q(x), self.heads), split_heads(self.to_k(context), self.heads)
         logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # n a l m
         chosen = index.view(-1, 1, 1, 1).expand(*logits.shape[:3], 1)
@@ -189,7 +200,7 @@ class GEGLU(nn.Module):
         value, gate = h.chunk(2, dim=-1)
         if torch.is_grad_enabled():
             return F.gelu(gate) * value
-        return value.mul_(torch.ops.aten.gelu_(gate))  # in place: these are a network's largest tensors
+        return value.mul_(torch.ops.aten.gelu_(gate))  # in place: the network's largest tensors
 
 
 class GELU(nn.Module):
@@ -205,20 +216,20 @@ class GELU(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, dim, first=GEGLU):
         super().__init__()
-        # `net.1` is the published file's dropout of rate 0: it holds no weights but keeps the index
+        # `net.1` is a dropout of rate 0 in the original; it keeps the index of what follows
         self.net = nn.Sequential(first(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
 
     def forward(self, x):
         first, _, last = self.net
         if x.device.type != "cpu" or torch.is_grad_enabled():
             return lean(lambda h: last(first.act(h)), first.proj(x), x.shape[-1])
-        rows = max(512, 2 ** 21 // first.proj.out_features)  # of a piece whose activations stay in the cache
+        rows = max(512, 2 ** 21 // first.proj.out_features)  # their activations fit into the cache
         pieces = x.flatten(0, -2).split(rows)
         return torch.cat([last(first.act(first.proj(p))) for p in pieces]).view(x.shape)
 
 
 class Adapter(nn.Module):
-    """DreamVideo's  A(x) = x + up(gelu(down(x + strength cond(image)))); starts as the identity."""
+    """DreamVideo's  A(x) = x + up(gelu(down(x + strength cond(image)))); the identity at first."""
 
     def __init__(self, dim, hidden=0, image_dim=0, serial=False):
         super().__init__()
@@ -229,7 +240,7 @@ class Adapter(nn.Module):
         self.on = True
 
     def forward(self, x, image=None, strength=1.0):
-        """x (n,f,d); image (b,f,e), n a multiple of b: one CLIP embedding a frame, or None."""
+        """x (n,f,d); image (b,f,e), n a multiple of b: a CLIP embedding per frame, or None."""
         if not self.on:
             return x
         h = x
@@ -240,38 +251,40 @@ class Adapter(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """x += attn1(x); x += attn2(x, text); x += ff(x). Without a text, attn2 is a second self-attention.
+    """x += attn1(x); x += attn2(x, text); x += ff(x). Without text, attn2 is like attn1.
 
-    cross_twice: attn1 attends to the text too (HiGen's text resampler). adapters: (layer, position) pairs,
-    layer "self_attention" | "cross_attention" | "feedforward", position "parallel" | "serial" (DreamVideo).
+    cross_twice: attn1 attends to the text, too (HiGen's text resampler). adapters: DreamVideo's,
+    pairs (layer, position) of a key of ADAPTERS and "parallel" or "serial".
     """
+    ADAPTERS = {"self_attention": "attn_adapter", "cross_attention": "cross_attn_adapter",
+                "feedforward": "ff_adapter"}
 
     def __init__(self, dim, heads, head_dim, context_dim=None, cross_twice=False, image_keys=False,
                  relative=0, adapters=(), adapter_dim=0, adapter_image_dim=0):
         super().__init__()
         self.cross_twice = cross_twice
-        self.attn1 = Attention(dim, heads, head_dim, context_dim if cross_twice else None, relative=relative)
+        first_context = context_dim if cross_twice else None
+        self.attn1 = Attention(dim, heads, head_dim, first_context, relative=relative)
         self.ff = FeedForward(dim)
         self.attn2 = Attention(dim, heads, head_dim, context_dim, image_keys, relative)
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
-        where = dict(adapters)
-        for name, layer in (("attn_adapter", "self_attention"), ("cross_attn_adapter", "cross_attention"),
-                            ("ff_adapter", "feedforward")):
+        position = dict(adapters)
+        for layer, name in self.ADAPTERS.items():
             adapter = None
-            if layer in where:
-                adapter = Adapter(dim, adapter_dim, adapter_image_dim, where[layer] == "serial")
+            if layer in position:
+                adapter = Adapter(dim, adapter_dim, adapter_image_dim, position[layer] == "serial")
             setattr(self, name, adapter)
 
     def forward(self, x, text=None, image=None, appearance=None, strength=1.0, eot=None):
-        """x (n,l,d); text (b,m,e) with n = b f: each frame of a sample attends to the same text.
+        """x (n,l,d); text (b,m,e) with n = b f: all frames of a sample attend to the same text.
 
-        image (b,k,e): tokens for attn2's image keys; appearance, strength: see Adapter. eot (b,): the answer
-        is (x, map (b, n l / b)), how much each place attends to that token of the text.
+        image (b,k,e): tokens for attn2's image keys; appearance, strength: see Adapter. eot (b,):
+        also return how much each place attends to that token of the text, (b, n l / b).
         """
         n, length, d = x.shape
 
         def cross(attention, x):
-            # cross-attention treats each query alone, so the f frames of a sample can be one long sequence of
+            # each query is treated alone, so the f frames of a sample may be one long sequence of
             # queries: keys and values of the text are computed once per video, not once per frame
             joined = x.reshape(len(text), -1, d)  # b (f l) d
             return attention(joined, text, image).reshape(n, length, d)
@@ -291,24 +304,24 @@ class TransformerBlock(nn.Module):
         return x if eot is None else (x, self.attn2.map_of(h.reshape(len(text), -1, d), text, eot))
 
 
-# ---- UNet blocks: every one is called as block(x, c), x (b f) c h w, c a Context
+# ---- UNet blocks, called as block(x, c) with x (b f) c h w and c a Context
 
 @dataclass
 class Context:
-    """What all blocks of a forward pass see."""
-    f: int                               # frames
-    emb: Tensor                          # (b f) e: embedding of the step (fps, ...)
-    text: Tensor                         # b n d, or (b f) n d: tokens for the spatial transformers
-    image: Tensor | None = None          # b k d: tokens for image_keys (VideoCrafter1)
-    motion_text: Tensor | None = None    # b n d: tokens for the motion blocks (DEMO)
-    eot: Tensor | None = None            # (b,): the motion blocks return attention maps of this token
-    appearance: Tensor | None = None     # b f d: CLIP embeddings for the adapters (DreamVideo)
-    strength: float = 1.0                # of the appearance
-    temporal: bool = True                # False: layers over time pass their input on (HiGen's images)
+    """What all blocks see in a forward pass."""
+    f: int                             # frames
+    emb: Tensor                        # (b f) e: embedding of the step (fps, ...)
+    text: Tensor                       # b n d, or (b f) n d: tokens for the spatial transformers
+    image: Tensor | None = None        # b k d: tokens for image_keys (VideoCrafter1)
+    motion_text: Tensor | None = None  # b n d: tokens for the motion blocks (DEMO)
+    eot: Tensor | None = None          # (b,): the motion blocks return attention maps of this token
+    appearance: Tensor | None = None   # b f d: CLIP embeddings for the adapters (DreamVideo)
+    strength: float = 1.0              # of the appearance
+    temporal: bool = True              # False: layers over time pass x on (HiGen's images)
 
 
 class Conv1x1(nn.Conv1d):
-    """A Conv1d of kernel 1, stored as in the public files (weight [out, in, 1]), on channels-last tokens."""
+    """A Linear on channels-last tokens, stored as a Conv1d as in public files."""
 
     def forward(self, x):
         return F.linear(x, self.weight.squeeze(-1), self.bias)
@@ -342,15 +355,17 @@ class TemporalTransformer(nn.Module):
         self.proj_in = nn.Linear(channels, inner) if linear else Conv1x1(channels, inner, 1)
         self.transformer_blocks = nn.ModuleList([
             TransformerBlock(inner, heads, head_dim, context_dim, **options)])
-        self.proj_out = zero_init(nn.Linear(inner, channels) if linear else Conv1x1(inner, channels, 1))
+        proj_out = nn.Linear(inner, channels) if linear else Conv1x1(inner, channels, 1)
+        self.proj_out = zero_init(proj_out)
 
     def tokens(self, x, f):
         video = rearrange(x, "(b f) c h w -> b c f h w", f=f)
-        # the norm is over the frames, too; as it lies, linear would multiply pixel by pixel
+        # the norm is over the frames, too; contiguous, or the Linear would run pixel by pixel
         return self.proj_in(rearrange(self.norm(video), "b c f h w -> (b h w) f c").contiguous())
 
     def back(self, h, x):
-        return x + rearrange(self.proj_out(h), "(b h w) f c -> (b f) c h w", h=x.shape[2], w=x.shape[3])
+        h = self.proj_out(h)
+        return x + rearrange(h, "(b h w) f c -> (b f) c h w", h=x.shape[2], w=x.shape[3])
 
     def forward(self, x, c):
         if not c.temporal:
@@ -360,10 +375,10 @@ class TemporalTransformer(nn.Module):
 
 
 class MotionBlock(TemporalTransformer):
-    """DEMO's motion conditioning: over the frames, at each pixel, and to the motion encoder's tokens."""
+    """DEMO: attention over the frames at each pixel, and to the motion encoder's tokens."""
 
     def forward(self, x, c):
-        """-> x, or with c.eot (x, map (b,h,w,f)): how much each place attends to the end-of-text token."""
+        """-> x, or with c.eot (x, attention of each place to the end-of-text token (b,h,w,f))."""
         h = self.transformer_blocks[0](self.tokens(x, c.f), c.motion_text, eot=c.eot)
         if c.eot is None:
             return self.back(h, x)
@@ -372,7 +387,7 @@ class MotionBlock(TemporalTransformer):
 
 
 class Dropout(nn.Dropout):
-    """Dropout whose masks can be keyed by sample, see seed_dropout(). Until then it is nn.Dropout."""
+    """Dropout whose masks can be keyed by sample, see seed_dropout(); until then, nn.Dropout."""
     seeds = None  # one per sample of the batch
 
     def forward(self, x):
@@ -389,8 +404,8 @@ class Dropout(nn.Dropout):
 def seed_dropout(net, seed, numbers):
     """Key dropout, from here to the next call, by (seed, number of the sample, layer).
 
-    numbers: those of the batch's samples within the run. The masks then do not depend on --batch, and blocks
-    recomputed in the backward pass draw the same ones again. net: plain, DDP or FSDP.
+    numbers: those of the batch's samples within the run. The masks then do not depend on --batch,
+    and blocks recomputed in the backward pass draw the same ones again. net: plain, DDP or FSDP.
     """
     layers = [module for module in net.modules() if isinstance(module, Dropout)]
     for i, layer in enumerate(layers):
@@ -432,7 +447,8 @@ class ResBlock(nn.Module):
         self.out_layers = Layer(nn.GroupNorm(32, cout), nn.SiLU(), Dropout(dropout),
                                 zero_init(Conv2d(cout, cout, 3, padding=1)))
         self.skip_connection = nn.Identity() if cin == cout else Conv2d(cin, cout, 1)
-        self.temopral_conv = TemporalConv(cout, temporal_dropout) if temporal_conv else None  # as published
+        # spelled as published
+        self.temopral_conv = TemporalConv(cout, temporal_dropout) if temporal_conv else None
 
     def forward(self, x, c):
         h = self.in_layers(x) + self.emb_layers(c.emb)[:, :, None, None]
@@ -472,7 +488,7 @@ class Upsample(nn.Module):
 # ---- conditions: image encoders, VideoComposer's maps, HiGen's text
 
 class MapEncoder(nn.Sequential):
-    """Maps or latents, frame by frame, pooled to a given size and then 4x smaller. Keys .0, .3, .5."""
+    """Maps or latents, frame by frame: pooled to a size, then shrunk by 4. Keys 0, 3, 5."""
 
     def __init__(self, cin, widths, cout):
         first, second = widths
@@ -482,7 +498,7 @@ class MapEncoder(nn.Sequential):
 
     def forward(self, x, size):
         """x (n,c,h,w) -> (n,cout,size[0] / 4,size[1] / 4)."""
-        x = F.adaptive_avg_pool2d(self[1](self[0](x)), size)  # in place of self[2], which has no weights
+        x = F.adaptive_avg_pool2d(self[1](self[0](x)), size)  # what self[2] stands for
         return self[5](self[4](self[3](x)))
 
 
@@ -500,7 +516,8 @@ class TemporalEncoder(nn.Module):
             self.fn.to_out = nn.Sequential(nn.Linear(inner, dim), Dropout(0.05))
 
         def forward(self, x):
-            return self.fn.to_out(attend(*self.fn.to_qkv(self.norm(x)).chunk(3, dim=-1), self.heads))
+            q, k, v = self.fn.to_qkv(self.norm(x)).chunk(3, dim=-1)
+            return self.fn.to_out(attend(q, k, v, self.heads))
 
     def __init__(self, dim, heads=2, depth=1):
         super().__init__()
@@ -521,7 +538,7 @@ class TemporalEncoder(nn.Module):
 
 
 class TextResampler(nn.Module):
-    """HiGen: a few learned queries read the text, twice a block, and stand in for its tokens."""
+    """HiGen: learned queries attend to the text, twice per block, and replace its tokens."""
 
     def __init__(self, context_dim, dim, tokens, depth):
         super().__init__()
@@ -539,8 +556,9 @@ class TextResampler(nn.Module):
         return self.output_mapping(x)
 
 
-# VideoComposer's maps: argument -> channels (their values: sample.read_maps)
-MAPS = {"depth": 1, "sketch": 1, "single_sketch": 1, "canny": 1, "motion": 2, "local_image": 3, "masked": 4}
+# VideoComposer's maps: argument -> channels (for their values see sample.read_maps)
+MAPS = {"depth": 1, "sketch": 1, "single_sketch": 1, "canny": 1, "motion": 2, "local_image": 3,
+        "masked": 4}
 
 
 def after_name(name):
@@ -552,53 +570,53 @@ def after_name(name):
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Defaults: ModelScope T2V (text2video_pytorch_model.pth, model_scope_v1-4/v1-5), 1,411 M parameters."""
+    """Defaults: ModelScope T2V (text2video_pytorch_model.pth, v1-4, v1-5), 1,411 M parameters."""
     in_dim: int = 4
     out_dim: int = 4
     dim: int = 320
     dim_mult: tuple = (1, 2, 4, 4)
     num_res_blocks: int = 2
-    attn_scales: tuple = (1.0, 0.5, 0.25)  # levels with transformers, as fractions of the latent size
+    attn_scales: tuple = (1.0, 0.5, 0.25)  # levels with transformers, as shares of the latent size
     head_dim: int = 64
-    num_heads: int = 8                     # of the first temporal transformer; elsewhere channels / head_dim
+    num_heads: int = 8                    # of the first temporal transformer (else: by head_dim)
     context_dim: int = 1024
     dropout: float = 0.1
-    use_fps_condition: bool = False        # frame rate in the time embedding
-    default_fps: int = 0                   # used where no fps is given; 0: then none is added
+    use_fps_condition: bool = False       # frame rate in the time embedding
+    default_fps: int = 0                  # used where no fps is given; 0: none is added
     # VideoCrafter1 and 2
-    spatial_dropout: float | None = None   # of the ResBlocks' 2-D half, if it differs from dropout
-    temporal_linear: bool = False          # Linear, not Conv1d, around all temporal blocks but the first
+    spatial_dropout: float | None = None  # of the ResBlocks' 2-D half, if it differs from dropout
+    temporal_linear: bool = False         # Linear, not Conv1d, around all temporal blocks but one
     temporal_conv: bool = True
-    relative_position: int = 0             # span of relative frame positions
-    image_keys: bool = False               # spatial transformers attend to image tokens apart
+    relative_position: int = 0            # span of relative frame positions
+    image_keys: bool = False              # spatial transformers attend to image tokens separately
     # T2V-Turbo
-    guidance_dim: int = 0                  # width of the guidance embedding
-    motion_guidance_dim: int = 0           # of a second such input
+    guidance_dim: int = 0                 # width of the guidance embedding
+    motion_guidance_dim: int = 0          # of a second such input
     # I2VGen-XL
-    image_to_video: bool = False           # latent of the first frame and its CLIP embedding
+    image_to_video: bool = False          # latent of the first frame and its CLIP embedding
     # SR600
-    super_resolution: bool = False         # padding (2, 1), rows cropped, damped skip connections
+    super_resolution: bool = False        # padding (2, 1), rows cropped, damped skip connections
     # DEMO
     motion_blocks: bool = False
     # DreamVideo: (layer, position) pairs, see TransformerBlock
     spatial_adapters: tuple = ()
-    spatial_adapter_dim: int = 0           # 0: half the width
+    spatial_adapter_dim: int = 0          # 0: half the width
     temporal_adapters: tuple = ()
     temporal_adapter_dim: int = 0
-    adapter_image_dim: int = 0             # the temporal adapters see a CLIP embedding of this width
+    adapter_image_dim: int = 0            # width of the CLIP embedding that temporal adapters see
     # HiGen
-    text_resampler: int = 0                # depth; also brings the motion, appearance and image factors
+    text_resampler: int = 0               # depth; also adds the motion, appearance and image inputs
     # TF-T2V, VideoComposer, VideoLCM
-    concat_dim: int = 0                    # channels beside the latents, the sum of all maps' encodings
-    maps: tuple = ()                       # of MAPS
-    style_image: bool = False              # tokens from a CLIP image embedding
-    histogram: bool = False                # a token a frame from a colour histogram of 156 numbers
+    concat_dim: int = 0                   # channels beside the latents: the sum of all encoded maps
+    maps: tuple = ()                      # of MAPS
+    style_image: bool = False             # tokens from a CLIP image embedding
+    histogram: bool = False               # a token per frame from a colour histogram of 156 numbers
     map_encoder_depth: int = 1
-    num_tokens: int = 4                    # of an image (I2VGen-XL, VideoComposer); of HiGen's text (16)
-    # the tiny world's options (no public base has them)
-    frame_pos: int = 0                     # learned positions of this many frames, in the time embedding
-    spatial_pos: int = 0                   # learned map after the first convolution, latent pixels a side
-    pooled_text: bool = False              # mean text token in the time embedding
+    num_tokens: int = 4                   # of an image (I2VGen-XL, VideoComposer) or HiGen's text
+    # the tiny world's options, which no public base has
+    frame_pos: int = 0                    # learned positions of so many frames, in that embedding
+    spatial_pos: int = 0                  # learned map after the first convolution, pixels per side
+    pooled_text: bool = False             # mean text token in the time embedding
 
 
 def misfit(cfg, f, h, w):
@@ -608,15 +626,15 @@ def misfit(cfg, f, h, w):
         rows = h
         for _ in cfg.dim_mult[1:]:  # each level halves and adds one; only the lowest may be odd
             if rows % 2 or w % factor:
-                return (f"latent size {h}x{w}: this super-resolution UNet needs a width that is a multiple "
-                        f"of {factor} and an even height on every level")
+                return (f"latent size {h}x{w}: this super-resolution UNet needs a width that is a "
+                        f"multiple of {factor} and an even height on every level")
             rows = rows // 2 + 1
     elif h % factor or w % factor:
-        return f"latent size {h}x{w}: height and width must be multiples of {factor} for this UNet"
+        return f"latent size {h}x{w}: height and width must be multiples of {factor}"
     if cfg.frame_pos and f > cfg.frame_pos:
-        return f"{f} frames: this base has learned positions for at most {cfg.frame_pos} frames"
+        return f"{f} frames: this UNet has learned positions for {cfg.frame_pos}"
     if cfg.spatial_pos and max(h, w) > cfg.spatial_pos:
-        return f"latent size {h}x{w}: this base has learned positions for {cfg.spatial_pos} pixels a side"
+        return f"latent size {h}x{w}: this UNet has learned positions for {cfg.spatial_pos}"
     return None
 
 
@@ -636,10 +654,11 @@ class UNet3D(nn.Module):
         spatial = dict(image_keys=cfg.image_keys, adapters=cfg.spatial_adapters,
                        adapter_dim=cfg.spatial_adapter_dim)
         temporal = dict(relative=cfg.relative_position, adapters=cfg.temporal_adapters,
-                        adapter_dim=cfg.temporal_adapter_dim, adapter_image_dim=cfg.adapter_image_dim)
+                        adapter_dim=cfg.temporal_adapter_dim,
+                        adapter_image_dim=cfg.adapter_image_dim)
 
         def entry(cin, cout, attention):
-            """A list of encoder or decoder: a ResBlock, then a spatial and a temporal transformer or none."""
+            """A ResBlock, with attention followed by a spatial and a temporal transformer."""
             layers = [ResBlock(cin, cout, emb_dim, **res)]
             if attention:
                 size = cout, cout // cfg.head_dim, cfg.head_dim
@@ -660,7 +679,8 @@ class UNet3D(nn.Module):
                 channels = width
                 skips.append(channels)
             if level < len(widths) - 1:  # bare in the list: key `input_blocks.3.op`
-                self.input_blocks.append(Downsample(channels, (2, 1) if cfg.super_resolution else 1))
+                padding = (2, 1) if cfg.super_resolution else 1
+                self.input_blocks.append(Downsample(channels, padding))
                 skips.append(channels)
                 scale /= 2
 
@@ -671,7 +691,8 @@ class UNet3D(nn.Module):
         self.output_blocks = nn.ModuleList()
         for level, width in reversed(list(enumerate(widths))):
             for _ in range(cfg.num_res_blocks + 1):
-                self.output_blocks.append(entry(channels + skips.pop(), width, scale in cfg.attn_scales))
+                cin = channels + skips.pop()
+                self.output_blocks.append(entry(cin, width, scale in cfg.attn_scales))
                 channels = width
             if level > 0:
                 self.output_blocks[-1].append(Upsample(channels, crop=cfg.super_resolution))
@@ -682,7 +703,7 @@ class UNet3D(nn.Module):
         nn.init.zeros_(conv_out.weight)  # the weight only, as published
 
     def build_conditions(self, dim, emb_dim):
-        """Everything around the UNet proper, option by option."""
+        """Layers of the conditions, option by option; built first, see with_new_conditions."""
         cfg = self.cfg
 
         def mlp(cin, zero=False):
@@ -728,20 +749,20 @@ class UNet3D(nn.Module):
             self.frame_pos = nn.Parameter(0.5 * sinusoidal(torch.arange(cfg.frame_pos), emb_dim))
         if cfg.spatial_pos:  # starts as sines and cosines of the row and of the column
             n = cfg.spatial_pos
-            wave = sinusoidal(torch.arange(n), dim // 2).T  # dim/2 positions
+            wave = sinusoidal(torch.arange(n), dim // 2).T  # dim/2 n
             rows, columns = wave[:, :, None].expand(-1, n, n), wave[:, None, :].expand(-1, n, n)
             self.spatial_pos = nn.Parameter(0.5 * torch.cat([rows, columns]))
         if cfg.pooled_text:
             self.pooled_text = nn.Linear(cfg.context_dim, emb_dim)
 
     def blocks(self):
-        """The modules to shard and to recompute one by one."""
+        """The modules that FSDP shards one by one."""
         kinds = (ResBlock, SpatialTransformer, TemporalTransformer, Downsample, Upsample)
         return [m for m in self.modules() if isinstance(m, kinds)]
 
     def embed(self, t, text, f, fps=None, guidance=None, motion_guidance=None, motion_factor=None,
               appearance_factor=None):
-        """-> (b f) e: embedding of the step, and of what else each ResBlock adds."""
+        """-> (b f) e: embedding of the step and of all else that the ResBlocks add."""
         cfg, b = self.cfg, len(t)
         first, act, last = self.time_embed
         dtype = first.weight.dtype
@@ -753,7 +774,7 @@ class UNet3D(nn.Module):
                 w = self.combine_proj(torch.cat([w, motion], dim=-1))
             e = e + w
         e = first(e)[:, None]  # b 1 e
-        if cfg.pooled_text:  # before the non-linearity, so that step, words and frame number can combine
+        if cfg.pooled_text:  # before the non-linearity, so that step, words and frame interact
             e = e + self.pooled_text(text.mean(1))[:, None]
         if cfg.frame_pos:
             e = e + self.frame_pos[:f]
@@ -771,7 +792,7 @@ class UNet3D(nn.Module):
         return e.expand(-1, f, -1).reshape(b * f, -1)
 
     def tokens(self, text, f, first_frame=None, image=None, histogram=None):
-        """Text, then the tokens of images: what the spatial transformers attend to, b n d or (b f) n d."""
+        """Text, then image tokens, for the spatial transformers: b n d or (b f) n d."""
         cfg, b = self.cfg, len(text)
         if cfg.text_resampler:
             text = self.context_embedding(text)
@@ -787,68 +808,63 @@ class UNet3D(nn.Module):
         return text
 
     def beside(self, x, first_frame=None, maps=None, map_keep=None):
-        """-> (b f) c h w: the channels that join the noisy latents at the first convolution, or None."""
+        """-> (b f) c h w: the channels that join the noisy latents at the first convolution."""
         cfg, (b, _, f, h, w) = self.cfg, x.shape
         if cfg.image_to_video:
-            # the image at frame 0, then planes that tell how far through the clip a frame is
+            # the image at frame 0, then planes that hold the frame's place in the clip, up to 1
             k = torch.arange(1, f, device=x.device, dtype=x.dtype) / max(f - 1, 1)
             planes = repeat(k, "f -> b c f h w", b=b, c=cfg.in_dim, h=h, w=w)
             clip = torch.cat([first_frame[:, :, None], planes], dim=2)
             clip = self.local_image_concat(rearrange(clip, "b c f h w -> (b f) c h w"))
-            # twice, as published: the public weights were trained so (diffusers' port adds it once)
+            # twice, as published; the weights were trained with that (diffusers' port adds it once)
             return 2 * self.local_temporal_encoder(clip, f)
         total = x.new_zeros(b * f, cfg.concat_dim, h, w)
         for name, value in (maps or {}).items():
             if value is not None:
-                keep = (map_keep or {}).get(name, x.new_ones(b)).repeat_interleave(f).view(-1, 1, 1, 1)
+                keep = (map_keep or {}).get(name, x.new_ones(b))
+                keep = keep.repeat_interleave(f).view(-1, 1, 1, 1)
                 total = total + keep * self.encode_map(name, value, (4 * h, 4 * w))
         return total
 
     def encode_map(self, name, value, size):
-        """A map (b,c,f,8h,8w) of MAPS, encoded -> (b f) concat_dim h w; size (4h, 4w)."""
-        if name not in self.cfg.maps:
-            raise UserError(f"condition {name}: this base has no encoder for it; "
-                            f"it has {', '.join(self.cfg.maps) or 'none'}")
+        """A map of MAPS (b,c,f,8h,8w) -> (b f) concat_dim h w; size (4h, 4w)."""
+        assert name in self.cfg.maps, f"condition {name}: no encoder among {self.cfg.maps}"
         after = getattr(self, after_name(name))
         frames = rearrange(value, "b c f h w -> (b f) c h w")
         return after(getattr(self, f"{name}_embedding")(frames, size), value.shape[2])
 
-    def forward(self, x: Tensor, t: Tensor, text: Tensor, fps=None, guidance=None, motion_guidance=None,
-                image=None, first_frame=None, motion_text=None, eot=None, appearance=None, strength=1.0,
-                image_prior=None, motion_factor=None, appearance_factor=None, histogram=None, map_keep=None,
-                **maps) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, text: Tensor, fps=None, guidance=None,
+                motion_guidance=None, image=None, first_frame=None, motion_text=None, eot=None,
+                appearance=None, strength=1.0, image_prior=None, motion_factor=None,
+                appearance_factor=None, histogram=None, map_keep=None, **maps) -> Tensor:
         """x (b,c,f,h,w) noisy latents, t (b,) step 0..999, text (b,n,d) -> prediction like x.
 
-        Conditions, each for the bases that know it:
-        fps (b,); guidance, motion_guidance (b,...): guidance_embedding of scales (T2V-Turbo);
-        image: CLIP embedding (b,1,d) (I2VGen-XL, VideoComposer's style), tokens (b,k,d) (VideoCrafter1);
-        first_frame (b,c,h,w): latent of the first frame (I2VGen-XL);
-        motion_text (b,n,d) (DEMO), eot (b,): answer with (prediction, [map (b,h,w,f) of each motion block]);
-        appearance (b,1 or f,d), strength, a number or (b,) (DreamVideo);
-        image_prior (b,c,h,w), motion_factor (b,) or (b,f-1), appearance_factor (b,f,32) (HiGen);
-        histogram (b,f,156), `maps` of MAPS (b,c,f,8h,8w), map_keep {name: (b,): 0 drops} (VideoComposer).
+        Conditions, each for the bases that have it: fps (b,); guidance, motion_guidance (b,d):
+        guidance_embedding of scales (T2V-Turbo); image: CLIP embedding (b,1,d) (I2VGen-XL,
+        VideoComposer's style) or tokens (b,k,d) (VideoCrafter1); first_frame (b,c,h,w): latent of
+        the first frame (I2VGen-XL); motion_text (b,n,d) (DEMO); eot (b,): index of the
+        end-of-text token, to return (prediction, [attention map (b,h,w,f) of each motion block]);
+        appearance (b,1 or f,d), strength: a number or (b,) (DreamVideo); image_prior (b,c,h,w),
+        motion_factor (b,) or (b,f-1), appearance_factor (b,f,32) (HiGen); histogram (b,f,156),
+        `maps` of MAPS (b,c,f,8h,8w), map_keep {name: (b,)}, where 0 drops a map (VideoComposer).
         """
         cfg, (f, h, w) = self.cfg, x.shape[2:]
-        if fault := misfit(cfg, f, h, w):
-            raise UserError(fault)
+        fault = misfit(cfg, f, h, w)
+        assert not fault, fault
+        assert not maps or cfg.concat_dim, f"conditions {', '.join(maps)}: unknown to this UNet"
         if appearance is not None:
             appearance = appearance.expand(-1, f, -1)
             strength = strength.view(-1, 1, 1) if isinstance(strength, Tensor) else strength
-        if maps and not cfg.concat_dim:
-            raise UserError(f"condition {next(iter(maps))}: unknown to this base")
-        c = Context(
-            f, self.embed(t, text, f, fps, guidance, motion_guidance, motion_factor, appearance_factor),
-            self.tokens(text, f, first_frame, image, histogram), image if cfg.image_keys else None,
-            motion_text, eot, appearance, strength, temporal=not (cfg.text_resampler and f == 1))
+        emb = self.embed(t, text, f, fps, guidance, motion_guidance, motion_factor,
+                         appearance_factor)
+        c = Context(f, emb, self.tokens(text, f, first_frame, image, histogram),
+                    image if cfg.image_keys else None, motion_text, eot, appearance, strength,
+                    temporal=not (cfg.text_resampler and f == 1))
         eot_maps = []
 
         def run(layer, x):
-            if self.grad_ckpt and torch.is_grad_enabled():
-                # non-reentrant: the other kind loses the graph when no input needs a gradient (LoRA)
-                x = checkpoint(layer, x, c, use_reentrant=False)
-            else:
-                x = layer(x, c)
-            if isinstance(x, tuple):  # a motion block asked for its map; a result, so that it keeps its graph
+            x = run_block(layer, x, c, recompute=self.grad_ckpt)
+            if isinstance(x, tuple):  # a motion block's map is a result and keeps its graph
                 x, eot_map = x
                 eot_maps.append(eot_map)
             return x
@@ -876,12 +892,13 @@ class UNet3D(nn.Module):
             x = torch.cat([x, skip], dim=1)
             for layer in entry:
                 x = run(layer, x)
-        x = rearrange(self.out(x), "(b f) c h w -> b c f h w", f=f).contiguous()  # FSDP2 warns of views
+        # contiguous, since FSDP2 warns of views
+        x = rearrange(self.out(x), "(b f) c h w -> b c f h w", f=f).contiguous()
         return (x, eot_maps) if eot is not None else x
 
 
 def fourier_filter(x, threshold, scale):
-    """Scale the lowest frequencies, a window of 2 threshold x 2 threshold around 0, of x (n,c,h,w)."""
+    """Scale the lowest frequencies of x (n,c,h,w), a square of 2 threshold around 0."""
     spectrum = torch.fft.fftshift(torch.fft.fft2(x.float()), dim=(-2, -1))
     h, w = x.shape[-2] // 2, x.shape[-1] // 2
     gain = torch.ones(x.shape[-2:], device=x.device)
@@ -891,12 +908,12 @@ def fourier_filter(x, threshold, scale):
 
 
 def damp_skip(x, skip, up, down):
-    """FreeU (arXiv 2309.11497), always on in SR600: half of x up, low frequencies of the skip down."""
+    """FreeU (arXiv 2309.11497) of SR600: half of x scaled up, the skip's low frequencies down."""
     half = x.shape[1] // 2
     return torch.cat([x[:, :half] * up, x[:, half:]], dim=1), fourier_filter(skip, 1, down)
 
 
-# ---- other names of the same weights
+# ---- public weights -> ours
 
 def videocrafter_name(key):
     """Key of UNet3D -> VideoCrafter's (without `model.diffusion_model.`)."""
@@ -906,14 +923,15 @@ def videocrafter_name(key):
 
 
 def demo_source(key, net):
-    """Key of a UNet3D with motion blocks -> the ModelScope key it starts from (DEMO's initialisation).
+    """Key of a UNet3D with motion blocks -> the ModelScope key that it starts from (DEMO).
 
-    A motion block starts as a copy of the spatial transformer before it; what follows moves up by one place.
+    A motion block starts as a copy of the spatial transformer before it; what follows is one place
+    further back than in ModelScope.
     """
-    found = re.match(r"(input_blocks\.\d+|middle_block|output_blocks\.\d+)\.(\d+)\.(.+)", key)
-    if not found:
+    match = re.match(r"(input_blocks\.\d+|middle_block|output_blocks\.\d+)\.(\d+)\.(.+)", key)
+    if not match:
         return key
-    entry, place, rest = found[1], int(found[2]), found[3]
+    entry, place, rest = match[1], int(match[2]), match[3]
     if place >= 2 and any(isinstance(m, MotionBlock) for m in net.get_submodule(entry)):
         return f"{entry}.{place - 1}.{rest}"
     return key
@@ -923,21 +941,23 @@ I2VGEN_DIFFUSERS = {
     "local_image_concat.": "image_latents_proj_in.",
     "local_image_embedding.": "image_latents_context_embedding.",
     "local_temporal_encoder.layers.0.0.norm.": "image_latents_temporal_encoder.norm1.",
-    "local_temporal_encoder.layers.0.0.fn.": "image_latents_temporal_encoder.attn1.",  # to_qkv: see bases.py
+    # but for to_qkv, one matrix in the original, see unet_state()
+    "local_temporal_encoder.layers.0.0.fn.": "image_latents_temporal_encoder.attn1.",
     "local_temporal_encoder.layers.0.1.net.0.0.": "image_latents_temporal_encoder.ff.net.0.proj.",
     "local_temporal_encoder.layers.0.1.net.2.": "image_latents_temporal_encoder.ff.net.2."}
 
 
 def unet_diffusers_name(key, num_res_blocks=2):
-    """Public key of UNet3D -> the same tensor's in diffusers' UNet3DConditionModel or I2VGenXLUNet."""
+    """Public key of UNet3D -> that of diffusers' UNet3DConditionModel or I2VGenXLUNet."""
     for ours, theirs in I2VGEN_DIFFUSERS.items():
         if key.startswith(ours):
             return key.replace(ours, theirs, 1)
     part, _, rest = key.partition(".")
-    if part == "time_embed":
-        return rest.replace("0.", "time_embedding.linear_1.", 1).replace("2.", "time_embedding.linear_2.", 1)
-    if part == "out":
-        return rest.replace("0.", "conv_norm_out.", 1).replace("2.", "conv_out.", 1)
+    ends = {"time_embed": {"0": "time_embedding.linear_1", "2": "time_embedding.linear_2"},
+            "out": {"0": "conv_norm_out", "2": "conv_out"}}
+    if part in ends:
+        place, _, kind = rest.partition(".")
+        return f"{ends[part][place]}.{kind}"
     if part not in ("input_blocks", "middle_block", "output_blocks"):
         return key
     if part == "middle_block":
@@ -966,25 +986,93 @@ def unet_diffusers_name(key, num_res_blocks=2):
     return f"{side}.{kind}.{n}.{rest}"
 
 
+def unet_state(state, net, source):
+    """Public weights -> UNet3D's: VGen's, VideoCrafter's (alone or in its file), diffusers'."""
+    state = below(state, "model.diffusion_model.")
+    if any(k.startswith("init_attn.") for k in state):
+        turbo = net.cfg.guidance_dim and not net.cfg.motion_guidance_dim
+        if turbo and "time_cond_proj.weight" not in state:
+            # T2V-Turbo: the file is VideoCrafter2's, and of this layer only the LoRA was
+            # published (its weights were a random draw). Zeros can be repeated.
+            zeros = torch.zeros(net.time_cond_proj.weight.shape)
+            state = state | {"time_cond_proj.weight": zeros}
+        return rename(state, net, videocrafter_name, source)
+    if any(k.startswith("down_blocks.") for k in state):
+        attention = "image_latents_temporal_encoder.attn1.to_"
+        if f"{attention}q.weight" in state:  # one matrix in the original
+            state = dict(state)
+            parts = [state.pop(f"{attention}{k}.weight") for k in "qkv"]
+            state[f"{attention}qkv.weight"] = torch.cat(parts)
+        return rename(state, net, lambda k: unet_diffusers_name(k, net.cfg.num_res_blocks), source)
+    adapters = fresh_adapters(net)  # no base's file has them: they start here
+    if adapters and state.keys() | adapters.keys() == net.state_dict().keys():
+        return adapters | state
+    return state
+
+
+def fresh_adapters(net):
+    """Initial weights of DreamVideo's adapters: a Linear's, but zeros for the last layer."""
+    shapes = {k: v.shape for k, v in net.state_dict().items() if "_adapter." in k}
+
+    def start(key):
+        if "up_linear" in key:
+            return torch.zeros(shapes[key])
+        bound = shapes[key.replace("bias", "weight")][1] ** -0.5
+        return torch.empty(shapes[key]).uniform_(-bound, bound)
+    return {key: start(key) for key in shapes}
+
+
+def with_new_conditions(state, net):
+    """Weights that lack some of net's conditions -> those from which its training starts.
+
+    The missing layers are drawn as they are built, the same on every process. The first convolution
+    ignores input channels that are new.
+    """
+    missing = net.state_dict().keys() - state.keys()
+    if not missing:
+        return state
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(0)
+        # conditions are built before all else, so a UNet without levels draws the same numbers
+        small = UNet3D(replace(net.cfg, dim_mult=(1,), num_res_blocks=0, attn_scales=()))
+    fresh = {k: v for k, v in small.state_dict().items() if k in missing}
+    first, cfg = "input_blocks.0.0.weight", net.cfg
+    if first in state and state[first].shape[1] == cfg.in_dim:
+        fresh[first] = F.pad(state[first], (0, 0, 0, 0, 0, cfg.concat_dim))
+    return state | fresh
+
+
+def with_motion_blocks(state, net, source):
+    """Public weights of a base -> those of `net`, the same with DEMO's motion blocks.
+
+    The blocks are copies of its spatial transformers, as published.
+    """
+    with torch.device("meta"):
+        plain = UNet3D(replace(net.cfg, motion_blocks=False))
+    load_strict(plain, unet_state(state, plain, source), source)
+    state = plain.state_dict()
+    return {k: state[demo_source(k, net)].clone() for k in net.state_dict()}
+
+
 # ---- LoRA: W x + (alpha / rank) B A x, on Linear and convolution layers
 
 def add_lora(net, rank, alpha, targets):
-    """Freeze `net`, give each layer whose name ends in one of `targets` a LoRA branch. -> their names.
+    """Freeze `net` and give each layer whose name ends in one of `targets` a LoRA branch. -> names
 
-    The branch of layer `key` holds `key.lora_A.weight` and `key.lora_B.weight`, trained in fp32; B starts at
-    zero. On a convolution A has its kernel, stride and padding, B is 1x1 (as T2V-Turbo's). A rank above a
-    layer's width is cut to it.
+    The branch of `layer` is `layer.lora_A.weight` and `layer.lora_B.weight`, in fp32; B starts at
+    zero. On a convolution A has its kernel, stride and padding, and B is 1x1 (as in T2V-Turbo). A
+    rank above a layer's width is cut to that.
     """
     net.requires_grad_(False)
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     layers = {n: m for n, m in net.named_modules()
               if isinstance(m, kinds) and any(f".{n}".endswith(f".{target}") for target in targets)}
-    unused = [target for target in targets if not any(f".{n}".endswith(f".{target}") for n in layers)]
-    if unused:
-        raise UserError(f"--lora-targets {unused[0]}: no layer of the network has a name ending so "
-                        "(try to_q to_k to_v to_out.0 net.2)")
+    for target in targets:
+        if not any(f".{n}".endswith(f".{target}") for n in layers):
+            raise UserError(f"--lora-targets {target}: no layer of the network has such a name "
+                            "(try to_q to_k to_v to_out.0 net.2)")
     for layer in layers.values():
-        new = dict(bias=False, device=layer.weight.device, dtype=torch.float32)  # trained tensors stay fp32
+        new = dict(bias=False, device=layer.weight.device, dtype=torch.float32)
         cout, cin = layer.weight.shape[:2]
         r = min(rank, cin, cout)
         if isinstance(layer, (nn.Conv2d, nn.Conv3d)):
@@ -1004,7 +1092,7 @@ def lora_branch(layer, args, out):
 
 @contextmanager
 def lora_strength(net, strength):
-    """While it lasts LoRA branches count `strength` times. Recomputed blocks must be run outside of it."""
+    """Context in which LoRA branches count `strength` times; no backward pass may run in it."""
     layers = [m for m in net.modules() if hasattr(m, "lora_scale")]
     scales = [layer.lora_scale for layer in layers]
     try:
@@ -1017,10 +1105,10 @@ def lora_strength(net, strength):
 
 
 def frozen_copy(net, dtype, mode, device, offload=False):
-    """What a network is before all its weights are trained, sharded with fsdp.
+    """The network as it is before all its weights are trained; sharded with fsdp.
 
-    dtype: of the layers whose weights autocast would cast anyway; norms and tables keep theirs, so that
-    under autocast the copy computes exactly what `net` does. None: all keep theirs.
+    dtype: of the layers whose weights autocast would cast anyway; norms and tables keep theirs,
+    so that under autocast the copy computes exactly what `net` does. None: all keep theirs.
     """
     frozen = copy.deepcopy(net).eval().requires_grad_(False)
     for module in frozen.modules() if dtype else ():
@@ -1030,25 +1118,30 @@ def frozen_copy(net, dtype, mode, device, offload=False):
 
 
 def without_lora(net):
-    """-> fn, called as `net` is: the network as it was before LoRA was trained, DPO's reference."""
+    """-> fn(*args, **cond): `net` without its LoRA, the reference of DPO."""
     def reference(*args, **cond):
         with lora_strength(net, 0.0):
             return net(*args, **cond)
     return reference
 
 
+def lora_delta(down, up, like):
+    """B A, of a layer's LoRA weights A and B, in the shape of its weight `like`; float32."""
+    return (up.float().flatten(1) @ down.float().flatten(1)).view_as(like)
+
+
 @torch.no_grad()
 def merge_lora(net):
-    """Fold every LoRA branch into its weight, W += (alpha / rank) B A, and remove it."""
+    """Add every LoRA branch to its weight, W += (alpha / rank) B A, and remove it."""
     for layer in list(net.modules()):
         if hasattr(layer, "lora_A"):
-            delta = layer.lora_scale * layer.lora_B.weight.flatten(1) @ layer.lora_A.weight.flatten(1)
-            layer.weight += delta.view_as(layer.weight).to(layer.weight.dtype)
+            delta = lora_delta(layer.lora_A.weight, layer.lora_B.weight, layer.weight)
+            layer.weight += (layer.lora_scale * delta).to(layer.weight.dtype)
             layer.lora_hook.remove()
             del layer.lora_A, layer.lora_B, layer.lora_scale, layer.lora_hook
 
 
-# ---- the public LoRA files
+# ---- public LoRA files, read by weights.py, into a network
 
 def instructvideo_lora_name(key):
     """Our LoRA key -> InstructVideo's:  attn1.to_out.0.lora_A -> attn1.to_out_lora.down_linear."""
@@ -1057,10 +1150,10 @@ def instructvideo_lora_name(key):
 
 
 def turbo_lora_layers(net):
-    """Layers of T2V-Turbo's name-less LoRA list, in its order: entry 2 i is layer i's B, entry 2 i + 1 its A.
+    """Names of the layers in T2V-Turbo's LoRA list, which has none, in its order.
 
-    They are all Linear, Conv2d and Conv3d layers as VideoCrafter registers them: the first temporal
-    transformer (our input_blocks.0.1) after the encoder.
+    They are all Linear, Conv2d and Conv3d layers in VideoCrafter's order, where the first temporal
+    transformer (our input_blocks.0.1) comes after the encoder.
     """
     names = [n for n, m in net.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.Conv3d))]
     moved = [n for n in names if n.startswith("input_blocks.0.1.")]
@@ -1069,31 +1162,150 @@ def turbo_lora_layers(net):
     return rest[:at] + moved + rest[at:]
 
 
+def lora_pairs(net, lora, path):
+    """{layer.lora_A.weight, layer.lora_B.weight: tensor} -> {layer: (A, B)} that fit `net`."""
+    modules, pairs = dict(net.named_modules()), {}
+    for layer in dict.fromkeys(key.rpartition(".lora_")[0] for key in lora):
+        down, up = (lora.get(f"{layer}.lora_{side}.weight") for side in "AB")
+        shape = modules[layer].weight.shape if layer in modules else None
+        if down is None or up is None:
+            raise UserError(f"--lora {path}: {layer} has only one of A and B")
+        if (up.shape[0], *down.shape[1:]) != shape or up.shape[1] != down.shape[0]:
+            raise UserError(f"--lora {path}: the LoRA of {layer} does not fit this network; give "
+                            "the base that it was made for")
+        pairs[layer] = down, up
+    return pairs
+
+
+@torch.no_grad()
+def merge_public_lora(net, path, scale=1.0):
+    """Add a LoRA file to the weights: T2V-Turbo's list, peft's format (VADER's), InstructVideo's.
+
+    InstructVideo's file also holds the base's weights, which replace the network's. DreamVideo's
+    adapters are no LoRA: they fill the network's own and have no scale.
+    """
+    state = load_weights(path, lists=True)
+    kind = lora_format(state)
+    if kind == "adapters":
+        return fill_adapters(net, state, path, scale)
+    if kind == "turbo":
+        lora = turbo_lora(state, turbo_lora_layers(net), path)
+    elif kind == "peft":
+        lora, rank, alpha, _ = read_peft_lora(net, path)
+        scale *= alpha / rank
+    elif kind == "instructvideo":
+        base = {k: v for k, v in state.items() if "_lora." not in k}
+        if base:
+            load_strict(net, base, f"--lora {path}")
+        lora = instructvideo_lora(net, state, path)
+    else:
+        raise UserError(f"--lora {path}: not a LoRA file that is known here: {looks_like(state)}")
+    modules = dict(net.named_modules())
+    for layer, (down, up) in lora_pairs(net, lora, path).items():
+        weight = modules[layer].weight
+        weight += (scale * lora_delta(down, up, weight)).to(weight.dtype)
+
+
+def fill_adapters(net, state, path, scale):
+    """A file of DreamVideo's, {key: tensor} of the subject's or the motion's adapters -> net."""
+    if scale != 1:
+        raise UserError(f"--lora {path}:{scale:g}: DreamVideo's adapters have no scale; leave it "
+                        "out")
+    ours = {k: v.shape for k, v in net.state_dict().items()}
+    wrong = [k for k, v in state.items() if ours.get(k) != v.shape]
+    if wrong:
+        raise UserError(f"--lora {path}: {len(wrong)} tensors do not fit this network, first "
+                        f"{wrong[0]}: DreamVideo's adapters go with --base dreamvideo")
+    net.load_state_dict(state, strict=False)
+
+
+def read_peft_lora(net, path, scale=1.0):
+    """A LoRA file of peft's (VADER's), B times `scale` -> tensors, rank, alpha, targets.
+
+    Those are rank, alpha and targets. The file's layers have the names of the base's public file.
+    """
+    names = [name for name, _ in net.named_modules()]
+    public = {videocrafter_name(f"{name}.").removesuffix("."): name for name in names}
+    lora, rank, alpha = peft_lora(path, public | {name: name for name in names})
+    pairs, modules = lora_pairs(net, lora, path), dict(net.named_modules())
+    for layer, (down, _) in pairs.items():
+        if len(down) != min(rank, *modules[layer].weight.shape[:2]):
+            raise UserError(f"--lora {path}: {layer} has rank {len(down)}, others have {rank}")
+    lora = {k: v * scale if ".lora_B." in k else v for k, v in lora.items()}
+    short = list(dict.fromkeys(layer.rpartition(".")[2] for layer in pairs))  # to_q, ...
+    same = {name for name in names if name.rpartition(".")[2] in short} == pairs.keys()
+    return lora, rank, alpha, short if same else list(pairs)
+
+
+def instructvideo_lora(net, state, path):
+    """InstructVideo's file {key: tensor} -> its LoRA under our names, float32."""
+    layers = [name for name, module in net.named_modules() if isinstance(module, nn.Linear)]
+    names = [f"{layer}.lora_{side}.weight" for layer in layers for side in "AB"]
+    ours = {instructvideo_lora_name(name): name for name in names}
+    theirs = [k for k in state if "_lora." in k]
+    unknown = [k for k in theirs if k not in ours]
+    if unknown:
+        raise UserError(f"--lora {path}: {unknown[0]} belongs to no layer of this network")
+    return {ours[k]: state[k].float() for k in theirs}
+
+
+def start_from_lora(net, path, scale=1.0):
+    """Start from InstructVideo's public LoRA, times `scale`: put it into the branches of `net`.
+
+    The base's weights in the file must be the network's own, since a run saves its LoRA alone.
+    """
+    state = load_weights(path, lists=True)
+    if lora_format(state) != "instructvideo":
+        known = "T2V-Turbo's list" if isinstance(state, list) else looks_like(state)
+        raise UserError(f"--lora {path}: no LoRA of InstructVideo to start from: {known}")
+    ours, lora = net.state_dict(), instructvideo_lora(net, state, path)
+    other = lora.keys() ^ {k for k in ours if ".lora_" in k}
+    if other:
+        raise UserError(f"--lora {path}: {min(other)} is in one of file and network only; it goes "
+                        "with --lora-targets to_q to_k to_v to_out.0 and the base it was made for")
+    for key, value in lora.items():
+        if value.shape != ours[key].shape:
+            rank = next(len(v) for k, v in lora.items() if ".lora_A." in k)
+            raise UserError(f"--lora {path}: has rank {rank} and {key} of {tuple(value.shape)}: "
+                            f"give --rank {rank}, or the base it was made for")
+    for key in (k for k in state if "_lora." not in k):
+        own, theirs = ours.get(key), state[key]
+        if own is None or own.shape != theirs.shape or not torch.allclose(
+                own.float(), theirs.to(own).float(), rtol=1e-2, atol=1e-4):
+            raise UserError(f"--lora {path}: was made for other base weights (first: {key}): give "
+                            "the --base it was made for (InstructVideo's: modelscope-v1.4)")
+    net.load_state_dict(lora, strict=False)
+    for layer in (m for m in net.modules() if hasattr(m, "lora_B")):
+        layer.lora_B.weight.data *= scale / layer.lora_scale
+
+
 # ---- many GPUs
 
 def parallelize(net, mode, device, offload=False, reshard=True, unused=False):
     """Wrap a network for data parallel training; call the returned network in rollouts and losses.
 
-    mode: "ddp" (a full copy on each GPU) or "fsdp" (FSDP2: block by block, then the rest; frozen weights may
-    be of another type than trained ones). offload: FSDP's shards, their gradients and the optimizer's state
-    stay in CPU memory. reshard False: ZeRO-2. unused: a step may leave parts of the network out. A single
-    process without FSDP gets its network back as it is.
+    mode: "ddp" (a full copy on each GPU) or "fsdp" (FSDP2: block by block, then the rest; frozen
+    weights may have another type than trained ones). offload: FSDP's shards, their gradients and
+    the optimizer's state stay in CPU memory. reshard False: ZeRO-2. unused: a step may leave out
+    parts of the network. A single process without FSDP gets its network back unchanged.
     """
     if not torch.distributed.is_initialized():
         return net
     if mode == "fsdp":
         from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
         policy = {} if reshard else {"reshard_after_forward": False}
-        policy |= dict(offload_policy=CPUOffloadPolicy(pin_memory=device.type == "cuda")) if offload else {}
+        if offload:
+            policy["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
         for block in net.blocks():
             fully_shard(block, **policy)
         return fully_shard(net, **policy)
-    more = dict(broadcast_buffers=False, find_unused_parameters=unused)
-    return nn.parallel.DistributedDataParallel(net, [device.index] if device.type == "cuda" else None, **more)
+    devices = [device.index] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(
+        net, devices, broadcast_buffers=False, find_unused_parameters=unused)
 
 
 def sync_gradients(net, on):
-    """Context: with on=False gradients add up on each process, the next backward with on=True averages."""
+    """Context: with on=False gradients add up on each process, with on=True they are averaged."""
     if isinstance(net, nn.parallel.DistributedDataParallel):
         return nullcontext() if on else net.no_sync()
     if hasattr(net, "set_requires_gradient_sync"):  # FSDP2

@@ -703,6 +703,15 @@ def tower_image(image, width, tower_size):
     return clip_image(image, (side, side), (tower_size, tower_size))
 
 
+def tower_frames(base, video, width):
+    """Clips (b,3,f,h,w) in [-1,1] -> (b,f,3,s,s): their frames as the base's image tower reads them
+    beside a clip so wide."""
+    side = (base.row.image or base.row.text).image_size
+    frames = [frame_picture(frame) for frame in video.transpose(1, 2).flatten(0, 1)]
+    pictures = torch.stack([tower_image(frame, width, side) for frame in frames])
+    return pictures.unflatten(0, (len(video), -1))
+
+
 def frame_picture(frame):
     """A frame (3,h,w) in [-1,1] -> Pillow image, as a picture file would hold it."""
     return Image.fromarray(to_uint8(frame[:, None])[0])

@@ -98,7 +98,7 @@ def choose_pairs(prompts, drop=0.0):
         best, worst, score = select_pair([total for _, _, total in clips])
         (winner, caption, high), (loser, _, low) = clips[best], clips[worst]
         pairs.append(dict(video1=winner, video2=loser, label=0, frame_caption=[caption],
-                          score=max(score, 1e-3), diff_score=high - low))
+                          score=max(score, 1e-3), diff_score=high - low))  # w is finite
     alike = sorted(pairs, key=lambda pair: pair["diff_score"])[:int(drop * len(pairs))]
     return [pair for pair in pairs if pair["diff_score"] > 0 and pair not in alike]
 
@@ -165,7 +165,7 @@ def main(argv=None):
     run = Run(args, "videodpo", trains="train" in stages)
     score_clip = omniscore.clip_scorer(
         args.base, args.score_weights, args.flow_weights, run.device, "score" in stages)
-    base = None
+    base = None  # scoring and pairing need no network of the base
     if "generate" in stages or "train" in stages:
         dtype = run.dtype if args.rank else torch.float32  # what trains is fp32
         base = load_base(args.base, args.weights, run.device, dtype)
@@ -176,9 +176,9 @@ def main(argv=None):
         base.remember([*texts, sampling.negative], run.env)  # then the text tower goes
 
     # each clip, score and pair depends on its own number alone, and what is there is kept
-    for folder, own in prompts.items():
+    for folder, texts in prompts.items():
         if "generate" in stages:
-            generate_folder(base, run.env, folder, own, args.samples, sampling,
+            generate_folder(base, run.env, folder, texts, args.samples, sampling,
                             args.batch, args.seed, args.resume)
         if "score" in stages:
             omniscore.score_folder(run.env, folder, score_clip)
@@ -196,7 +196,7 @@ def train(run, base, sampling, score_clip, pairs, held_out):
     """pairs, held_out: PairDatasets to learn from and to be tested on (or None)."""
     args = run.args
     prompts = [row[-1] for row in (held_out or pairs).rows][:args.eval_n]
-    if args.rank:
+    if args.rank:  # the reference is the network without LoRA, or a copy
         add_lora(base.net, args.rank, args.alpha, args.lora_targets)
     else:
         frozen = frozen_copy(base.net, run.dtype, args.parallel, run.device, args.offload)
@@ -213,14 +213,13 @@ def train(run, base, sampling, score_clip, pairs, held_out):
     pairs = encode_pairs(run, base, sampling, pairs, "train")
     held_out = held_out and encode_pairs(run, base, sampling, held_out, "held-out")
     loss_of = partial(pair_loss, net, reference, base, sampling, args)
-    evaluate = partial(
-        evaluate_policy, run, loss_of, base, sampling, held_out, prompts, score_clip)
+    evaluate = partial(evaluate_policy, run, loss_of, base, sampling, held_out, prompts, score_clip)
     if not run.resumed:
         check_reference(run, loss_of, held_out or pairs)
         evaluate("before")
     for _ in run.steps():
         for numbers in run.micro_steps():
-            picked = run.pick(len(pairs), numbers)
+            picked = run.pick(len(pairs), numbers)  # each epoch in its own order
             items = [pairs[i, i] for i in picked]
             x0 = torch.stack([item["latents"] for item in items]).float()  # p 2 c f h w
             u, noise, dropped = draw_noise(
@@ -249,7 +248,8 @@ def encode_pairs(run, base, sampling, pairs, name):
         with torch.no_grad():  # a sample of the encoder's Gaussian
             latents = base.vae.encode(video, noise.flatten(0, 1).to(video))
         return {"latents": latents.unflatten(0, (-1, 2))}
-    return cache_latents(run, pairs, encode, dict(size=sampling.size, rows=pairs.rows), name)
+    about = {"size": sampling.size, "rows": pairs.fingerprint}
+    return cache_latents(run, pairs, encode, about, name)
 
 
 @torch.no_grad()
@@ -281,11 +281,10 @@ def evaluate_policy(run, loss_of, base, sampling, held_out, prompts, score_clip,
     accuracy: share of the pairs with z > 0; wins: share of the prompts whose clip scores
     higher than before training. Every process must call it.
     """
-    row = {}
+    row = sample_held_out(run, base, sampling, prompts, name)
     if held_out and run.done:
         z = margins(run, loss_of, held_out)
-        row = dict(accuracy=(z > 0).float().mean().item(), margin=z.mean().item())
-    row |= sample_held_out(run, base, sampling, prompts, name)
+        row |= dict(accuracy=(z > 0).float().mean().item(), margin=z.mean().item())
     if not run.main:
         return
     if score_clip:

@@ -29,17 +29,14 @@ Writes to --out: ckpt.safetensors (the target), log.jsonl, curve.png, and before
 step-N.png and after.png: held-out prompts in 1, 2, 4 and 8 steps, always from the same
 noise, with the clips of --sample-steps steps.
 
-Memory: to train all of ModelScope (1.41 G weights), student, gradients, two moments and
-target take 28 GB in fp32, the teacher 3 GB in bf16; then the activations of one block (not
-measured). With LoRA the base is there twice, in bf16.
+Memory: for all 1.41 G weights of ModelScope, student, gradients, two moments and target
+take 28 GB in fp32, the teacher 3 GB in bf16, plus activations (not measured).
 
 Differences from the original code (the others: docs/differences/videolcm.md)
- - The target is saved and sampled from. (VideoLCM's files are the student, some 20
-   updates ahead of it.)
- - The scale is --cfg, w in u + w (c - u), everywhere: VideoLCM's w = 9 and T2V-Turbo's 5
-   to 15 are 10 and 6 to 16 here.
- - No dropout, in teacher and target as in the student. (They stay in training mode there,
-   by an oversight.)
+ - The target is saved and sampled from. (VideoLCM's files are the student.)
+ - The scale is --cfg, w in u + w (c - u): VideoLCM's 9 and T2V-Turbo's 5 to 15 are 10
+   and 6 to 16 here.
+ - Teacher and target have no dropout. (There they stay in training mode, an oversight.)
 """
 from dataclasses import replace
 from functools import partial
@@ -126,9 +123,10 @@ def ddim_step(schedule, out, x_t, t, s):
 def consistency_step(student, teacher, target, schedule, x0, eps, n, origin=50, c=0.001):
     """-> the loss of each clip (b,), and the student's jumps to clean latents, like x0.
 
-    student, teacher (with guidance), target: fn(x, t (b,)) -> the network's answer.
-    x0, eps: clean latents and noise (b,c,f,h,w). n (b,): which of the teacher's `origin`
-    steps to look at; 0 is the last one, which ends at the clip. c: of the norm.
+    f is diffusion.consistency(), which the sampler calls, too. student, teacher (with
+    guidance), target: fn(x, t (b,)) -> the network's answer. x0, eps: clean latents and
+    noise (b,c,f,h,w). n (b,): which of the teacher's `origin` steps to look at; 0 is the
+    last one, which ends at the clip. c: of the norm.
     """
     length = len(schedule.alpha_bar) // origin  # of one step of the teacher
     t = length * (n + 1) - 1                    # 19, 39, ..., 999 if origin = 50
@@ -198,7 +196,8 @@ def main(argv=None):
     target_params = {k: p for k, p in target.named_parameters() if k in params}
     opt = torch.optim.AdamW(params.values(), args.lr, args.betas, weight_decay=args.wd)
     meta["sample"] = sampling.metadata()
-    run.attach(opt, params, [net], base.parts(), meta, target_params, args.ema)
+    run.attach(
+        opt, params, [net], base.parts(), meta, ema=target_params, ema_decay=args.ema)
 
     def encode(batch):
         return pipeline.encode_clips(base, run.env, batch["video"])
@@ -250,21 +249,21 @@ def read_clips(args, sampling):
 def student_teacher_target(args, run, base):
     """-> the student that trains, wrapped by DDP or FSDP; the frozen teacher: a copy of the
     base, or with LoRA the student with its branches off; the target; metadata."""
-    copies, targets = (args.parallel, run.device, args.offload), list(args.lora_targets)
+    place, targets = (args.parallel, run.device, args.offload), list(args.lora_targets)
     if args.cfg_range:
         add_guidance(base, GUIDANCE_DIM)  # a layer for the scale, zero at first
         targets.append("time_cond_proj")
     if args.rank:
         models.add_lora(base.net, args.rank, args.alpha, targets)
     else:
-        teacher = models.frozen_copy(base.net, run.dtype, *copies)
+        teacher = models.frozen_copy(base.net, run.dtype, *place)
         base.net.requires_grad_(True)
         if base.row.unet.style_image:  # TF-T2V's layer for an image has no use here
             base.net.pre_image_condition.requires_grad_(False)
     base.freeze(run.dtype, but=["net"])
-    target = models.frozen_copy(base.net, None, *copies)
+    target = models.frozen_copy(base.net, None, *place)
     base.net.grad_ckpt = args.grad_ckpt
-    student = models.parallelize(base.net, *copies)
+    student = models.parallelize(base.net, *place)
     if args.rank:
         teacher = models.without_lora(student)
     meta = dict(rank=args.rank, alpha=args.alpha, lora_targets=targets,
@@ -279,14 +278,14 @@ def evaluate(run, base, target, sampling, prompts, name):
     """The prompts by the target in a few steps, always from the same noise -> NAME.png,
     and NAME/*.mp4 in --sample-steps steps. Every process must call it."""
     counts = sorted({k for k in SHOWN if k <= sampling.origin} | {sampling.sample_steps})
-    seeds, videos = [f"preview-{i}" for i in range(len(prompts))], {}
+    seeds = [f"preview-{i}" for i in range(len(prompts))]
+    base, videos = replace(base, net=target), {}
     for k in counts:
         now = replace(sampling, sample_steps=k)
-        videos[k] = pipeline.generate_split(
-            replace(base, net=target), run.env, prompts, seeds, now, run.args.batch)
+        videos[k] = pipeline.generate_split(base, run.env, prompts, seeds, now, run.args.batch)
     if run.main:
         sheet = [list(row) for row in zip(*videos.values())][:16]
-        headers = [f"{k} step{'s' * (k > 1)}" for k in counts]
+        headers = ["1 step" if k == 1 else f"{k} steps" for k in counts]
         pipeline.show(run, name, videos[sampling.sample_steps], prompts,
                       sampling.save_fps, sheet=sheet, headers=headers)
 

@@ -40,7 +40,7 @@ def small(monkeypatch, name):
     net = replace(row.net, dim=32, dim_mult=(1, 2), num_res_blocks=1, head_dim=16,
                   context_dim=32, adapter_image_dim=32 if row.net.adapter_image_dim else 0)
     size = dict(frames=32, height=8, width=8) if net.text_resampler else dict(frames=3, height=16, width=24)
-    sample = row.sample | size | {"sample_steps": 3 if row.sample["sampler"] == "lcm" else 2}
+    sample = replace(row.sample, **size, sample_steps=3 if row.sample.sampler == "lcm" else 2)
     vae = VAEConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1)
     row = replace(row, net=net, vae=vae, text=CLIP, sample=sample)
     monkeypatch.setitem(bases.BASES, name, row)

@@ -915,7 +915,7 @@ def videocrafter_schedule(case):
             result[name] = scalings[call["fn"] == "boundary_c_out"]
         elif call["fn"] == "pseudo_huber":
             a, b = case.input(call["a"]), case.input(call["b"])
-            result[name] = diffusion.pseudo_huber(a, b, call["c"]).mean()[None]
+            result[name] = videolcm.pseudo_huber(a, b, call["c"]).mean()[None]
         elif call["fn"] == "guidance_embedding":
             result[name] = models.guidance_embedding(case.input(call["w"]), call["dim"])
     return result
@@ -2248,7 +2248,7 @@ def train_step_videolcm(case):
                 return nets[name](x, t, text)
             return fn
         teacher = diffusion.guided(nets["teacher"], text, null.expand(len(x0), -1, -1), 1 + config["w"])
-        loss, jump = videolcm.distillation(
+        loss, jump = videolcm.consistency_step(
             spoken("student"), teacher, spoken("target"), schedule, x0, noise, n, config["ddim_timesteps"],
             config["huber_c"])
         result[output] = loss.mean()[None]

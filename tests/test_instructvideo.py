@@ -19,6 +19,7 @@ from common import generator, read_lines
 from data import write_video
 from diffusion import ddim, make_schedule
 from models import add_lora, merge_lora
+from rewards import Reward
 from tinyworld import TinyWorld, judge_captions, parse, tiny_prompts
 from weights import load_checkpoint, load_pickle
 
@@ -57,12 +58,36 @@ def test_the_last_updates_are_the_whole_chains(spacing, eta):
 
 
 def test_partial_chain_as_published(message):
-    args = argparse.Namespace(sample_steps=20, partial=0.6, spacing="leading", grad_last=1)
-    assert instructvideo.partial_chain(args, 1000) == (551, 12)
-    args.partial = 0.04
-    assert "is 0: --grad-last 1 needs" in message(instructvideo.partial_chain, args, 1000)
-    args.partial, args.grad_last = 0.6, 13
-    assert "is 12: --grad-last 13 needs" in message(instructvideo.partial_chain, args, 1000)
+    sampling = bases.Sampling(sample_steps=20)
+    assert instructvideo.partial_chain(sampling, 0.6) == (551, 12)
+
+    def check(**given):
+        args = argparse.Namespace(**dict(partial=0.6, backprop=12, segments=16) | given)
+        return instructvideo.editing_chain(args, sampling)
+    assert check() == sampling
+    assert "is 0: --backprop last-1 needs" in message(check, partial=0.04, backprop=1)
+    assert "is 12: --backprop last-13 needs" in message(check, backprop=13)
+    assert "--segments 17: a clip has 16 frames" in message(check, segments=17)
+    sampling = bases.BASES["cogvideox-5b"].sample  # its sampler cannot start part-way
+    chain = check(backprop=1)
+    assert sampling.sampler == "dpm" and (chain.sampler, chain.spacing) == ("ddim", "cogvideox")
+    assert chain.size == sampling.size and chain.cfg == sampling.cfg
+
+
+def test_rand_is_refused(message):
+    assert "last or last-K" in message(instructvideo.get_args, ["--base", "tiny", "--backprop", "rand"])
+
+
+def test_a_reward_without_prompts_prints_its_defaults(capsys):
+    args = instructvideo.get_args(["--base", "tiny"])
+    assert (args.steps, args.lr, args.reward) == (100, 4e-3, "tiny") and not capsys.readouterr().out
+    args = instructvideo.get_args(["--base", "tiny", "--reward", "size"])
+    assert (args.steps, args.lr, args.reward) == (30, 3e-4, "size")
+    assert capsys.readouterr().out == (
+        "--reward size: the defaults for rewards other than tiny are --steps 30, --lr 0.0003\n")
+    args = instructvideo.get_args(["--reward", "size"])  # of a public base: as published
+    assert (args.base, args.steps, args.lr) == ("modelscope-v1.4", 20000, 1e-5)
+    assert not capsys.readouterr().out
 
 
 def test_segments():
@@ -83,9 +108,10 @@ def test_segmental_reward():
     z = (torch.rand(2, 4, 16, 2, 2) - 0.5).requires_grad_()
     frames = [[1, 4, 8, 13], [0, 7, 10, 15]]
 
-    def reward(pictures, prompts):
+    def judge(pictures, prompts):
         assert prompts == ["a"] * 4 + ["b"] * 4
         return pictures.mean((1, 2, 3))
+    reward = Reward(judge)
     found = instructvideo.segmental_reward(reward, Fake(), z, ["a", "b"], 16, frames, 0.5)
     for k in range(2):
         values = [np.exp(-0.5 * abs(i - 8)) * (z[k, 0, i].mean().item() / 2 + 0.5) for i in frames[k]]
@@ -94,9 +120,12 @@ def test_segmental_reward():
     touched = z.grad[:, 0].abs().sum((2, 3)) > 0
     assert [row.nonzero().flatten().tolist() for row in touched] == frames
 
-    reward.clip = True
-    with pytest.raises(AssertionError):  # whole clips: two prompts, not eight
-        instructvideo.segmental_reward(reward, Fake(), z, ["a", "b"], 16, frames, 0.5)
+    def of_clips(clips, prompts):
+        assert prompts == ["a", "b"]
+        return clips.mean((1, 2, 3, 4))
+    found = instructvideo.segmental_reward(
+        Reward(of_clips, clip=True), Fake(), z, ["a", "b"], 16, frames, 0.5)
+    assert torch.allclose(found, z[:, 0].mean((1, 2, 3)) / 2 + 0.5)  # unweighted
 
 
 def test_statistics_of_a_caption():
@@ -106,6 +135,9 @@ def test_statistics_of_a_caption():
     assert statistics.update(["a"], [5.0]) == pytest.approx([1], abs=1e-5)  # mean 3, sd 2
     statistics.update(["a", "a"], [5.0, 8.0])
     assert list(statistics.past["a"]) == [5, 5, 8]
+    # a resumed run reads them again
+    rows = [dict(prompt=p, reward=r) for p, r in (("a", 1.0), ("b", 3.0), ("a", 5.0), ("a", 5.0), ("a", 8.0))]
+    assert instructvideo.PromptStatistics(3, 2, rows).past == statistics.past
 
 
 def test_tiny_clips_show_their_captions_and_none_that_is_held_out():
@@ -178,7 +210,7 @@ def test_accumulation_and_processes_change_nothing(tmp_path):
             assert [r[key] for r in others] == pytest.approx([r[key] for r in rows], abs=2e-3)
 
 
-@pytest.mark.parametrize("options", [["--grad-last", "2", "--reward", "tiny", "--grad-ckpt"],
+@pytest.mark.parametrize("options", [["--backprop", "last-2", "--reward", "tiny", "--grad-ckpt"],
                                      ["--segments", "8", "--attenuation", "0", "--reward", "redness"]])
 def test_options(options, tmp_path):
     run(tmp_path, 1, *options)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import rewards
 import sample
-from data import write_video
+from data import list_videos, write_video
 from rewards import get_reward, score
 from text_encoders import CLIP_L14, CLIPConfig, OpenCLIP, clip_from_hf, tokenize
 from tinyworld import COLOURS, MOTIONS, judge, render, tiny_scene
@@ -145,6 +145,30 @@ def test_a_sum_mixes_clips_and_frames(tmp_path):
     assert list(plain) == ["tiny", "size", "remove-colour=red", f"{tmp_path}/mine.py:blue", "sum"]
     assert torch.allclose(plain["sum"], expected) and torch.allclose(plain["size"], values[1])
     check(both, 8, 32, prompts=[RED] * 3)
+
+
+def test_a_function_of_the_users_may_judge_whole_clips(tmp_path, message):
+    (tmp_path / "mine.py").write_text(
+        "def still(clips, prompts):\n"
+        "    assert clips.ndim == 5 and len(clips) == len(prompts)\n"
+        "    return -(clips[:, :, 1:] - clips[:, :, :-1]).abs().mean((1, 2, 3, 4))\n"
+        "still.clip = True\n"
+        "def detached(frames, prompts):\n    return frames.detach().mean((1, 2, 3))\n"
+        "def one_number(frames, prompts):\n    return 1.0\n")
+    reward = get_reward(f"{tmp_path}/mine.py:still", "cpu")
+    check(reward, 8, 32, prompts=[RED] * 3)
+    assert reward.clip and not get_reward(f"{tmp_path}/mine.py:detached", "cpu").clip
+    clips = (torch.rand(2, 3, 4, 8, 8) * 2 - 1).requires_grad_()
+    for name, words in (("detached", "no gradient"), ("one_number", "returned float for 8 pictures")):
+        mine = get_reward(f"{tmp_path}/mine.py:{name}", "cpu")
+        assert words in message(score, mine, clips, [RED] * 2)
+
+
+def test_check_asks_every_part(message):
+    reward = get_reward("size,tiny:0.5", "cpu")
+    reward.check([RED])
+    assert "is no caption of the tiny world ('dragon')" in message(reward.check, [RED, "a dragon"])
+    get_reward("size", "cpu").check(["a dragon"])  # it reads no prompts
 
 
 @pytest.mark.parametrize("spec, words", [
@@ -420,7 +444,37 @@ def test_scoring_existing_clips(tmp_path, message):
     args = ["--video", str(tmp_path), "--reward", "size"]
     wrong = [*args, "--prompts", str(tmp_path / "prompts.txt")]
     assert "2 prompts for 1 clips" in message(rewards.main, wrong)
-    assert "give --video CLIPS and --reward NAME" in message(rewards.main, args[:2])
+    assert "arguments are required: --reward" in message(rewards.main, args[:2])
     (tmp_path / "prompts.txt").write_text("a pink circle\n")
     text = message(rewards.main, [*wrong[:3], "tiny", *wrong[4:]])
     assert "'a pink circle' is no caption of the tiny world ('pink')" in text
+
+
+def test_a_folder_with_an_index_has_no_other_clips(tmp_path, capsys):
+    """Clips that an earlier, longer run left in the folder are not scored."""
+    args = ["--base", "tiny", "--sample-steps", "1", "--out", str(tmp_path)]
+    sample.main([*args, "--prompt", RED, "--n", "2"])
+    sample.main([*args, "--prompt", "a blue square growing"])
+    assert (tmp_path / "0001.mp4").exists()
+    capsys.readouterr()
+    rewards.main(["--video", str(tmp_path), "--reward", "tiny"])
+    out, err = capsys.readouterr()
+    assert "0000.mp4 tiny" in out and "0001.mp4" not in out and "1 clips" in out
+    assert "are left out (1)" in err
+    (tmp_path / "index.jsonl").unlink()
+    rewards.main(["--video", str(tmp_path), "--reward", "size"])
+    assert "0001.mp4 size" in capsys.readouterr().out
+
+
+def test_list_videos(tmp_path):
+    for name in ("10.mp4", "9.mp4", "c.mp4"):
+        (tmp_path / name).touch()
+    names = [clip.name for clip in list_videos(tmp_path)]
+    assert names == ["9.mp4", "10.mp4", "c.mp4"]
+    rows = [{"file": "c.mp4"}, {"file": "gone.mp4"}, {"file": "../c.mp4"}, {"file": ["9.mp4"]}, {}, 1, None,
+            {"file": "9.mp4"}, {"file": "9.mp4"}]
+    (tmp_path / "index.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{broken")
+    assert [clip.name for clip in list_videos(tmp_path)] == ["c.mp4", "9.mp4"]
+    (tmp_path / "index.jsonl").write_text('{"file": "of another folder.mp4"}\n')
+    assert [clip.name for clip in list_videos(tmp_path)] == names
+    assert list_videos(tmp_path / "c.mp4") == [tmp_path / "c.mp4"]

@@ -1,9 +1,14 @@
 """tracks.py: commands, cameras, drawing, meshes, tracks of clips, data sets, --make-tracks."""
+import subprocess
 import time
 from argparse import Namespace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
+import oracles
 import pytest
+import test_dist
 import torch
 from PIL import Image
 
@@ -170,9 +175,9 @@ def test_49_dense_frames_of_480x720_take_under_5_seconds():
     depth = 3 + np.sin(x / 50) + np.cos(y / 70)
     points = np.stack([x, y, depth], axis=-1).reshape(1, -1, 3).astype(np.float32)
     args = Namespace(camera="rot y 15; trans 0.3 0 -0.4", poses=None, object=None, frames=49,
-                     camera_mode="append")
+                     camera_mode="append", source_poses=None)
     start = time.process_time()
-    frames = tracks.moved(args, points, np.tile(np.eye(4), (49, 1, 1)), tracks.intrinsics(480, 720))
+    frames = tracks.moved(args, points, tracks.intrinsics(480, 720))
     video = tracks.draw_tracks(frames, tracks.dense_colours(points[0, :, 2], (480, 720)), (480, 720))
     assert video.shape == (49, 480, 720, 3) and time.process_time() - start < 5
 
@@ -258,10 +263,29 @@ def test_depth_by_transformers(tmp_path, message):
             max_depth=20)).save_pretrained(tmp_path / kind)
         prepare = DPTImageProcessor(size={"height": 56, "width": 56}, ensure_multiple_of=14)
         prepare.save_pretrained(tmp_path / kind)
-        depths.append(tracks.estimate_depth(str(tmp_path / kind), video))
+        depths.append(tracks.depth_estimator(str(tmp_path / kind))(video).numpy())
+        near = tracks.depth_estimator(str(tmp_path / kind), inverse=True)(video)  # VideoComposer's range
+        assert near.dtype == torch.float32 and abs(float(near.max()) - 2) < 1e-6 and near.min() > 0
     assert all(d.shape == (2, 30, 40) and np.isfinite(d).all() for d in depths)
     assert depths[0].min() >= 1 - 1e-9 and depths[0].max() <= 10 + 1e-9 and 0 < depths[1].max() <= 20
-    assert "--depth-model none" in message(tracks.estimate_depth, "none", video)
+    assert "--depth-model none" in message(tracks.depth_estimator, "none")
+
+
+def test_depth_by_midas(tmp_path, monkeypatch):
+    """Its public file gives VideoComposer's range as published, and distances for cameras, at any size."""
+    case = oracles.Case(Path(__file__).parent / "oracle_data" / "tft2v_unet" / "midas_tiny.json")
+    state = {key: oracles.fill_tensor(key, shape) for key, shape in case.params.items()}
+    torch.save(state, tmp_path / "midas.pth")
+    small = partial(tracks.MiDaS, 32, 4, 4, 16, 64, (8, 16, 32, 32), 16)
+    monkeypatch.setattr(tracks, "MiDaS", small)
+    video = torch.rand(3, 2, 32, 64) * 2 - 1
+    with torch.no_grad():
+        raw = small().from_public(state, "test")(video.transpose(0, 1))
+    near = tracks.depth_estimator(tmp_path / "midas.pth", inverse=True)(video)
+    assert torch.allclose(near, (raw / 20).clamp(0, 10), atol=1e-6) and raw.std() > 0
+    distance = tracks.depth_estimator(tmp_path / "midas.pth")
+    assert torch.allclose(distance(video), 1 / (0.1 + 0.9 * raw / raw.max()), atol=1e-4)
+    assert distance(torch.rand(3, 2, 40, 60) * 2 - 1).shape == (2, 40, 60)
 
 
 # ---- data sets
@@ -311,6 +335,26 @@ def test_bad_pairs_of_clips(listed, message, capsys):
     part, = tracks.in_buckets(listed, [(33, 16, 24)])  # all too short
     assert "clips are bad" in message(part.__getitem__, (0, 0))
     assert "too few for 33" in capsys.readouterr().err
+
+
+def test_held_out_clips_are_not_trained_on(listed, tmp_path, message, capsys):
+    size = 9, 16, 24
+    parts = tracks.in_buckets(listed, [size, (17, 16, 24)])
+    training, held_out = tracks.hold_out(parts, size, 2)
+    assert [len(part) for part in training] == [3, 3] and len(held_out) == 2
+    assert [held_out[i, i]["text"] for i in range(2)] == ["clip 3", "clip 4"]
+    assert [training[0][i, i]["text"] for i in range(3)] == ["clip 0", "clip 1", "clip 2"]
+    training[0].bad[0] = True  # workers and training share what they know of bad clips
+    assert parts[0].bad.tolist() == [True] + 4 * [False] and not held_out.bad.any()
+    assert not capsys.readouterr().err
+    training, held_out = tracks.hold_out(parts, size, 5)
+    assert training is parts and held_out is parts[0]
+    warning = capsys.readouterr().err
+    assert warning.count("\n") == 1 and "evaluation is on training clips" in warning
+    (listed / "list.csv").write_text("video,tracking,caption\nvideos/6.mp4,tracking/6.mp4,another\n")
+    training, held_out = tracks.hold_out(parts, size, 5, listed / "list.csv")
+    assert training is parts and held_out[0, 0]["text"] == "another"
+    assert "a smaller --frames" in message(tracks.hold_out, parts, (33, 16, 24), 1)
 
 
 def test_batches_of_buckets():
@@ -462,6 +506,35 @@ def test_of_a_folder_of_clips(place, capsys):
     stamp = (place / "out/tracking/00001_tracking.mp4").stat().st_mtime_ns
     das.main(["--make-tracks", "clips", "--tracker", "mine.py:right", "--grid", "5", *SMALL])
     assert (place / "out/tracking/00001_tracking.mp4").stat().st_mtime_ns == stamp  # kept
+
+
+def test_processes_share_the_clips_of_a_data_set(place):
+    """Two processes make the data set that one makes: each clip once, none lost, the lists in order."""
+    for i in range(5):
+        write_video(f"many/{i}.mp4", torch.rand(3, 9 if i != 3 else 4, 40, 60) * 2 - 1)
+        (place / f"many/{i}.txt").write_text(f"clip {i}")
+    written = {}
+    for processes in (1, 2):
+        words = test_dist.command(
+            processes, str(test_dist.ROOT / "das.py"), "--make-tracks", "many", "--tracker", "mine.py:right",
+            "--grid", "5", *SMALL[:-1], f"out{processes}")
+        done = subprocess.run(words, cwd=place, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.count("4 clips with tracks, 1 left out") == 1
+        assert done.stderr.count("many row 4: ") == 1 and "cannot be written" not in done.stderr
+        out = place / f"out{processes}"
+        written[processes] = {str(p.relative_to(out)): p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    assert written[1].keys() == written[2].keys() and len(written[1]) == 3 + 2 * 4
+    for name in ("prompt.txt", "videos.txt", "trackings.txt"):
+        assert written[1][name] == written[2][name]
+    assert written[1]["prompt.txt"].decode().split("\n")[:4] == ["clip 0", "clip 1", "clip 2", "clip 4"]
+
+
+def test_one_process_makes_one_video(place):
+    words = test_dist.command(2, str(test_dist.ROOT / "das.py"), "--make-tracks", "flat.npy", *SMALL)
+    done = subprocess.run(words, cwd=place, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("tracks.mp4") == 1 and video_info("out/tracks.mp4")[0] == 9
 
 
 @pytest.mark.parametrize("words, text", [

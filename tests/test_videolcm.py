@@ -1,6 +1,7 @@
 """VideoLCM: its parts by hand, and the whole method on the tiny base, small public bases and real clips.
 
 Its training step's and its sampler's numbers: the cases of oracle_data/videolcm."""
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,15 @@ import torch
 from safetensors.torch import load_file
 
 import bases
+import data
+import diffusion
 import models
+import pipeline
 import rewards
 import sample
 import tinyworld
 import videolcm
-from common import generator, read_lines
+from common import Env, generator, read_lines
 from data import write_video
 from diffusion import consistency, lcm_timesteps, make_schedule
 from weights import load_checkpoint, load_pickle
@@ -50,12 +54,35 @@ def points_at(schedule, clean):
 def test_a_student_that_jumps_to_the_clip_has_no_loss(schedule):
     clean, noise, n = torch.randn(3, 2, 2, 3, 3), torch.randn(3, 2, 2, 3, 3), torch.tensor([0, 24, 49])
     right, wrong = points_at(schedule, clean), points_at(schedule, clean + 1)
-    loss, jump = videolcm.distillation(right, right, right, schedule, clean, noise, n)
+    loss, jump = videolcm.consistency_step(right, right, right, schedule, clean, noise, n)
     assert loss[1:].max() < 1e-4 and (jump - clean).abs().max() < 5e-3
     # near the clip the target is the point itself, of the least noise that there is
     assert loss[0] < 1.2 * (1 - schedule.alpha_bar[0].item()) ** 0.5
-    loss, jump = videolcm.distillation(wrong, right, right, schedule, clean, noise, n)
+    loss, jump = videolcm.consistency_step(wrong, right, right, schedule, clean, noise, n)
     assert loss.tolist() == pytest.approx([1, 1, 1], abs=0.05) and (jump - clean - 1).abs().max() < 5e-3
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=["v", "eps", "scaled"])
+def test_the_teachers_step_is_ddims(schedule):
+    """Each clip's own step of videolcm.ddim_step() is the sampler's ddim_step()."""
+    x, out, steps = torch.randn(3, 2, 2, 3, 3), torch.randn(3, 2, 2, 3, 3), [(999, 979), (519, 499), (19, 0)]
+    t, s = torch.tensor(steps).unbind(1)
+    together = videolcm.ddim_step(schedule, out, x, t, s)
+    for i, (now, then) in enumerate(steps):
+        alone = diffusion.ddim_step(schedule, out[i:i + 1], x[i:i + 1], now, then)
+        assert torch.allclose(together[i:i + 1], alone, rtol=1e-5, atol=1e-6)
+
+
+def test_the_formulas_of_the_docstring():
+    """c_skip and c_out with sigma_data = 0.5 and the timestep scaling 10; the norm of 0 is 0."""
+    t = torch.tensor([0.0, 19.0, 999.0])
+    c_skip, c_out = diffusion.boundary_scalings(t)
+    assert torch.allclose(c_skip, 0.5 ** 2 / ((10 * t) ** 2 + 0.5 ** 2))
+    assert torch.allclose(c_out, 10 * t / ((10 * t) ** 2 + 0.5 ** 2).sqrt())
+    a = torch.tensor([[0.0, 0.003], [1.0, -1.0]])
+    assert videolcm.pseudo_huber(a, a, 0.001).tolist() == [0, 0]
+    by_hand = [(10 ** 0.5 - 1) * 0.0005, (1 + 1e-6) ** 0.5 - 0.001]
+    assert videolcm.pseudo_huber(a, torch.zeros(2, 2), 0.001).tolist() == pytest.approx(by_hand, rel=1e-5)
 
 
 def test_the_boundary_condition():
@@ -79,7 +106,7 @@ def test_steps_are_those_of_the_sampler(origin, steps):
         return net
     x = torch.randn(3, 1, 1, 2, 2)
     n = torch.tensor([origin - 1, origin // 2 if origin == 20 else 25, 0])
-    videolcm.distillation(spy("student"), spy("teacher"), spy("target"), SCHEDULES[0], x, x, n, origin)
+    videolcm.consistency_step(spy("student"), spy("teacher"), spy("target"), SCHEDULES[0], x, x, n, origin)
     t, s = (list(column) for column in zip(*steps))
     assert seen == {"student": (t, True), "teacher": (t, False), "target": (s, False)}
     assert set(t) <= set(lcm_timesteps(origin, origin=origin))
@@ -121,11 +148,27 @@ def test_reward_of_random_frames_and_of_whole_clips():
 
 # ---- the method on the tiny base
 
+def files(folder, *kinds):
+    """{name: content} of the files of these kinds in a run's folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*"))
+            if p.suffix in kinds and p.name != "curve.png"}
+
+
+def same_training(a, b):
+    """Are weights and log of two runs the same, bit for bit?"""
+    tensors = [load_file(d / "ckpt.safetensors") for d in (a, b)]
+    logs = [[row | {"seconds": 0} for row in read_lines(d / "log.jsonl")] for d in (a, b)]
+    equal = all(torch.equal(v, tensors[1][k]) for k, v in tensors[0].items())
+    return equal and tensors[0].keys() == tensors[1].keys() and logs[0] == logs[1]
+
+
 def test_leaves_what_it_promises_and_sample_plays_it(tmp_path, monkeypatch):
     monkeypatch.setattr(tinyworld.TinyWorld, "__len__", lambda self: 4)
     run(tmp_path / "run", 1, "--preview-every", "1", "--cache-latents", "--ema", "0.75")
-    for name in ("ckpt.safetensors", "state.pt", "log.jsonl", "curve.png", "args.json", "preview-1.png"):
+    for name in ("ckpt.safetensors", "state.pt", "log.jsonl", "curve.png", "args.json", "before.png",
+                 "after.png", "before/0000.mp4", "after/0000.mp4"):
         assert (tmp_path / "run" / name).exists(), name
+    assert not list((tmp_path / "run").glob("step-*"))  # the last one is "after"
     tensors, meta = load_checkpoint(tmp_path / "run")
     assert meta["method"] == "videolcm" and meta["step"] == 1 and not meta["guidance_dim"]
     # the file holds the average: after one update a quarter of the way
@@ -149,7 +192,7 @@ def test_the_scale_is_an_input(tmp_path, monkeypatch):
     def spy(w, dim):
         told.append(w.tolist())
         return embed(w, dim)
-    monkeypatch.setattr(videolcm, "guidance_embedding", spy)
+    monkeypatch.setattr(models, "guidance_embedding", spy)
     for rank in ("0", "4"):
         out = tmp_path / rank
         run(out, 2, "--rank", rank, "--cfg-range", "1", "3", "--lr", "1e-2", "--ema", "0")
@@ -184,12 +227,64 @@ def test_resume_equals_the_uninterrupted_run(more, tmp_path):
     run(tmp_path / "whole", 3, *more)
     run(tmp_path / "parts", 2, *more)
     run(tmp_path / "parts", 3, *more, "--resume")
-    whole, parts = (load_file(tmp_path / d / "ckpt.safetensors") for d in ("whole", "parts"))
-    assert whole.keys() == parts.keys() and all(torch.equal(whole[k], parts[k]) for k in whole)
-    logs = [read_lines(tmp_path / d / "log.jsonl") for d in ("whole", "parts")]
-    for row in (*logs[0], *logs[1]):
-        del row["seconds"]
-    assert logs[0] == logs[1] and len(logs[0]) == 3 and ("reward" in logs[0][0]) == bool(more)
+    assert same_training(tmp_path / "whole", tmp_path / "parts")
+    log = read_lines(tmp_path / "whole" / "log.jsonl")
+    assert len(log) == 3 and ("reward" in log[0]) == bool(more)
+
+
+@pytest.mark.parametrize("ema", ["0.95", "0"])
+def test_resuming_a_finished_run_changes_nothing(ema, tmp_path):
+    """Nor is it trained on: only the evaluation at its end is made again."""
+    run(tmp_path, 2, "--ema", ema)
+    kinds = ".png", ".mp4", ".safetensors", ".pt", ".jsonl"
+    before = files(tmp_path, *kinds)
+    run(tmp_path, 2, "--ema", ema, "--resume")
+    assert files(tmp_path, *kinds) == before
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("when", ["step-2", "after"])
+def test_resuming_an_almost_finished_run(when, tmp_path, monkeypatch):
+    """Killed in the evaluation after its second of three updates, or in the one at the end."""
+    more = ["--preview-every", "2", "--save-every", "2"]
+    run(tmp_path / "whole", 3, *more)
+    evaluate = videolcm.evaluate
+
+    def killed(*args):
+        if args[-1] == when:
+            raise Killed
+        evaluate(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(videolcm, "evaluate", killed)
+        with pytest.raises(Killed):
+            run(tmp_path / "parts", 3, *more)
+    assert not (tmp_path / "parts" / "after.png").exists()
+    run(tmp_path / "parts", 3, *more, "--resume")
+    assert same_training(tmp_path / "whole", tmp_path / "parts")
+    whole, parts = (files(tmp_path / d, ".png", ".mp4") for d in ("whole", "parts"))
+    assert parts == {k: v for k, v in whole.items() if when == "after" or not k.startswith("step-2")}
+
+
+@pytest.mark.parametrize("ema, name", [("0", "student"), ("0.75", "target")])
+def test_what_is_previewed_is_what_is_saved(ema, name, tmp_path):
+    """The target, which with --ema 0 is the student: sample.py makes the clips of the previews from it."""
+    (tmp_path / "prompts.txt").write_text("a red circle moving left\n")
+    run(tmp_path / "run", 1, "--ema", ema, "--lr", "1e-2", "--eval-prompts", str(tmp_path / "prompts.txt"))
+    state = load_pickle(tmp_path / "run" / "state.pt")
+    same = all(torch.equal(v, state["ema"][k]) for k, v in state["weights"].items())
+    assert same == (name == "student")
+    clips = [data.read_video(tmp_path / "run" / when / "0000.mp4")[0] for when in ("before", "after")]
+    assert (clips[0] - clips[1]).abs().max() > 0.02
+    tensors, meta = load_checkpoint(tmp_path / "run")
+    base = pipeline.load_run(tmp_path / "run", tensors, meta, None)
+    sampling = replace(base.row.sample, **{k: v for k, v in meta["sample"].items()})
+    env = Env(0, 1, torch.device("cpu"), torch.float32)
+    made = pipeline.generate(base, env, ["a red circle moving left"], ["preview-0"], sampling)
+    data.write_video(tmp_path / "made.mp4", made[0], sampling.save_fps)
+    assert (data.read_video(tmp_path / "made.mp4")[0] - clips[1]).abs().max() < 0.02
 
 
 def test_accumulation_changes_nothing(tmp_path):
@@ -211,7 +306,7 @@ def test_two_processes_equal_one(more, tmp_path):
     """Teacher, student and average: whole on each process, or all three in shards; previews between."""
     (tmp_path / "prompts.txt").write_text("a red circle moving left\n")
     args = ["videolcm.py", *QUICK, "--steps", "3", "--batch", "1", "--lr", "3e-5", "--preview-every", "2",
-            "--prompts", str(tmp_path / "prompts.txt"), *more]
+            "--eval-prompts", str(tmp_path / "prompts.txt"), *more]
     one = test_dist.launch(1, tmp_path / "one", *args, "--accum", "2")
     two = test_dist.launch(2, tmp_path / "two", *args)
     assert test_dist.relative(two, one, "gradients") < NEAR and test_dist.relative(two, one, "weights") < NEAR
