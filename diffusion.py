@@ -165,21 +165,17 @@ def make_schedule(name="linear_sd", prediction="eps", zero_snr=False, shift=1.0,
 
 # ---- training losses
 
-def diffusion_loss(net_fn, schedule, x0, noise, t, mask=None, coherence=0.0):
+def diffusion_loss(net_fn, schedule, x0, noise, t, mask=None):
     """Mean of |net(x_t, t) - target|^2 over all elements of a sample, (b,) in fp32.
 
     net_fn(x_t, t) -> prediction; t (b,). mask (b,1,f,h,w) multiplies prediction and target
-    (DreamVideo's subject masks); the mean still runs over all elements. coherence: weight of the
-    same error on differences between neighbouring frames (TF-T2V).
+    (DreamVideo's subject masks); the mean still runs over all elements.
     """
     out = net_fn(schedule.add_noise(x0, noise, t), t).float()
     target = schedule.target(x0, noise, t).float()
     if mask is not None:
         out, target = out * mask, target * mask
-    loss = (out - target).square().flatten(1).mean(1)
-    if coherence and x0.shape[2] > 1:
-        loss = loss + coherence * (out - target).diff(dim=2).square().flatten(1).mean(1)
-    return loss
+    return (out - target).square().flatten(1).mean(1)
 
 
 def boundary_scalings(t, sigma_data=0.5, timestep_scaling=10.0):
@@ -646,17 +642,6 @@ def appearance_matrix(frames, factor=1.0):
 def appearance_rows(alike):
     """(b,f,f) likeness of frames -> (b,f,32), each row resized to what the network reads."""
     return F.interpolate(alike, 32, mode="linear", align_corners=True)
-
-
-def motion_factors(latents):
-    """How far each frame is from the next, 0 (still) to 1000: latents (b,c,f,h,w) -> (b,f-1).
-
-    Root mean square difference times 1000, rounded. (The paper takes differences of neighbouring
-    frames and does not publish their scale. With latents of unit variance, a lively clip gets the
-    500 used in sampling.)
-    """
-    step = latents.float().diff(dim=2).square().mean((1, 3, 4)).sqrt()
-    return (1000 * step).round().clamp(max=1000)
 
 
 def higen(net, schedule, text, null, image_noise, video_noise, steps, cfg, eta=0.0,

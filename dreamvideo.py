@@ -157,7 +157,7 @@ def prepare(args, base, run):
             for layer in filter(None, (adapter.down_linear, adapter.condition_linear)):
                 drawn = nn.Linear(layer.in_features, layer.out_features)  # on the CPU
                 layer.load_state_dict(drawn.state_dict())
-    return {WORD: vectors for vectors in base.learned.values()}
+    return dict(zip([WORD], base.learned.values()))
 
 
 def main(argv=None):

@@ -264,8 +264,8 @@ def check_lengths(args, sampling):
     if sampling.sampler == "lcm":
         raise UserError("--sampler lcm: VADER backpropagates through ddim, dpmpp, dpm or rflow")
     if args.backprop != "rand" and args.backprop > sampling.updates:
-        raise UserError(f"--backprop last-{args.backprop}: the sampler makes only "
-                        f"{sampling.updates} updates")
+        raise UserError(f"--backprop last-{args.backprop}: choose last, rand, or last-K with K in "
+                        f"1..{sampling.updates}")
     length = sampling.frames + args.continuations * (sampling.frames - 1)
     frames_to_reward(args.decode, length, torch.Generator())
     return length

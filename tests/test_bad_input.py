@@ -27,6 +27,7 @@ import instructvideo
 import rewards
 import sample
 import t2v
+import tft2v
 import vader
 import videodpo
 import videolcm
@@ -34,7 +35,7 @@ import weights
 from data import VideoDataset, read_image_prompts, read_prompts, write_video
 
 ROOT = Path(__file__).parent.parent
-MAINS = {"sample": sample.main, "vader": vader.main, "t2v": t2v.main, "i2vgen": i2vgen.main,
+MAINS = {"sample": sample.main, "vader": vader.main, "t2v": t2v.main, "tft2v": tft2v.main, "i2vgen": i2vgen.main,
          "bases": bases.main, "data": data.main, "das": das.main, "instructvideo": instructvideo.main,
          "videodpo": videodpo.main, "dreamvideo": dreamvideo.main,
          "demo": demo.main, "videolcm": videolcm.main}
@@ -99,7 +100,7 @@ BAD = [
     ("t2v", "--base tiny --rank 4 --lora-targets to_x", "--lora-targets to_x: no layer"),
     ("t2v", "--base modelscope", "--data: give a folder"),
     ("t2v", "--base tiny --mixture", "--mixture: reads real clips"),
-    ("t2v", "--base tiny --text-free", "--text-free: no caption would be left"),
+    ("tft2v", "--base tiny --image-share 0", "--image-share 0: no caption would be left"),
     ("t2v", "--base tiny --images good.txt --image-share 0.5", "--images: goes with --data"),
     ("t2v", "--base modelscope --data clips --images none.csv", "none.csv: no such folder or list"),
     ("sample", f"{TINY} --follow clips", "--follow: this base has no such condition"),
@@ -117,7 +118,7 @@ BAD = [
     ("vader", "--base tiny --activities good.txt", "--activities: goes with a file of nouns"),
     ("vader", "--base tiny --patience 2", "--patience: counts evaluations; give --preview-every"),
     ("vader", "--base tiny --sampler rflow", "--sampler rflow: this base is sampled by ddim"),
-    ("vader", "--base tiny --sampler lcm", "--sampler lcm: VADER goes back through"),
+    ("vader", "--base tiny --sampler lcm", "--sampler lcm: VADER backpropagates through"),
     ("vader", "--base tiny --lora none.pt --out lora", "none.pt"),
     ("vader", "--base tiny --reward size,nice", "--reward nice: unknown"),
     ("vader", "--base tiny --reward size:much", "weight 'much' is no number"),
@@ -180,7 +181,7 @@ BAD = [
     ("sample", "--base tiny --prompts none.csv", "none.csv: no such file"),
     ("sample", "--base tiny-i2v --prompts bars.txt", "bars.txt row 1: none.png"),
     ("sample", "--base tiny-i2v --prompt a --image broken.png", "broken.png: not a readable picture"),
-    ("i2vgen", "--base tiny-i2v --prompts good.txt", "wanted image|||caption"),
+    ("i2vgen", "--base tiny-i2v --eval-prompts good.txt", "wanted image|||caption"),
     # clips
     ("t2v", "--base tiny --data none", "none: no such folder"),
     ("t2v", "--base tiny --data empty", "empty: no clips"),
@@ -288,9 +289,9 @@ BAD = [
     ("dreamvideo", "--base tiny --data empty", "no pictures in this folder"),
     ("dreamvideo", "--base tiny --data pictures --masked-loss", "no mask for a.png; --no-masked-loss"),
     ("dreamvideo", "--base tiny --stage motion --data nocaption", "no caption beside it"),
-    ("dreamvideo", "--base tiny --prompts none.txt", "none.txt: no such file"),
-    ("dreamvideo", "--base tiny --prompts words.txt", "does not know 'dragon'"),
-    ("dreamvideo", "--base tiny --stage motion --prompts bars.txt", "bars.txt row 1: none.png"),
+    ("dreamvideo", "--base tiny --eval-prompts none.txt", "none.txt: no such file"),
+    ("dreamvideo", "--base tiny --eval-prompts words.txt", "does not know 'dragon'"),
+    ("dreamvideo", "--base tiny --stage motion --eval-prompts bars.txt", "bars.txt row 1: none.png"),
     ("bases", "--export-adapters out --ckpt run", "a run of t2v; only dreamvideo.py's"),
     ("bases", "--export-adapters out", "and --ckpt RUN belong together (or --export-adapters"),
     ("sample", "--ckpt run:7 --prompt a", "no such step there; kept are 2"),
@@ -306,7 +307,7 @@ BAD = [
     ("demo", "--base videocrafter2 --data clips", "does not run on it yet; it runs on tiny"),
     ("demo", "--base modelscope", "--data: give a folder"),
     ("demo", "--base tiny-weak --data none", "none: no such folder"),
-    ("demo", "--base tiny --prompts words.txt", "does not know 'dragon'"),
+    ("demo", "--base tiny --eval-prompts words.txt", "does not know 'dragon'"),
     ("demo", "--base tiny --encoder-from 3", "the motion encoder has the blocks 0..0"),
     ("demo", "--base modelscope --data clips --weights empty --text-motion 0", "is missing for modelscope"),
     ("demo", "--base modelscope --data clips --flow-weights none.pth", "none.pth: no such file"),
@@ -323,10 +324,10 @@ BAD = [
     ("videolcm", "--base tiny --cfg-range 3", "--cfg-range: expected 2 arguments"),
     ("videolcm", "--base tiny --cfg-range 2 3", "--cfg 1.5: outside of --cfg-range 2 3"),
     ("videolcm", "--base tiny --reward nice", "--reward nice: unknown; choose from"),
-    ("videolcm", "--base tiny --reward tiny --prompts words.txt", "is no caption of the tiny world"),
+    ("videolcm", "--base tiny --reward tiny --eval-prompts words.txt", "is no caption of the tiny world"),
     ("videolcm", "--base tiny --reward-frames 0", "--reward-frames"),
     ("videolcm", "--base tiny --rank 4 --lora-targets to_x", "--lora-targets to_x: no layer"),
-    ("videolcm", "--base tiny --prompts words.txt", "does not know 'dragon'"),
+    ("videolcm", "--base tiny --eval-prompts words.txt", "does not know 'dragon'"),
     ("videolcm", "--base tiny --data nocaption", "a.mp4: no caption beside it"),
     ("videolcm", "--base tiny --out run --resume", "has method t2v, not videolcm"),
 ]
@@ -433,7 +434,9 @@ def test_any_command_line(script, draws, place):
         raise Reached
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        patch.setattr(module, "setup", reached)
+        patch.setattr(common, "setup", reached)
+        if hasattr(module, "setup"):
+            patch.setattr(module, "setup", reached)
         before = tree(place)
         try:
             module.main(args)

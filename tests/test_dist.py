@@ -142,9 +142,10 @@ sys.path.insert(0, {root!r})
 import argparse
 import torch, torch.distributed as dist
 import bases, t2v
-from common import Env, FiniteGuard, full, generator, MySamples, trained
+from common import Env, FiniteGuard, SampleNumbers, average_gradients, full, generator, trained
 from data import TinyWorld, read_batches
-from models import add_lora, parallelize, sync_gradients
+from models import add_lora, parallelize
+from pipeline import draw_latents, encode_clips
 
 def run(mode, env, accum, rank):
     torch.manual_seed(0)
@@ -160,15 +161,16 @@ def run(mode, env, accum, rank):
     opt = torch.optim.AdamW(params.values(), 1e-3)
     args, guard = argparse.Namespace(batch=1, accum=accum, steps=5), FiniteGuard(env)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    numbers = MySamples(args, env, 0, 0)
+    numbers = SampleNumbers(args, env, 0, 0)
     batches, grads = read_batches(TinyWorld(64), numbers), []
     for i, batch in enumerate(batches):
         generators = [generator("sample", n) for n in numbers[i]]
         with torch.no_grad():
-            x0 = t2v.draw_latents(base.vae, batch, generators, env).double()
+            x0 = draw_latents(base, env, encode_clips(base, env, batch["video"]), generators).double()
             text = base.encode_text(batch["text"])
-        with sync_gradients(net, i % accum == accum - 1):
-            (t2v.t2v_loss(net, base.schedule, x0, text, generators, 0.1).double().mean() / accum).backward()
+        average_gradients(net, i % accum == accum - 1)
+        loss = t2v.t2v_loss(net, base.schedule, x0, text, generators, 0.1)
+        (loss.double().mean() / accum).backward()
         if i % accum == accum - 1:
             grads.append(torch.cat([full(p.grad).flatten() for p in params.values()]))
             guard.step(opt, scaler, list(params.values()), 1.0)

@@ -21,13 +21,15 @@ import bases
 import das
 import data
 import dreamvideo
+import higen
 import i2vgen
 import metrics
 import pipeline
 import sample
-import t2v
+import tft2v
 import tinyworld
 import vader
+import vcomposer
 import videodpo
 import videolcm
 from common import Env
@@ -391,10 +393,10 @@ def test_demo(tmp_path):
 
 def few_steps(base, prompts, run, steps):
     """Clips of 64 captions, two a caption, from the same noise for every network -> clips, CPU s a clip."""
-    args, start = argparse.Namespace(sample_steps=steps), time.process_time()
-    bases.fill(args, "tiny", run)
+    start = time.process_time()
+    sampling = bases.choose_sampling("tiny", argparse.Namespace(sample_steps=steps), run)
     clips = pipeline.generate(base, Env(0, 1, torch.device("cpu"), torch.float32), prompts,
-                            [f"lcm-{i}" for i in range(len(prompts))], args, 16)
+                              [f"lcm-{i}" for i in range(len(prompts))], sampling, 16)
     return clips, (time.process_time() - start) / len(prompts)
 
 
@@ -437,23 +439,20 @@ def test_videolcm(tmp_path):
     assert one["psnr"] >= base["psnr"] + 2 and one["spread"] >= 0.5 * whole["spread"]
 
 
-# ---- TF-T2V, HiGen, VideoComposer: t2v.py
+# ---- TF-T2V, HiGen, VideoComposer
 
 AXIS = {"moving left": "moving right", "moving up": "moving down", "growing": "shrinking"}
 AXIS |= {b: a for a, b in AXIS.items()}  # the same motion the other way
 
 
-def by_t2v(out, *args):
-    """t2v.py -> CPU minutes."""
+def trained(method, out, *args):
+    """Run a method's main() -> CPU minutes."""
     start = time.process_time()
-    t2v.main([*args, "--preview-every", "0", "--dtype", "fp32", "--out", str(out)])
+    method.main([*args, "--preview-every", "0", "--dtype", "fp32", "--out", str(out)])
     return (time.process_time() - start) / 60
 
 
-TEXT_FREE = ["--base", "tiny", "--forget-motion", "--steps", "400", "--lr", "1e-3", "--warmup", "20",
-             "--ema", "0.99"]
-RECIPES = {"image-text pairs": ["--image-share", "1"],
-           "and clips without captions": ["--image-share", "0.5", "--text-free"]}
+RECIPES = {"image-text pairs": ["--image-share", "1"], "and clips without captions": ["--image-share", "0.5"]}
 
 
 def text_free(out, runs, minutes):
@@ -484,7 +483,7 @@ def test_tft2v(tmp_path):
     above that after 400 steps on image-text pairs alone, colours and shapes at most 5 points below. No clip
     ever tells which word is left: half of "left" and "right" would be right by chance; expect 57 %.
     """
-    minutes = {name: by_t2v(tmp_path / name, *TEXT_FREE, *more) for name, more in RECIPES.items()}
+    minutes = {name: trained(tft2v, tmp_path / name, "--base", "tiny", *more) for name, more in RECIPES.items()}
     check_text_free(text_free(tmp_path, {name: tmp_path / name for name in RECIPES}, minutes), minutes)
 
 
@@ -524,7 +523,7 @@ def test_higen(tmp_path):
     (A first run, without fit_resampler(), saturated: 0.77, 1.22, 1.68, 1.75 and 1.68 pixels a frame at 100,
     200, 300, 400 and 500, with 17 to 42 % of the motions right.)
     """
-    minutes = by_t2v(tmp_path / "run", "--base", "tiny-higen")
+    minutes = trained(higen, tmp_path / "run", "--base", "tiny-higen")
     check_higen(*higen_speeds(tmp_path, tmp_path / "run", minutes), minutes)
 
 
@@ -538,14 +537,14 @@ def followed_maps(run, minutes):
     prompts = [f"a {s.colour} {s.shape} on a {s.background} background" for s in scenes]
     maps = [data.video_maps(v, ("sketch", "motion"), flow=data.lucas_kanade) |
             {"depth": tinyworld.render(s, with_mask=True)[1]} for v, s in zip(videos, scenes)]
-    args = sample.get_args(["--ckpt", str(run), "--prompt", "a", "--sample-steps", "10", "--batch", "16"])
     tensors, meta = load_checkpoint(run)
     base = pipeline.load_run(run, tensors, meta, None)
-    bases.fill(args, base.name, meta["sample"])
+    sampling = bases.choose_sampling(base.name, argparse.Namespace(sample_steps=10), meta["sample"])
     env, found, rows, clips = Env(0, 1, torch.device("cpu"), torch.float32), {}, [], [list(videos)]
     for name in (None, "depth", "sketch", "motion"):
         given = {name: torch.stack([m[name] for m in maps])} if name else {}
-        made = pipeline.generate_split(base, env, prompts, [f"map-{i}" for i in range(48)], args, maps=given)
+        seeds = [f"map-{i}" for i in range(48)]
+        made = pipeline.generate_split(base, env, prompts, seeds, sampling, 16, maps=given)
         errors = [tinyworld.position_error(v, s.x, s.y) for v, s in zip(made, scenes)]
         right = [tinyworld.judge(v)["motion"] == s.motion for v, s in zip(made, scenes)]
         found[name or "none"] = dict(position=float(np.mean(errors)), motion=float(np.mean(right)))
@@ -563,7 +562,7 @@ def test_vcomposer(tmp_path):
     depth, sketch or motion alone the object is off its path by at most half of what it is without, and the
     motion is right at least 30 points more often.
     """
-    minutes = by_t2v(tmp_path, "--base", "tiny-vcomposer")
+    minutes = trained(vcomposer, tmp_path, "--base", "tiny-vcomposer")
     check_maps(followed_maps(tmp_path, minutes), minutes)
 
 

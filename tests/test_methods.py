@@ -1,13 +1,14 @@
 """Every method end to end on the tiny base: it trains, saves, resumes bit for bit, sample.py plays it."""
-import argparse
 import gc
 import json
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import common
 import data
 import i2vgen
 import models
@@ -17,7 +18,7 @@ import t2v
 import tinyworld
 import vader
 import videolcm
-from bases import fill, load_base
+from bases import base_row, load_base
 from common import Env
 from weights import load_checkpoint, load_pickle
 
@@ -137,7 +138,7 @@ def test_one_step_of_videocrafter2(method, public, tmp_path, monkeypatch):
     (t2v, ["--preview-every", "0"]), (videolcm, ["--preview-every", "0"]),
     (i2vgen, ["--base", "tiny-i2v", "--eval-n", "1"])])
 def test_the_text_tower_goes_when_all_texts_are_encoded(module, args, tmp_path, monkeypatch):
-    towers, load, save = [], module.load_base, module.save_checkpoint
+    towers, load, save = [], module.load_base, common.save_checkpoint
 
     def spy(*args, **kw):
         base = load(*args, **kw)
@@ -149,7 +150,7 @@ def test_the_text_tower_goes_when_all_texts_are_encoded(module, args, tmp_path, 
         towers.append(towers[0]() is None)
         save(*args, **kw)
     monkeypatch.setattr(module, "load_base", spy)
-    monkeypatch.setattr(module, "save_checkpoint", check)
+    monkeypatch.setattr(common, "save_checkpoint", check)
     monkeypatch.setattr(tinyworld.TinyWorld, "__len__", lambda self: 4)
     module.main(["--base", "tiny", "--steps", "1", "--batch", "1", *args, "--out", str(tmp_path)])
     assert towers[1:] == [True]
@@ -160,7 +161,7 @@ def test_t2v_trains_from_scratch_with_its_text_encoder(tmp_path):
               "--steps", "1", "--out", str(tmp_path)])
     tensors = load_file(tmp_path / "ckpt.safetensors")
     assert any(k.startswith("text_encoder.") for k in tensors) and "input_blocks.0.0.weight" in tensors
-    assert (tmp_path / "preview-1.png").exists()
+    assert (tmp_path / "after.png").exists() and not (tmp_path / "before.png").exists()
     sample.main(["--ckpt", str(tmp_path), "--prompt", "a blue square growing", "--sample-steps", "2",
                  "--out", str(tmp_path / "s")])
 
@@ -169,8 +170,7 @@ def test_a_clip_depends_neither_on_batch_nor_on_its_neighbours():
     base, env = load_base("tiny"), Env(0, 1, torch.device("cpu"), torch.float32)
     prompts = ["a red circle moving left", "a blue square growing", "a white triangle moving up"]
     for eta in (0.0, 1.0):
-        args = argparse.Namespace(sample_steps=4, eta=eta)
-        fill(args, "tiny")
-        together = pipeline.generate(base, env, prompts, ["a", "b", "c"], args)
-        alone = pipeline.generate(base, env, prompts[1:2], ["b"], args)
+        sampling = replace(base_row("tiny").sample, sample_steps=4, eta=eta)
+        together = pipeline.generate(base, env, prompts, ["a", "b", "c"], sampling)
+        alone = pipeline.generate(base, env, prompts[1:2], ["b"], sampling)
         assert (together[1] - alone[0]).abs().max() < 1e-4

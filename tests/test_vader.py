@@ -1,6 +1,5 @@
 """VADER on every base, with longer clips, from public LoRA files; its LoRA in peft; early end; memory."""
 import json
-from argparse import Namespace
 from dataclasses import replace
 
 import pytest
@@ -44,7 +43,7 @@ def small(public, monkeypatch, tmp_path):
             test_transformers.publish(folder, name)
         else:
             folder, _ = public(name)
-        size = {k: bases.BASES[name].sample[k] for k in ("frames", "height", "width")}
+        size = dict(zip(("frames", "height", "width"), bases.BASES[name].sample.size))
         monkeypatch.setitem(vader.PRESETS, name, vader.PRESETS.get(name, {}) | size)
         Image.new("RGB", (30, 20), (9, 99, 9)).save(tmp_path / "first.png")
         first = f"{tmp_path / 'first.png'}|||" if bases.BASES[name].first_frame else ""
@@ -65,9 +64,9 @@ def test_one_step_on_every_base(name, small, tmp_path):
     tensors, meta = load_checkpoint(tmp_path / "run")
     moved = [v.abs().max() > 0 for k, v in tensors.items() if "lora_B" in k]
     assert all(moved) and all(torch.isfinite(v).all() for v in tensors.values())
-    frames = bases.BASES[name].sample["frames"]
+    frames = bases.BASES[name].sample.frames
     assert video_info(tmp_path / "run" / "after" / "0000.mp4")[0] == (2 * frames - 1 if more else frames)
-    own = bases.BASES[name].sample["sampler"]
+    own = bases.BASES[name].sample.sampler
     assert meta["sample"]["sampler"] == ("dpmpp" if name == "modelscope" else own)
 
 
@@ -83,26 +82,23 @@ def test_longer_clips_with_a_reward_over_time(base, tmp_path):
                 "--sweep", "0", "--continue", "1", "--no-grad-ckpt", "--out", str(tmp_path)])
     rows = lines(tmp_path / "eval.jsonl")
     assert rows[0]["later"] != rows[1]["later"] and rows[0]["reward"] != rows[0]["later"]
-    frames = bases.BASES[base].sample["frames"]
+    frames = bases.BASES[base].sample.frames
     assert video_info(tmp_path / "after" / "0000.mp4")[0] == 2 * frames - 1
 
 
-def test_the_rollout_and_the_evaluation_are_the_same_clip():
+def test_the_rollout_and_the_evaluation_are_the_same_clip(monkeypatch):
     """vader_loss from the noise of generate_from() is minus the reward of its video, with --continue, too."""
     base = bases.load_base("tiny-i2v")
-    args = Namespace(more=1, sample_steps=2)
-    bases.fill(args, "tiny-i2v")
+    sampling = replace(base.row.sample, sample_steps=2)
     image, env = Image.new("RGB", (32, 32), (60, 100, 255)), Env(0, 1, torch.device("cpu"), torch.float32)
     reward = rewards.get_reward("temporal", "cpu")
     prompt = ["a blue square moving left"]
     noise = iter([common.generator("sample", "a"), common.generator("sample", "a-1")])
-    real = diffusion.randn
-    try:
-        diffusion.randn = lambda shape, generators, device: real(shape, [next(noise)], device)
-        loss = vader.vader_loss(base.net, base, env, reward, prompt, [image], [None], args, 1, range(15))
-    finally:
-        diffusion.randn = real
-    video = pipeline.generate_from(base, env, prompt, [image], ["a"], args, more=1)
+    with monkeypatch.context() as m:
+        m.setattr(vader, "randn", lambda shape, generators, device: diffusion.randn(shape, [next(noise)], device))
+        loss = vader.vader_loss(
+            base.net, base, env, reward, prompt, [image], [None], sampling, 1, 1, [list(range(15))])
+    video = pipeline.generate_from(base, env, prompt, [image], ["a"], sampling, continuations=1)
     assert torch.allclose(-loss, rewards.score(reward, video, prompt), atol=1e-6)
 
 
@@ -110,10 +106,17 @@ def test_the_rollout_and_the_evaluation_are_the_same_clip():
 
 def test_frames_to_decode():
     g = common.generator(0)
-    assert vader.pick_frames("first-middle-last", 9, g) == [0, 4, 8]
-    assert vader.pick_frames("first-middle-last", 2, g) == [0, 1]
-    assert vader.pick_frames("alt", 5, g) == [0, 2, 4] and vader.pick_frames("3", 5, g) == [3]
-    assert {vader.pick_frames("random", 3, g)[0] for _ in range(40)} == {0, 1, 2}
+    assert vader.frames_to_reward("first-middle-last", 9, g) == [0, 4, 8]
+    assert vader.frames_to_reward("first-middle-last", 2, g) == [0, 1]
+    assert vader.frames_to_reward("all", 3, g) == [0, 1, 2]
+    assert vader.frames_to_reward("alt", 5, g) == [0, 2, 4] and vader.frames_to_reward("3", 5, g) == [3]
+    assert {vader.frames_to_reward("random", 3, g)[0] for _ in range(40)} == {0, 1, 2}
+
+
+def test_updates_with_gradient():
+    g = common.generator(0)
+    assert vader.updates_with_gradient(3, 5, g) == 3
+    assert {vader.updates_with_gradient("rand", 4, g) for _ in range(60)} == {1, 2, 3, 4}
 
 
 # ---- LoRA files
@@ -205,6 +208,62 @@ def test_export_for_videocrafter_has_vaders_layout(small, tmp_path):
 
 # ---- the run
 
+TINY = ["--base", "tiny", "--batch", "1", "--sample-steps", "2", "--eval-n", "1", "--sweep", "0"]
+
+
+def log(out):
+    """log.jsonl without the times."""
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in lines(out / "log.jsonl")]
+
+
+def test_resuming_a_finished_and_an_almost_finished_run(tmp_path):
+    """Both end as the run that nothing interrupted, bit for bit, also if the kill came before "after"."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    vader.main([*TINY, "--steps", "3", "--out", str(whole)])
+    vader.main([*TINY, "--steps", "2", "--out", str(parts)])
+    vader.main([*TINY, "--steps", "3", "--out", str(parts), "--resume"])  # one step is left
+
+    def same():
+        weights = [load_file(out / "ckpt.safetensors") for out in (whole, parts)]
+        assert all(torch.equal(v, weights[1][k]) for k, v in weights[0].items())
+        assert log(whole) == log(parts) and len(log(whole)) == 3
+        ends = [[row for row in lines(out / "eval.jsonl") if row["step"] in (0, 3)] for out in (whole, parts)]
+        assert ends[0] == ends[1] and len(ends[0]) == 2
+        assert (parts / "after.png").read_bytes() == (whole / "after.png").read_bytes()
+    same()
+    vader.main([*TINY, "--steps", "3", "--out", str(parts), "--resume"])  # none is left
+    same()
+    (parts / "after.png").unlink()
+    (parts / "eval.jsonl").write_text("".join(
+        json.dumps(row) + "\n" for row in lines(parts / "eval.jsonl") if row["step"] < 3))
+    vader.main([*TINY, "--steps", "3", "--out", str(parts), "--resume"])
+    same()
+
+
+def test_accumulation_equals_a_batch_with_random_frames(tmp_path):
+    """--decode random draws by sample: a batch of 2 rewards the frames that 2 micro-steps reward."""
+    more = ["--reward", "size", "--decode", "random", "--steps", "2"]
+    vader.main([*TINY, *more, "--batch", "2", "--accum", "1", "--out", str(tmp_path / "batch")])
+    vader.main([*TINY, *more, "--batch", "1", "--accum", "2", "--out", str(tmp_path / "accum")])
+    batch, accum = log(tmp_path / "batch"), log(tmp_path / "accum")
+    assert len(batch) == len(accum) == 2
+    for row, other in zip(batch, accum):
+        assert row == pytest.approx(other, rel=1e-5)
+
+
+def test_another_reward_prints_its_defaults(capsys):
+    args = vader.get_args(["--base", "tiny"])
+    assert (args.steps, args.lr, args.sample_steps, args.reward) == (100, 4e-3, 5, "tiny")
+    assert not capsys.readouterr().out
+    args = vader.get_args(["--base", "tiny", "--reward", "size", "--lr", "1e-3"])
+    assert (args.steps, args.lr, args.sample_steps, args.reward) == (30, 1e-3, 10, "size")
+    assert capsys.readouterr().out == (
+        "--reward size: the defaults for rewards other than tiny are --steps 30, --lr 0.0003, "
+        "--sample-steps 10\n")
+    vader.get_args(["--base", "tiny-i2v", "--reward", "size"])
+    assert not capsys.readouterr().out
+
+
 def test_it_ends_early_and_keeps_the_best(tmp_path):
     """Trained on brightness, watched by darkness: each evaluation is worse than the one before."""
     (tmp_path / "dark.py").write_text("def dark(frames, prompts):\n    return -frames.mean((1, 2, 3))\n")
@@ -212,7 +271,9 @@ def test_it_ends_early_and_keeps_the_best(tmp_path):
                 "1e-2", "--steps", "6", "--preview-every", "1", "--patience", "2", "--batch", "1",
                 "--sample-steps", "2", "--eval-n", "1", "--sweep", "1", "--out", str(tmp_path / "run")])
     rows = lines(tmp_path / "run" / "eval.jsonl")
-    assert [r["step"] for r in rows] == [0, 1, 2] and rows[0]["watch"] > rows[1]["watch"] > rows[2]["watch"]
+    assert [r["step"] for r in rows] == [0, 1, 2, 2]  # the last one is "after"
+    assert rows[0]["watch"] > rows[1]["watch"] > rows[2]["watch"] and rows[3] == rows[2]
+    assert (tmp_path / "run" / "after.png").exists() and (tmp_path / "run" / "after" / "0000.mp4").exists()
     assert not (tmp_path / "run" / "best.safetensors").exists()  # the best was no training at all
     sweep = lines(tmp_path / "run" / "sweep.jsonl")
     assert [r["strength"] for r in sweep] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0]
@@ -234,14 +295,12 @@ def test_a_sum_of_rewards_is_reported_part_by_part(tmp_path):
         assert row["reward"] == pytest.approx(row["tiny"] + 0.5 * row["size"], abs=1e-5)
 
 
-def test_nouns_and_activities(tmp_path, monkeypatch):
+def test_nouns_and_activities(tmp_path):
     (tmp_path / "nouns.txt").write_text("red circle\norange square\n")
     (tmp_path / "activities.txt").write_text("growing\nmoving left\n")
-    monkeypatch.setattr(vader, "check_out", lambda *a: (_ for _ in ()).throw(StopIteration))
     args = vader.get_args(["--base", "tiny", "--prompts", str(tmp_path / "nouns.txt"), "--activities",
                            str(tmp_path / "activities.txt"), "--eval-n", "2"])
-    bases.fill(args, "tiny", method="vader")
-    items, held_out = pipeline.read_items(args)
+    items, held_out = pipeline.read_items(args, bases.choose_sampling("tiny", args, method="vader"))
     assert [p for _, p in items] == ["a red circle growing", "a red circle moving left",
                                      "an orange square growing", "an orange square moving left"]
     assert [p for _, p in held_out] == ["a red circle growing", "an orange square growing"]
@@ -249,21 +308,19 @@ def test_nouns_and_activities(tmp_path, monkeypatch):
 
 def test_prompts_that_come_with_the_code():
     args = vader.get_args([])
-    args.frames = 16
-    items, held_out = pipeline.read_items(args)
+    items, held_out = pipeline.read_items(args, bases.choose_sampling(args.base, args, method="vader"))
     assert len(items) == 300 and len({p for _, p in items}) == 300
     assert len(held_out) == 8 and len({p.split()[1] for _, p in held_out}) == 8  # eight animals
 
 
 # ---- memory
 
-def held(base, last, **args):
+def held(base, last, sample_steps):
     """Bytes that one step's forward pass keeps for the backward pass, of rollout and decoder."""
     if not any(hasattr(m, "lora_A") for m in base.net.modules()):
         add_lora(base.net, 4, 4.0, ["to_q", "to_k", "to_v"])
     base.net.grad_ckpt = True
-    options = Namespace(more=0, **args)
-    bases.fill(options, base.name)
+    sampling = replace(base.row.sample, sample_steps=sample_steps)
     env, seen = Env(0, 1, torch.device("cpu"), torch.float32), {}
 
     def pack(t):
@@ -272,7 +329,7 @@ def held(base, last, **args):
     own = {p.untyped_storage().data_ptr() for m in (base.net, base.vae) for p in m.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         vader.vader_loss(base.net, base, env, rewards.get_reward("brightness", "cpu"),
-                         ["a red circle growing"], [None], [common.generator(0)], options, last, [3])
+                         ["a red circle growing"], [None], [common.generator(0)], sampling, last, 0, [[3]])
     return sum(t.untyped_storage().nbytes() for k, t in seen.items() if k not in own)
 
 
@@ -289,7 +346,7 @@ def test_what_a_step_holds_at_a_middle_size(monkeypatch):
     gradient; from 10 to 50 sampling steps it grows by at most 2 %."""
     row = bases.BASES["modelscope"]
     row = replace(row, net=replace(row.net, dim=128, context_dim=256), vae=replace(row.vae, ch=64),
-                  sample=row.sample | dict(frames=4, height=64, width=64))
+                  sample=replace(row.sample, frames=4, height=64, width=64))
     monkeypatch.setitem(bases.BASES, "modelscope", row)
     base = bases.Base("modelscope", row, UNet3D(row.net).eval(), AutoencoderKL(row.vae).eval(), None,
                       diffusion.make_schedule(**row.schedule), None)
