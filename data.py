@@ -337,7 +337,7 @@ def open_image(path):
 
 
 def read_mask(path, picture_size, size):
-    """Mask of a picture of (w, h) pixels, white on black -> (1, *size) of 1 and 0, cropped like it."""
+    """Mask of a picture of (w, h) pixels, white on black -> (1, *size) of 1 and 0."""
     grey = open_image(path).convert("L")
     if grey.size != picture_size:
         raise UserError(f"{path}: {grey.width}x{grey.height} pixels, the picture has another size")

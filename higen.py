@@ -2,32 +2,33 @@
 
     L = || net(x_t, t, text, prior, gamma_m, gamma_a) - v ||^2
 
-One network works in two passes. The spatial pass makes an image from the text. The temporal
-pass makes the clip around that image (the prior), and is told two things about it: how much
-it moves, gamma_m, and how much its look changes, gamma_a. In training all three are read off
-the clip; in sampling the image comes from the first pass, and the two factors are dials.
+One network works in two passes. The spatial pass makes an image from the text. The
+temporal pass makes the clip around that image (the prior), and is told two things about
+the clip: how much it moves, gamma_m, and how much its look changes, gamma_a. In training
+all three are read off the clip. In sampling the image comes from the first pass, and the
+two factors are dials.
 
-    gamma_m [i]:   how far frame i + 1 is from frame i, 0 (still) to 1000
-    gamma_a [i,j]: how alike frames i and j look, the cosine of their CLIP embeddings
-    prior:         the latent of the middle frame; for images 0, with gamma_m = 0, gamma_a = 1
+    gamma_m [i]:    how far frame i + 1 is from frame i, 0 (still) to 1000
+    gamma_a [i,j]:  how alike frames i and j look, the cosine of their CLIP embeddings
+    prior:          the latent of the middle frame
+    images:         prior = 0, gamma_m = 0, gamma_a = 1; layers over time pass their input on
 
-    python higen.py --base tiny-higen --out out/higen       # 2 CPU cores, minutes
-    python higen.py --weights W --data clips.csv --rank 16 --lr 1e-4           # LoRA, one GPU
+    python higen.py --base tiny-higen                    # 2 CPU cores, minutes
+    python higen.py --weights W --data clips.csv --rank 16 --lr 1e-4      # LoRA, one GPU
     torchrun --nproc_per_node=8 higen.py --weights W --data clips.csv --rank 0
-    python higen.py ... --resume                            # continue, bit for bit
-    python sample.py --ckpt out/higen --prompt "a red circle moving left" --motion-factor 450
+    python higen.py ... --resume                         # continue, bit for bit
+    python sample.py --ckpt out/higen --prompt "a red circle growing" --motion-factor 450
 
-In steps on images (--image-share) the layers over time pass their input on. tiny-higen is
-tiny with HiGen's layers, which start untrained; in the tiny world coarse colours stand in for
-CLIP embeddings.
+tiny-higen is tiny with HiGen's layers, which start untrained. In the tiny world coarse
+colours stand in for CLIP embeddings.
 
-Writes to --out: ckpt.safetensors (averaged weights with --ema), log.jsonl, curve.png, and
-before.png, step-N.png and after.png: held-out prompts from the same noise at three motion
-factors; on tiny bases eval.jsonl holds the speeds, in pixels per frame.
+Writes to --out: ckpt.safetensors (averaged weights with --ema), log.jsonl, curve.png,
+and before.png, step-N.png and after.png with held-out prompts, from the same noise at
+three motion factors; on tiny bases eval.jsonl holds the speeds, in pixels per frame.
 
 Memory: as t2v.py on the same base and size (not measured).
 
-Differences from the original: its training code is not public, so this follows the paper.
+Differences from the original: its training code is not public; this follows the paper.
  - The scale of gamma_m is ours, chosen to fit the public weights, see motion_factors().
  - The look of a frame is its CLIP embedding alone.
 """
@@ -52,15 +53,16 @@ TINY = dict(
     image_share=0.25, steps=600, batch=16, lr=1e-3, lr_schedule="cosine", warmup=20,
     betas=(0.9, 0.99), wd=0.01, ema=0.99, rank=0, offset_noise=0.0, cache_latents=True,
     workers=0, grad_ckpt=False, eval_n=8, preview_every=300, log_every=50)
-TRAVEL = 4, 18            # pixels that an object of the tiny world travels: slow and fast clips
-DIALS = 0.5, 1.0, 1.5     # motion factors of the pictures, relative to the base's own
+TRAVEL = 4, 18         # pixels that objects of the tiny world travel: slow and fast clips
+DIALS = 0.5, 1.0, 1.5  # motion factors of before.png ..., relative to the base's own
 
 
 def get_args(argv=None):
     p = Parser(__doc__)
     p.options("base data images pixels sampling optimisation ema lora")
     p.add_argument("--offset-noise", type=p.UNSIGNED,
-                   help="strength of noise that all pixels of a frame share: it teaches brightness")
+                   help="strength of noise that all pixels of a frame share: it teaches "
+                        "brightness")
     p.options("machine evaluation run")
     return p.parse(argv, PAPER, {"tiny-higen": TINY})
 
@@ -68,9 +70,9 @@ def get_args(argv=None):
 # ---- the method
 
 def motion_factors(latents):
-    """gamma_m: (b,f-1), whole numbers from 0 to 1000, of latents (b,c,f,h,w) of unit variance.
+    """gamma_m: whole numbers (b,f-1) from 0 to 1000; latents (b,c,f,h,w), unit variance.
 
-    The root mean square of what changes from frame to frame, times 1000. A lively clip has
+    The root mean square of the change from frame to frame, times 1000. A lively clip has
     about 500, the published factor for sampling.
     """
     step = latents.float().diff(dim=2).square().mean((1, 3, 4)).sqrt()
@@ -83,7 +85,8 @@ def likeness(base, env, video):
     found = []
     for frames in video.transpose(1, 2):  # f 3 h w
         if base.image_encoder:
-            looks = base.image_encoder(clip_frames(frames).to(env.device, env.dtype)).float().cpu()
+            pixels = clip_frames(frames).to(env.device, env.dtype)
+            looks = base.image_encoder(pixels).float().cpu()
         else:  # the tiny world: coarse colours
             looks = F.adaptive_avg_pool2d(frames, 4).flatten(1)
         looks = F.normalize(looks, dim=-1)
@@ -92,10 +95,10 @@ def likeness(base, env, video):
 
 
 def factors(base, x0, seen):
-    """Latents x0 (b,c,f,h,w) and what was read off their clips -> the network's conditions.
+    """Latents x0 (b,c,f,h,w), what was read off their clips -> conditions of the network.
 
-    seen: "alike" (b,f,f) and "mean", the autoencoder's without its noise, which would count as
-    motion. Images (f = 1) need neither.
+    seen: "alike" (b,f,f), and "mean", latents without the autoencoder's noise, which would
+    count as motion. Images (f = 1) need neither.
     """
     b, f = x0.shape[0], x0.shape[2]
     if f == 1:
@@ -112,9 +115,11 @@ def factors(base, x0, seen):
 def higen_loss(net, base, x0, text, seen, generators, offset=0.0):
     """The denoising loss of clips or of images, (b,); generators: one per sample."""
     cond = factors(base, x0, seen)
+
+    def predict(x_t, t):
+        return net(x_t, t, text, **cond)
     t, noise = draw_noise(base.schedule, x0, generators, offset)
-    return diffusion_loss(
-        lambda x_t, t: net(x_t, t, text, **cond), base.schedule, x0, noise, t)
+    return diffusion_loss(predict, base.schedule, x0, noise, t)
 
 
 def main(argv=None):
@@ -143,7 +148,8 @@ def main(argv=None):
             x0, captions, seen = clips.draw(generators)
             with run.forward():
                 text = base.encode_text(captions)
-                loss = higen_loss(net, base, x0, text, seen, generators, args.offset_noise)
+                loss = higen_loss(
+                    net, base, x0, text, seen, generators, args.offset_noise)
             run.backward(loss)
         run.update()
         if run.preview_due:
@@ -156,7 +162,7 @@ def main(argv=None):
 # ---- what is trained, and from where
 
 def load(args, run):
-    """-> the base in training mode, its trained tensors in fp32 and requiring gradients."""
+    """-> the base in training mode; what is trained is kept in fp32."""
     dtype = run.dtype if args.rank else torch.float32
     base = load_base(args.base, args.weights, run.device, dtype, image=True)
     if base.row.tiny and not (run.resumed or args.rank):
@@ -172,8 +178,8 @@ def load(args, run):
 
 
 def fit_resampler(base, steps=300, batch=64):
-    """tiny-higen's new reader of texts learns to pass on tiny's tokens, so that words keep their
-    meaning. Without it, training would have to learn them again."""
+    """tiny-higen's new reader of texts learns to pass on tiny's tokens, so that words keep
+    their meaning. Otherwise training would have to learn them again."""
     reader, captions = base.net.context_embedding, tiny_captions()
     captions += [caption.split(" on a ")[0] for caption in captions] + [""] * 40
     device = next(reader.parameters()).device
@@ -195,22 +201,24 @@ def fit_resampler(base, steps=300, batch=64):
 
 @torch.no_grad()
 def evaluate(run, base, sampling, prompts, name):
-    """The prompts from the same noise at three motion factors -> NAME.png, NAME/*.mp4 (of the
-    last), and on tiny bases their speeds. Every process must call it."""
+    """The prompts, from the same noise at each motion factor -> NAME.png, NAME/*.mp4 (of the
+    last), and on tiny bases mean speeds. Every process must call it."""
     seeds = [f"preview-{i}" for i in range(len(prompts))]
     dials = [round(sampling.motion_factor * dial) for dial in DIALS]
     base.net.eval()
+    made = []
     with run.averaged():
-        made = [generate_split(base, run.env, prompts, seeds, replace(sampling, motion_factor=dial),
-                               run.args.batch) for dial in dials]
+        for dial in dials:
+            turned = replace(sampling, motion_factor=dial)
+            made.append(generate_split(base, run.env, prompts, seeds, turned, run.args.batch))
     base.net.train()
     if run.main:
         row = None
         if base.row.tiny:
-            row = {f"speed_{dial}": sum(judge(video)["speed"] for video in videos) / len(videos)
-                   for dial, videos in zip(dials, made)}
-        show(run, name, made[-1], prompts, sampling.save_fps, row, sheet=list(zip(*made))[:16],
-             headers=[f"motion {dial}" for dial in dials])
+            speeds = [[judge(video)["speed"] for video in videos] for videos in made]
+            row = {f"speed_{k}": sum(each) / len(each) for k, each in zip(dials, speeds)}
+        headers = [f"motion factor {dial}" for dial in dials]
+        show(run, name, made[-1], prompts, sampling.save_fps, row, list(zip(*made))[:16], headers)
 
 
 if __name__ == "__main__":

@@ -1004,22 +1004,16 @@ def unet_state(state, net, source):
             parts = [state.pop(f"{attention}{k}.weight") for k in "qkv"]
             state[f"{attention}qkv.weight"] = torch.cat(parts)
         return rename(state, net, lambda k: unet_diffusers_name(k, net.cfg.num_res_blocks), source)
-    adapters = fresh_adapters(net)  # no base's file has them: they start here
+    adapters = identity_adapters(net)  # no base's file has them
     if adapters and state.keys() | adapters.keys() == net.state_dict().keys():
         return adapters | state
     return state
 
 
-def fresh_adapters(net):
-    """Initial weights of DreamVideo's adapters: a Linear's, but zeros for the last layer."""
+def identity_adapters(net):
+    """DreamVideo's adapters, untrained: all zeros, A(x) = x. dreamvideo.py draws its new ones."""
     shapes = {k: v.shape for k, v in net.state_dict().items() if "_adapter." in k}
-
-    def start(key):
-        if "up_linear" in key:
-            return torch.zeros(shapes[key])
-        bound = shapes[key.replace("bias", "weight")][1] ** -0.5
-        return torch.empty(shapes[key]).uniform_(-bound, bound)
-    return {key: start(key) for key in shapes}
+    return {k: torch.zeros(shape) for k, shape in shapes.items()}
 
 
 def with_new_conditions(state, net):

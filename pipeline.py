@@ -495,8 +495,10 @@ def decode(base, latents, frames, chunk=16, chosen=None):
 def encode_clips(base, env, video) -> dict:
     """Clips (b,3,f,h,w) in [-1,1] -> {"mean", "std"} (b,c,f',h',w') of unscaled latents, on the
     CPU."""
-    mean, logvar = base.vae.moments(video.to(env.device, env.dtype))
-    return {"mean": mean.cpu(), "std": (0.5 * logvar).exp().cpu()}
+    # clip by clip: a convolution over another number of clips rounds otherwise
+    parts = [base.vae.moments(clip[None].to(env.device, env.dtype)) for clip in video]
+    mean, logvar = (torch.cat(column).cpu() for column in zip(*parts))
+    return {"mean": mean, "std": (0.5 * logvar).exp()}
 
 
 def draw_latents(base, env, encoded, generators, part=""):

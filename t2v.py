@@ -2,41 +2,40 @@
 
 As VGen trains ModelScopeT2V (Wang et al., arXiv 2308.06571):
 
-    L = E_{x0, text, eps, t} || net(x_t, t, text) - target ||^2        (2006.11239, eq. 14)
+    L = E_{x0, text, eps, t} || net(x_t, t, text) - target ||^2    (2006.11239, eq. 14)
     x_t = sqrt(ab_t) x0 + sqrt(1 - ab_t) eps
     target: the base's, eps or v = sqrt(ab_t) eps - sqrt(1 - ab_t) x0
 
-Around this loss: some captions are dropped, so that sampling can use guidance; some steps
-train on single images, which keep frames sharp; the noise has a part that a whole frame
-shares; a moving average of the weights is saved; clips can be encoded once (--cache-latents).
+Around this loss: some captions are dropped, so that sampling can use guidance; some
+steps train on single images, which keeps frames sharp; the noise has a part that a whole
+frame shares; a moving average of the weights is saved.
 
-    python t2v.py --base tiny --steps 50                    # fine-tune tiny; a minute on a CPU
-    python t2v.py --base tiny --scratch --out out/tiny      # how assets/tiny.safetensors was made
-    python t2v.py --base modelscope --weights W --data clips.csv --rank 16 --lr 1e-4   # LoRA
+    python t2v.py --base tiny --steps 50                 # fine-tune; a minute on a CPU
+    python t2v.py --base tiny --scratch                  # how assets/tiny was trained
+    python t2v.py --weights W --data clips.csv --rank 16 --lr 1e-4        # LoRA, one GPU
     torchrun --nproc_per_node=8 t2v.py --weights W --data clips.csv --rank 0 --mixture
-    torchrun --nproc_per_node=4 t2v.py --weights W --data clips.csv --rank 0 --parallel fsdp
-    python t2v.py ... --resume                              # continue, bit for bit
+    torchrun --nproc_per_node=4 t2v.py ... --rank 0 --parallel fsdp
+    python t2v.py ... --resume                           # continue, bit for bit
     python sample.py --ckpt out/t2v --prompt "..."
 
-Writes to --out: ckpt.safetensors (averaged weights with --ema), log.jsonl, curve.png, and
-before.png, step-N.png and after.png, clips of held-out prompts with always the same noise;
-on tiny bases eval.jsonl holds the judge's verdict on them.
+Writes to --out: ckpt.safetensors (averaged weights with --ema), log.jsonl, curve.png,
+and before.png, step-N.png and after.png with clips of held-out prompts, always from the
+same noise; on tiny bases eval.jsonl holds the judge's verdict on them.
 
-Memory: LoRA on ModelScope, 16 frames of 256x256 in bf16, batch 1: 7.4 GB or less on an H100.
-Full fine-tuning keeps 4 fp32 copies of its 1.41 G parameters (22.6 GB), and the activations
-of one block (not measured).
+Memory: LoRA on ModelScope, 16 frames of 256x256 in bf16, batch 1: 7.4 GB or less on an
+H100. Full fine-tuning keeps 4 fp32 copies of its 1.41 G parameters (22.6 GB) and the
+activations of one block (not measured).
 
 Differences from the original code
- - Images and videos mix by --image-share on any number of GPUs. VGen mixes by rank, so one
-   GPU would train on images alone. --mixture has VGen's clip lengths and frame rates; fewer
-   than 8 processes take turns at them.
- - Data is shuffled, and clips have exactly the frames asked for. (VGen's loader is off by
-   one, and pads with grey.)
+ - Images and videos mix by --image-share on any number of GPUs. VGen mixes by rank, so
+   one GPU would train on images alone. --mixture has VGen's clip lengths and frame
+   rates; fewer than 8 processes take turns at them.
+ - Data is shuffled, and clips have exactly the frames asked for. (VGen's loader is off
+   by one, and pads with grey.)
  - Dropped captions become --negative, "" by default. (VGen: its negative prompt.)
  - VGen halves the gradients of layers that an image model has, too, which AdamW cancels.
    --spatial-lr 0.5 is what it meant.
- - Dropout masks and noise are keyed by the sample's number, so a run does not depend on
-   --batch.
+ - Noise and dropout are keyed by the sample's number, so a run does not depend on --batch.
  - The moving average is one file, not one shard per GPU.
 """
 import torch
@@ -48,15 +47,16 @@ from models import (
     TemporalConv, TemporalTransformer, add_lora, forget_motion, parallelize, seed_dropout)
 from pipeline import Clips, frame_rate, preview
 
-# VGen's t2v_train.yaml; LoRA is ours. Its frames and frame rates, process by process:
+# VGen's t2v_train.yaml; LoRA is ours
 PAPER = dict(
     base="modelscope", out="out/t2v", steps=10000, lr=3e-5, warmup=10, offset_noise=0.1,
     preview_every=500)
+# frames and frames per second of VGen's 8 processes
 MIXTURE = [(1, 1), (16, 8), (16, 16), (16, 16), (16, 16), (32, 8), (32, 16), (32, 16)]
 TINY = dict(
-    steps=2000, batch=16, lr=1.5e-3, lr_schedule="cosine", warmup=50, betas=(0.9, 0.99), wd=0.01,
-    ema=0.995, rank=0, image_share=0.0, offset_noise=0.0, cache_latents=True, workers=0,
-    grad_ckpt=False, log_every=50)
+    steps=2000, batch=16, lr=1.5e-3, lr_schedule="cosine", warmup=50, betas=(0.9, 0.99),
+    wd=0.01, ema=0.995, rank=0, image_share=0.0, offset_noise=0.0, cache_latents=True,
+    workers=0, grad_ckpt=False, log_every=50)
 PRESETS = {"tiny": TINY, "tiny-weak": TINY}
 
 
@@ -64,34 +64,37 @@ def get_args(argv=None):
     p = Parser(__doc__)
     p.options("base")
     p.add_argument("--scratch", action="store_true",
-                   help="start from random weights (tiny: of the text encoder, too); needs --rank 0")
+                   help="start from random weights (tiny: of the text encoder, too); "
+                        "needs --rank 0")
     p.add_argument("--train-text", action="store_true",
                    help="also train the text encoder, on tiny bases with --rank 0")
     p.add_argument("--forget-motion", action="store_true",
-                   help="start with layers over time that pass their input on, as an image model")
+                   help="start with layers over time that pass their input on, as in an "
+                        "image model")
     p.add_argument("--zero-snr", action="store_true",
-                   help="train for v and a schedule that ends in pure noise (arXiv 2305.08891)")
+                   help="train for v, on a schedule that ends in pure noise (2305.08891)")
     p.options("data images")
     p.add_argument("--mixture", action="store_true",
-                   help="VGen's mixture of images and clips of several lengths and frame rates")
+                   help="VGen's mixture of images and of clip lengths and frame rates")
     p.options("pixels sampling optimisation ema lora")
     p.add_argument("--offset-noise", type=p.UNSIGNED,
-                   help="strength of noise that all pixels of a frame share: it teaches brightness")
+                   help="strength of noise that all pixels of a frame share: it teaches "
+                        "brightness")
     p.add_argument("--spatial-lr", type=p.UNSIGNED, default=1.0,
                    help="factor on --lr for layers within a frame; 0 freezes them")
     p.options("machine evaluation run")
     args = p.parse(argv, PAPER, PRESETS)
     for flag in ("scratch", "forget_motion"):
         if vars(args)[flag] and args.rank:
-            raise UserError(f"--{flag.replace('_', '-')}: LoRA on random weights cannot learn; add "
-                            "--rank 0")
+            flag = flag.replace("_", "-")
+            raise UserError(f"--{flag}: LoRA on random weights cannot learn; add --rank 0")
     tiny = base_row(args.base).tiny
     if args.mixture and (not args.data or tiny or args.cache_latents):
-        raise UserError("--mixture: reads real clips, each time anew: give --data, no tiny base and "
-                        "no --cache-latents")
+        raise UserError("--mixture: reads real clips, each time anew: give --data, no tiny "
+                        "base and no --cache-latents")
     if args.train_text and (not tiny or args.rank):
-        raise UserError("--train-text: only the tiny world's text encoder can be trained, with "
-                        "--rank 0")
+        raise UserError("--train-text: only the tiny world's text encoder can be trained, "
+                        "with --rank 0")
     return args
 
 
@@ -100,22 +103,13 @@ def get_args(argv=None):
 def t2v_loss(net, schedule, x0, text, generators, offset=0.0, **cond):
     """The denoising loss at random steps, (b,).
 
-    x0 (b,c,f,h,w): latents; text (b,n,d); generators: one per sample, for its step and noise;
-    offset: strength of the noise that a frame shares; cond: other conditions of the network.
+    x0 (b,c,f,h,w): latents; text (b,n,d); generators: one per sample, for its step and
+    noise; offset: strength of the noise that a frame shares; cond: further conditions.
     """
+    def predict(x_t, t):
+        return net(x_t, t, text, **cond)
     t, noise = draw_noise(schedule, x0, generators, offset)
-    return diffusion_loss(lambda x_t, t: net(x_t, t, text, **cond), schedule, x0, noise, t)
-
-
-def spatial_parameters(net):
-    """Names of a UNet3D's parameters within a frame: what an image model has, too.
-
-    VGen's list of them leaves out the embedding of the step.
-    """
-    temporal = [f"{name}." for name, module in net.named_modules()
-                if isinstance(module, (TemporalTransformer, TemporalConv))]
-    others = ("time_embed.", *temporal)
-    return {name for name, _ in net.named_parameters() if not name.startswith(others)}
+    return diffusion_loss(predict, schedule, x0, noise, t)
 
 
 def main(argv=None):
@@ -135,10 +129,8 @@ def main(argv=None):
     if trains_text(args):
         base.text_encoder = parallelize(base.text_encoder, "ddp", run.device)
         nets["text_encoder."] = base.text_encoder
-    params, spatial = trained(nets), spatial_parameters(base.net)
-    groups = [
-        dict(params=[p for k, p in params.items() if k in spatial], lr_factor=args.spatial_lr),
-        dict(params=[p for k, p in params.items() if k not in spatial], lr_factor=1.0)]
+    params = trained(nets)
+    groups = parameter_groups(base.net, params, args.spatial_lr)
     opt = torch.optim.AdamW(groups, args.lr, args.betas, weight_decay=args.wd)
     meta = dict(rank=args.rank, alpha=args.alpha, lora_targets=args.lora_targets,
                 sample=sampling.metadata(), schedule=schedule)
@@ -154,8 +146,9 @@ def main(argv=None):
             x0, captions, _ = clips.draw(generators)
             with run.forward():
                 text = base.encode_text(captions)
-                cond = frame_rate(sampling.fps, len(x0), run.device)
-                loss = t2v_loss(net, base.schedule, x0, text, generators, args.offset_noise, **cond)
+                fps = frame_rate(sampling.fps, len(x0), run.device)
+                loss = t2v_loss(
+                    net, base.schedule, x0, text, generators, args.offset_noise, **fps)
             run.backward(loss)
         run.update()
         if run.preview_due:
@@ -166,6 +159,25 @@ def main(argv=None):
 
 
 # ---- what is trained
+
+def spatial_parameters(net):
+    """Names of a UNet3D's parameters within a frame: what an image model has, too.
+
+    VGen's list of them leaves out the embedding of the step.
+    """
+    temporal = [f"{name}." for name, module in net.named_modules()
+                if isinstance(module, (TemporalTransformer, TemporalConv))]
+    others = ("time_embed.", *temporal)
+    return {name for name, _ in net.named_parameters() if not name.startswith(others)}
+
+
+def parameter_groups(net, params, spatial_lr):
+    """{key: trained parameter} -> AdamW's groups, with --spatial-lr for those in a frame."""
+    names = spatial_parameters(net)
+    spatial = [p for key, p in params.items() if key in names]
+    others = [p for key, p in params.items() if key not in names]
+    return [dict(params=spatial, lr_factor=spatial_lr), dict(params=others, lr_factor=1.0)]
+
 
 def trains_text(args):
     """Is the text encoder trained, too? Only the tiny world's can be."""

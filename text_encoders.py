@@ -1,14 +1,15 @@
-"""Text encoders: what turns a prompt into the tokens that a video network attends to.
+"""Text encoders, whose tokens a video network attends to, and image towers.
 
-OpenCLIPText is the text tower of OpenCLIP ViT-H-14 (encoder of ModelScope, VideoCrafter2, I2VGen-XL, DEMO),
-OpenCLIPVision its image tower (image prompts, CLIP rewards), Resampler what makes few tokens of its many.
-With other sizes the same towers are OpenAI's ViT-L-14 (CLIP_L14).
-DINO is the image tower that tells subjects apart. The layers are written here; open_clip only brings the
-tokenizer. T5Text, CogVideoX's and Open-Sora's encoder, is transformers' T5. Keys of the CLIP towers are
-open_clip's: laion/CLIP-ViT-H-14-laion2B-s32B-b79K's open_clip_pytorch_model.bin (686 tensors) loads as it
-is; the `text_encoder` folder of diffusers repositories goes through text_from_hf, and transformers' CLIPModel
-(OpenAI's CLIP, PickScore) through clip_from_hf. Textual inversion (words learned as vectors, Gal et al.,
-arXiv 2208.01618) enters by the argument `learned` of OpenCLIPText.
+OpenCLIPText is the text tower of OpenCLIP ViT-H-14 (ModelScope, VideoCrafter2, I2VGen-XL, DEMO),
+OpenCLIPVision its image tower (image prompts, CLIP rewards). With other sizes the same classes
+are OpenAI's ViT-L-14 (CLIP_L14). T5Text is transformers' T5 (CogVideoX, Open-Sora). DINO is an
+image tower that tells subjects apart.
+
+The layers are written here; open_clip only brings the tokenizer. Keys are open_clip's: laion's
+open_clip_pytorch_model.bin (686 tensors) loads as it is. The `text_encoder` folder of diffusers
+repositories goes through text_from_hf, transformers' CLIPModel (OpenAI's CLIP, PickScore) through
+clip_from_hf. Textual inversion (words learned as vectors, Gal et al., arXiv 2208.01618) enters by
+the argument `learned` of OpenCLIPText.
 
     text = OpenCLIPText(CLIPConfig())(tokenize(["a red ball"]))  # (1, 77, 1024)
 """
@@ -21,18 +22,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import UserError, write_atomic
+from common import UserError
 from models import attend
-from weights import load_pickle, load_safetensors
+from weights import below, looks_like
 
-# how many blocks at the end each choice of features leaves out
-SKIP = {"last": 0, "penultimate": 1}
+SKIP = {"last": 0, "penultimate": 1}  # choice of features -> number of last blocks that do not run
 
 
 @dataclass(frozen=True)
 class CLIPConfig:
-    """Sizes of the two towers; the defaults are ViT-H-14."""
-    embed_dim: int = 1024           # both towers end in it; 0: no text projection (diffusers' layout)
+    """Sizes of the two towers; the defaults are ViT-H-14's."""
+    embed_dim: int = 1024           # of both outputs; 0: no text projection (diffusers' layout)
     # image tower
     image_size: int = 224
     vision_layers: int = 32
@@ -44,20 +44,20 @@ class CLIPConfig:
     context_length: int = 77
     text_width: int = 1024
     text_heads: int = 16
-    text_layers: int = 24           # the diffusers layout keeps 23, to be run with layer="last"
-    text_mlp_ratio: float = 4.0     # width of a block's MLP over text_width
+    text_layers: int = 24           # the diffusers layout has 23, which are run with layer="last"
+    text_mlp_ratio: float = 4.0     # width of a block's MLP / text_width
     quick_gelu: bool = False        # OpenAI's own models: x sigmoid(1.702 x) in place of GELU
 
 
 CLIP_L14 = CLIPConfig(
-    embed_dim=768, vision_layers=24, vision_width=1024, vision_head_width=64, text_width=768, text_heads=12,
-    text_layers=12, quick_gelu=True)
+    embed_dim=768, vision_layers=24, vision_width=1024, vision_head_width=64, text_width=768,
+    text_heads=12, text_layers=12, quick_gelu=True)
 
 
 # ---- the transformer that all towers share
 
 class Attention(nn.Module):
-    """Multi-head self-attention, q, k and v in one matrix, a bare parameter as in the public files."""
+    """Multi-head self-attention; q, k, v share a matrix, a bare parameter as in public files."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -112,7 +112,7 @@ class Transformer(nn.Module):
 # ---- the towers
 
 class OpenCLIPText(nn.Module):
-    """Causal text transformer. Video networks read its penultimate features, as Stable Diffusion 2."""
+    """Causal text transformer. Video networks read its penultimate features, like SD 2."""
 
     def __init__(self, cfg=CLIPConfig()):
         super().__init__()
@@ -125,16 +125,16 @@ class OpenCLIPText(nn.Module):
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         if cfg.embed_dim:
             self.text_projection = nn.Parameter(w ** -0.5 * torch.randn(w, cfg.embed_dim))
-            self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # temperature of CLIP's loss
+            self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # of CLIP's loss
 
     def blocks(self):
         """The modules to shard one by one (models.parallelize)."""
         return list(self.transformer.resblocks)
 
     def embed(self, ids, learned=None):
-        """ids (b, n) -> ids and token embeddings (b, n, text_width) with the `learned` words in their places.
+        """ids (b, n) -> ids, token embeddings (b, n, text_width), `learned` words in their places.
 
-        learned: {token id of a placeholder: vectors (N, text_width)}, see insert_vectors and load_learned.
+        learned: {token id of a placeholder: vectors (N, text_width)}, see insert_vectors.
         """
         x = self.token_embedding(ids)
         for placeholder, vectors in (learned or {}).items():
@@ -142,16 +142,15 @@ class OpenCLIPText(nn.Module):
         return ids, x
 
     def forward(self, ids, layer="penultimate", learned=None):
-        """ids (b, 77) long -> token features (b, 77, text_width); "penultimate" skips the last block."""
-        if layer not in SKIP:
-            raise UserError(f"layer {layer!r} of the text tower: choose from {', '.join(SKIP)}")
+        """ids (b, 77) long -> features (b, 77, text_width); "penultimate" skips the last block."""
         x = self.embed(ids, learned)[1] + self.positional_embedding[:ids.shape[1]]
-        # padding is not masked: it stands after the end token, where the causal mask hides it from the words
+        # padding needs no mask: it follows the end token, so the causal mask hides it from the
+        # words
         x = self.transformer(x, causal=True, skip=SKIP[layer])
         return self.ln_final(x)
 
     def pooled(self, ids, layer="last"):
-        """ids (b, 77) -> text embedding (b, embed_dim), not normalised: the end token, projected."""
+        """ids (b, 77) -> text embedding (b, embed_dim), not normalised: the projected end token."""
         return at_end_token(self(ids, layer), ids) @ self.text_projection
 
 
@@ -172,9 +171,9 @@ class OpenCLIPVision(nn.Module):
         self.proj = nn.Parameter(std * torch.randn(w, cfg.embed_dim))
 
     def tokens(self, images):
-        """images (n, 3, image_size, image_size) in CLIP's mean and std -> (n, 1 + patches, vision_width).
+        """images (n, 3, h, w) in CLIP's mean and std -> tokens (n, 1 + patches, vision_width).
 
-        Class token first; without ln_post and proj, as VideoCrafter1 feeds them to its Resampler.
+        The class token is first; neither ln_post nor proj is applied.
         """
         x = self.conv1(images).flatten(2).transpose(1, 2)  # (n, patches, w), row by row
         first = self.class_embedding.expand(len(x), 1, -1)
@@ -182,12 +181,12 @@ class OpenCLIPVision(nn.Module):
         return self.transformer(self.ln_pre(x))
 
     def forward(self, images):
-        """images (n, 3, image_size, image_size) in CLIP's mean and std -> (n, embed_dim), not normalised."""
-        return self.ln_post(self.tokens(images)[:, 0]) @ self.proj  # only the class token
+        """images (n, 3, h, w) in CLIP's mean and std -> (n, embed_dim), not normalised."""
+        return self.ln_post(self.tokens(images)[:, 0]) @ self.proj
 
 
 class OpenCLIP(OpenCLIPText):
-    """Both towers under open_clip's keys: the text tower at the top, the image tower in `visual`."""
+    """Both towers under open_clip's keys: text at the top, image in `visual`."""
 
     def __init__(self, cfg=CLIPConfig()):
         super().__init__(cfg)
@@ -195,17 +194,17 @@ class OpenCLIP(OpenCLIPText):
 
 
 def at_end_token(tokens, ids):
-    """tokens (b, n, w), ids (b, n) -> (b, w): the row of the end token, which has the largest id."""
+    """tokens (b, n, w), ids (b, n) -> (b, w): the features at the end token, the largest id."""
     return tokens[torch.arange(len(ids), device=tokens.device), ids.argmax(dim=1)]
 
 
 def tokenize(texts, context_length=77):
-    """Token ids of a string or list of strings: (b, context_length) long, [start, words, end, 0 ...].
+    """A string or list of strings -> ids (b, context_length) long, [start, words, end, 0 ...].
 
-    A longer text is cut, its last id is then the end token. Source: open_clip (lower case, html unescaped).
+    A longer text is cut and still ends in the end token. By open_clip (lower case, html unescaped).
     """
     try:
-        import open_clip  # slow to import: only when a text comes
+        import open_clip  # slow to import
     except ImportError:
         raise UserError("tokenizing prompts needs open_clip: pip install open_clip_torch") from None
     return open_clip.tokenize(texts, context_length=context_length)
@@ -214,57 +213,30 @@ def tokenize(texts, context_length=77):
 # ---- textual inversion: a word whose embedding is learned from pictures
 
 def insert_vectors(ids, embedded, placeholder, vectors):
-    """Each token `placeholder` becomes the N `vectors` (N, w). ids (b, n), embedded (b, n, w) -> both, new.
+    """Put the N `vectors` (N, w) in the place of each token `placeholder`.
 
-    With N > 1 the rest of the text moves right, and what passes position n is cut, as in DreamVideo (VGen).
-    Embeddings are those before positions are added; gradients reach the vectors.
+    ids (b, n), embedded (b, n, w) before positions are added -> both, new. With N > 1 the rest of
+    the text moves right and is cut at n, as in DreamVideo (VGen). Gradients reach the vectors.
     """
     b, n = ids.shape
-    ends = torch.where(ids == placeholder, len(vectors), 1).cumsum(1)     # (b, n) where a token's copies end
+    # all (b, n): where a token's copies end; which token goes to a place, and which of its copies
+    ends = torch.where(ids == placeholder, len(vectors), 1).cumsum(1)
     place = torch.arange(n, device=ids.device).expand(b, n).contiguous()
-    source = torch.searchsorted(ends, place, right=True)                  # (b, n) the token that goes here
-    copy = place - F.pad(ends, (1, 0)).gather(1, source)                  # (b, n) which of its copies
+    source = torch.searchsorted(ends, place, right=True)
+    copy = place - F.pad(ends, (1, 0)).gather(1, source)
     ids = ids.gather(1, source)
     embedded = embedded.gather(1, source[..., None].expand_as(embedded))
-    return ids, torch.where((ids == placeholder)[..., None], vectors[copy].to(embedded.dtype), embedded)
+    learned = (ids == placeholder)[..., None]
+    return ids, torch.where(learned, vectors[copy].to(embedded.dtype), embedded)
 
 
 def placeholder_id(word):
-    """Token id of a placeholder such as "*"; it must be a single token."""
+    """CLIP's token id of a placeholder such as "*", which must be a single token."""
     ids = tokenize(word)[0]
     pieces = int(ids.argmax()) - 1  # [start, the word's pieces, end, 0 ...]
     if pieces != 1:
         raise UserError(f"placeholder {word!r}: {pieces} tokens instead of one; use for example *")
     return int(ids[1])
-
-
-def load_learned(path):
-    """File of textual inversion -> {token id: vectors (N, width)}, what OpenCLIPText takes as `learned`.
-
-    Either DreamVideo's {"string_to_token", "string_to_param"} or plain {word: (N, width) or (width,)}.
-    """
-    if not Path(path).exists():
-        raise UserError(f"{path}: no such file of textual inversion")
-    # the published files hold an nn.ParameterDict: a dictionary of tensors, but a class to the unpickler
-    state = load_safetensors(path)[0] if Path(path).suffix == ".safetensors" else \
-        load_pickle(path, allow=[nn.ParameterDict])
-    words, ids = state, {}
-    if isinstance(state, dict) and "string_to_param" in state:
-        words, ids = state["string_to_param"], state["string_to_token"]
-        # its own keys() need an attribute that files of torch before 1.12 lack
-        words = dict(words.named_parameters()) if isinstance(words, nn.ParameterDict) else words
-    if not (isinstance(words, dict) and words and all(isinstance(v, torch.Tensor) for v in words.values())):
-        raise UserError(f"{path}: no file of textual inversion (string_to_param, or {{word: tensor}})")
-    return {int(ids[word]) if word in ids else placeholder_id(word):
-            vectors.detach().reshape(-1, vectors.shape[-1]) for word, vectors in words.items()}
-
-
-def save_learned(path, vectors, word="*", token=None):
-    """vectors (N, width) of one word -> .pth in DreamVideo's own layout; token: its id, if not CLIP's."""
-    words = nn.ParameterDict({word: nn.Parameter(vectors.detach().cpu().clone())})
-    token = placeholder_id(word) if token is None else token
-    state = {"string_to_token": {word: torch.tensor(token)}, "string_to_param": words}
-    write_atomic(path, lambda tmp: torch.save(state, tmp))
 
 
 # ---- other layouts of the same weights
@@ -278,15 +250,16 @@ HF_VISION_TOP = {"embeddings.class_embedding": "class_embedding",
                  # as spelled there
                  "pre_layrnorm.weight": "ln_pre.weight", "pre_layrnorm.bias": "ln_pre.bias",
                  "post_layernorm.weight": "ln_post.weight", "post_layernorm.bias": "ln_post.bias"}
-HF_BLOCK = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
-            "self_attn.out_proj": "attn.out_proj"}
+HF_BLOCK = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc",
+            "mlp.fc2": "mlp.c_proj", "self_attn.out_proj": "attn.out_proj"}
 
 
 def text_from_hf(state):
-    """State dict of transformers' CLIPTextModel (with or without `text_model.`) -> OpenCLIPText's, any depth.
+    """transformers' CLIPTextModel (keys with or without `text_model.`) -> OpenCLIPText's weights.
 
-    The text_encoder of diffusers video models is ViT-H without its last block and projection: build
-    CLIPConfig(text_layers=23, embed_dim=0) and read layer="last", the penultimate features of the full tower.
+    The text_encoder of diffusers video models is ViT-H without its last block and projection. For
+    it, build CLIPConfig(text_layers=23, embed_dim=0) and read layer="last": the penultimate
+    features of the full tower.
     """
     return from_hf(state, "text", HF_TOP)
 
@@ -298,13 +271,15 @@ def vision_from_hf(state):
 
 def clip_from_hf(state):
     """State dict of transformers' CLIPModel (both towers) -> OpenCLIP's."""
-    vision = {k: v for k, v in state.items() if k.startswith(("vision_model.", "visual_projection."))}
+    heads = "vision_model.", "visual_projection."
+    vision = {k: v for k, v in state.items() if k.startswith(heads)}
     text = {k: v for k, v in state.items() if k not in vision and k != "logit_scale"}
     ours = text_from_hf(text) | {f"visual.{k}": v for k, v in vision_from_hf(vision).items()}
     return ours | {k: state[k] for k in ("logit_scale",) if k in state}
 
 
 def from_hf(state, tower, top):
+    """One tower, "text" or "vision"; top: names outside of the blocks, theirs -> ours."""
     out, qkv = {}, {}
     projection = {"text": ("text_projection.weight", "text_projection"),
                   "vision": ("visual_projection.weight", "proj")}[tower]
@@ -323,7 +298,7 @@ def from_hf(state, tower, top):
             fused = f"transformer.resblocks.{block[1]}.attn.in_proj_{block[3]}"
             qkv.setdefault(fused, {})[block[2][-6]] = value  # "q", "k" or "v"
         else:
-            raise UserError(f"{key}: no key of transformers' CLIP {tower} model (open_clip needs no mapping)")
+            raise UserError(f"{key}: not a key of transformers' CLIP {tower} model")
     for fused, parts in qkv.items():
         if len(parts) < 3:
             raise UserError(f"{fused}: only {', '.join(sorted(parts))} of q, k, v are in the file")
@@ -332,64 +307,37 @@ def from_hf(state, tower, top):
 
 
 def clip_text_only(state):
-    """The text tower's part of an open_clip state dict (visual.* left out)."""
+    """The text tower's part of an open_clip state dict: all but visual.*."""
     return {key: value for key, value in state.items() if not key.startswith("visual.")}
 
 
-# ---- image tokens for cross-attention
-
-class ResamplerAttention(nn.Module):
-    """The latents ask, image tokens and latents together answer."""
-
-    def __init__(self, width, heads, head_dim):
-        super().__init__()
-        self.heads, inner = heads, heads * head_dim
-        self.norm1 = nn.LayerNorm(width)  # of the image tokens
-        self.norm2 = nn.LayerNorm(width)  # of the latents
-        self.to_q = nn.Linear(width, inner, bias=False)
-        self.to_kv = nn.Linear(width, 2 * inner, bias=False)
-        self.to_out = nn.Linear(inner, width, bias=False)
-
-    def forward(self, image, latents):
-        image, latents = self.norm1(image), self.norm2(latents)
-        k, v = self.to_kv(torch.cat([image, latents], dim=1)).chunk(2, dim=-1)
-        return self.to_out(attend(self.to_q(latents), k, v, self.heads))
+def text_state(state, net, source):
+    """Public weights -> OpenCLIPText's: of an open_clip file (both towers), or transformers'."""
+    state = below(state, "cond_stage_model.model.")
+    if any("encoder.layers." in k for k in state):
+        state = text_from_hf(state)
+    elif not any("resblocks" in k for k in state):
+        raise UserError(f"{source}: not an OpenCLIP text tower: {looks_like(state)}")
+    ours = net.state_dict()
+    return {k: v for k, v in clip_text_only(state).items() if k in ours}
 
 
-class Resampler(nn.Module):
-    """Perceiver resampler: 257 tokens of OpenCLIPVision.tokens -> 16 that a video network attends to.
-
-    Defaults and keys: image_proj_model of VideoCrafter1's Image2Video-512. IP-Adapter, arXiv 2308.06721.
-    """
-
-    def __init__(self, image_width=1280, width=1024, layers=4, heads=12, head_dim=64, queries=16):
-        super().__init__()
-        self.latents = nn.Parameter(width ** -0.5 * torch.randn(1, queries, width))
-        self.proj_in = nn.Linear(image_width, width)
-        self.layers = nn.ModuleList(nn.ModuleList([
-            ResamplerAttention(width, heads, head_dim),
-            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width, bias=False), nn.GELU(),
-                          nn.Linear(4 * width, width, bias=False))]) for _ in range(layers))
-        self.proj_out = nn.Linear(width, width)
-        self.norm_out = nn.LayerNorm(width)
-
-    def forward(self, image):
-        """image tokens (b, n, image_width) -> (b, queries, width)."""
-        image = self.proj_in(image)
-        latents = self.latents.expand(len(image), -1, -1)
-        for attention, feed_forward in self.layers:
-            latents = latents + attention(image, latents)
-            latents = latents + feed_forward(latents)
-        return self.norm_out(self.proj_out(latents))
+def image_state(state, net, source):
+    """Public weights -> OpenCLIPVision's, of an open_clip file or in transformers' naming."""
+    if any("encoder.layers." in k for k in state):
+        return vision_from_hf(state)
+    if not any(k.startswith("visual.") for k in state):
+        raise UserError(f"{source}: has no OpenCLIP image tower: {looks_like(state)}")
+    return below(state, "visual.")
 
 
 # ---- T5 (Raffel et al., arXiv 1910.10683), its encoder only
 
 @dataclass(frozen=True)
 class T5Config:
-    """Defaults: the encoder of T5 v1.1 XXL (4,762 M parameters), as CogVideoX reads it."""
-    length: int = 226    # tokens of a prompt, padded or cut to it (Open-Sora: 300)
-    mask: bool = False   # hide the padding from the words; CogVideoX was trained without (Open-Sora: with)
+    """Defaults: the encoder of T5 v1.1 XXL (4,762 M parameters), as CogVideoX uses it."""
+    length: int = 226    # tokens that a prompt is padded or cut to (Open-Sora: 300)
+    mask: bool = False   # hide the padding from the words (CogVideoX: no; Open-Sora: yes)
     vocab_size: int = 32128
     width: int = 4096
     heads: int = 64
@@ -399,42 +347,46 @@ class T5Config:
 
 
 class T5Text(nn.Module):
-    """transformers' T5EncoderModel; keys as in the public files (text_encoder/model.safetensors.index.json).
-
-    bf16 or fp32: in fp16 its activations overflow.
-    """
+    """transformers' T5EncoderModel, with public keys. In fp16 its activations overflow."""
 
     def __init__(self, cfg=T5Config()):
         super().__init__()
         try:
-            import transformers  # slow to import: only where T5 is used
+            import transformers  # slow to import
         except ImportError:
-            raise UserError("this base's text encoder needs transformers: pip install transformers") from None
+            raise UserError("this base's text encoder is transformers' T5: pip install "
+                            "transformers") from None
         self.cfg = cfg
         model = transformers.T5EncoderModel(transformers.T5Config(
             vocab_size=cfg.vocab_size, d_model=cfg.width, num_heads=cfg.heads, d_kv=cfg.head_dim,
-            d_ff=cfg.hidden, num_layers=cfg.layers, feed_forward_proj="gated-gelu", dropout_rate=0.0,
-            is_encoder_decoder=False, use_cache=False))
+            d_ff=cfg.hidden, num_layers=cfg.layers, feed_forward_proj="gated-gelu",
+            dropout_rate=0.0, is_encoder_decoder=False, use_cache=False))
         self.shared, self.encoder = model.shared, model.encoder
-        self.encoder.embed_tokens = None  # `shared` under another name, which the public files leave out
+        self.encoder.embed_tokens = None  # `shared` by another name; public files leave it out
 
     def forward(self, ids):
-        """ids (b, n) long, 0 for padding -> (b, n, width). Without cfg.mask padding counts like words."""
+        """ids (b, n) long, 0 for padding (read like words without cfg.mask) -> (b, n, width)."""
         mask = (ids != 0).long() if self.cfg.mask else torch.ones_like(ids)
         return self.encoder(inputs_embeds=self.shared(ids), attention_mask=mask).last_hidden_state
 
 
-def t5_tokenizer(path, length):
-    """T5's public tokenizer/spiece.model -> fn(list of str): ids (b, length) long, [words, end, 0 ...].
+def t5_state(state, net, source):
+    """Public weights, with or without a decoder -> T5Text's."""
+    ours = net.state_dict()
+    return {k: v for k, v in state.items() if k in ours}
 
-    The end token is 1; a longer text is cut before it.
+
+def t5_tokenizer(path, length):
+    """T5's public tokenizer/spiece.model -> fn(list of str): ids (b, length) long.
+
+    Ids are [words, 1, 0 ...]; a longer text is cut before the 1.
     """
     try:
         from sentencepiece import SentencePieceProcessor
     except ImportError:
-        raise UserError("tokenizing prompts for T5 needs sentencepiece: pip install sentencepiece") from None
+        raise UserError("T5's tokenizer needs sentencepiece: pip install sentencepiece") from None
     if not Path(path).exists():
-        raise UserError(f"{path}: no such file; T5's tokenizer is tokenizer/spiece.model of the base's files")
+        raise UserError(f"{path}: no such file; it should be the base's tokenizer/spiece.model")
     pieces = SentencePieceProcessor(model_file=str(path))
 
     def tokenize(texts):
@@ -449,20 +401,23 @@ def t5_tokenizer(path, length):
 # ---- DINO
 
 class DINO(nn.Module):
-    """Self-supervised image tower (Caron et al., arXiv 2104.14294), ViT-S/16 by default; reads a subject's
-    identity where CLIP reads its kind. dino_deitsmall16_pretrain.pth loads through common.rename, dino_name.
+    """Self-supervised image tower (Caron et al., arXiv 2104.14294), ViT-S/16 by default.
+
+    It tells two subjects of a kind apart, where CLIP sees the kind. The public file
+    (dino_deitsmall16_pretrain.pth) loads through weights.rename with dino_name.
     """
 
     def __init__(self, width=384, heads=6, layers=12, patch_size=16, image_size=224):
         super().__init__()
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
-        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + (image_size // patch_size) ** 2, width))
+        patches = (image_size // patch_size) ** 2
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + patches, width))
         self.patch_embed = nn.Conv2d(3, width, patch_size, stride=patch_size)
         self.transformer = Transformer(width, heads, layers, eps=1e-6)
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def forward(self, images):
-        """images (n, 3, h, w) in ImageNet's mean and std, sides multiples of patch_size -> (n, width)."""
+        """images (n, 3, h, w) in ImageNet's mean and std, sides in patches -> (n, width)."""
         x = self.patch_embed(images)
         first, table = self.pos_embed.split([1, self.pos_embed.shape[1] - 1], dim=1)
         side = math.isqrt(table.shape[1])
@@ -474,9 +429,9 @@ class DINO(nn.Module):
         return self.norm(self.transformer(x))[:, 0]
 
 
-DINO_NAMES = {"patch_embed.": "patch_embed.proj.", "transformer.resblocks.": "blocks.", ".ln_": ".norm",
-              ".attn.in_proj_": ".attn.qkv.", ".attn.out_proj.": ".attn.proj.", ".c_fc.": ".fc1.",
-              ".c_proj.": ".fc2."}
+DINO_NAMES = {"patch_embed.": "patch_embed.proj.", "transformer.resblocks.": "blocks.",
+              ".ln_": ".norm", ".attn.in_proj_": ".attn.qkv.", ".attn.out_proj.": ".attn.proj.",
+              ".c_fc.": ".fc1.", ".c_proj.": ".fc2."}
 
 
 def dino_name(key):
@@ -484,6 +439,3 @@ def dino_name(key):
     for ours, theirs in DINO_NAMES.items():
         key = key.replace(ours, theirs)
     return key
-
-
-# ---- the tiny world's text encoder

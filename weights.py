@@ -245,6 +245,18 @@ def rename(state, net, name_of, source):
 
 # ---- LoRA files -> {our layer + ".lora_A.weight" or ".lora_B.weight": tensor}
 
+def lora_file(text):
+    """--lora FILE or FILE:SCALE -> (path, scale); the file is there."""
+    path, _, scale = text.rpartition(":")
+    try:
+        path, scale = (path, float(scale)) if path else (text, 1.0)
+    except ValueError:  # the colon is part of the name
+        path, scale = text, 1.0
+    if not Path(path).is_file():
+        raise UserError(f"--lora {path}: no such file")
+    return Path(path), scale
+
+
 def lora_format(state):
     """Format of a LoRA file that load_weights() read: "turbo", "peft", ... or None."""
     if isinstance(state, list):
@@ -314,7 +326,7 @@ def export_peft(run, folder, public_name):
 
 # ---- DreamVideo's files: words of a textual inversion, adapters
 
-def read_words(path, token_of) -> dict:
+def read_learned(path, token_of) -> dict:
     """Words of a textual inversion -> {token id: vectors (N, width)}, OpenCLIPText's `learned`.
 
     path: a run of dreamvideo.py, DreamVideo's file {"string_to_token", "string_to_param"}, or a

@@ -15,15 +15,15 @@ import torch
 from safetensors.torch import load_file
 
 import bases
-import common
 import data
 import demo
 import models
+import pipeline
 import sample
 import tinyworld
 import weights
-from common import Env, generator
-from data import frame_flow, lucas_kanade, resize_flow, write_video
+from common import Env, generator, read_lines
+from data import frame_flow, lucas_kanade, resize, write_video
 from tinyworld import tiny_batch
 from weights import load_pickle
 
@@ -31,6 +31,7 @@ ROOT = Path(__file__).parent.parent
 CLIPS = Path(os.environ.get("NANOVIDEO_CLIPS", "/work/shared/data/videos"))
 CAPTIONS = {"car_turn": "a car takes a turn", "cat_walking": "a cat walks", "eagle": "an eagle flies",
             "cactus_blooming": "a cactus opens its flower"}
+TERMS = {"diffusion", "video_motion", "text_motion", "regularization"}
 QUICK = ["--base", "tiny", "--batch", "2", "--eval-n", "1", "--no-cache-latents", "--log-every", "1"]
 
 
@@ -38,7 +39,7 @@ QUICK = ["--base", "tiny", "--batch", "2", "--eval-n", "1", "--no-cache-latents"
 def quick(monkeypatch):
     """A tiny base that samples in two steps."""
     row = bases.BASES["tiny"]
-    monkeypatch.setitem(row.sample, "sample_steps", 2)
+    monkeypatch.setitem(bases.BASES, "tiny", replace(row, sample=replace(row.sample, sample_steps=2)))
 
 
 def raft_file(path):
@@ -105,7 +106,7 @@ def test_maps_of_wide_clips():
     assert real.shape == (2, 2, 2, 8, 12)
     demo.text_motion_loss(maps, real, lucas_kanade).sum().backward()
     assert all(m.grad.abs().max() > 0 for m in maps)
-    assert resize_flow(real, (5, 7)).shape == (2, 2, 2, 5, 7)
+    assert resize(real, (5, 7)).shape == (2, 2, 2, 5, 7)
 
 
 def test_all_pairs_of_a_batch_in_one_call():
@@ -143,6 +144,16 @@ def test_motion_blocks_start_as_copies_of_the_spatial_ones(public):
     assert not bases.BASES["modelscope"].net.motion_blocks
 
 
+def losses_of(base, video, captions, args, width):
+    """demo.clip_losses() of clips, their teacher of images drawing numbers."""
+    env = Env(0, 1, torch.device("cpu"), torch.float32)
+    image = (lambda x: torch.randn(len(x), width, generator=generator("image")))
+    batch = demo.encode_clips(base, env, video, lucas_kanade, image) | {"text": captions}
+    generators = [generator("x", i) for i in range(len(video))]
+    x0 = pipeline.draw_latents(base, env, batch, generators)
+    return demo.clip_losses(base.net, base, batch, x0, generators, args, "", lucas_kanade)
+
+
 @pytest.mark.parametrize("grad_ckpt, as_published", [(True, False), (True, True), (False, False)])
 @pytest.mark.parametrize("name", ["tiny", "modelscope"])
 def test_what_trains_has_a_gradient_and_nothing_else(name, grad_ckpt, as_published, public):
@@ -151,17 +162,11 @@ def test_what_trains_has_a_gradient_and_nothing_else(name, grad_ckpt, as_publish
     demo.train_motion(base, 0 if name == "tiny" else 1, torch.float32)
     base.net.grad_ckpt = grad_ckpt
     base.net.train()
-    row = base.row.sample
-    video = torch.rand(2, 3, row["frames"], row["height"], row["width"]) * 2 - 1
-    image = (lambda x: torch.randn(len(x), 32 if folder else 64))
-    env = Env(0, 1, torch.device("cpu"), torch.float32)
-    captions = ["a red circle moving left", "a blue square growing"]
-    batch = demo.encode(base, {"video": video}, lucas_kanade, image, env) | {"text": captions}
-    generators = [generator("x", i) for i in range(2)]
-    x0 = sample.draw_latents(base.vae, batch, generators, env)
-    args = Namespace(negative="", drop_text=0.1, drop_motion=0.0, as_published=as_published)
-    terms = demo.demo_step(base.net, base, batch, x0, generators, args, lucas_kanade)
-    assert set(terms) == {"diffusion", *demo.EXTRA} and all(v.shape == (2,) for v in terms.values())
+    video = torch.rand(2, 3, *base.row.sample.size) * 2 - 1
+    args = Namespace(drop_text=0.1, drop_motion=0.0, as_published=as_published)
+    terms = losses_of(base, video, ["a red circle moving left", "a blue square growing"], args,
+                      32 if folder else 64)
+    assert set(terms) == TERMS and all(v.shape == (2,) for v in terms.values())
     assert terms["text_motion"].requires_grad != as_published
     sum(v.mean() for v in terms.values()).backward()
     blocks = tuple(f"{k}." for k, m in base.net.named_modules() if isinstance(m, models.MotionBlock))
@@ -175,6 +180,30 @@ def test_what_trains_has_a_gradient_and_nothing_else(name, grad_ckpt, as_publish
                 assert p.grad is None, (part, k)
 
 
+def test_the_negative_prompt_is_not_pulled_to_the_image():
+    """Where the motion encoder reads the negative prompt, regularization is 0; the other samples of the
+    batch have the value that they have without any dropping, and the mean stays one over the batch."""
+    base = bases.load_base("tiny", motion=True)
+    demo.train_motion(base, 0, torch.float32)
+    video = tiny_batch(4, 6)[0]
+    captions = ["a red circle moving left", "a blue square growing"] * 3
+    found = {}
+    for share in (0.0, 0.5, 1.0):
+        args = Namespace(drop_text=0.0, drop_motion=share, as_published=False)
+        found[share] = losses_of(base, video, captions, args, 64)
+    regularization = {share: terms["regularization"] for share, terms in found.items()}
+    dropped = regularization[0.5] == 0
+    assert 0 < dropped.sum() < 6 and (regularization[0.0] != 0).all() and (regularization[1.0] == 0).all()
+    assert torch.equal(regularization[0.5][~dropped], regularization[0.0][~dropped])
+    for name in ("diffusion", "video_motion", "text_motion"):  # these learn to read the negative prompt
+        assert torch.equal((found[0.5][name] != found[0.0][name]), dropped), name
+    encoder = list(base.motion_encoder.parameters())
+    gradient, = torch.autograd.grad(regularization[1.0].sum(), encoder[:1], retain_graph=True)
+    assert not gradient.any()
+    gradient, = torch.autograd.grad(regularization[0.5].sum(), encoder[:1], retain_graph=True)
+    assert gradient.any()
+
+
 def test_the_teachers_are_frozen_and_the_flow_is_in_float32(tmp_path):
     flow = data.raft("small", raft_file(tmp_path / "raft.pth"), "cpu")
     frames = (torch.rand(1, 3, 16, 16) * 2 - 1).requires_grad_()
@@ -185,9 +214,24 @@ def test_the_teachers_are_frozen_and_the_flow_is_in_float32(tmp_path):
 
 
 def test_onecycle_is_that_of_the_published_run():
-    assert common.onecycle(0) == (1e-5, 0.85, 0.99)
-    assert common.onecycle(2000) == pytest.approx((5e-5, 0.85, 0.99))
-    assert common.onecycle(4000) == (1e-5, 0.99, 0.99)
+    assert demo.onecycle(0) == (1e-5, 0.85, 0.99)
+    assert demo.onecycle(2000) == pytest.approx((5e-5, 0.85, 0.99))
+    assert demo.onecycle(4000) == (1e-5, 0.99, 0.99)
+
+
+def test_two_learning_rates_or_the_published_schedule(quick, tmp_path, monkeypatch):
+    groups, step = [], torch.optim.AdamW.step
+
+    def spy(self, *args, **kw):
+        groups.append([(g["lr"], *g["betas"]) for g in self.param_groups])
+        return step(self, *args, **kw)
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    rates = ["--lr", "1e-3", "--encoder-lr", "4e-3", "--warmup", "2", "--lr-schedule", "constant"]
+    demo.main([*QUICK, *rates, "--steps", "2", "--out", str(tmp_path / "own")])
+    assert groups == [[pytest.approx((lr * share, 0.9, 0.99)) for lr in (1e-3, 4e-3)] for share in (0.5, 1)]
+    groups.clear()
+    demo.main([*QUICK, *rates, "--steps", "2", "--as-published", "--out", str(tmp_path / "published")])
+    assert groups == [[demo.onecycle(k)] * 2 for k in range(2)]
 
 
 # ---- runs
@@ -216,7 +260,7 @@ def test_resume_equals_the_uninterrupted_run_and_sample_plays_it(quick, tmp_path
             demo.main([*cached, "--lr-schedule", "constant", *more, "--out", str(tmp_path / "parts")])
     whole, parts = (load_file(tmp_path / d / "ckpt.safetensors") for d in ("whole", "parts"))
     assert whole.keys() == parts.keys() and all(torch.equal(whole[k], parts[k]) for k in whole)
-    for name in ("before.png", "after.png", "curve.png", "eval.jsonl", "state.pt"):
+    for name in ("before.png", "after.png", "after/0000.mp4", "curve.png", "eval.jsonl", "state.pt"):
         assert (tmp_path / "whole" / name).exists(), name
 
     clips = {}
@@ -228,6 +272,32 @@ def test_resume_equals_the_uninterrupted_run_and_sample_plays_it(quick, tmp_path
     first = clips.pop("")
     assert (clips["--sequential--decode-chunk1"] - first).abs().max() < 0.1
     assert (clips["--cfg1"] - first).abs().max() > 0.1
+
+
+def test_resuming_a_finished_and_an_almost_finished_run(quick, tmp_path):
+    """Both end as the run that nothing interrupted, bit for bit, also if the kill came before "after"."""
+    args = [*QUICK, "--lr-schedule", "constant", "--save-every", "1"]
+    for out, steps, more in (("whole", 3, []), ("parts", 2, []), ("parts", 3, ["--resume"])):
+        demo.main([*args, "--steps", str(steps), *more, "--out", str(tmp_path / out)])
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+
+    def same():
+        weights = [load_file(out / "ckpt.safetensors") for out in (whole, parts)]
+        assert all(torch.equal(v, weights[1][k]) for k, v in weights[0].items())
+        logs = [[{k: v for k, v in row.items() if k != "seconds"} for row in read_lines(out / "log.jsonl")]
+                for out in (whole, parts)]
+        assert logs[0] == logs[1] and len(logs[0]) == 3
+        ends = [[row for row in read_lines(out / "eval.jsonl") if row["step"] != 2] for out in (whole, parts)]
+        assert ends[0] == ends[1] and [row["step"] for row in ends[0]] == [0, 3]
+        assert (parts / "after.png").read_bytes() == (whole / "after.png").read_bytes()
+    same()
+    demo.main([*args, "--steps", "3", "--resume", "--out", str(parts)])  # no step is left
+    same()
+    (parts / "after.png").unlink()
+    kept = [row for row in read_lines(parts / "eval.jsonl") if row["step"] < 3]
+    (parts / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    demo.main([*args, "--steps", "3", "--resume", "--out", str(parts)])
+    same()
 
 
 def test_the_motion_words_reach_the_clip_by_the_motion_encoder_too(quick, tmp_path, monkeypatch):
@@ -303,7 +373,7 @@ def test_trains_on_public_files_and_samples(name, public, tmp_path):
     assert {k.split(".")[3] for k in tensors if k.startswith("motion_encoder.")} == {"1"}
     assert all(v.dtype == torch.float32 for v in tensors.values())
     row, = (json.loads(x) for x in (tmp_path / "run" / "log.jsonl").read_text().splitlines())
-    assert all(math.isfinite(row[k]) for k in ("diffusion", *demo.EXTRA))
+    assert all(math.isfinite(row[k]) for k in TERMS)
     sample.main(["--ckpt", str(tmp_path / "run"), "--weights", folder, "--prompt", "a ball", "--sequential",
                  "--decode-chunk", "1", "--dtype", "bf16", "--out", str(tmp_path / "s")])
     assert (tmp_path / "s" / "0000.mp4").exists()

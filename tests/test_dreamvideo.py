@@ -4,6 +4,7 @@ Its losses are oracle cases (dreamvideo/loss_*), as are networks, textual invers
 """
 import gc
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from test_dist import launch, relative
 
 import bases
+import common
 import data
 import dreamvideo
 import metrics
@@ -23,6 +25,7 @@ import pipeline
 import sample
 import text_encoders
 import tinyworld
+from models import Adapter
 from text_encoders import DINO, dino_name
 from weights import load_checkpoint, load_pickle
 
@@ -38,7 +41,7 @@ def quick():
     gc.freeze()
     with pytest.MonkeyPatch.context() as m:
         row = bases.BASES["tiny-dreamvideo"]
-        m.setitem(bases.BASES, "tiny-dreamvideo", replace(row, sample=row.sample | {"sample_steps": 2}))
+        m.setitem(bases.BASES, "tiny-dreamvideo", replace(row, sample=replace(row.sample, sample_steps=2)))
         m.setattr(sample, "contact_sheet", lambda *args, **kw: None)
         yield
     gc.unfreeze()
@@ -56,7 +59,7 @@ def runs(quick, tmp_path_factory):
 @pytest.fixture
 def no_previews(monkeypatch):
     monkeypatch.setattr(dreamvideo, "evaluate", lambda *args: None)
-    monkeypatch.setattr(dreamvideo, "draw_curve", lambda *args: None)
+    monkeypatch.setattr(common, "draw_curve", lambda *args: None)
 
 
 def train(stage, out, token, *more):
@@ -81,6 +84,58 @@ def test_resume_equals_the_uninterrupted_run(stage, runs, no_previews, tmp_path)
     assert whole.keys() == parts.keys() and all(torch.equal(whole[k], parts[k]) for k in whole)
     for name in ("before.png", "after.png", "curve.png", "after/0000.mp4", "eval.jsonl"):
         assert (runs[stage] / name).exists(), name
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_resuming_a_finished_and_an_almost_finished_run(stage, runs, tmp_path):
+    """Both end as the run that nothing interrupted, bit for bit, also if the kill came before "after"."""
+    whole, parts = runs[stage], tmp_path / "run"
+    shutil.copytree(whole, parts)
+
+    def resume():
+        train(stage, parts, runs["token"], *CONSTANT, "--steps", "4", "--resume")
+        weights = [load_file(out / "ckpt.safetensors") for out in (whole, parts)]
+        assert all(torch.equal(v, weights[1][k]) for k, v in weights[0].items())
+        logs = [[{k: v for k, v in row.items() if k != "seconds"} for row in common.read_lines(out / "log.jsonl")]
+                for out in (whole, parts)]
+        assert logs[0] == logs[1] and len(logs[0]) == 4
+        ends = [common.read_lines(out / "eval.jsonl") for out in (whole, parts)]
+        assert ends[0] == ends[1] and [row["step"] for row in ends[0]] == [0, 4]
+        assert (parts / "after.png").read_bytes() == (whole / "after.png").read_bytes()
+    resume()  # no step is left
+    (parts / "after.png").unlink()
+    first = json.dumps(common.read_lines(parts / "eval.jsonl")[0])
+    (parts / "eval.jsonl").write_text(first + "\n")
+    resume()
+    train(stage, tmp_path / "short", runs["token"], *CONSTANT, "--steps", "3")
+    shutil.rmtree(parts)
+    (tmp_path / "short").rename(parts)  # one step is left
+    (parts / "eval.jsonl").write_text(first + "\n")
+    resume()
+
+
+@pytest.mark.parametrize("base", ["tiny", "tiny-dreamvideo"])
+def test_new_adapters_change_nothing_and_can_learn(base, monkeypatch):
+    """As loaded all zeros; after prepare() only `up` is, in the layers of the stage and in all others."""
+    args = dreamvideo.get_args(["--base", base, "--stage", "motion"])
+    assert args.base == "tiny-dreamvideo"
+    plain, adapted = bases.load_base("tiny"), bases.load_base(args.base)
+    state = {k: v for k, v in adapted.net.state_dict().items() if "_adapter." in k}
+    assert state and not any(v.any() for v in state.values())
+    inputs = torch.randn(1, 4, 8, 8, 8), torch.tensor([500]), plain.encode_text(["a red circle"])
+    with torch.no_grad():
+        expected = plain.net(*inputs)
+        assert torch.equal(adapted.net(*inputs), expected)
+        dreamvideo.prepare(args, adapted, None)
+        assert torch.equal(adapted.net(*inputs), expected)
+    for k, v in adapted.net.state_dict().items():
+        assert "_adapter." not in k or bool(v.any()) != ("up_linear" in k), k
+    adapters = [module for module in adapted.net.modules() if isinstance(module, Adapter)]
+    for adapter in adapters:  # as if somebody had trained them: nothing is drawn anew
+        adapter.up_linear.weight.data.fill_(1)
+        adapter.down_linear.weight.data.zero_()
+    dreamvideo.prepare(args, adapted, None)
+    assert not any(adapter.down_linear.weight.any() for adapter in adapters)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -126,7 +181,7 @@ def test_accumulation_equals_a_large_batch(stage, runs, no_previews, tmp_path):
 def test_two_processes_equal_one(stage, tmp_path):
     (tmp_path / "one.txt").write_text("a red circle\n")  # a short preview
     args = ["dreamvideo.py", "--base", "tiny", "--stage", stage, "--steps", "2", "--batch", "1", "--lr",
-            "1e-4", "--prompts", str(tmp_path / "one.txt")]
+            "1e-4", "--eval-prompts", str(tmp_path / "one.txt")]
     one = launch(1, tmp_path / "one", *args, "--accum", "2")
     two = launch(2, tmp_path / "two", *args)
     assert two["seen"] == one["seen"] == 4
@@ -249,7 +304,7 @@ def test_read_subject(tmp_path, message):
     half[:, :32] = 255
     Image.fromarray(half).save(tmp_path / "masks" / "0.png")
     assert "no mask for 1.jpg" in message(dreamvideo.read_subject, tmp_path, (32, 32), (4, 4))
-    assert len(dreamvideo.read_subject(tmp_path, (32, 32), (4, 4), masked=False)) == 2
+    assert len(dreamvideo.read_subject(tmp_path, (32, 32))) == 2
     Image.fromarray(half // 2).save(tmp_path / "masks" / "1.png")
     assert "grey pixels" in message(dreamvideo.read_subject, tmp_path, (32, 32), (4, 4))
     Image.fromarray(255 - half).save(tmp_path / "masks" / "1.png")
@@ -298,7 +353,7 @@ def test_a_small_copy_of_the_public_base(public, no_previews, tmp_path):
 def test_real_pictures_and_a_real_clip(public, no_previews, tmp_path, monkeypatch):
     row = hub.small(monkeypatch, "dreamvideo")
     size = dict(frames=8, height=64, width=64)
-    monkeypatch.setitem(bases.BASES, "dreamvideo", replace(row, sample=row.sample | size))
+    monkeypatch.setitem(bases.BASES, "dreamvideo", replace(row, sample=replace(row.sample, **size)))
     monkeypatch.setattr(hub, "small", lambda *_: row)
     (tmp_path / "clips.txt").write_text(f"{SHARED / 'videos' / 'car_turn.mp4'}|||a car turns\n")
     found = all_stages(public, tmp_path, str(SHARED / "subject_dog"), str(tmp_path / "clips.txt"))

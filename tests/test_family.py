@@ -216,10 +216,10 @@ def test_text_to_video(name, play):
     two = ["--prompt", "a fox in the snow", "--n", "2"]
     clips, rows = play(name, *two)
     row = bases.BASES[name]
-    assert clips[0].shape == (3, *(row.sample[k] for k in ("frames", "height", "width")))
+    assert clips[0].shape == (3, *row.sample.size)
     assert torch.isfinite(clips[0]).all()
     assert clips[0].std() > 0.01 and far(clips[:1], clips[1:]) > 0.01  # two seeds
-    assert rows[0]["prompt"] == two[1] and rows[0]["cfg"] == row.sample["cfg"]
+    assert rows[0]["prompt"] == two[1] and rows[0]["cfg"] == row.sample.cfg
     assert far(clips, play(name, *two, "--batch", "1", "--sequential", "--decode-chunk", "1")[0]) < 1e-4
     assert far(clips, play(name, *two, *TEXT_TO_VIDEO[name])[0]) > 1e-3
 

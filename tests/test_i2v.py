@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 
 import bases
 import i2vgen
+import models
 import pipeline
 import sample
-from common import generator
+from common import generator, read_lines
 from data import read_video, video_info, write_video
 from metrics import psnr
 from tinyworld import (
@@ -43,7 +44,7 @@ CAPTIONS = {"cactus_blooming": "a cactus opens its flowers", "car_turn": "a car 
 def quick(monkeypatch):
     """Two sampler steps."""
     row = bases.BASES["tiny-i2v"]
-    monkeypatch.setitem(bases.BASES, "tiny-i2v", replace(row, sample=row.sample | {"sample_steps": 2}))
+    monkeypatch.setitem(bases.BASES, "tiny-i2v", replace(row, sample=replace(row.sample, sample_steps=2)))
 
 
 def train(out, steps, *more):
@@ -60,8 +61,7 @@ def small(request, public, monkeypatch, tmp_path):
             test_transformers.small(monkeypatch, name)
             weights = tmp_path / "weights"
             test_transformers.publish(weights, name)
-        row = bases.BASES[name]
-        frames, h, w = (row.sample[k] for k in ("frames", "height", "width"))
+        frames, h, w = bases.BASES[name].sample.size
         for i in range(2):
             write_video(tmp_path / f"data/{i}.mp4", torch.rand(3, frames + 3, h, w) * 2 - 1)
             (tmp_path / f"data/{i}.txt").write_text("a red ball moves to the left")
@@ -84,8 +84,56 @@ def test_resume_equals_the_uninterrupted_run(more, tmp_path, monkeypatch):
     assert {k.split(".")[0] for k in whole} > {"text_encoder", "image_encoder", "local_image_concat"}
 
 
-def test_accumulation_equals_a_large_batch(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.nn.Dropout, "forward", lambda self, x: x)  # drawn for a micro-step, not a clip
+def files(folder, *kinds):
+    """{name: content} of the files of these kinds in a run's folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*"))
+            if p.suffix in kinds and p.name != "curve.png"}
+
+
+@pytest.mark.parametrize("more", [(), ("--ema", "0")])
+def test_resuming_a_finished_run_changes_nothing(more, tmp_path):
+    """Nor is it trained on: only the evaluation at its end is made again."""
+    train(tmp_path, 2, *more)
+    kinds = ".png", ".mp4", ".safetensors", ".pt", ".jsonl"
+    before = files(tmp_path, *kinds)
+    train(tmp_path, 2, *more, "--resume")
+    assert files(tmp_path, *kinds) == before
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("when", ["step-2", "after"])
+def test_resuming_an_almost_finished_run(when, tmp_path, monkeypatch):
+    """Killed in the evaluation after its second of three updates, or in the one at the end."""
+    more = ["--preview-every", "2", "--save-every", "2"]
+    train(tmp_path / "whole", 3, *more)
+    evaluate = i2vgen.evaluate
+
+    def killed(*args):
+        if args[-1] == when:
+            raise Killed
+        evaluate(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(i2vgen, "evaluate", killed)
+        with pytest.raises(Killed):
+            train(tmp_path / "parts", 3, *more)
+    assert not (tmp_path / "parts" / "after.png").exists()
+    train(tmp_path / "parts", 3, *more, "--resume")
+    whole, parts = (load_file(tmp_path / d / "ckpt.safetensors") for d in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[k], parts[k]) for k in whole)
+    logs = [[row | {"seconds": 0} for row in read_lines(tmp_path / d / "log.jsonl")]
+            for d in ("whole", "parts")]
+    assert logs[0] == logs[1] and len(logs[0]) == 3
+    whole, parts = (files(tmp_path / d, ".png", ".mp4") for d in ("whole", "parts"))
+    assert parts == {k: v for k, v in whole.items() if when == "after" or not k.startswith("step-2")}
+    steps = [[row["step"] for row in read_lines(tmp_path / d / "eval.jsonl")] for d in ("whole", "parts")]
+    assert steps == [[2, 3], [2, 3] if when == "after" else [3]]
+
+
+def test_accumulation_equals_a_large_batch(tmp_path):
+    """All that is random about a sample, dropout included, comes from its number."""
     grads = []
     for batch, accum in ((4, 1), (1, 4)):
         out = tmp_path / f"{batch}x{accum}"
@@ -163,7 +211,7 @@ def test_trains_resumes_and_samples(name, rank, small, tmp_path):
     Image.new("RGB", (30, 20), (9, 99, 9)).save(tmp_path / "first.png")
     sample.main(["--ckpt", str(tmp_path / "run"), "--image", str(tmp_path / "first.png"), "--prompt",
                  "a red ball", "--continue", "1", "--out", str(tmp_path / "s")])
-    frames = bases.BASES[name].sample["frames"]
+    frames = bases.BASES[name].sample.frames
     assert video_info(tmp_path / "s" / "0000.mp4")[0] == 2 * frames - 1
 
 
@@ -174,16 +222,16 @@ def test_every_trained_parameter_gets_a_gradient_and_the_image_reaches_the_netwo
     base.net.requires_grad_(True)
     base.net.grad_ckpt = True
     base.net.train()
-    row = base.row.sample
-    x0 = torch.randn(2, *bases.latent_shape(name, row["frames"], row["height"], row["width"]))
-    picture = torch.rand(2, 3, row["height"], row["width"]) * 2 - 1
+    sampling = base.row.sample
+    x0 = torch.randn(2, *base.latent_shape(sampling))
+    picture = torch.rand(2, 3, sampling.height, sampling.width) * 2 - 1
     if name == "i2vgen-xl":
         picture = torch.randn(2, 3, 224, 224)
-    args = Namespace(negative="", drop_text=0.0, drop_image=0.0, offset_noise=0.1, fps=row["fps"])
+    args = Namespace(drop_text=0.0, drop_image=0.0, offset_noise=0.1)
 
     def loss(picture, **changed):
-        torch.manual_seed(0)  # dropout
-        return i2vgen.i2v_loss(base.net, base, x0, picture, ["a ball", "a red ball"],
+        models.seed_dropout(base.net, 0, range(2))
+        return i2vgen.i2v_loss(base.net, base, sampling, x0, picture, ["a ball", "a red ball"],
                                [generator("x", i) for i in range(2)], Namespace(**vars(args) | changed))
     first = loss(picture)
     first.mean().backward()

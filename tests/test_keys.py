@@ -11,8 +11,7 @@ import pytest
 import torch
 
 import diffusion
-from bases import BASES, text_state, unet_state, vae_state
-from data import clip_image_squeezed, clip_normalize
+from bases import BASES, NETWORKS
 from dit import CogVideoX, CogVideoXConfig, STDiT3, STDiT3Config
 from models import (
     UNet3D,
@@ -21,6 +20,7 @@ from models import (
     instructvideo_lora_name,
     turbo_lora_layers,
     unet_diffusers_name,
+    unet_state,
     videocrafter_name,
 )
 from text_encoders import (
@@ -29,14 +29,14 @@ from text_encoders import (
     OpenCLIP,
     OpenCLIPText,
     OpenCLIPVision,
-    Resampler,
     T5Config,
     T5Text,
     clip_text_only,
     dino_name,
-    save_learned,
+    placeholder_id,
     t5_tokenizer,
     text_from_hf,
+    text_state,
     tokenize,
     vision_from_hf,
 )
@@ -50,8 +50,9 @@ from vae import (
     VAEConfig,
     opensora_vae_name,
     vae_diffusers_name,
+    vae_state,
 )
-from weights import load_pickle, load_strict, load_weights, local_file, looks_like, rename
+from weights import load_pickle, load_strict, load_weights, local_file, looks_like, rename, save_word
 
 DATA = Path(__file__).parent / "oracle_data"
 
@@ -144,6 +145,13 @@ def test_autoencoders_and_towers_of_the_table():
             assert (row.vae, row.text) == (VAEConfig(), CLIPConfig()), name
 
 
+@pytest.mark.parametrize("name", BASES)
+def test_numbers_of_parameters(name):
+    """What `python bases.py` prints."""
+    net = on_meta(NETWORKS[type(BASES[name].net)], BASES[name].net)
+    assert round(sum(p.numel() for p in net.parameters()) / 1e6, 1) == BASES[name].millions
+
+
 def test_midas():
     """Names through the map, and exact shapes but for the layers that are stored in another form."""
     keys, expected = read("tft2v_unet/midas_v3_dpt_large.manifest")["keys"], {}
@@ -222,14 +230,13 @@ def test_dino():
 
 
 def test_image_side_of_videocrafter1():
-    """The Image2Video-512 file: Resampler whole, image tower whole beside leftovers of the text tower; the
-    network has keys and values for image tokens; the rest is as in VideoCrafter2's."""
+    """The Image2Video-512 file: the network has keys and values for image tokens; the image tower is whole,
+    beside leftovers of the text tower; the rest is as in VideoCrafter2's but for a resampler (not ours)."""
     keys = read("vc2_unet/videocrafter1_i2v_512_model.manifest")["keys"]
 
     def part(prefix):
         return {key.removeprefix(prefix): shape for key, shape in keys.items() if key.startswith(prefix)}
     visual = part("embedder.model.visual.")
-    assert shapes(on_meta(Resampler)) == part("image_proj_model.")
     assert shapes(on_meta(OpenCLIPVision)) == visual
     text = {k: v for k, v in shapes(on_meta(OpenCLIPText)).items() if not k.startswith("transformer.")}
     assert text == clip_text_only(part("embedder.model."))
@@ -245,7 +252,7 @@ def test_image_side_of_videocrafter1():
 
 def test_learned_word(tmp_path):
     """The file that we write has the published one's keys and token."""
-    save_learned(tmp_path / "word.pth", torch.zeros(1, 1024))
+    save_word(tmp_path / "word.pth", "*", placeholder_id("*"), torch.zeros(1, 1024))
     state = load_pickle(tmp_path / "word.pth", allow=[torch.nn.ParameterDict])
     assert state["string_to_token"] == {"*": torch.tensor(265)}
     ours = {f"string_to_param.{word}": list(v.shape) for word, v in state["string_to_param"].items()}
@@ -404,38 +411,6 @@ def test_dino_equals_transformers(size):
     images = torch.randn(2, 3, *size)
     with torch.no_grad():
         close(net(images), peer(images, interpolate_pos_encoding=True).last_hidden_state[:, 0])
-
-
-RESAMPLER_NAMES = {".0.norm1": ".ln0", ".0.norm2": ".ln1", ".0.to_": ".attn.to_", "to_out": "to_out.0",
-                   ".1.0.weight": ".ff.0.weight", ".1.0.bias": ".ff.0.bias",
-                   ".1.1.weight": ".ff.1.net.0.proj.weight", ".1.3.weight": ".ff.1.net.2.weight"}
-
-
-def test_resampler_equals_ip_adapter():
-    embeddings = pytest.importorskip("diffusers.models.embeddings")
-    net = filled(Resampler(image_width=40, width=48, layers=2, heads=3, head_dim=8, queries=5))
-    peer = embeddings.IPAdapterPlusImageProjection(
-        embed_dims=40, output_dims=48, hidden_dims=48, depth=2, dim_head=8, heads=3, num_queries=5).eval()
-    theirs = {}
-    for name, value in net.state_dict().items():
-        name = renamed(name, RESAMPLER_NAMES)
-        if "to_kv" in name:
-            theirs |= {name.replace("kv", c): v for c, v in zip("kv", value.chunk(2))}
-        else:
-            theirs[name] = value
-    peer.load_state_dict(theirs)
-    image = torch.randn(2, 7, 40)
-    with torch.no_grad():
-        close(net(image), peer(image))
-
-
-@pytest.mark.parametrize("size", [(20, 70), (32, 33), (300, 250), (9, 14)])
-def test_squeezed_image_equals_diffusers(size):
-    """kornia's resize, of which diffusers holds a copy for Stable Video Diffusion."""
-    svd = pytest.importorskip("diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion")
-    images = torch.rand(2, 3, *size) * 2 - 1
-    theirs = svd._resize_with_antialiasing(images, (28, 28))
-    close(clip_image_squeezed(images, 28), clip_normalize(theirs / 2 + 0.5))
 
 
 # ---- CogVideoX

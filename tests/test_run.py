@@ -24,7 +24,7 @@ from weights import load_checkpoint, load_pickle
 
 ROOT = Path(__file__).parent.parent
 ARGS = ["--base", "tiny", "--batch", "2", "--rank", "2", "--preview-every", "0", "--save-every", "1",
-        "--keep", "2", "--lr-schedule", "constant", "--no-cache-latents"]
+        "--keep", "2", "--lr-schedule", "constant", "--no-cache-latents", "--eval-n", "1", "--sample-steps", "1"]
 CPU = Env(0, 1, torch.device("cpu"), torch.float32)
 
 
@@ -85,10 +85,10 @@ def test_no_whole_state_is_an_error(message, tmp_path):
     train(tmp_path, 2)
     cut(tmp_path / "state.pt")
     flip(tmp_path / "state-previous.pt")
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
     text = message(t2v.main, [*ARGS, "--out", str(tmp_path), "--resume"])
     assert "no whole state" in text and "--out" in text
-    assert before == {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert before == {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
 
 
 @pytest.mark.parametrize("harm", [cut, flip, empty])
@@ -296,13 +296,14 @@ def test_offload_changes_nothing_but_where_things_wait(method, more, tmp_path):
 # ---- latents encoded once
 
 def test_latents_are_encoded_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(t2v, "TinyWorld", lambda n, *more, **options: tinyworld.TinyWorld(70, *more, **options))
-    calls, moments = [], pipeline.moments
+    monkeypatch.setattr(pipeline, "TinyWorld", lambda n, *more, **options: tinyworld.TinyWorld(
+        70, *more, **options))
+    calls, encode = [], pipeline.encode_clips
 
-    def spy(vae, video, env):
+    def spy(base, env, video):
         calls.append(len(video))
-        return moments(vae, video, env)
-    monkeypatch.setattr(t2v, "moments", spy)
+        return encode(base, env, video)
+    monkeypatch.setattr(pipeline, "encode_clips", spy)
     cached = [a for a in ARGS if a != "--no-cache-latents"]
 
     def go(out, steps, *more):

@@ -4,14 +4,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from text_encoders import (
-    CLIPConfig,
-    OpenCLIPText,
-    insert_vectors,
-    load_learned,
-    save_learned,
-    tokenize,
-)
+from text_encoders import CLIPConfig, OpenCLIPText, insert_vectors, placeholder_id, tokenize
+from weights import read_learned, save_word
 
 STAR = 265
 
@@ -52,7 +46,7 @@ def test_word_reaches_the_features():
 
 def test_files(tmp_path, message):
     vectors = torch.randn(2, 16)
-    save_learned(tmp_path / "ours.pth", vectors.requires_grad_())
+    save_word(tmp_path / "ours.pth", "*", STAR, vectors.requires_grad_())
     published = {"string_to_token": {"*": torch.tensor(7)},  # its own id wins
                  "string_to_param": nn.ParameterDict({"*": nn.Parameter(vectors)})}
     torch.save(published, tmp_path / "published.pth")
@@ -62,12 +56,12 @@ def test_files(tmp_path, message):
     for name, token, want in (("ours.pth", STAR, vectors), ("published.pth", 7, vectors),
                               ("simple.pt", STAR, vectors), ("simple.safetensors", STAR, vectors),
                               ("row.pt", STAR, vectors[:1])):
-        learned = load_learned(tmp_path / name)
+        learned = read_learned(tmp_path / name, placeholder_id)
         assert list(learned) == [token] and torch.equal(learned[token], want) and learned[token].is_leaf
 
     torch.save({"*": nn.Linear(2, 2)}, tmp_path / "code.pt")  # any other class is still refused
-    assert "not one of plain tensors" in message(load_learned, tmp_path / "code.pt")
+    assert "not one of plain tensors" in message(read_learned, tmp_path / "code.pt", placeholder_id)
     torch.save({"step": 3}, tmp_path / "other.pt")
-    assert "no file of textual inversion" in message(load_learned, tmp_path / "other.pt")
-    assert "no such file" in message(load_learned, tmp_path / "nowhere.pth")
-    assert "tokens instead of one" in message(save_learned, tmp_path / "x.pth", vectors, "two words")
+    assert "not a file of textual inversion" in message(read_learned, tmp_path / "other.pt", placeholder_id)
+    assert "no such file" in message(read_learned, tmp_path / "nowhere.pth", placeholder_id)
+    assert "tokens instead of one" in message(placeholder_id, "two words")

@@ -79,10 +79,10 @@ def test_ranges_and_products():
 
 @pytest.mark.parametrize("command, words", [
     ("", "empty"), (" ; ", "empty"), ("pan 1", "'pan 1': unknown; known are trans dx dy dz"),
-    ("trans 1 2", "2 values; wanted trans dx dy dz [first last]"), ("trans 1 2 3 4", "4 values"),
-    ("rot w 5", "axis is x, y or z"), ("rot x ten", "wanted numbers"), ("rot x nan", "finite"),
+    ("trans 1 2", "2 values; expected trans dx dy dz [first last]"), ("trans 1 2 3 4", "4 values"),
+    ("rot w 5", "axis is x, y or z"), ("rot x ten", "expected numbers"), ("rot x nan", "finite"),
     ("trans 0 0 inf", "finite"), ("spiral 0", "radius"), ("rot x 5 3 3", "same frame (3 of 0 to 48)"),
-    ("rot x 5 60 70", "same frame (48"), ("rot x 5 1.5 3", "wanted numbers"),
+    ("rot x 5 60 70", "same frame (48"), ("rot x 5 1.5 3", "expected numbers"),
     ("rot y 5; zoom 3", "'zoom 3'")])
 def test_bad_camera_commands(command, words, message):
     assert words in message(tracks.camera_path, command)
@@ -130,7 +130,7 @@ def test_objects_move_by_one_unit_on_all_axes(message):
     path = tracks.about_centre(tracks.object_path("rot 90"), points, np.ones(3, bool))
     assert np.allclose(tracks.move_object(SCENE, np.ones(2, bool), path[-1]), turned)
     assert "'fly 3': unknown" in message(tracks.object_path, "fly 3")
-    assert "wanted up distance" in message(tracks.object_path, "up")
+    assert "expected up distance" in message(tracks.object_path, "up")
 
 
 # ---- colours and drawing

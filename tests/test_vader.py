@@ -264,7 +264,7 @@ def test_another_reward_prints_its_defaults(capsys):
     assert not capsys.readouterr().out
 
 
-def test_it_ends_early_and_keeps_the_best(tmp_path):
+def test_it_ends_early(tmp_path):
     """Trained on brightness, watched by darkness: each evaluation is worse than the one before."""
     (tmp_path / "dark.py").write_text("def dark(frames, prompts):\n    return -frames.mean((1, 2, 3))\n")
     vader.main(["--base", "tiny", "--reward", "brightness", "--watch", f"{tmp_path / 'dark.py'}:dark", "--lr",
@@ -280,6 +280,8 @@ def test_it_ends_early_and_keeps_the_best(tmp_path):
     assert sweep[0]["distance"] == 0 and sweep[-1]["distance"] > sweep[3]["distance"] > 0
     assert sweep[0]["reward"] < sweep[4]["reward"] and (tmp_path / "run" / "sweep.png").exists()
 
+
+def test_it_keeps_the_best_also_if_it_is_the_last(tmp_path):
     vader.main(["--base", "tiny", "--reward", "brightness", "--lr", "1e-2", "--steps", "3", "--preview-every",
                 "1", "--patience", "1", "--batch", "1", "--sample-steps", "2", "--eval-n", "1", "--sweep",
                 "0", "--out", str(tmp_path / "up")])

@@ -533,8 +533,8 @@ def test_one_step_of_public_bases(name, public, tmp_path, monkeypatch):
 def test_names_for_vbench(message):
     assert sample.file_names(["a", "b c"], 2, True) == ["a-0.mp4", "a-1.mp4", "b c-0.mp4", "b c-1.mp4"]
     assert sample.file_names(["a", "a"], 2) == ["0000.mp4", "0001.mp4", "0002.mp4", "0003.mp4"]
-    assert "can be no file's name" in message(sample.file_names, ["a/b"], 1, True)
-    assert "comes twice" in message(sample.file_names, ["a", "a"], 1, True)
+    assert "cannot be a file name" in message(sample.file_names, ["a/b"], 1, True)
+    assert "occurs twice" in message(sample.file_names, ["a", "a"], 1, True)
 
 
 # ---- the stages
