@@ -183,12 +183,12 @@ def read_data(args, sampling):
     The latter: {"video", "tracks": (3,f,h,w) in [-1,1], "text", "motion", "scene": the
     truth on tiny, else None}.
     """
-    if not args.data and args.base in PRESETS:
-        part = tinyworld.TinyTracks(TINY_CLIPS, sampling.frames, args.seed)
-        return [part], tinyworld.held_out_tracks(args.eval_n, sampling.frames, args.seed)
     sizes = [sampling.size]
     for f, h, w in args.buckets:  # refuses sizes that do not fit the base
         sizes.append(choose_sampling(args.base, args, frames=f, height=h, width=w).size)
+    if not args.data and args.base in PRESETS:
+        part = tinyworld.TinyTracks(TINY_CLIPS, sampling.frames, args.seed)
+        return [part], tinyworld.held_out_tracks(args.eval_n, sampling.frames, args.seed)
     parts = tracks.in_buckets(args.data, sizes, args.seed)
     parts, held_out = tracks.hold_out(parts, sampling.size, args.eval_n, args.eval_data)
     clips = [held_out[i, i] for i in range(min(args.eval_n, len(held_out)))]
@@ -201,9 +201,9 @@ def encode(base, env, batch):
 
     And "picture" (b,3,h,w), the first frames: their noise is new each time.
     """
-    parts = {"tracks": batch["tracks"], "video": batch["video"]}
+    parts = {"video": batch["video"], "tracks": batch["tracks"]}
     if base.row.first_frame:
-        parts = {"first_track": batch["tracks"][:, :, :1]} | parts
+        parts["first_track"] = batch["tracks"][:, :, :1]
     encoded = {"picture": batch["video"][:, :, 0]}
     for name, video in parts.items():
         encoded |= {f"{name}.{k}": v for k, v in encode_clips(base, env, video).items()}
@@ -214,9 +214,8 @@ def draw_batch(base, env, batch, generators):
     """A batch, encoded or not -> ({part: scaled latents}, pictures (b,3,h,w)), see
     das_loss()."""
     encoded = batch if "picture" in batch else encode(base, env, batch)
-    names = ["first_track"] if base.row.first_frame else []
-    latents = {name: draw_latents(base, env, encoded, generators, f"{name}.")
-               for name in (*names, "tracks", "video")}
+    names = [k.removesuffix(".mean") for k in encoded if k.endswith(".mean")]
+    latents = {name: draw_latents(base, env, encoded, generators, f"{name}.") for name in names}
     return latents, encoded["picture"].float().to(env.device)
 
 

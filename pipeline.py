@@ -583,7 +583,7 @@ class Clips:
         return default_collate([data[i, i] for i in range(min(n, len(data)))])
 
     def open(self, run, base, observe=None, texts=()):
-        """Start to read. With --cache-latents everything is encoded first and the image tower goes; so
+        """Start to read. With --cache-latents all is encoded first and the image tower goes; so
         do all captions, prompts and `texts`, and the text tower. texts None: it stays.
 
         observe(video (b,3,f,h,w), batch) -> {name: tensor (b, ...)}, what the method reads off clips.

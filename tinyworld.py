@@ -771,7 +771,6 @@ def wild_clip(rng, frames):
     colour is its place in the first frame (R: x, G: y) and its nearness (B), in marks of some
     pixels on black, the object and the camera moving on paths of their own.
     """
-    from tinyworld import TINY_SIZE, render, signed_distance, tiny_scene
     time = np.linspace(0, 1, frames)
 
     def path(most):  # a wave of up to two turns: nearly straight, bent, circling, to and fro
@@ -804,14 +803,12 @@ def wild_clip(rng, frames):
 def tiny_frames(seed, n):
     """-> (n, 3, 32, 32): 4 frames each of n / 4 clips, for the autoencoder that takes frame by
     frame."""
-    from tinyworld import tiny_batch
     video, _, _ = tiny_batch(seed, n // 4)
     return rearrange(video[:, :, torch.randperm(video.shape[2])[:4]], "b c f h w -> (b f) c h w")
 
 
 def tiny_clips(seed, n):
     """-> (n, 3, TINY_CLIP, 32, 32): half of the tiny world, half wild_clip."""
-    from tinyworld import tiny_batch
     rng = np.random.default_rng((*seed, 1))
     wild = [wild_clip(rng, TINY_CLIP) for _ in range(n // 2)]
     return torch.cat([tiny_batch(seed, n - n // 2, TINY_CLIP)[0], torch.stack(wild)])

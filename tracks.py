@@ -1094,8 +1094,8 @@ def tracking_video(args, kind, path, tracker=None, estimate=None):
         xy, visible = read_tracks(args, kind, path, video, tracker)
         points = with_depth(xy, depth)
         # as in DaS's training data: marks of 7 x 5 pixels for 70 x 70 points on 480 x 720
-        spacing = (side / xy.shape[1] ** 0.5 for side in size[::-1])
-        half = tuple(min(round(0.3 * s), 1 + side // 100) for s, side in zip(spacing, size[::-1]))
+        half = tuple(min(round(0.3 * side / xy.shape[1] ** 0.5), 1 + side // 100)
+                     for side in size[::-1])
         colours = grid_colours(np.nan_to_num(points[0]), size)
     moving = args.camera or args.poses or args.object
     frames = moved(args, points, K) if moving else points

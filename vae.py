@@ -34,6 +34,10 @@ class VAEConfig:
         """Pixels per latent, along height and width."""
         return self.patch * 2 ** (len(self.ch_mult) - 1)
 
+    def latent_frames(self, frames):
+        """Number of latent frames of a clip."""
+        return frames
+
 
 class Autoencoder(nn.Module):
     """What the autoencoders share. Each also has a config `cfg` and two methods:
@@ -481,6 +485,10 @@ class CogVideoXVAEConfig:
     def time_factor(self):
         """Frames per latent frame, after the first one, which stands alone."""
         return 2 ** min(len(self.widths) - 1, TIME_LEVELS)
+
+    def latent_frames(self, frames):
+        """Number of latent frames of a clip, e.g. 49 -> 13."""
+        return 1 + (frames - 1) // self.time_factor
 
 
 TIME_LEVELS = 2  # only the first levels halve the frames
