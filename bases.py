@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import Parser, UserError, run_command
-from diffusion import make_schedule
+from diffusion import make_schedule, number_of_updates
 from dit import (
     PATCH, CogVideoX, CogVideoXConfig, STDiT3, STDiT3Config, cogvideox_state, stdit3_state)
 from models import (
-    UNet3D, UNetConfig, merge_public_lora, misfit, read_peft_lora, start_from_lora, unet_state,
+    UNet3D, UNetConfig, fits, merge_public_lora, read_peft_lora, unet_state,
     videocrafter_name, with_motion_blocks, with_new_conditions, zero_init)
 from text_encoders import (
     CLIPConfig, OpenCLIPText, OpenCLIPVision, T5Config, T5Text, image_state, placeholder_id,
@@ -85,6 +85,11 @@ class Sampling:
     def size(self):
         """(frames, height, width) in pixels."""
         return self.frames, self.height, self.width
+
+    @property
+    def updates(self) -> int:
+        """How many updates the sampler makes; some DDIM spacings make more than sample_steps."""
+        return number_of_updates(self.sampler, self.sample_steps, self.spacing)
 
     def metadata(self) -> dict:
         """Plain values for a checkpoint or index.jsonl, without what the base does not have."""
@@ -463,7 +468,7 @@ def check_side(name, row, side, size):
             raise UserError(f"{flag} {size}: {name} makes at most {largest} pixels per side")
         if net.super_resolution and side == "height":
             heights = [h for h in range(unit, 2 * size + 64 * unit, unit)
-                       if not misfit(net, 1, h // unit, 0)]
+                       if fits(net, 1, h // unit, 0)]
             if size not in heights:
                 a, b = sorted(sorted(heights, key=lambda h: abs(h - size))[:2])
                 raise UserError(f"{flag} {size}: {name} needs a height that halves well; nearest: "
@@ -525,6 +530,10 @@ class Base:
     motion_encoder: nn.Module | None = None
     learned: dict = field(default_factory=dict)
     encoded: dict = field(default_factory=dict)  # {(prompt, motion): tokens (n, d)}, see remember()
+
+    def latent_shape(self, sampling):
+        """(c, f, h, w) of the latents of clips of this size."""
+        return latent_shape(self.name, *sampling.size)
 
     def parts(self) -> dict:
         """{name: module} of all networks that it has."""

@@ -266,30 +266,6 @@ def clip_image(image, crop, size=(224, 224)):
     return clip_normalize(image_tensor(image) / 2 + 0.5)
 
 
-def _blur_rows(images, sigma):
-    """(n, 3, h, w) -> the same, blurred along w by a normal curve cut at 2 sigma; borders
-    mirrored."""
-    radius = int(max(4 * sigma, 3)) // 2
-    x = torch.arange(-radius, radius + 1, dtype=images.dtype, device=images.device)
-    weights = torch.softmax(-(x / sigma) ** 2 / 2, dim=0)
-    images = F.pad(images, (radius, radius, 0, 0), mode="reflect")
-    return F.conv2d(images, weights.expand(3, 1, 1, -1), groups=3)
-
-
-def clip_image_squeezed(images, size=224):
-    """(n, 3, h, w) in [-1, 1] -> (n, 3, size, size) as VideoCrafter1's image tower reads it.
-
-    Not cropped but squeezed, by kornia's rule: blur what shrinks, then bicubic from corner to
-    corner.
-    """
-    for _ in "hw":
-        images = images.transpose(2, 3)  # h along the rows, then w again
-        shrink = images.shape[3] / size
-        images = _blur_rows(images, (shrink - 1) / 2) if shrink > 1 else images
-    images = F.interpolate(images, (size, size), mode="bicubic", align_corners=True)
-    return clip_normalize(images / 2 + 0.5)
-
-
 def to_uint8(video):
     """(3, f, h, w) in [-1, 1] -> numpy (f, h, w, 3), rounded and clamped. NaN raises: it would
     look black."""

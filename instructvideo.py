@@ -36,13 +36,14 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from bases import choose_sampling, load_base, lora_file, start_from_lora
+from bases import choose_sampling, load_base
 from common import Parser, Run, UserError, run_command, trained
 from data import read_batches
 from diffusion import ddim_updates, randn
-from models import add_lora, parallelize
+from models import add_lora, parallelize, start_from_lora
 from pipeline import evaluate_reward, read_captioned, rollout
 from rewards import get_reward, score
+from weights import lora_file
 
 # The published run: 16 frames of 256x256 from 880 clips of animals.
 PAPER = dict(

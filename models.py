@@ -13,7 +13,7 @@ Videos and latents are `b c f h w`; inside the UNet images are `(b f) c h w`, sa
 import copy
 import math
 import re
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,8 +32,7 @@ def sinusoidal(t, dim):
     """t (b,) -> (b, dim) float32: cosines, then sines, of 10000^(-k / half) t, k < half."""
     half = dim // 2
     k = torch.arange(half, device=t.device, dtype=torch.float32)
-    # rounded as in the originals: in float32 another order of the factors shifts angles by up to
-    # 6e-5
+    # rounded as in the originals: another order of the factors shifts angles by up to 6e-5
     freq = torch.exp(-math.log(10000) * k / half)
     angle = t.float()[:, None] * freq
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
@@ -619,23 +618,15 @@ class UNetConfig:
     pooled_text: bool = False             # mean text token in the time embedding
 
 
-def misfit(cfg, f, h, w):
-    """What is wrong with f frames of h x w latents for this UNet, in words; None if they fit."""
-    factor = 2 ** (len(cfg.dim_mult) - 1)
-    if cfg.super_resolution:
-        rows = h
-        for _ in cfg.dim_mult[1:]:  # each level halves and adds one; only the lowest may be odd
-            if rows % 2 or w % factor:
-                return (f"latent size {h}x{w}: this super-resolution UNet needs a width that is a "
-                        f"multiple of {factor} and an even height on every level")
-            rows = rows // 2 + 1
-    elif h % factor or w % factor:
-        return f"latent size {h}x{w}: height and width must be multiples of {factor}"
-    if cfg.frame_pos and f > cfg.frame_pos:
-        return f"{f} frames: this UNet has learned positions for {cfg.frame_pos}"
-    if cfg.spatial_pos and max(h, w) > cfg.spatial_pos:
-        return f"latent size {h}x{w}: this UNet has learned positions for {cfg.spatial_pos}"
-    return None
+def fits(cfg, f, h, w) -> bool:
+    """Can this UNet take f frames of h x w latents? bases.latent_shape() explains it to users."""
+    factor, rows = 2 ** (len(cfg.dim_mult) - 1), h
+    for _ in cfg.dim_mult[1:]:
+        if rows % 2:
+            return False
+        rows = rows // 2 + cfg.super_resolution  # SR600's levels add a row; its lowest may be odd
+    places = (cfg.frame_pos or f) >= f and (cfg.spatial_pos or max(h, w)) >= max(h, w)
+    return w % factor == 0 and places
 
 
 class UNet3D(nn.Module):
@@ -849,8 +840,7 @@ class UNet3D(nn.Module):
         `maps` of MAPS (b,c,f,8h,8w), map_keep {name: (b,)}, where 0 drops a map (VideoComposer).
         """
         cfg, (f, h, w) = self.cfg, x.shape[2:]
-        fault = misfit(cfg, f, h, w)
-        assert not fault, fault
+        assert fits(cfg, f, h, w), f"{f} frames of {h}x{w} latents do not fit this UNet"
         assert not maps or cfg.concat_dim, f"conditions {', '.join(maps)}: unknown to this UNet"
         if appearance is not None:
             appearance = appearance.expand(-1, f, -1)
@@ -1158,13 +1148,13 @@ def turbo_lora_layers(net):
 
 def lora_pairs(net, lora, path):
     """{layer.lora_A.weight, layer.lora_B.weight: tensor} -> {layer: (A, B)} that fit `net`."""
-    modules, pairs = dict(net.named_modules()), {}
+    shapes, pairs = {k: v.shape for k, v in net.state_dict().items()}, {}
     for layer in dict.fromkeys(key.rpartition(".lora_")[0] for key in lora):
         down, up = (lora.get(f"{layer}.lora_{side}.weight") for side in "AB")
-        shape = modules[layer].weight.shape if layer in modules else None
-        if down is None or up is None:
-            raise UserError(f"--lora {path}: {layer} has only one of A and B")
-        if (up.shape[0], *down.shape[1:]) != shape or up.shape[1] != down.shape[0]:
+        if down is None or up is None or min(down.ndim, up.ndim) < 2:
+            raise UserError(f"--lora {path}: {layer} is no pair of matrices A and B")
+        fit = (up.shape[0], *down.shape[1:]) == shapes.get(f"{layer}.weight")
+        if not fit or up.shape[1] != down.shape[0]:
             raise UserError(f"--lora {path}: the LoRA of {layer} does not fit this network; give "
                             "the base that it was made for")
         pairs[layer] = down, up
@@ -1216,7 +1206,7 @@ def fill_adapters(net, state, path, scale):
 def read_peft_lora(net, path, scale=1.0):
     """A LoRA file of peft's (VADER's), B times `scale` -> tensors, rank, alpha, targets.
 
-    Those are rank, alpha and targets. The file's layers have the names of the base's public file.
+    The last three are for add_lora(). The file's layers have the names of the base's public file.
     """
     names = [name for name, _ in net.named_modules()]
     public = {videocrafter_name(f"{name}.").removesuffix("."): name for name in names}
@@ -1296,12 +1286,3 @@ def parallelize(net, mode, device, offload=False, reshard=True, unused=False):
     devices = [device.index] if device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(
         net, devices, broadcast_buffers=False, find_unused_parameters=unused)
-
-
-def sync_gradients(net, on):
-    """Context: with on=False gradients add up on each process, with on=True they are averaged."""
-    if isinstance(net, nn.parallel.DistributedDataParallel):
-        return nullcontext() if on else net.no_sync()
-    if hasattr(net, "set_requires_gradient_sync"):  # FSDP2
-        net.set_requires_gradient_sync(on)
-    return nullcontext()

@@ -35,8 +35,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 
-from bases import (
-    base_row, choose_sampling, load_base, lora_file, merge_public_lora, read_words)
+from bases import base_row, choose_sampling, load_base, read_words
 from common import (
     Parser, UserError, check_writable, gather_rows,
     run_command, setup, write_atomic, write_lines)
@@ -45,6 +44,7 @@ from data import (
     open_image, opensora_size, prompts_of, raft, read_map, read_video, video_info, video_maps,
     write_video)
 from dit import STDiT3Config
+from models import merge_public_lora
 from pipeline import (
     encode_tracks, first_frame_kept, frame_picture, generate_from, invert_clip, load_run,
     read_image_pairs)
@@ -52,7 +52,7 @@ from rewards import get_reward, print_scores, score_files
 from text_encoders import CLIPConfig
 from tinyworld import MOTIONS, NEW_MOTIONS, judge_captions, parse, tiny_captions, tiny_pairs
 from tracks import depth_estimator
-from weights import LEARNED, load_checkpoint, public_files, run_file
+from weights import LEARNED, load_checkpoint, lora_file, public_files, run_file
 
 # options that name a file, and what --follow takes of a clip
 FILE_FLAGS = (

@@ -584,40 +584,39 @@ class CausalResnet(nn.Module):
         return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(h, *given)), cache)
 
 
-def per_frame(conv, x):
-    out = conv(rearrange(x, "b c f h w -> (b f) c h w"))
+def per_frame(layer, x):
+    """layer(images (n,c,h,w)) on every frame of x (b,c,f,h,w)."""
+    out = layer(rearrange(x, "b c f h w -> (b f) c h w"))
     return rearrange(out, "(b f) c h w -> b c f h w", b=len(x))
 
 
-class CausalDownsample(nn.Module):
+class CausalDownsample(Downsample):
     """Half the height and width; with `time` also half the frames, as means of pairs."""
 
     def __init__(self, channels, time):
-        super().__init__()
+        super().__init__(channels)
         self.time = time
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x):
         if self.time:
             odd = x.shape[2] % 2
             pairs = x[:, :, odd:]
             x = torch.cat([x[:, :, :odd], (pairs[:, :, ::2] + pairs[:, :, 1::2]) / 2], dim=2)
-        return per_frame(self.conv, F.pad(x, (0, 1, 0, 1)))  # right and bottom only, as published
+        return per_frame(super().forward, x)
 
 
-class CausalUpsample(nn.Module):
+class CausalUpsample(Upsample):
     """Twice the height and width; with `time` also twice the frames."""
 
     def __init__(self, channels, time):
-        super().__init__()
+        super().__init__(channels)
         self.time = time
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x):
         if self.time:
             odd = x.shape[2] % 2
             x = torch.cat([x[:, :, :odd], x[:, :, odd:].repeat_interleave(2, dim=2)], dim=2)
-        return per_frame(self.conv, F.interpolate(x, scale_factor=(1, 2, 2)))
+        return per_frame(super().forward, x)
 
 
 def causal_levels(widths, layers, cfg, latent, resize):

@@ -58,7 +58,7 @@ def get_args(argv=None):
     p.add_argument("--samples", type=p.COUNT, help="clips generated per prompt")
     p.add_argument("--score-weights", help="folder of OmniScore's networks (tiny: none needed)")
     p.add_argument("--flow-weights", metavar="FILE",
-                   help="file of torchvision's RAFT weights (default: RAFT large of its hub)")
+                   help="file of torchvision's RAFT weights (default: RAFT large, downloaded)")
     p.add_argument("--drop-pairs", type=p.SHARE, default=0.0,
                    help="share of pairs to leave out, those whose clips score most alike")
     p.add_argument("--pairs", nargs="+", metavar="FOLDER", help="train on these ready pairs")

@@ -57,7 +57,10 @@ def load_checkpoint(path):
     if "nanovideo" not in text:
         raise UserError(f"--ckpt {path}: not a nanovideo checkpoint ({looks_like(tensors)}); "
                         "public weights go to --weights, public LoRA files to --lora")
-    return tensors, json.loads(text["nanovideo"])
+    try:
+        return tensors, json.loads(text["nanovideo"])
+    except ValueError:
+        raise UserError(f"--ckpt {path}: its metadata is corrupt") from None
 
 
 # before the keys of a run's tensors that are not the network's
@@ -154,7 +157,10 @@ def load_weights(path, lists=False) -> dict:
 
 def shards_of(index):
     """The index of a file in shards (*.index.json) -> names of the shards."""
-    return sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+    try:
+        return sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{index}: not an index of a file in shards") from None
 
 
 def below(state, prefix):
@@ -268,7 +274,7 @@ def lora_format(state):
 
 def turbo_lora(tensors, layers, path):
     """T2V-Turbo's list without names, [B_0, A_0, B_1, A_1, ...]; layers: our names in its order."""
-    if len(tensors) != 2 * len(layers):
+    if len(tensors) != 2 * len(layers) or not all(isinstance(x, Tensor) for x in tensors):
         raise UserError(f"{path}: a list of {len(tensors)} tensors, but T2V-Turbo's LoRA of this "
                         f"network is a list of {2 * len(layers)}")
     lora = {f"{layer}.lora_A.weight": down for layer, down in zip(layers, tensors[1::2])}
@@ -290,14 +296,17 @@ def peft_lora(path, layers):
             raise UserError(f"--lora {path}: {key} belongs to no layer of this network: "
                             f"{looks_like(state)}")
         lora[f"{layers[layer]}.lora_{kind}"] = value.float()
-        if kind == "A.weight":
-            ranks[layer] = value.shape[0]
+        if kind == "A.weight" and value.ndim:
+            ranks[layer] = len(value)
     text = load_safetensors(path)[1] if Path(path).suffix == ".safetensors" else {}
     config, alpha = Path(path).parent / "adapter_config.json", 8.0
-    if "nanovideo" in text:  # of one of our runs
-        alpha = json.loads(text["nanovideo"])["alpha"]
-    elif config.is_file():
-        alpha = float(json.loads(config.read_text())["lora_alpha"])
+    try:
+        if "nanovideo" in text:  # of one of our runs
+            alpha = float(json.loads(text["nanovideo"])["alpha"])
+        elif config.is_file():
+            alpha = float(json.loads(config.read_text())["lora_alpha"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"--lora {path}: no alpha in its metadata or in {config.name}") from None
     return lora, max(ranks.values(), default=0), alpha
 
 
@@ -347,11 +356,11 @@ def read_learned(path, token_of) -> dict:
         # unpickled
         words = load_pickle(path, allow=[nn.ParameterDict])
     if isinstance(words, dict) and "string_to_param" in words:
-        words, ids = words["string_to_param"], words["string_to_token"]
+        words, ids = words["string_to_param"], words.get("string_to_token", {})
     if isinstance(words, nn.ParameterDict):  # its keys() needs an attribute that old files lack
         words = dict(words.named_parameters())
     if not (isinstance(words, dict) and words
-            and all(isinstance(v, Tensor) for v in words.values())):
+            and all(isinstance(v, Tensor) and 1 <= v.ndim <= 2 for v in words.values())):
         raise UserError(f"{path}: not a file of textual inversion: wanted string_to_param, or "
                         "{word: tensor}")
     return {int(ids[word]) if word in ids else token_of(word):

@@ -19,8 +19,9 @@ import pipeline
 import sample
 import text_encoders
 import tracks
-from bases import load_base, merge_public_lora
+from bases import load_base
 from data import read_video, video_info, write_video
+from models import merge_public_lora
 
 PROMPT = ["--prompt", "a fox in the snow"]
 

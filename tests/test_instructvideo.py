@@ -18,7 +18,7 @@ import sample
 from common import generator, read_lines
 from data import write_video
 from diffusion import ddim, make_schedule
-from models import add_lora, merge_lora
+from models import add_lora, merge_lora, start_from_lora
 from rewards import Reward
 from tinyworld import TinyWorld, judge_captions, parse, tiny_prompts
 from weights import load_checkpoint, load_pickle
@@ -267,7 +267,7 @@ def test_starts_from_the_public_file(public, clips, tmp_path, message):
     for scale, alpha in ((1.0, 4.0), (0.5, 8.0)):
         base = bases.load_base("modelscope-v1.4", folder)
         add_lora(base.net, 4, alpha, ["to_q", "to_k", "to_v", "to_out.0"])
-        bases.start_from_lora(base.net, path, scale)
+        start_from_lora(base.net, path, scale)
         merge_lora(base.net)
         for k, v in base.net.state_dict().items():
             plain = expected["net"][k]

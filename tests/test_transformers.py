@@ -137,7 +137,7 @@ def test_das_starts_from_i2v(monkeypatch, tmp_path):
     expected = publish(tmp_path, "das")["net"]
     state = {k: v for k, v in expected.items() if "_copy." not in k and "combine_linear" not in k}
     net = hub.on_meta(dit.CogVideoX, bases.BASES["das"].net)
-    started = bases.unet_state(state, net, "file")
+    started = dit.cogvideox_state(state, net, "file")
     assert started.keys() == expected.keys()
     copied = "transformer_blocks.0.attn1.to_q.weight"
     assert torch.equal(started[copied.replace("blocks", "blocks_copy")], state[copied])
@@ -189,8 +189,8 @@ def test_opensora_vae_renames_both_ways():
 
 def test_opensora_sizes_by_name():
     args = sample.get_args(["--base", "opensora", "--prompt", "a", "--size", "4s,240p,3:4", "--frames", "51"])
-    sample.apply_size(args, bases.BASES["opensora"])
-    assert (args.frames, args.height, args.width) == (51, 276, 368)  # what is given stays
+    size = sample.named_size(args, bases.BASES["opensora"])
+    assert size == dict(height=276, width=368)  # --frames is given and stays
 
 
 def test_dynamic_guidance_changes_the_clip(monkeypatch, tmp_path):
