@@ -359,7 +359,7 @@ def raft(size="small", weights=None, device="cpu"):
 
     @torch.autocast(torch.device(device).type, enabled=False)  # in float32
     def flow(a, b):
-        h, w = a.shape[2:]
+        a, b, (h, w) = a.to(device), b.to(device), a.shape[2:]
         large = [max(128, -(-side // 8) * 8) for side in (h, w)]
         if large != [h, w]:
             a, b = (F.interpolate(x, large, mode="bilinear", align_corners=False) for x in (a, b))

@@ -679,8 +679,8 @@ def track_rows(source):
     file.
     """
     if not source:
-        raise UserError("--data: give a folder with prompt.txt, videos.txt, trackings.txt, a csv or a "
-                        "jsonl")
+        raise UserError("--data: give a folder with prompt.txt, videos.txt, trackings.txt, a csv "
+                        "or a jsonl")
     source = Path(source)
     if not source.exists():
         raise UserError(f"--data {source}: no such folder or list of clips")
@@ -776,19 +776,20 @@ def in_buckets(source, buckets, seed=0):
     return [TrackDataset(source, rows, *bucket, seed) for bucket, rows in parts.items() if rows]
 
 
-def hold_out(parts, size, n, source=None):
+def hold_out(parts, size, n, others=None):
     """Set clips aside to evaluate on -> (the training data sets, a TrackDataset whose first n clips
     are held out).
 
-    parts: of in_buckets(). The last n clips that are read at `size` (frames, height, width) are
-    held out; with `source`, the clips of another list are taken instead.
+    parts: of in_buckets(), and so are `others`, the data sets of --eval-data. Without `others` the
+    last n clips that are read at `size` (frames, height, width) are held out; with them, none are.
     """
-    if source:
-        return parts, in_buckets(source, [size])[0]
-    k = next((k for k, p in enumerate(parts) if (p.frames, *p.size) == size), None)
-    if k is None:
-        raise UserError(f"--data: no clip has the {size[0]} frames to evaluate on; give a smaller "
-                        "--frames, or --eval-data")
+    sizes = [(part.frames, *part.size) for part in others or parts]
+    if size not in sizes:
+        raise UserError(f"{(others or parts)[0].source}: no clip has the {size[0]} frames to "
+                        "evaluate on; give a smaller --frames, or --eval-data")
+    k = sizes.index(size)
+    if others:
+        return parts, others[k]
     if len(parts[k]) > n:
         training, held_out = parts[k].split(len(parts[k]) - n)
         return [*parts[:k], training, *parts[k + 1:]], held_out

@@ -74,15 +74,16 @@ CASES = {
         "videodpo.py --base tiny {run} {pairs} --reweight 1 --lr 2e-5 --out {out}/weighted",
         "{ask} --ckpt {out}/weighted"],
     "dreamvideo": [
-        "dreamvideo.py --base tiny --stage token {fresh} --prompts {out}/star.txt",
+        "dreamvideo.py --base tiny --stage token {fresh} --eval-prompts {out}/star.txt",
         "{say} --prompt 'a * growing'",
         "dreamvideo.py --base tiny --stage identity --learned {out}/run {run} "
-        "--prompts {out}/star.txt --out {out}/who",
-        "dreamvideo.py --base tiny --stage motion {run} --prompts {out}/images.txt --out {out}/how",
+        "--eval-prompts {out}/star.txt --out {out}/who",
+        "dreamvideo.py --base tiny --stage motion {run} --eval-prompts {out}/images.txt "
+        "--out {out}/how",
         "{ask} --ckpt {out}/who --ckpt {out}/how --prompt 'a * moving left' --subject-below 300 "
         "--appearance-image {out}/clip-0/0.png"],
     "dreamvideo-zigzag": ["dreamvideo.py --base tiny --stage motion --motion zigzagging {fresh} "
-                          "--drop-image 0.5 --prompts {out}/images.txt", "{say}"],
+                          "--drop-image 0.5 --eval-prompts {out}/images.txt", "{say}"],
     "demo": ["demo.py --base tiny {fresh} --eval-n 1", "{say}"],
     "demo-weak": ["demo.py --base tiny-weak {fresh} --eval-n 1 {two}", "{say}"],
     "demo-published": ["demo.py --base tiny {fresh} --eval-n 1 --as-published", "{say}"],

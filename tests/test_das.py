@@ -254,6 +254,20 @@ def test_trains_resumes_and_samples(name, more, small, tmp_path):
     assert video_info(tmp_path / "s" / "side" / "0000.mp4")[2][1] == 3 * bases.BASES[name].sample.width
 
 
+def test_evaluation_is_on_clips_that_are_not_trained_on(small, tmp_path):
+    """Two clips of 9 and two of 4 frames, which are read as pictures: one of 9 frames is held out."""
+    words = small("das")
+    (tmp_path / "data" / "prompt.txt").write_text("\n".join("abcd"))
+
+    def texts(*more):
+        args = das.get_args([*words, *more])
+        parts, clips = das.read_data(args, bases.choose_sampling("das", args, method="das"))
+        return [[row[-1] for row in part.rows] for part in parts], [clip["text"] for clip in clips]
+    assert texts() == ([["c", "d"], ["a"]], ["b"])
+    assert texts("--eval-data", str(tmp_path / "data"), "--eval-n", "3") == ([["c", "d"], ["a", "b"]], ["a", "b"])
+    assert texts("--eval-n", "2") == ([["c", "d"], ["a", "b"]], ["a", "b"])  # too few: with a warning
+
+
 def test_das_starts_from_the_files_of_i2v(small, tmp_path):
     """--base das with CogVideoX-5B-I2V's files, in bf16: exact copies in fp32; linear layers of zeros."""
     args = small("das", branch=False)
@@ -288,6 +302,8 @@ def test_das_starts_from_the_files_of_i2v(small, tmp_path):
 def test_errors_are_one_line(message, tmp_path, small):
     out = ["--out", str(tmp_path / "x")]
     assert "--data" in message(das.main, out)
+    assert "goes with --data" in message(das.main, ["--eval-data", str(tmp_path), *out])
+    assert "branch of das has 18" in message(das.main, [*small("das")[:6], "--tracking-blocks", "18", *out])
     assert "tiny-cogvideox" in message(das.main, ["--base", "tiny-i2v", *out])
     tiny = ["--base", "tiny-cogvideox", *out]
     assert "6 blocks to copy" in message(das.main, [*tiny, "--tracking-blocks", "7"])

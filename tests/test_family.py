@@ -151,6 +151,21 @@ def test_dreamvideo_adapters(public, tmp_path):
     same(base.net, expected["net"])
 
 
+@pytest.mark.parametrize("words, tensors", [
+    ("no pair of matrices", {"attn1.to_q.lora_A.weight": (2, 64)}),
+    ("no pair of matrices", {"attn1.to_q.lora_A.weight": (2,), "attn1.to_q.lora_B.weight": (64, 2)}),
+    ("does not fit", {"attn1.to_q.lora_A.weight": (2, 5), "attn1.to_q.lora_B.weight": (64, 2)}),
+    ("does not fit", {"attn1.to_q.lora_A.weight": (2, 64), "attn1.to_q.lora_B.weight": (64, 3)}),
+    ("belongs to no layer", {"attn7.to_q.lora_A.weight": (2, 64)}),
+    ("others have 3", {"attn1.to_q.lora_A.weight": (2, 64), "attn1.to_q.lora_B.weight": (64, 2),
+                       "attn1.to_k.lora_A.weight": (3, 64), "attn1.to_k.lora_B.weight": (64, 3)})])
+def test_lora_files_that_do_not_fit(words, tensors, public, tmp_path, message):
+    base = load_base("modelscope", public("modelscope")[0])
+    block = "middle_block.1.transformer_blocks.0."
+    torch.save({block + key: torch.zeros(shape) for key, shape in tensors.items()}, tmp_path / "lora.pt")
+    assert words in message(merge_public_lora, base.net, tmp_path / "lora.pt")
+
+
 # ---- sampling, from files to files
 
 @pytest.fixture

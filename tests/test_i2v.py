@@ -181,19 +181,19 @@ def test_from_scratch_to_packed_base_to_fine_tuning(tmp_path, monkeypatch):
 
 def test_a_continued_clip_starts_where_the_last_one_ended(tmp_path, monkeypatch):
     """The clip's own last frame comes back as the next one's condition, and is not there twice."""
-    seen, real = [], pipeline.conditions
+    images_given, real = [], pipeline.conditions
     train(tmp_path / "run", 1)
 
-    def spy(base, env, args, images, maps=None):
-        seen.append(images[0])
-        return real(base, env, args, images, maps)
+    def spy(base, env, sampling, images, *more):
+        images_given.append(images[0])
+        return real(base, env, sampling, images, *more)
     monkeypatch.setattr(pipeline, "conditions", spy)
     monkeypatch.setattr(pipeline, "generate", lambda base, env, prompts, seeds, args, *a, **kw: torch.stack(
         [torch.linspace(-1, 0, 8)[None, :, None, None].expand(3, 8, 32, 32)] * len(prompts)))
     Image.new("RGB", (32, 32)).save(tmp_path / "first.png")
     sample.main(["--ckpt", str(tmp_path / "run"), "--image", str(tmp_path / "first.png"), "--prompt",
                  "a red circle growing", "--continue", "1", "--out", str(tmp_path / "s")])
-    assert seen[1].getpixel((3, 3)) == (128, 128, 128)
+    assert images_given[1].getpixel((3, 3)) == (128, 128, 128)
     assert read_video(tmp_path / "s" / "0000.mp4")[0].shape[1] == 15
 
 

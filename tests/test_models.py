@@ -227,6 +227,14 @@ def test_prediction_types_agree():
         assert diffusion_loss(lambda x, t: target, s, x0, noise, t).abs().max() == 0  # noqa: B023
 
 
+def test_steps_are_looked_up_where_they_are():
+    """On the meta device a copy to the CPU, for which a GPU would have to be waited, is an error."""
+    x, t = torch.randn(2, 1, 2, 3, 3, device="meta"), torch.zeros(2, dtype=torch.long, device="meta")
+    for prediction in ("eps", "v", "x0"):
+        schedule = make_schedule("linear_sd", prediction, scale=(1.0, 0.7, 400))
+        schedule.to_x0(schedule.target(x, x, t), schedule.add_noise(x, x, t), t)
+
+
 def test_only_the_last_k_updates_carry_gradient():
     schedule, w = make_schedule("linear_sd", "eps"), torch.ones((), requires_grad=True)
     calls = []
