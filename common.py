@@ -394,6 +394,11 @@ class Parser(argparse.ArgumentParser):
         message = message.removeprefix("argument ")
         raise UserError(f"{message} ({self.prog} --help lists the options)")
 
+    def say(self, message):
+        """Print a line, from one process of a run only."""
+        if os.environ.get("RANK", "0") == "0":
+            print(message, flush=True)
+
     def options(self, groups, without=()):
         """Declare the options of some groups of OPTIONS, e.g. p.options("base pixels machine").
 
@@ -471,7 +476,7 @@ class Run:
         self.state = check_out(args, method) if trains else check_writable(args.out)
         self.env = setup(args.device, args.dtype, args.seed, args.parallel, args.offload)
         self.resumed, self.stopped = self.state is not None, False
-        self.totals = {}
+        self.totals, self.saved = {}, None
 
     @property
     def device(self):
@@ -577,7 +582,13 @@ class Run:
             self.save()
 
     def save(self):
-        """Write the checkpoint and the state for --resume. Every process must call it."""
+        """Write the checkpoint and the state for --resume, unless they are of this step already.
+
+        Every process must call it.
+        """
+        if self.saved == self.done:
+            return
+        self.saved = self.done
         save_checkpoint(self.args, self.env, self.done, self.samples_read, self.params, self.meta,
                         self.opt, self.ema, self.scaler)
 
@@ -596,6 +607,7 @@ class Run:
     def record(self, name, row):
         """A line of OUT/eval.jsonl and of the screen: what evaluation NAME found, {name: value or
         dict}."""
+        keep_lines(self.out / "eval.jsonl", self.done)  # one line per step: the last word counts
         append_line(self.out / "eval.jsonl", {"step": self.done, **row})
         numbers = {k: v for part in row.values() if isinstance(part, dict) for k, v in part.items()}
         numbers = {k: v for k, v in row.items() if isinstance(v, float)} | numbers

@@ -286,7 +286,7 @@ def offset_noise(noise, shared, strength=0.1):
 
 
 def draw_noise(schedule, x0, generators, offset=0.0):
-    """Steps t (b,) and noise like x0 for training, each sample's from its generator, on x0's device.
+    """Steps t (b,) and noise like x0 for training, each sample's from its own generator.
 
     offset: strength of offset_noise().
     """

@@ -10,9 +10,8 @@
 
 S: one per spatial transformer, beside its attention to the text: x + attn(x, text) becomes
 S(x) + attn(x, text). M: three per temporal transformer, beside both attentions over frames
-and the feed-forward layer. Only M reads an image, the CLIP embedding of one of the clip's
-frames, so that it need not learn how things look. A new adapter is the identity, A(x) = x:
-every stage starts as the base.
+and the feed-forward layer. Only M reads an image, the CLIP embedding of a frame, for how
+things look. New adapters are the identity, A(x) = x: every stage starts as the base.
 
 Subject and motion are learned apart. Sampling loads S and M into one network:
 
@@ -31,7 +30,8 @@ the motion lays out the path before a subject known from still pictures joins in
     python dreamvideo.py ... --resume            # continue, bit for bit
     python sample.py --ckpt out/dog:500 --ckpt out/motion:1500 ...     # RUN:STEP
 
-Differences from the original code: docs/differences.md
+Differences from the original code (all of them: docs/differences.md): the first update has
+a learning rate; a mask that is missing or grey, or too short a clip, is an error.
 """
 from pathlib import Path
 

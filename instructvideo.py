@@ -54,8 +54,7 @@ TINY = dict(
     reward="tiny", sample_steps=5, offset_noise=0.0, steps=100, batch=8, lr=4e-3, warmup=0,
     rank=8, alpha=8.0, eval_n=64, save_every=25, log_every=5, grad_ckpt=False, workers=0,
     min_history=2)
-# A reward that does not read the prompt pulls every clip the same way, so each step has
-# far more effect.
+# A reward that ignores the prompt pulls every clip the same way: each step does far more.
 TINY_PROMPTLESS = dict(steps=30, lr=3e-4)
 
 
@@ -87,7 +86,7 @@ def get_args(argv=None):
     args = p.parse(argv, PAPER, {"tiny": TINY | TINY_PROMPTLESS if promptless else TINY})
     if promptless and args.base == "tiny":
         changed = ", ".join(f"--{k.replace('_', '-')} {v}" for k, v in TINY_PROMPTLESS.items())
-        print(f"--reward {args.reward}: the defaults for rewards other than tiny are {changed}")
+        p.say(f"--reward {args.reward}: the defaults for rewards other than tiny are {changed}")
     if args.rank < 1:
         raise UserError("--rank 0: InstructVideo trains LoRA weights; give a rank of 1 or more")
     if args.backprop == "rand":

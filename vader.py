@@ -106,7 +106,7 @@ def get_args(argv=None):
     args = p.parse(argv, PAPER, presets)
     if promptless and args.base == "tiny":
         changed = ", ".join(f"--{k.replace('_', '-')} {v}" for k, v in TINY_PROMPTLESS.items())
-        print(f"--reward {reward}: the defaults for rewards other than tiny are {changed}")
+        p.say(f"--reward {reward}: the defaults for rewards other than tiny are {changed}")
     if args.rank < 1:
         raise UserError("--rank 0: VADER trains LoRA weights; give a rank of 1 or more")
     if args.patience and not args.preview_every:
@@ -252,6 +252,9 @@ def main(argv=None):
                     break
     if not run.stopped:
         evaluate("after")
+        if args.patience:  # the last may be the best
+            run.save()
+            run.out_of_patience("watch")
         sweep_lora(run, base, sampling, reward, held_out[:args.sweep], args.continuations)
     run.finish("reward", "grad")
 

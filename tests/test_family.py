@@ -258,7 +258,8 @@ def test_super_resolution(play, tmp_path):
     source.mkdir()
     for i, frames in enumerate((16, 18, 1)):
         write_video(source / f"{i:04d}.mp4", torch.rand(3, frames, 8, 8) * 2 - 1)
-    (source / "index.jsonl").write_text(json.dumps({"file": "0001.mp4", "prompt": "a fox"}) + "\n")
+    index = [{"file": "0000.mp4"}, {"file": "0001.mp4", "prompt": "a fox"}, {"file": "0002.mp4"}]
+    (source / "index.jsonl").write_text("".join(json.dumps(row) + "\n" for row in index))
     size = ["--height", 8, "--width", 12]
     clips, rows = play("sr600", "--video", source, *size)
     assert [c.shape for c in clips] == [(3, 16, 8, 12), (3, 18, 8, 12), (3, 1, 8, 12)]
