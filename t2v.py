@@ -26,17 +26,14 @@ Memory: LoRA on ModelScope, 16 frames of 256x256 in bf16, batch 1: 7.4 GB or les
 H100. Full fine-tuning keeps 4 fp32 copies of its 1.41 G parameters (22.6 GB) and the
 activations of one block (not measured).
 
-Differences from the original code
+Differences from the original code (the others: docs/differences/t2v.md)
  - Images and videos mix by --image-share on any number of GPUs. VGen mixes by rank, so
    one GPU would train on images alone. --mixture has VGen's clip lengths and frame
    rates; fewer than 8 processes take turns at them.
- - Data is shuffled, and clips have exactly the frames asked for. (VGen's loader is off
-   by one, and pads with grey.)
  - Dropped captions become --negative, "" by default. (VGen: its negative prompt.)
  - VGen halves the gradients of layers that an image model has, too, which AdamW cancels.
    --spatial-lr 0.5 is what it meant.
- - Noise and dropout are keyed by the sample's number, so a run does not depend on --batch.
- - The moving average is one file, not one shard per GPU.
+ - Noise and dropout are keyed by the sample's number, so runs do not depend on --batch.
 """
 import torch
 
