@@ -423,14 +423,6 @@ class Parser(argparse.ArgumentParser):
         return self.parse_args(argv)
 
 
-def options(parser, groups, without=()):
-    parser.options(groups, without)
-
-
-def parse_options(parser, argv, defaults, presets=None):
-    return parser.parse(argv, defaults, presets)
-
-
 def lr_at(step, args):
     """Learning rate of update `step` (0-based): linear warm-up, then constant, one cosine to 0,
     or four.
@@ -738,11 +730,7 @@ def using_average(params, ema):
 
 @contextlib.contextmanager
 def memory_advice(*options):
-    """Turn an out-of-memory error into one line that lists the options that help, most effective
-    first.
-
-    A decorator, too: `@memory_advice("--batch 1")` above a main().
-    """
+    """Turn an out-of-memory error into one line that lists `options` to try, most effective first."""
     try:
         yield
     except (MemoryError, RuntimeError) as e:

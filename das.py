@@ -80,7 +80,7 @@ def get_args(argv=None):
                         "that it fills")
     p.options("data", without=("--data", "--read-fps", "--drop-text"))
     p.add_argument("--drop-image", type=p.SHARE,
-                   help="probability of dropping the first frame and the first tracking frame")
+                   help="probability of dropping the image condition")
     p.options("pixels sampling", without=("--fps", "--eta"))
     p.options("optimisation ema machine run")
     args = p.parse(argv, PAPER, PRESETS)

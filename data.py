@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from common import (
-    COUNT, POSITIVE, Parser, UserError, batch_indices, generator, read_lines, run_command, seed_of,
+    Parser, UserError, batch_indices, generator, read_lines, run_command, seed_of,
     warn, write_atomic)
 from weights import load_strict, load_weights
 
@@ -1166,10 +1166,10 @@ def main(argv=None):
     p = Parser("Read every clip of a data set once and name the bad ones.")
     p.add_argument("--check", metavar="LIST", required=True,
                    help="folder, .csv, .jsonl or .txt list")
-    p.add_argument("--frames", type=COUNT, default=16, help="frames a clip")
-    p.add_argument("--height", type=COUNT, default=256, help="pixels")
-    p.add_argument("--width", type=COUNT, default=256, help="pixels")
-    p.add_argument("--fps", type=POSITIVE, help="wanted sampling rate (default: every frame)")
+    p.add_argument("--frames", type=p.COUNT, default=16, help="frames a clip")
+    p.add_argument("--height", type=p.COUNT, default=256, help="pixels")
+    p.add_argument("--width", type=p.COUNT, default=256, help="pixels")
+    p.add_argument("--fps", type=p.POSITIVE, help="wanted sampling rate (default: every frame)")
     args = p.parse_args(argv)
     sys.exit(1 if check_dataset(args.check, args.frames, args.height, args.width, args.fps) else 0)
 

@@ -73,7 +73,7 @@ def get_args(argv=None):
     p.add_argument("--as-published", action="store_true",
                    help="no gradient through the attention maps; OneCycle's rate")
     p.add_argument("--flow-weights",
-                   help="file of torchvision's raft_small (default: download it)")
+                   help="file of torchvision's RAFT weights (default: download raft_small)")
     p.add_argument("--zero", type=int, choices=(2, 3),
                    help="with fsdp: 2 shards gradients and moments, 3 the weights, too")
     p.options("data pixels sampling optimisation ema machine evaluation run", without=("--fps",))

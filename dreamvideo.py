@@ -80,7 +80,8 @@ def get_args(argv=None):
     p.add_argument("--vectors", type=p.COUNT, help="number of vectors of the word")
     p.add_argument("--masked-loss", action=p.YES_NO, help="only the subject's pixels count")
     p.add_argument("--picture-frames", type=p.COUNT, help="frames of a still picture")
-    p.add_argument("--drop-image", type=p.SHARE, help="probability of dropping the image")
+    p.add_argument("--drop-image", type=p.SHARE,
+                   help="probability of dropping the image condition")
     p.add_argument("--offset-noise", type=p.UNSIGNED,
                    help="strength of noise that all pixels of a frame share: it teaches brightness")
     p.options("data pixels sampling optimisation machine evaluation run", without=("--fps",))

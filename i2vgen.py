@@ -78,7 +78,8 @@ def get_args(argv=None):
     p.add_argument("--motion", choices=tinyworld.MOTIONS + tinyworld.NEW_MOTIONS,
                    help="tiny bases: the clips' motion")
     p.options("images", without=("--images",))
-    p.add_argument("--drop-image", type=p.SHARE, help="probability of dropping the first frame")
+    p.add_argument("--drop-image", type=p.SHARE,
+                   help="probability of dropping the image condition")
     p.options("pixels sampling optimisation ema lora")
     p.add_argument("--offset-noise", type=p.UNSIGNED,
                    help="strength of noise that all pixels of a frame share: it teaches brightness")

@@ -586,7 +586,8 @@ class Clips:
         """Start to read. With --cache-latents all is encoded first and the image tower goes; so
         do all captions, prompts and `texts`, and the text tower. texts None: it stays.
 
-        observe(video (b,3,f,h,w), batch) -> {name: tensor (b, ...)}, what the method reads off clips.
+        observe(video (b,3,f,h,w), batch) -> {name: tensor (b, ...)}: what the method reads off
+        clips.
         """
         self.run, self.base, self.observe, args = run, base, observe, self.args
         if args.cache_latents:

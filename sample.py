@@ -151,12 +151,13 @@ def add_conditions(p):
                    help="VideoComposer: motion vectors, .npy of shape (2, f, h, w)")
     p.add_argument("--style-image", help="VideoComposer: picture whose style and content to follow")
     p.add_argument("--follow", metavar="VIDEO", help="VideoComposer: clip to take conditions from")
-    p.add_argument("--take", nargs="+", choices=TAKE, help="what to take of --follow")
+    p.add_argument("--take", nargs="+", choices=TAKE,
+                   help="what to take of --follow; motion: the codec's motion vectors or, with "
+                        "--flow-weights, optical flow")
     p.add_argument("--depth-model", metavar="NAME",
                    help="depth network of transformers: hub name or folder")
     p.add_argument("--flow-weights", metavar="FILE",
-                   help="file of torchvision's RAFT weights; for --take motion by optical flow "
-                        "instead of the codec's motion vectors")
+                   help="file of torchvision's RAFT weights")
     p.add_argument("--appearance-image", help="DreamVideo: picture that guides the motion adapter")
     p.add_argument("--strength", type=p.REAL, nargs=2, default=(1.0, 1.0),
                    metavar=("COND", "UNCOND"),
