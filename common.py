@@ -394,11 +394,6 @@ class Parser(argparse.ArgumentParser):
         message = message.removeprefix("argument ")
         raise UserError(f"{message} ({self.prog} --help lists the options)")
 
-    def say(self, message):
-        """Print a line, from one process of a run only."""
-        if os.environ.get("RANK", "0") == "0":
-            print(message, flush=True)
-
     def options(self, groups, without=()):
         """Declare the options of some groups of OPTIONS, e.g. p.options("base pixels machine").
 
@@ -528,6 +523,11 @@ class Run:
             for net in self.nets:
                 average_gradients(net, micro == self.args.accum - 1)
             yield self.numbers[(self.step - self.start) * self.args.accum + micro]
+
+    def say(self, message):
+        """Print a line, from one process only; None: nothing."""
+        if self.main and message:
+            print(message, flush=True)
 
     def generator(self, *key):
         """A CPU generator for the run's seed and this key."""

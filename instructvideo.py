@@ -84,14 +84,19 @@ def get_args(argv=None):
 
     promptless = p.parse_known_args(argv)[0].reward not in (None, "tiny")
     args = p.parse(argv, PAPER, {"tiny": TINY | TINY_PROMPTLESS if promptless else TINY})
-    if promptless and args.base == "tiny":
-        changed = ", ".join(f"--{k.replace('_', '-')} {v}" for k, v in TINY_PROMPTLESS.items())
-        p.say(f"--reward {args.reward}: the defaults for rewards other than tiny are {changed}")
     if args.rank < 1:
         raise UserError("--rank 0: InstructVideo trains LoRA weights; give a rank of 1 or more")
     if args.backprop == "rand":
         raise UserError("--backprop rand: InstructVideo takes last or last-K")
     return args
+
+
+def changed_defaults(args):
+    """What the log must say where --reward changed other defaults (TINY_PROMPTLESS), or None."""
+    if args.base != "tiny" or args.reward == "tiny":
+        return None
+    flags = [f"--{k.replace('_', '-')} {v}" for k, v in TINY_PROMPTLESS.items()]
+    return f"--reward {args.reward}: defaults for rewards other than tiny: {', '.join(flags)}"
 
 
 # ---- the method
@@ -193,6 +198,8 @@ def main(argv=None):
     reward = get_reward(args.reward, run.device, args.reward_weights)
     prompts = [*captions, *(prompt for _, prompt in held_out)]
     reward.check(prompts)
+
+    run.say(changed_defaults(args))
 
     # a frozen base, LoRA branches on its attentions
     base = load_base(args.base, args.weights, run.device, run.dtype)

@@ -104,14 +104,19 @@ def get_args(argv=None):
     if promptless:
         presets = PRESETS | {"tiny": TINY | TINY_PROMPTLESS}
     args = p.parse(argv, PAPER, presets)
-    if promptless and args.base == "tiny":
-        changed = ", ".join(f"--{k.replace('_', '-')} {v}" for k, v in TINY_PROMPTLESS.items())
-        p.say(f"--reward {reward}: the defaults for rewards other than tiny are {changed}")
     if args.rank < 1:
         raise UserError("--rank 0: VADER trains LoRA weights; give a rank of 1 or more")
     if args.patience and not args.preview_every:
         raise UserError("--patience: counts evaluations; give --preview-every STEPS")
     return args
+
+
+def changed_defaults(args):
+    """What the log must say where --reward changed other defaults (TINY_PROMPTLESS), or None."""
+    if args.base != "tiny" or args.reward == "tiny":
+        return None
+    flags = [f"--{k.replace('_', '-')} {v}" for k, v in TINY_PROMPTLESS.items()]
+    return f"--reward {args.reward}: defaults for rewards other than tiny: {', '.join(flags)}"
 
 
 # ---- the method
@@ -208,6 +213,8 @@ def main(argv=None):
     start = read_lora(args.base, args.lora) if args.lora else None
     run = Run(args, "vader")
     reward, watch = read_rewards(args, run, [prompt for _, prompt in (*items, *held_out)])
+
+    run.say(changed_defaults(args))
 
     # a frozen base, LoRA branches on its attentions
     base = load_base(args.base, args.weights, run.device, run.dtype)

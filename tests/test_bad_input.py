@@ -87,9 +87,9 @@ BAD = [
     ("vader", "--base tinny --prompts good.txt", "--base tinny: unknown"),
     ("i2vgen", "--base tinny", "--base tinny: unknown"),
     ("sample", "--base tinny --prompt a", "--base tinny: unknown"),
-    ("t2v", "--base das --data clips", "does not run on it yet; it runs on tiny"),
-    ("vader", "--base higen --prompts good.txt", "does not run on it yet"),
-    ("i2vgen", "--base tiny", "does not run on it yet"),
+    ("t2v", "--base das --data clips", "does not run on it; it runs on tiny"),
+    ("vader", "--base higen --prompts good.txt", "does not run on it"),
+    ("i2vgen", "--base tiny", "does not run on it"),
     ("t2v", "--base tiny --step 5", "unrecognized arguments: --step 5"),
     ("t2v", "--base tiny --steps", "--steps: expected one argument"),
     ("t2v", "--base tiny extra", "unrecognized arguments: extra"),
@@ -123,14 +123,14 @@ BAD = [
     ("vader", "--base tiny --reward size,nice", "--reward nice: unknown"),
     ("vader", "--base tiny --reward size:much", "weight 'much' is no number"),
     ("vader", "--base tiny --reward size --watch nice", "--reward nice: unknown"),
-    ("bases", "--export-peft folder", "belong together"),
+    ("bases", "--export-peft folder", "--ckpt RUN: goes with one of"),
     ("vader", "--base tiny --reward nice", "--reward nice: unknown; choose from"),
     ("vader", "--base tiny --reward none.py:fn", "no file none.py"),
     ("vader", "--base tiny --reward mine.py:fn", "mine.py has no function fn"),
     ("vader", "--base tiny --reward broken.py:fn", "broken.py cannot be imported (SyntaxError"),
     ("vader", "--base tiny --reward wrong.py:fn --steps 1 --batch 1 --sample-steps 1 --eval-n 1 --out wrong",
      "the reward returned"),
-    ("vader", "--base tiny --backprop first", "--backprop first: choose last, rand, or last-K"),
+    ("vader", "--base tiny --backprop first", "--backprop: 'first' is not last, last-K"),
     ("vader", "--base tiny --backprop last-99", "1..5"),
     ("vader", "--base tiny --reward size --decode 8", "0..7"),
     ("vader", "--base tiny --reward size --decode odd", "--decode odd"),
@@ -157,7 +157,7 @@ BAD = [
     ("sample", f"{TINY} --size 2s", "--size: only Open-Sora"),
     ("sample", "--base opensora --prompt a --size 3s", "clip size 3s: unknown"),
     ("bases", "--download tinny", "--base tinny: unknown"),
-    ("bases", "--pack tiny", "--pack NAME or --export-peft FOLDER, and --ckpt RUN"),
+    ("bases", "--pack tiny", "--ckpt RUN: goes with one of --pack NAME"),
     ("bases", "--pack modelscope --ckpt run", "only the tiny bases"),
     ("data", "", "required: --check"),
     # sizes
@@ -216,7 +216,7 @@ BAD = [
     ("t2v", "--base tiny --rank 2 --lora-targets to_q --out run --resume", "has lora_targets"),
     # InstructVideo
     ("instructvideo", "--weights empty", "--data: give a folder"),
-    ("instructvideo", "--base higen --data clips", "does not run on it yet; it runs on tiny"),
+    ("instructvideo", "--base higen --data clips", "does not run on it; it runs on tiny"),
     ("instructvideo", "--base tiny --rank 0", "--rank 0: InstructVideo trains LoRA"),
     ("instructvideo", "--base tiny --partial 1.5", "--partial: '1.5' is not a number from 0 to 1"),
     ("instructvideo", "--base tiny --partial 0.1", "--partial 0.1 of 5 steps is 0: --backprop last-1 needs"),
@@ -235,7 +235,7 @@ BAD = [
     ("instructvideo", "--base tiny --data nocaption", "a.mp4: no caption beside it"),
     ("instructvideo", "--base tiny --rank 2 --out run --resume", "has method t2v, not instructvideo"),
     # tracks (more in test_tracks.py)
-    ("das", "--base tiny", "does not run on it yet"),
+    ("das", "--base tiny", "does not run on it"),
     ("das", "--base das", "--data: give a folder"),
     ("das", "--base das --data clips", "prompt.txt: no such file"),
     ("das", "--base das --data good.txt", "wanted a folder with prompt.txt"),
@@ -260,7 +260,7 @@ BAD = [
     ("videodpo", "--base tiny --reweight -1", "--reweight"),
     ("videodpo", "--base tiny --reduce column", "unrecognized arguments: --reduce column"),
     ("videodpo", "--base tiny --stage all", "--stage: invalid choice"),
-    ("videodpo", "--base tiny-i2v", "does not run on it yet; it runs on tiny"),
+    ("videodpo", "--base tiny-i2v", "does not run on it; it runs on tiny"),
     ("videodpo", "--base videocrafter2", "--prompts: give a file of prompts"),
     ("videodpo", "--base videocrafter2 --prompts good.txt", "--score-weights: OmniScore needs a folder with"),
     ("videodpo", "--base videocrafter2 --prompts good.txt --score-weights empty",
@@ -272,11 +272,11 @@ BAD = [
     ("videodpo", "--base tiny --pairs none", "none: no such folder of pairs"),
     ("videodpo", "--base tiny --pairs clips", "clips/metadata.json: no such file"),
     ("videodpo", "--base tiny --out run", "already holds a run"),
-    ("sample", "--base tiny --prompt a/b --vbench", "--vbench: 'a/b' can be no file's name"),
+    ("sample", "--base tiny --prompt a/b --vbench", "--vbench: 'a/b' cannot be a file name"),
     # DreamVideo
     ("dreamvideo", "", "--data: give a folder or list of pictures"),
     ("dreamvideo", "--stage style", "--stage: invalid choice"),
-    ("dreamvideo", "--base modelscope --data pictures", "dreamvideo.py does not run on it yet"),
+    ("dreamvideo", "--base modelscope --data pictures", "dreamvideo.py does not run on it"),
     ("dreamvideo", "--base tiny --motion circling", "--motion circling: --base tiny --stage motion has"),
     ("dreamvideo", "--base tiny --stage motion --motion growing", "zigzagging, circling"),
     ("dreamvideo", "--base tiny --learned run", "only --stage identity goes on from a word"),
@@ -293,7 +293,7 @@ BAD = [
     ("dreamvideo", "--base tiny --eval-prompts words.txt", "does not know 'dragon'"),
     ("dreamvideo", "--base tiny --stage motion --eval-prompts bars.txt", "bars.txt row 1: none.png"),
     ("bases", "--export-adapters out --ckpt run", "a run of t2v; only dreamvideo.py's"),
-    ("bases", "--export-adapters out", "and --ckpt RUN belong together (or --export-adapters"),
+    ("bases", "--export-adapters out", "--ckpt RUN: goes with one of --pack NAME"),
     ("sample", "--ckpt run:7 --prompt a", "no such step there; kept are 2"),
     ("sample", "--ckpt run --ckpt run --prompt a", "only DreamVideo's can be joined"),
     ("sample", f"{TINY} --subject-below 300", "--subject-below: this base has no adapters of a subject"),
@@ -304,7 +304,7 @@ BAD = [
     ("demo", "--base tiny --drop-motion 2", "--drop-motion"),
     ("demo", "--base tiny --zero 1", "--zero: invalid choice"),
     ("demo", "--base tinny", "--base tinny: unknown"),
-    ("demo", "--base videocrafter2 --data clips", "does not run on it yet; it runs on tiny"),
+    ("demo", "--base videocrafter2 --data clips", "does not run on it; it runs on tiny"),
     ("demo", "--base modelscope", "--data: give a folder"),
     ("demo", "--base tiny-weak --data none", "none: no such folder"),
     ("demo", "--base tiny --eval-prompts words.txt", "does not know 'dragon'"),
@@ -315,7 +315,7 @@ BAD = [
     ("t2v", "--base tiny --train-text --rank 2", "--train-text: only the tiny"),
     # VideoLCM
     ("videolcm", "", "--data: give a folder"),
-    ("videolcm", "--base videolcm --data clips", "does not run on it yet; it runs on tiny"),
+    ("videolcm", "--base videolcm --data clips", "does not run on it; it runs on tiny"),
     ("videolcm", "--base tinny", "--base tinny: unknown"),
     ("videolcm", "--base tiny --origin 30", "--origin 30: must divide the 1000 steps"),
     ("videolcm", "--base tiny --origin 0", "--origin: '0' is not a whole number of 1 or more"),
@@ -494,5 +494,6 @@ def test_any_file(content, name, whole, place):
 
 
 def test_a_reward_must_give_one_number_each(message):
+    reward = rewards.Reward(lambda frames, prompts: np.zeros(len(frames)))
     with pytest.raises(common.UserError, match="must return a tensor"):
-        rewards.score(lambda frames, prompts: np.zeros(len(frames)), torch.zeros(1, 3, 2, 8, 8), ["a"])
+        rewards.score(reward, torch.zeros(1, 3, 2, 8, 8), ["a"])

@@ -432,7 +432,7 @@ def test_the_words_for_motions_are_one_to_tiny_weak(monkeypatch):
 def test_errors_are_one_line(message, public, tmp_path):
     out = ["--out", str(tmp_path / "x")]
     assert "--data" in message(demo.main, out)
-    assert "does not run on it yet" in message(demo.main, ["--base", "videocrafter2", "--data", ".", *out])
+    assert "does not run on it" in message(demo.main, ["--base", "videocrafter2", "--data", ".", *out])
     assert "--encoder-from 7: the motion encoder has the blocks 0..0" in message(
         demo.main, [*QUICK, "--encoder-from", "7", *out])
     folder, _ = public("modelscope")

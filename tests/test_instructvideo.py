@@ -78,16 +78,17 @@ def test_rand_is_refused(message):
     assert "last or last-K" in message(instructvideo.get_args, ["--base", "tiny", "--backprop", "rand"])
 
 
-def test_a_reward_without_prompts_prints_its_defaults(capsys):
+def test_a_reward_without_prompts_says_its_defaults():
     args = instructvideo.get_args(["--base", "tiny"])
-    assert (args.steps, args.lr, args.reward) == (100, 4e-3, "tiny") and not capsys.readouterr().out
+    assert (args.steps, args.lr, args.reward) == (100, 4e-3, "tiny")
+    assert instructvideo.changed_defaults(args) is None
     args = instructvideo.get_args(["--base", "tiny", "--reward", "size"])
     assert (args.steps, args.lr, args.reward) == (30, 3e-4, "size")
-    assert capsys.readouterr().out == (
-        "--reward size: the defaults for rewards other than tiny are --steps 30, --lr 0.0003\n")
+    assert instructvideo.changed_defaults(args) == (
+        "--reward size: defaults for rewards other than tiny: --steps 30, --lr 0.0003")
     args = instructvideo.get_args(["--reward", "size"])  # of a public base: as published
     assert (args.base, args.steps, args.lr) == ("modelscope-v1.4", 20000, 1e-5)
-    assert not capsys.readouterr().out
+    assert instructvideo.changed_defaults(args) is None
 
 
 def test_segments():
