@@ -361,7 +361,7 @@ def place(tmp_path_factory):
         (p / folder).mkdir()
         save_file({"down_blocks.0.weight": torch.zeros(1)}, p / folder / "ckpt.safetensors")
     (p / "cut" / "ckpt.safetensors").write_bytes((p / "foreign" / "ckpt.safetensors").read_bytes()[:-2])
-    t2v.main(["--base", "tiny", "--rank", "2", "--batch", "1", "--steps", "2", "--preview-every", "0",
+    t2v.main(["--base", "tiny", "--rank", "2", "--batch", "1", "--steps", "2", "--eval-n", "1", "--sample-steps", "1",
               "--no-cache-latents", "--out", str(p / "run")])
     return p
 

@@ -23,7 +23,7 @@ VADER = [
     "--steps", "5", "--batch", "1", "--lr", "2e-4", "--sweep", "0"]
 T2V = [
     "t2v.py", "--base", "tiny", "--no-cache-latents", "--preview-every", "0", "--rank", "0", "--steps", "5",
-    "--batch", "1", "--lr", "3e-5", "--lr-schedule", "constant", "--warmup", "0", "--ema", "0.9"]
+    "--batch", "1", "--lr", "3e-5", "--lr-schedule", "constant", "--warmup", "0", "--ema", "0.9", "--eval-n", "1", "--sample-steps", "1"]
 
 
 def command(processes, *args):

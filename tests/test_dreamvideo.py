@@ -289,7 +289,7 @@ def test_refused(runs, no_previews, tmp_path, message):
 
 def other_run(tmp_path):
     import t2v
-    t2v.main(["--base", "tiny", "--rank", "1", "--steps", "1", "--batch", "1", "--preview-every", "0",
+    t2v.main(["--base", "tiny", "--rank", "1", "--steps", "1", "--batch", "1", "--eval-n", "1", "--sample-steps", "1",
               "--no-cache-latents", "--out", str(tmp_path / "other")])
     return str(tmp_path / "other")
 

@@ -22,7 +22,7 @@ from bases import base_row, load_base
 from common import Env
 from weights import load_checkpoint, load_pickle
 
-T2V = ["--base", "tiny", "--batch", "2", "--no-cache-latents", "--preview-every", "0"]
+T2V = ["--base", "tiny", "--batch", "2", "--no-cache-latents", "--preview-every", "0", "--eval-n", "1", "--sample-steps", "1"]
 QUICK = {
     "t2v": (t2v, [*T2V, "--log-every", "1"]),
     "t2v-lora": (t2v, [*T2V, "--rank", "4", "--ema", "0.9", "--image-share", "0.5"]),
@@ -111,7 +111,7 @@ def test_one_step_of_videocrafter2(method, public, tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("a fox\n")
     data.write_video(tmp_path / "clips" / "a.mp4", torch.rand(3, 4, 16, 24) * 2 - 1)
     (tmp_path / "clips" / "a.txt").write_text("a fox in the snow")
-    args = {"t2v": ["--data", str(tmp_path / "clips"), "--workers", "0", "--preview-every", "1"],
+    args = {"t2v": ["--data", str(tmp_path / "clips"), "--workers", "0", "--sample-steps", "2"],
             "vader": ["--prompts", str(tmp_path / "prompts.txt"), "--reward", "brightness", "--accum", "1",
                       "--sample-steps", "2", "--eval-n", "1", "--sweep", "0"]}[method]
     seen, forward = [], models.UNet3D.forward
@@ -134,9 +134,8 @@ def test_one_step_of_videocrafter2(method, public, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("module, args", [
     (vader, ["--sample-steps", "2", "--eval-n", "1", "--sweep", "0"]),
-    (t2v, ["--rank", "2", "--preview-every", "0"]),
-    (t2v, ["--preview-every", "0"]), (videolcm, ["--preview-every", "0"]),
-    (i2vgen, ["--base", "tiny-i2v", "--eval-n", "1"])])
+    (t2v, ["--rank", "2", "--eval-n", "1", "--sample-steps", "1"]), (t2v, ["--eval-n", "1", "--sample-steps", "1"]), (videolcm, ["--eval-n", "1"]),
+    (i2vgen, ["--base", "tiny-i2v", "--eval-n", "1", "--sample-steps", "1"])])
 def test_the_text_tower_goes_when_all_texts_are_encoded(module, args, tmp_path, monkeypatch):
     towers, load, save = [], module.load_base, common.save_checkpoint
 
@@ -157,7 +156,7 @@ def test_the_text_tower_goes_when_all_texts_are_encoded(module, args, tmp_path, 
 
 
 def test_t2v_trains_from_scratch_with_its_text_encoder(tmp_path):
-    t2v.main(["--base", "tiny", "--scratch", "--batch", "2", "--no-cache-latents", "--preview-every", "1",
+    t2v.main(["--base", "tiny", "--scratch", "--batch", "2", "--no-cache-latents", "--eval-n", "1",
               "--steps", "1", "--out", str(tmp_path)])
     tensors = load_file(tmp_path / "ckpt.safetensors")
     assert any(k.startswith("text_encoder.") for k in tensors) and "input_blocks.0.0.weight" in tensors

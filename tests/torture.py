@@ -29,7 +29,7 @@ import weights
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "torture.json"
 METHODS = {
     "t2v": (t2v, ["--base", "tiny", "--rank", "2", "--batch", "1", "--steps", "10", "--save-every", "1",
-                  "--preview-every", "0", "--no-cache-latents", "--ema", "0.9"]),
+                  "--preview-every", "0", "--no-cache-latents", "--ema", "0.9", "--eval-n", "1", "--sample-steps", "1"]),
     "vader": (vader, ["--base", "tiny", "--reward", "size", "--rank", "2", "--batch", "1", "--steps", "8",
                       "--sample-steps", "2", "--decode", "0", "--eval-n", "1", "--save-every", "1",
                       "--sweep", "0"])}
