@@ -730,7 +730,7 @@ def using_average(params, ema):
 
 @contextlib.contextmanager
 def memory_advice(*options):
-    """Turn an out-of-memory error into one line that lists `options` to try, most effective first."""
+    """Turn an out-of-memory error into one line that lists `options` to try, the best one first."""
     try:
         yield
     except (MemoryError, RuntimeError) as e:

@@ -15,8 +15,8 @@ are further channels of the two inputs.
     python das.py --make-tracks clips.csv --out tracked    # clips -> a data set with tracks
     python das.py --make-tracks first.png --depth d.npy --camera "rot y 20"
     python das.py --base cogvideox-5b-i2v --weights W --data tracked --batch 1 --accum 64
-    torchrun --nproc_per_node=8 das.py --base cogvideox-5b-i2v --weights W --data tracked \\
-        --parallel fsdp                                    # as published: 64 clips per step
+    # as published: 64 clips per step
+    torchrun --nproc_per_node=8 das.py --base cogvideox-5b-i2v --weights W --data D --parallel fsdp
     python das.py ... --resume                             # continue, bit for bit
     python sample.py --ckpt out/das --image first.png --tracks tracks.mp4 --prompt "a dog"
 

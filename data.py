@@ -547,7 +547,7 @@ def _opened(path):
                     return np.rot90(file.read(index=i, constant_framerate=far), turns)
                 yield count, fps, (w, h) if turns % 2 else (h, w), get
     except ImportError:
-        raise UserError(f"{path}: reading it needs PyAV: pip install av") from None
+        raise UserError(f"{path}: reading needs PyAV (a .gif does not): pip install av") from None
     except UserError:
         raise
     except Exception as e:  # decoders raise everything there is

@@ -26,7 +26,7 @@ of a pixel, and to the tokens of a second text encoder, the motion encoder.
 Writes to --out: ckpt.safetensors (blocks and encoder), log.jsonl with all loss terms,
 curve.png, before.png, after.png and their clips, on tiny eval.jsonl (the judge's verdict).
 
-Differences from the original code (all of them: docs/differences.md)
+Differences from the original code (the others: docs/differences/demo.md)
  - The text-motion loss has a gradient. (There, activation checkpointing cuts it off.)
    --as-published: without it, and DeepSpeed's OneCycle instead of both learning rates.
  - Frozen parts have no gradients. (There, those of RAFT and others pile up unread.)

@@ -30,8 +30,7 @@ the motion lays out the path before a subject known from still pictures joins in
     python dreamvideo.py ... --resume            # continue, bit for bit
     python sample.py --ckpt out/dog:500 --ckpt out/motion:1500 ...     # RUN:STEP
 
-Differences from the original code (all of them: docs/differences.md): the first update has
-a learning rate; a mask that is missing or grey, or too short a clip, is an error.
+Differences from the original code are in docs/differences/dreamvideo.md.
 """
 from pathlib import Path
 
@@ -95,8 +94,6 @@ def get_args(argv=None):
                         f"{', '.join(tinyworld.NEW_MOTIONS)}")
     if args.learned and stage != "identity":
         raise UserError("--learned: only --stage identity goes on from a word")
-    if args.learned and not Path(args.learned).exists():
-        raise UserError(f"--learned {args.learned}: no such file, nor a run's folder")
     if args.init and len(args.init.split()) not in (1, args.vectors):
         raise UserError(f"--init {args.init!r}: give one word, or one for each of the "
                         f"{args.vectors} vectors")
@@ -223,6 +220,8 @@ def read_data(args, sampling):
     row, (frames, *size), measure = base_row(args.base), sampling.size, None
     if not row.tiny and not args.data:
         raise UserError("--data: give a folder or list of pictures (--stage motion: clips)")
+    if args.learned and not Path(args.learned).exists():
+        raise UserError(f"--learned {args.learned}: no such file, nor a run's folder")
     previews = tinyworld.tiny_previews(args.stage != "motion")
     if args.stage == "motion" and args.data:
         clips = data.VideoDataset(args.data, frames, *size, args.read_fps, args.seed)

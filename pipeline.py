@@ -623,7 +623,7 @@ class Clips:
         return not self.mixture and draw < self.args.image_share
 
     def encode(self, batch):
-        """A batch of clips -> {name: tensor (b, ...)} on the CPU: latents, and what observe() saw."""
+        """A batch of clips -> {name: tensor (b, ...)} on the CPU: latents, what observe() saw."""
         video = batch["video"]
         seen = self.observe(video, batch) if self.observe and video.shape[2] > 1 else {}
         return encode_clips(self.base, self.run.env, video) | seen
@@ -648,7 +648,7 @@ class Clips:
 
 @torch.no_grad()
 def preview(run, base, sampling, prompts, name):
-    """Sample the prompts, always from the same noise, with the averaged weights -> NAME.png and clips;
+    """Sample the prompts, always from the same noise, by the averaged weights -> NAME.png, clips;
     in the tiny world also the judge's verdict, a line of eval.jsonl. Every process must call it."""
     seeds = [f"preview-{i}" for i in range(len(prompts))]
     base.net.eval()
