@@ -352,7 +352,8 @@ def test_held_out_clips_are_not_trained_on(listed, tmp_path, message, capsys):
     warning = capsys.readouterr().err
     assert warning.count("\n") == 1 and "evaluation is on training clips" in warning
     (listed / "list.csv").write_text("video,tracking,caption\nvideos/6.mp4,tracking/6.mp4,another\n")
-    training, held_out = tracks.hold_out(parts, size, 5, listed / "list.csv")
+    others = tracks.in_buckets(listed / "list.csv", [size])
+    training, held_out = tracks.hold_out(parts, size, 5, others)
     assert training is parts and held_out[0, 0]["text"] == "another"
     assert "a smaller --frames" in message(tracks.hold_out, parts, (33, 16, 24), 1)
 
