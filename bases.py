@@ -568,7 +568,7 @@ class Base:
         return encoder(ids, layer="last", learned=self.learned)
 
     def encode_null(self, negative, n) -> Tensor:
-        """Tokens (n, m, d) of the unconditional branch; Open-Sora learned those for no words."""
+        """Tokens (n, m, d) of the unconditional branch; Open-Sora learned its own for ""."""
         if isinstance(self.net, STDiT3) and not negative:
             return self.net.null_text(n)
         return self.encode_text([negative] * n)

@@ -32,7 +32,7 @@ from torch import Tensor
 
 
 class UserError(Exception):
-    """A mistake that the user can make: one line that names the thing and the remedy."""
+    """A mistake by the user, reported in one line that says what is wrong and what to do."""
 
     def __init__(self, message):
         super().__init__(" ".join(str(message).split("\n")))
@@ -182,10 +182,10 @@ def _shuffled(n, seed, epoch):
 
 
 def batch_indices(n, first, batch, seed=0):
-    """Which of n items are the samples number first .. first + batch - 1 of a run: indices.
+    """Indices, into n items, of the samples numbered first .. first + batch - 1 of a run.
 
-    Each epoch over the n items has its own order. Everything depends on the arguments alone: a
-    resumed run reads on where it stopped, on any number of processes.
+    Each epoch has its own order. The result depends only on the arguments, so a resumed run
+    continues where it stopped, on any number of processes.
     """
     picked = []
     for i in range(first, first + batch):
@@ -198,8 +198,8 @@ class SampleNumbers:
     """The numbers, within the whole run, of the samples that this process reads: numbers[k] for
     micro-step k.
 
-    Whatever is random about a sample (its place in the data, its noise) comes from its number
-    alone, so a run does not depend on how samples are dealt out to processes and micro-steps.
+    All randomness of a sample (its place in the data, its noise) is derived from its number, so
+    a run does not depend on how samples are split over processes and micro-steps.
     samples_read: how many samples the run had read before update `start`.
     """
 
@@ -334,7 +334,7 @@ OPTIONS = {
         "--lr-schedule": dict(choices=("constant", "cosine", "cosine-restarts"), default="constant",
                               help="after the warm-up: constant, one cosine to 0, or four of them"),
         "--warmup": dict(type=NATURAL, default=0, help="steps of linear learning-rate warm-up"),
-        "--clip": dict(type=POSITIVE, default=1.0, help="largest gradient norm allowed"),
+        "--clip": dict(type=POSITIVE, default=1.0, help="gradients are clipped to this norm"),
     },
     "ema": {
         "--ema": dict(type=DECAY, default=0.0, help="decay of the weights' moving average, which "
@@ -379,7 +379,7 @@ OPTIONS = {
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line; `doc` is the file's docstring. No abbreviated options.
 
-    The types of numbers hang on it, so that a method writes type=p.COUNT.
+    Its attributes are argparse types, e.g. type=p.COUNT.
     """
     COUNT, NATURAL, REAL = staticmethod(COUNT), staticmethod(NATURAL), staticmethod(REAL)
     POSITIVE, UNSIGNED = staticmethod(POSITIVE), staticmethod(UNSIGNED)
@@ -422,8 +422,8 @@ def lr_at(step, args):
     """Learning rate of update `step` (0-based): linear warm-up, then constant, one cosine to 0,
     or four.
 
-    VGen's warm-up is one update behind and so wastes its first one, at rate 0; after it the two
-    are equal.
+    VGen's warm-up lags by one update and wastes the first one at rate 0. After warm-up the two
+    agree.
     """
     if step < args.warmup:
         return args.lr * (step + 1) / args.warmup
@@ -480,7 +480,7 @@ class Run:
         return self.env.main
 
     def attach(self, opt, params, nets, parts, meta, ema=None, ema_decay=0.0):
-        """Tell the run what trains; with --resume its state is put back here.
+        """Tell the run what is trained. With --resume, restore its state.
 
         opt: the optimizer; params: {public key: parameter} for the checkpoint (common.trained);
         nets: the networks that parallelize() wrapped; parts: {name: module} to count in the log;
@@ -538,8 +538,8 @@ class Run:
         return [self.generator("sample", i) for i in numbers]
 
     def pick(self, n, numbers):
-        """Which of n items the samples of these numbers are: every epoch has an order of its
-        own."""
+        """Indices, into n items, of the samples with these numbers; each epoch has its own
+        order."""
         return batch_indices(n, numbers[0], len(numbers), self.args.seed)
 
     def forward(self):
@@ -597,8 +597,8 @@ class Run:
         return using_average(self.params, self.ema)
 
     def record(self, name, row):
-        """A line of OUT/eval.jsonl and of the screen: what evaluation NAME found, {name: value or
-        dict}."""
+        """Write the results of evaluation NAME, {name: value or dict}, to OUT/eval.jsonl and the
+        screen."""
         keep_lines(self.out / "eval.jsonl", self.done)  # one line per step: the last word counts
         append_line(self.out / "eval.jsonl", {"step": self.done, **row})
         numbers = {k: v for part in row.values() if isinstance(part, dict) for k, v in part.items()}
@@ -882,7 +882,7 @@ def versions() -> dict:
 
 
 def draw_curve(log_path, png, keys, title="", x="step"):
-    """log.jsonl -> a picture: one panel a key, each row as a dot at its `x`, and a running mean."""
+    """Plot columns of log.jsonl: one panel per key, a dot per row at its `x`, a running mean."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -917,8 +917,7 @@ def write_atomic(path, write):
     """write(temporary path), fsync, rename: a kill at any moment leaves the old file or the new,
     whole.
 
-    Where it cannot be written (disk full, no permission) the old file stays, and a UserError says
-    so.
+    If it cannot be written (disk full, no permission), the old file stays and UserError is raised.
     """
     path = Path(path)
     tmp = path.with_name(f".{path.stem}.tmp{path.suffix}")  # the same suffix: some writers go by it
@@ -936,12 +935,12 @@ def write_atomic(path, write):
         with contextlib.suppress(OSError):
             tmp.unlink()
         reason = getattr(e, "strerror", None) or str(e)
-        raise UserError(f"{path}: cannot be written ({reason}); what was there is kept: make room "
-                        "on the disk, or give another folder") from e
+        raise UserError(f"{path}: cannot be written ({reason}); the old file is kept: free disk "
+                        "space, or give another folder") from e
 
 
 def finish(env, path, text):
-    """When every process has done its part, rank 0 writes text() to the file, and all go on."""
+    """Wait for all processes, let rank 0 write text() to the file, and wait for it."""
     for last in (False, True):
         if last and env.main:
             write_atomic(path, lambda p: p.write_text(text()))
@@ -986,8 +985,8 @@ def save_checkpoint(args, env, step, seen, params, meta, opt, ema=None, scaler=N
 
     seen: samples read so far, all processes together; params: {key: parameter} from trained();
     ema: {key: tensor} or None; meta: what sample.py needs to know, plain types. Every process
-    must call this; rank 0 writes. Kept beside them: the last --keep of ckpt-<step>.safetensors,
-    and the state before this one, for the day that a disk loses a file.
+    must call this; rank 0 writes. The last --keep of ckpt-<step>.safetensors and the
+    previous state are kept, in case a file is damaged.
     """
     def whole(t):  # only rank 0 keeps it: 8 copies of a large network would not fit
         if env.main or hasattr(t, "full_tensor"):
@@ -1115,10 +1114,9 @@ def step_of(path) -> int:
 
 
 def load_state(args, env, state, params, opt, ema=None, scaler=None) -> tuple[int, int]:
-    """Put check_out()'s state (None: a new run) back into all that trains, plain, DDP or FSDP2.
+    """Restore check_out()'s state (None: a new run) into what is trained: plain, DDP or FSDP2.
 
-    -> updates done, samples seen. Here, where the size of what trains is known, a disk too small
-    is refused.
+    -> updates done, samples read. Raises UserError if the disk is too small for the checkpoints.
     """
     from torch.distributed.tensor import DTensor, distribute_tensor
     copies = args.keep + 1 + 2 * (3 + bool(ema))  # checkpoints; two states: weights, two moments
@@ -1143,8 +1141,8 @@ def load_state(args, env, state, params, opt, ema=None, scaler=None) -> tuple[in
         return value.to(p.device)
     if set(params) != set(state["weights"]):
         first = sorted(set(params) ^ set(state["weights"]))[0]
-        raise UserError("--resume: the run's trained tensors are not those asked for (first "
-                        f"difference: {first})")
+        raise UserError("--resume: the run trained other tensors than these options would "
+                        f"(first difference: {first})")
     if (ema is None) != (state["ema"] is None):
         raise UserError("--resume: the run was made with another --ema, on or off: give the same")
     with torch.no_grad():

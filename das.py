@@ -5,17 +5,17 @@ top of CogVideoX.
     x_t = sqrt(ab_t) x0 + sqrt(1 - ab_t) eps,   v = sqrt(ab_t) eps - sqrt(1 - ab_t) x0
 
 (The original's loss, |x0_pred - x0|^2 / (1 - ab_t), is the same.) A tracking video shows
-where each point of the first frame is at any time, in the colour of its first place
-(tracks.py). Copies of the base's first blocks read its latents, and linear layers that
-start at zero add what they answer to the tokens of the frozen base. At step 0 the network
-is therefore exactly the base. Latents of the first frame and of the first tracking frame
-are further channels of the two inputs.
+where each point of the first frame is at any time, coloured by its position in that frame
+(tracks.py). Copies of the base's first blocks read the latents of the tracking video.
+After each block a linear layer, zero at first, adds its copy's answer to the tokens of
+the frozen base, so at step 0 the network is exactly the base. Latents of the first frame
+and of the first tracking frame are further channels of the two inputs.
 
     python das.py --base tiny-cogvideox                    # 2 CPU cores, 20 minutes
     python das.py --make-tracks clips.csv --out tracked    # clips -> a data set with tracks
     python das.py --make-tracks first.png --depth d.npy --camera "rot y 20"
     python das.py --base cogvideox-5b-i2v --weights W --data tracked --batch 1 --accum 64
-    # as published: 64 clips per step
+    # as published, 64 clips per step like the line above
     torchrun --nproc_per_node=8 das.py --base cogvideox-5b-i2v --weights W --data D --parallel fsdp
     python das.py ... --resume                             # continue, bit for bit
     python sample.py --ckpt out/das --image first.png --tracks tracks.mp4 --prompt "a dog"
@@ -29,10 +29,10 @@ how far the object is from its track, on held-out clips), before.png and after.p
 clips, tracks and results side by side.
 
 Differences from the original code (the others: docs/differences/das.md)
- - What trains is kept in fp32 (original: bf16).
+ - Trained weights are kept in fp32 (original: bf16).
  - Clips are shuffled anew in each epoch (original: a fixed order) and cropped, not
    squeezed.
- - Image noise and dropout are drawn per clip, not per batch.
+ - Noise on the first frame, and whether it is dropped, is drawn per clip, not per batch.
  - Tracking videos are in [-1,1] in sampling, too (original demo: [0,1]).
 """
 import torch

@@ -2,13 +2,13 @@
 
     L = L_diffusion + 0.1 L_video-motion + 0.1 L_text-motion + 0.1 L_regularization
 
-      diffusion       | net(x_t, t) - target |^2        target: the noise, or the base's own
+      diffusion       | net(x_t, t) - target |^2        target: the noise, or v if the base has v
       video motion    | D(net(x_t, t)) - D(target) |^2  D(u)[f] = |u[f+1] - u[f]| over frames
       text motion     -cos(flow of the attention maps, flow of the clip)
       regularization  -cos(motion encoder's feature of the caption, image embedding)
 
 The base's text encoder, now the content encoder, still tells its spatial transformers what
-to show. Behind each of them stands a new motion block: a copy that attends over the frames
+to show. After each of them comes a new motion block: a copy that attends over the frames
 of a pixel, and to the tokens of a second text encoder, the motion encoder.
 
     part                    starts as             trained by
@@ -28,8 +28,8 @@ curve.png, before.png, after.png and their clips, on tiny eval.jsonl (the judge'
 
 Differences from the original code (the others: docs/differences/demo.md)
  - The text-motion loss has a gradient. (There, activation checkpointing cuts it off.)
-   --as-published: without it, and DeepSpeed's OneCycle instead of both learning rates.
- - Frozen parts have no gradients. (There, those of RAFT and others pile up unread.)
+   --as-published: without it; and DeepSpeed's OneCycle sets the rate, not --lr.
+ - Frozen parts have no gradients. (There, RAFT and others accumulate unused ones.)
  - The frame to embed is scaled to [0,1]. (Published: a cast that folds its dark half.)
  - Guidance reads the negative prompt by both encoders: --drop-motion trains that (on tiny
    0.1), but does not pull the feature of the negative prompt to the clip's image.
@@ -96,7 +96,7 @@ def text_motion_loss(maps, clip_flow, optical_flow):
     tokens: how much pixel (h,w) of frame f attends to the end-of-text token, which has
     read the whole caption; 0 to 1, mean over heads. They have a gradient to both parts.
     clip_flow (b,f-1,2,H,W): the clip's optical flow, each frame to the next.
-    optical_flow(a, b): pictures (n,3,h,w) in [-1,1] -> (n,2,h,w), pixels from a to b.
+    optical_flow(a, b): pictures (n,3,h,w) -> (n,2,h,w), pixels from a to b.
     """
     same_size, cosines = {}, []
     for attention in maps:

@@ -5,13 +5,13 @@
 
     stage     trains                 frozen       data            mask m   image
     token     the word *: vectors    all else     3-6 pictures    yes      none
-    identity  adapters S             word, base   3-6 pictures    yes      none
-    motion    adapters M             all else     clips, 1 will   none     a random frame
+    identity  adapters S             all else     3-6 pictures    yes      none
+    motion    adapters M             all else     1 clip or more  none     a random frame
 
 S: one per spatial transformer, beside its attention to the text: x + attn(x, text) becomes
-S(x) + attn(x, text). M: three per temporal transformer, beside both attentions over frames
-and the feed-forward layer. Only M reads an image, the CLIP embedding of a frame, for how
-things look. New adapters are the identity, A(x) = x: every stage starts as the base.
+S(x) + attn(x, text). M: likewise three per temporal transformer, beside both attentions
+over frames and the feed-forward layer. Only M reads an image, the CLIP embedding of a
+frame, for how things look; s = 1 in training. New adapters are the identity, A(x) = x.
 
 Subject and motion are learned apart. Sampling loads S and M into one network:
 
@@ -19,7 +19,7 @@ Subject and motion are learned apart. Sampling loads S and M into one network:
                         u = net_SM(x_t, t, negative, zeros),      s = s_u
 
 sample.py --strength gives s_c, s_u. With --subject-below T (ours), S is on at t < T only:
-the motion lays out the path before a subject known from still pictures joins in.
+the path is decided before the subject, which was learned from still pictures, acts.
 
     python dreamvideo.py --base tiny --stage token --out out/token
     python dreamvideo.py --base tiny --stage identity --learned out/token --out out/dog

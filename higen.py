@@ -1,12 +1,12 @@
-"""HiGen: first what is seen, then how it moves (Qing et al., arXiv 2312.04483).
+"""HiGen: generate an image first, then its motion (Qing et al., arXiv 2312.04483).
 
     L = || net(x_t, t, text, prior, gamma_m, gamma_a) - v ||^2
 
 One network works in two passes. The spatial pass makes an image from the text. The
 temporal pass makes the clip around that image (the prior), and is told two things about
 the clip: how much it moves, gamma_m, and how much its look changes, gamma_a. In training
-all three are read off the clip. In sampling the image comes from the first pass, and the
-two factors are dials.
+all three are computed from the clip. In sampling the image comes from the first pass,
+and the two factors are options.
 
     gamma_m [i]:    how far frame i + 1 is from frame i, 0 (still) to 1000
     gamma_a [i,j]:  how alike frames i and j look, the cosine of their CLIP embeddings

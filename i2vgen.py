@@ -5,7 +5,7 @@ trainer was never released, and CogVideoX-I2V (Yang et al., arXiv 2408.06072).
     x_t = sqrt(ab_t) x0 + sqrt(1 - ab_t) eps
     v = sqrt(ab_t) eps - sqrt(1 - ab_t) x0                        (arXiv 2202.00512)
 
-The image is the clip's own first frame. What the networks are told of it:
+The image is the clip's own first frame. The networks receive it as follows:
 
     I2VGen-XL   its latent, as channels beside x_t and as 64 tokens beside the words, and
                 4 tokens of its CLIP embedding

@@ -21,7 +21,7 @@ Writes to --out: ckpt.safetensors (the LoRA), log.jsonl, curve.png, eval.jsonl (
 of held-out prompts, always from the same pure noise, and the judge's verdict on tiny
 bases), before.png and after.png with their clips, and rewards.jsonl (every sample's
 reward, and its advantage: by how many standard deviations it beats its caption's recent
-rewards). Captions differ by more than training changes: look at the mean advantage.
+rewards). Rewards vary more across captions than over training: watch the mean advantage.
 
 Differences from the original code (the others: docs/differences/instructvideo.md)
  - Dropout is off in the chain, as in sampling, and gradients are clipped (--clip).

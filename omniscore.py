@@ -40,7 +40,7 @@ def total_score(values: dict, table=None, semantic=("overall_consistency",), sha
     """{dimension: value} -> {"quality", "semantic", "total"}, each about 0..1.
 
     quality and semantic: weighted means of (value - low) / (high - low). total = (4 quality +
-    semantic) / 5, so how well a clip is made counts for more than whether it shows what was asked.
+    semantic) / 5, so visual quality counts for more than agreement with the prompt.
     """
     table, means = table or OMNISCORE, []
     for is_semantic in (False, True):
@@ -254,8 +254,7 @@ def real_dimensions(folder, flow_weights=None, device="cpu"):
 def score_folder(env, folder, score_clip):
     """OmniScore of every clip of FOLDER/metadata.json -> FOLDER/scores.jsonl.
 
-    Processes share the clips; a clip that has its score already keeps it. score_clip: of
-    clip_scorer().
+    The processes split the clips. Existing scores are kept. score_clip: from clip_scorer().
     """
     clips = read_clips(folder)
 
@@ -314,7 +313,7 @@ def read_pairs(folders, size, seed=0):
 def score_videos(folder, prompts, score_clip):
     """FOLDER/0000.mp4 ..., one clip per prompt -> FOLDER/scores.jsonl and its rows, in order.
 
-    As for pairs, what is scored is the files, not the videos that they were written from.
+    As for pairs, the compressed files are scored, not the videos in memory.
     """
     rows = []
     for i, prompt in enumerate(prompts):

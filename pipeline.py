@@ -40,7 +40,7 @@ def rollout(net, base, prompts, x_T, sampling, generators, cond=None, null_cond=
     """Prompts and noise x_T (n,c,f,h,w) -> latents (n,c,f,h,w), by the base's sampler with
     guidance.
 
-    net: base.net, or what DDP or FSDP made of it. cond, null_cond: {condition of the network:
+    net: base.net, perhaps wrapped by DDP or FSDP. cond, null_cond: {condition of the network:
     tensor (n, ...)}; the second replaces some in the unconditional branch. generators: one per
     clip, for the noise that a sampler draws. grad_last: the last K updates record gradients; the
     state before them is a constant, and texts and conditions have none. last: as in ddim(), the
@@ -101,8 +101,7 @@ def distilled(net, text, cond, sampling):
 def late_subject(fn, net, below):
     """fn(x, t) with DreamVideo's subject adapters off at steps t >= below.
 
-    The path is laid out at those steps, and a subject learned from still pictures would hold it
-    back.
+    Those steps decide the motion, and a subject learned from still pictures would reduce it.
     """
     adapters = [a for m in net.modules() if isinstance(m, SpatialTransformer)
                 for a in m.modules() if isinstance(a, Adapter)]
@@ -213,8 +212,8 @@ def generate_from(base, env: Env, prompts, images, seeds, sampling, batch=8, con
     """generate() from images, one path or Pillow image each (None: words alone), and maps, see
     conditions().
 
-    continuations: each clip is continued so often, from its last frame: (n,3,f + continuations (f
-    - 1),h,w).
+    continuations: how often each clip is extended from its last frame; the result has
+    f + continuations (f - 1) frames.
     """
     videos = []
     for k in range(continuations + 1):
@@ -249,8 +248,8 @@ def generate_folder(base, env: Env, folder, prompts, n, sampling, batch, seed, r
     """n clips per prompt -> FOLDER/clips/PROMPT-K.mp4 and metadata.json, VideoDPO's layout
     (read_clips).
 
-    Processes share the clips. Those that exist are kept, and those that a kill took come out the
-    same.
+    The processes split the work. Existing clips are kept. A resumed run makes the same clips as
+    an uninterrupted one.
     """
     folder = Path(folder)
     if (folder / "clips").exists() and not resume:
@@ -284,11 +283,10 @@ def generate_folder(base, env: Env, folder, prompts, n, sampling, batch, seed, r
 
 
 def show(run, name, videos, prompts, fps, row=None, sheet=None, headers=None, files=16):
-    """What an evaluation made -> NAME.png, NAME/*.mp4 of the first 16 clips, a line of eval.jsonl.
+    """Write an evaluation: NAME.png, NAME/*.mp4 of the first 16 clips, a line of eval.jsonl.
 
-    For the main process alone. videos (n,3,f,h,w); row: what was measured, {name: float or dict};
-    sheet: rows for the picture if they are more than the clips, under headers; files: clips that
-    are written.
+    Main process only. videos (n,3,f,h,w); row: measurements, {name: float or dict}; sheet: rows
+    of the picture (None: the clips), with column headers; files: number of clips to write.
     """
     if row is not None:
         run.record(name, row)
@@ -419,8 +417,8 @@ def plan_stages(args):
     """Options of videodpo.py -> stages to run, {folder: prompts of its clips}; refuses what cannot
     work."""
     if args.pairs and args.stage not in (None, "train"):
-        raise UserError(f"--stage {args.stage}: --pairs brings pairs that are made; leave one of "
-                        "the two")
+        raise UserError(f"--stage {args.stage}: --pairs already supplies the pairs; leave one "
+                        "of the two")
     if args.eval_pairs and not args.pairs:
         raise UserError("--eval-pairs: goes with --pairs; else held-out pairs are made from "
                         "--eval-prompts")
@@ -583,8 +581,8 @@ class Clips:
         return default_collate([data[i, i] for i in range(min(n, len(data)))])
 
     def open(self, run, base, observe=None, texts=()):
-        """Start to read. With --cache-latents all is encoded first and the image tower goes; so
-        do all captions, prompts and `texts`, and the text tower. texts None: it stays.
+        """Start reading. --cache-latents first encodes all clips and frees the image tower. It
+        also encodes captions, prompts and `texts` and frees the text tower, unless texts is None.
 
         observe(video (b,3,f,h,w), batch) -> {name: tensor (b, ...)}: what the method reads off
         clips.
@@ -675,7 +673,7 @@ def encode_tracks(base, env, video):
 # ---- conditions
 
 def training_conditions(base, sampling, texts, t, fps=None) -> dict:
-    """What a text-to-video network is told in training beside step and words, {name: tensor (n,
+    """A text-to-video network's inputs in training besides step and text, {name: tensor (n,
     ...)}.
 
     t (n,) steps. fps None: the network's own default (VideoCrafter2: 16). T2V-Turbo is told its
@@ -698,7 +696,7 @@ def training_conditions(base, sampling, texts, t, fps=None) -> dict:
 
 
 def tower_image(image, width, tower_size):
-    """Pillow image -> (3, s, s), s = tower_size: what the image tower reads beside a clip so wide.
+    """Pillow image -> (3, s, s), s = tower_size: the image tower's input for a clip of this width.
 
     VGen crops to a square, as wide as the clip but at least as the tower's input, before it scales.
     """
@@ -791,10 +789,9 @@ def read_image_pairs(path, row, image=None):
 # ---- runs and public adapters
 
 def load_run(path, tensors, meta, weights, base=None):
-    """What load_checkpoint(path) gave -> the run's base with its trained tensors put in, on the
-    CPU.
+    """The result of load_checkpoint(path) -> the run's base with its trained tensors, on the CPU.
 
-    base: one that another run was put into.
+    base: a base that already holds another run, to load this one into.
     """
     # a run of all weights holds the whole network, whatever it started from
     whole = not meta["rank"]

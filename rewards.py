@@ -1,4 +1,4 @@
-"""Rewards: how good is a clip, for its prompt? Differentiable, higher is better.
+"""Rewards: differentiable scores of clips for their prompts; higher is better.
 
 `--reward` takes a name from REWARDS or WITH_ARGUMENT (with an argument after "=" or a weight after
 ":"), a weighted sum of several, or a function of yours:
@@ -8,8 +8,8 @@
     def fn(frames, prompts):   # my_file.py: frames (n,3,h,w) in [0,1], n prompts -> rewards (n,)
         return frames[:, 2].mean((1, 2))
 
-A clip's reward is the mean of its frames' rewards. A function that judges whole clips says so with
-an attribute, `fn.clip = True`, and gets clips (b,3,f,h,w) in [0,1] and b prompts.
+A clip's reward is the mean of its frames' rewards. A function that judges whole clips sets
+`fn.clip = True` and gets clips (b,3,f,h,w) in [0,1] and b prompts.
 
     python rewards.py --video out/sample --reward hps,aesthetic   # score clips that exist
 
@@ -162,8 +162,8 @@ def temporal(clips, prompts):
     Each length is smooth at 0, so that the pixel grid costs little. It is VBench's subject
     consistency with hand-written features instead of DINO's. The shape is the mask's second and
     third moments along x and y, divided by its area so that size does not count. Position and
-    motion are left free: a reward for steadiness is highest for an object that stands still, and
-    a network soon finds that out.
+    motion do not count. Even so, an object that stands still scores highest, and training
+    exploits that.
     """
     f, h, w = clips.shape[2:]
     with torch.no_grad():  # the background is constant

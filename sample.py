@@ -2,7 +2,7 @@
 
     python sample.py --base tiny --prompt "a red circle moving left on a gray background"
     python sample.py --ckpt out/vader --prompts prompts.txt --n 4
-    python sample.py --base tiny --judge 256         # of 256 random captions, how many are obeyed?
+    python sample.py --base tiny --judge 256         # how many of 256 random captions are obeyed?
     python sample.py --ckpt out/vader --prompts prompts.txt --reward hps,aesthetic  # scores, too
     torchrun --nproc_per_node=4 sample.py --base modelscope --weights W --prompts prompts.txt
     python sample.py --base i2vgen-xl --image dog.png --prompt "a dog runs"
@@ -17,8 +17,8 @@
     python sample.py --ckpt out/identity:500 --ckpt out/motion --prompt "a * turns"
 
 Writes OUT/0000.mp4 ..., OUT/sheet.png (a contact sheet) and OUT/index.jsonl (file, prompt, seed,
-base, adapters, settings and, with --reward, scores). What goes with the clips is in folders of
-its own: OUT/side (tracks beside the result), OUT/first (the first frames that --judge drew).
+base, adapters, settings and, with --reward, scores). Two more folders may be written: OUT/side
+(tracks beside the result) and OUT/first (the first frames that --judge drew).
 
 A clip depends on its prompt, its number and --seed alone, not on --batch or the number of
 processes. Memory: prompts are encoded first, and the text towers are freed before the networks
@@ -114,7 +114,7 @@ def get_args(argv=None):
                    help="run the two branches of guidance one after the other: less memory")
     p.add_argument("--decode-chunk", type=p.COUNT, default=16,
                    help="frames that the autoencoder decodes at a time")
-    p.add_argument("--batch", type=p.COUNT, default=4, help="samples per process and micro-step")
+    p.add_argument("--batch", type=p.COUNT, default=4, help="clips generated at a time per process")
     p.add_argument("--seed", type=p.NATURAL, default=0, help="seed of everything random")
     p.set_defaults(out="out/sample")
     args = p.parse_args(argv)
@@ -123,7 +123,7 @@ def get_args(argv=None):
     if args.reward_weights and not args.reward:
         raise UserError("--reward-weights: of which reward? give --reward")
     if args.motion and not args.judge:
-        raise UserError("--motion: is of the clips of --judge N; give --judge, or use --prompt")
+        raise UserError("--motion: chooses the clips of --judge N; give --judge, or use --prompt")
     if sum(bool(x) for x in (args.prompt, args.prompts, args.judge)) > 1:
         raise UserError("give only one of --prompt TEXT, --prompts FILE, --judge N (tiny)")
     return args
@@ -139,8 +139,8 @@ def add_conditions(p):
     p.add_argument("--track-strength", type=p.UNSIGNED,
                    help="weight of the tracks; 0 ignores them (default: 1)")
     p.add_argument("--video", help="SR600: clip or folder of clips to enlarge; VideoComposer: "
-                                   "video of which --mask hides a part; DreamVideo: clip whose "
-                                   "motion to start near")
+                                   "video that --mask partly hides; DreamVideo: clip whose "
+                                   "motion guides the starting noise")
     p.add_argument("--mask", help="VideoComposer: picture that is white where the video is hidden")
     p.add_argument("--depth", help="VideoComposer: depth maps, .npy or video; with --midas a clip")
     p.add_argument("--midas", metavar="FILE",
@@ -187,7 +187,7 @@ def main(argv=None):
 
 
 def play(args):
-    """Everything that the options ask for, from files to files."""
+    """Generate, score and write all that the options ask for."""
     if args.base:
         base_row(args.base)  # an unknown name is refused before anything is read
     runs = read_runs(args)
@@ -267,7 +267,7 @@ def named_size(args, row) -> dict:
 
 
 def check_conditions(args, row, sampling):
-    """Refuse what the base has no use for, and ask for what it needs, before anything is loaded."""
+    """Raise UserError, before loading anything, for inputs that the base cannot use or lacks."""
     check_files(args, row)
     if args.subject_below is not None and not row.unet.adapter_image_dim:
         raise UserError("--subject-below: this base has no adapters of a subject")

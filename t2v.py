@@ -6,9 +6,9 @@ As VGen trains ModelScopeT2V (Wang et al., arXiv 2308.06571):
     x_t = sqrt(ab_t) x0 + sqrt(1 - ab_t) eps
     target: the base's, eps or v = sqrt(ab_t) eps - sqrt(1 - ab_t) x0
 
-Around this loss: some captions are dropped, so that sampling can use guidance; some
-steps train on single images, which keeps frames sharp; the noise has a part that a whole
-frame shares; a moving average of the weights is saved.
+In addition, some captions are dropped, so that sampling can use guidance. Some steps
+train on single images, which keeps frames sharp. Part of the noise is constant over each
+frame. With --ema, a moving average of the weights is saved.
 
     python t2v.py --base tiny --steps 50                 # fine-tune; a minute on a CPU
     python t2v.py --base tiny --scratch                  # how assets/tiny was trained
@@ -32,7 +32,7 @@ Differences from the original code (the others: docs/differences/t2v.md)
    rates; fewer than 8 processes take turns at them.
  - Dropped captions become --negative, "" by default. (VGen: its negative prompt.)
  - VGen halves the gradients of layers that an image model has, too, which AdamW cancels.
-   --spatial-lr 0.5 is what it meant.
+   --spatial-lr 0.5 has the intended effect.
  - Noise and dropout are keyed by the sample's number, so runs do not depend on --batch.
 """
 import torch

@@ -1,13 +1,14 @@
 """TF-T2V: learn motion from videos that have no captions (Wang et al., arXiv 2312.15770).
 
     L = || net(x_t, t, c) - v ||^2  +  lambda || d net(x_t, t, c) - d v ||^2
-    d: the difference between neighbouring frames (the coherence loss, lambda = 0.1)
+    d: the difference between neighbouring frames; clips only (coherence, lambda = 0.1)
+    v: the target of --base tft2v; a base that predicts noise has eps
 
 Captioned videos are rare; captioned images and plain videos are not. One network learns
 from both in turn. In the content branch it sees single images, c = their captions. In
 the motion branch it sees clips without captions, c = the CLIP embedding of the middle
-frame, which says what is shown but not how it moves. Sampling combines the two: words
-say what is shown, and motion comes from the clips.
+frame, which gives the content but not the motion. Sampling combines the two: the prompt
+sets the content, and the motion is what was learned from the clips.
 
     python tft2v.py --base tiny                  # an image model learns to move; minutes
     python tft2v.py --base tiny --image-share 1  # the same steps without clips
@@ -28,8 +29,8 @@ same noise; on tiny bases eval.jsonl holds the judge's verdict on them.
 Memory: as t2v.py on the same base and size (not measured).
 
 Differences from the original: its training code is not public; this follows the paper.
- - How often the image embedding is dropped is ours, see see_image().
- - Steps on images and on clips alternate at random, --image-share of them on images.
+ - The dropout rate of the image embedding is our choice, see see_image().
+ - A coin with --image-share decides whether a batch is images or clips.
 """
 import torch
 

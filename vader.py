@@ -4,7 +4,7 @@
     J(theta) = E_{text, x_T} [ r(decode(x_0(theta)), text) ],  theta += lr dJ/dtheta  (eq. 1)
 
 Algorithm 1: sample a prompt and noise, run the whole sampler with guidance, decode some
-frames, ask the reward how good they are, and backpropagate through the decoder and the
+frames, score them with the reward, and backpropagate through the decoder and the
 last K sampler updates into LoRA weights. There is no data, no reference model and no KL
 term: stop early.
 
@@ -25,8 +25,8 @@ of held-out prompts, always from the same noise, and the judge's verdict on tiny
 before.png and after.png with their clips, sweep.png (LoRA strength against reward and
 damage), and with --patience best.safetensors.
 
-Memory: with --backprop last and one decoded frame, one network call and one decoder call
-hold activations. Peak on an H100 in bf16, batch 1, without the text tower: ModelScope,
+Memory: with --backprop last and one decoded frame, one sampler update and one decoder
+call hold activations. Peak on an H100 in bf16, batch 1, without the text tower: ModelScope,
 16 frames of 256x256: 7.4 GB or less; VideoCrafter2, 16 frames of 320x512: 8.7 GB.
 
 Differences from the original code (the others: docs/differences/vader.md)
@@ -54,7 +54,7 @@ PAPER = dict(
     steps=450, accum=16, lr=2e-4, save_every=50,
     rank=16, alpha=16.0, lora_targets=["to_q", "to_k", "to_v"])
 VIDEOCRAFTER2 = dict(frames=12, fps=24, alpha=8.0, wd=0.01, accum=8)
-MODELSCOPE = dict(height=384, width=384, sampler="dpmpp", accum=16)
+MODELSCOPE = dict(height=384, width=384, sampler="dpmpp")
 OPENSORA = dict(
     height=276, width=368, sample_steps=30, steps=800, accum=8, wd=0.01,
     alpha=8.0, lora_targets=["qkv", "q_linear", "kv_linear"])
@@ -150,9 +150,9 @@ def roll_out(net, base, env, prompts, images, generators, sampling, k, continuat
 
     The gradient is cut here: of a sampler's n updates the first n - k run without
     recording, so the state they end in is a constant, and dx_0/dtheta reaches back
-    through the last k network calls only. The conditions are constants, too: a
-    continuation starts from the last frame of the clip before it, as a picture (8-bit
-    pixels), so no gradient flows from clip to clip.
+    through the last k updates only; each calls the network twice, for guidance. The
+    conditions are constants, too: a continuation starts from the last frame of the clip
+    before it, as a picture (8-bit pixels), so no gradient flows from clip to clip.
 
     images: a first frame (Pillow) or None per prompt; generators: one per video, for its
     noise.

@@ -3,11 +3,11 @@
     L = || net(x_t, t, text, maps, image) - v ||^2
 
 Besides the text the network sees maps as large as the clip: depth, sketches of all
-frames or of the first, motion vectors, the first frame itself. A small encoder for each
-makes channels of it, and their sum stands beside the noisy latents at the first
-convolution. The CLIP embedding of one frame, as further tokens beside the text, tells the
-style. All of them are read off the training clip, and each is dropped at random, so that
-any subset works in sampling.
+frames or of the first, motion vectors, the first frame itself. A small encoder turns
+each map into channels, and their sum is concatenated to the noisy latents. The CLIP
+embedding of one frame, as additional tokens after the text, sets the style. All of these
+are computed from the training clip, and each is dropped at random, so that any subset
+works in sampling.
 
     python vcomposer.py --base tiny-vcomposer            # 2 CPU cores, minutes
     python vcomposer.py --weights W --data clips.csv --flow-weights raft.pth --rank 16
@@ -26,7 +26,7 @@ Memory: as t2v.py on the same base and size (not measured).
 
 Differences from the original: its training code is not public; this follows the paper
 and VGen's network.
- - Which maps are dropped together is ours, see drop_maps().
+ - The rule for dropping maps is our choice, see drop_maps().
  - Sketches are Sobel's edges, not PiDiNet's. Motion is RAFT's flow, not the codec's
    vectors, in the middle of every 16x16 pixels; without --flow-weights it is left out.
  - Masks are not trained, nor depth on real clips (the tiny world knows its own).

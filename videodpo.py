@@ -5,8 +5,8 @@
     w = (0.72 / score)^alpha,  score = OmniScore(x_w) OmniScore(x_l)
 
 Four stages. generate: N clips per prompt. score: the OmniScore of each, seven dimensions
-of VBench in one number. pair: a prompt's best clip x_w and its worst x_l. train: become
-better on winners and worse on losers than the reference, the network before training.
+of VBench in one number. pair: a prompt's best clip x_w and its worst x_l. train: fit
+winners better and losers worse than the reference (the network before training) does.
 
     python videodpo.py --base tiny                      # all stages, minutes on 2 CPU cores
     python videodpo.py --weights W --prompts P --score-weights S      # VideoCrafter2
@@ -23,7 +23,7 @@ in --dtype: 18 bytes per parameter in bf16. LoRA needs no second network.
 
 Differences from the original code (the others: docs/differences/videodpo.md)
  - One logistic term per video. (Released: one per latent column.)
- - No dropout. (Released: it makes policy and reference differ before any training.)
+ - No dropout in the network. (Released: with it policy and reference differ from the start.)
 """
 import argparse
 from functools import partial
@@ -69,9 +69,9 @@ def get_args(argv=None):
     p.add_argument("--beta-dpo", type=p.POSITIVE,
                    help="beta: how closely the policy is tied to the reference")
     p.add_argument("--reweight", type=p.UNSIGNED, default=0.0, metavar="ALPHA",
-                   help="alpha of the pairs' weights; 0: all pairs weigh the same")
+                   help="alpha of the pairs' weights; 0, as released: all pairs weigh the same")
     p.add_argument("--share-noise", action=argparse.BooleanOptionalAction, default=False,
-                   help="noise both clips of a pair alike (released: independently)")
+                   help="one step t and one noise for both clips of a pair (released: two)")
     p.add_argument("--max-step", type=p.SHARE, default=1.0,
                    help="noisiest step to train on, as a share of all steps")
     p.options("data", without=("--data", "--read-fps", "--cache-latents"))

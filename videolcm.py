@@ -15,7 +15,7 @@ t to s = t - 1000 / origin. theta are the student's weights, theta- the target's
 average of them. So the student learns guidance, too, and a clip costs 4 network calls
 instead of 2 x 50. T2V-Turbo (Li et al., arXiv 2405.18750) adds
 
-    --cfg-range   w is drawn per clip and told to the student: --cfg still turns it
+    --cfg-range   w is drawn per clip and given to the student: --cfg still works
     --reward      L - E r(decode(f(x_t, t; theta)), text), a reward of the jump (eq. 13)
 
     python videolcm.py --base tiny                        # 2 CPU cores, minutes
@@ -83,8 +83,8 @@ def get_args(argv=None):
     p.options("optimisation")
     p.add_argument("--ema", type=p.DECAY,
                    help="decay of the weights' moving average, which is what gets saved; 0: "
-                        "no average (default: 0.95; the average is the target, so with 0 the "
-                        "target is the student)")
+                        "no average (default: 0.95, VideoCrafter2 0; the average is the target, "
+                        "so with 0 the target is the student)")
     p.options("lora machine evaluation run")
     args = p.parse(argv, PAPER, PRESETS)
     if 1000 % args.origin:
@@ -126,11 +126,11 @@ def consistency_step(student, teacher, target, schedule, x0, eps, n, origin=50, 
     f is diffusion.consistency(), which the sampler calls, too. student, teacher (with
     guidance), target: fn(x, t (b,)) -> the network's answer. x0, eps: clean latents and
     noise (b,c,f,h,w). n (b,): which of the teacher's `origin` steps to look at; 0 is the
-    last one, which ends at the clip. c: of the norm.
+    last one, which ends at step 0. c: of the norm.
     """
     length = len(schedule.alpha_bar) // origin  # of one step of the teacher
     t = length * (n + 1) - 1                    # 19, 39, ..., 999 if origin = 50
-    s = (t - length).clamp(min=0)               # f(x, 0) = x: here the loss meets the data
+    s = (t - length).clamp(min=0)               # t = 19: the teacher's own clean clip, f(x, 0) = x
     x_t = schedule.add_noise(x0, eps, t)
     with torch.no_grad():
         x_s = ddim_step(schedule, teacher(x_t, t).float(), x_t, t, s)
@@ -154,7 +154,7 @@ def distil(student, teacher, target, base, sampling, captions, x0, generators, s
     text, null = base.encode_text(captions), base.encode_null(sampling.negative, len(x0))
     cond = pipeline.frame_rate(sampling.fps, len(x0), x0.device)
     told, dim = dict(cond), base.row.unet.guidance_dim
-    if dim:  # --cfg-range: student and target are told the scale
+    if dim:  # of add_guidance(): student and target are told w
         told["guidance"] = models.guidance_embedding(w, dim)
 
     def scale(step):  # of guidance: one per clip, the same at each step

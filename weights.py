@@ -1,7 +1,7 @@
 """Weight files: download, layouts, strict loading, LoRA formats, and our own checkpoints.
 
-Nothing here knows a network: the map from public names to ours stands next to each network and is
-passed in.
+This file is independent of the networks: each network's file defines the map from public names to
+ours and passes it in.
 """
 import json
 import struct
@@ -456,8 +456,8 @@ def local_file(root, url):
 def fetch(url, name, flag="--base", option="--weights"):
     """"hub:repo:file" -> path of a local copy, downloaded if need be. Hubs: hf, ms, gh.
 
-    The UserError names what asked for the file, `flag` and name, and `option`, the other way to
-    supply it.
+    The UserError names `flag` and name, which asked for the file, and `option`, which can supply
+    it from a local folder.
     """
     hub, repo, file = url.split(":", 2)
     site = {"hf": "huggingface.co", "ms": "modelscope.cn", "gh": "github.com"}[hub]
