@@ -282,9 +282,9 @@ def test_offload_changes_nothing_but_where_things_wait(method, more, tmp_path):
     packed = []
 
     class Spy(torch.autograd.graph.save_on_cpu):
-        def __init__(self, pinned):
-            packed.append(pinned)
-            super().__init__(pinned)
+        def __init__(self, pin_memory):
+            packed.append(pin_memory)
+            super().__init__(pin_memory)
     for name, option in (("plain", []), ("offload", ["--offload"])):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.autograd.graph, "save_on_cpu", Spy)
