@@ -400,7 +400,7 @@ def test_scores_of_a_folder(tmp_path, monkeypatch, message):
     net, _, prepare = open_clip.create_model_and_transforms("small-clip")
     torch.save(net.state_dict(), tmp_path / "clip.pt")
     monkeypatch.setattr(metrics, "DINO", lambda: DINO(width=16, heads=2, layers=1))
-    dino = text_encoders.DINO()
+    dino = metrics.DINO()
     torch.save({dino_name(k): v for k, v in dino.state_dict().items()}, tmp_path / "dino.pth")
     (tmp_path / "dog").mkdir()
     for i in range(2):
