@@ -23,7 +23,6 @@ import dreamvideo
 import metrics
 import pipeline
 import sample
-import text_encoders
 import tinyworld
 from models import Adapter
 from text_encoders import DINO, dino_name
