@@ -303,7 +303,7 @@ def test_errors_are_one_line(message, tmp_path, small):
     out = ["--out", str(tmp_path / "x")]
     assert "--data" in message(das.main, out)
     assert "goes with --data" in message(das.main, ["--eval-data", str(tmp_path), *out])
-    assert "branch of das has 18" in message(das.main, [*small("das")[:6], "--tracking-blocks", "18", *out])
+    assert "branch of das has" in message(das.main, [*small("das"), "--tracking-blocks", "3", *out])
     assert "tiny-cogvideox" in message(das.main, ["--base", "tiny-i2v", *out])
     tiny = ["--base", "tiny-cogvideox", *out]
     assert "6 blocks to copy" in message(das.main, [*tiny, "--tracking-blocks", "7"])
