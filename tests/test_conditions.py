@@ -86,7 +86,7 @@ def test_depth_by_transformers(public, tmp_path, monkeypatch):
 
 
 def test_longer_and_larger_weights_of_tft2v():
-    assert bases.BASES["tft2v-32"].sample["frames"] == 32
+    assert bases.BASES["tft2v-32"].sample.frames == 32
     assert bases.latent_shape("vcomposer-hd", 16, 512, 896) == (4, 16, 64, 112)
     nets = [{row.net for name, row in bases.BASES.items() if name.startswith(kind)} for kind in
             ("tft2v", "vcomposer")]

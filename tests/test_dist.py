@@ -205,7 +205,8 @@ import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import torch, torch.distributed as dist
 from common import full
-from models import CogVideoX, parallelize
+from dit import CogVideoX
+from models import parallelize
 from test_cogvideox import SMALL, filled, inputs
 torch.manual_seed(0)
 args, cond = inputs()
