@@ -22,7 +22,7 @@ from diffusion import make_schedule, number_of_updates
 from dit import (
     PATCH, CogVideoX, CogVideoXConfig, STDiT3, STDiT3Config, cogvideox_state, stdit3_state)
 from models import (
-    UNet3D, UNetConfig, fits, merge_public_lora, read_peft_lora, unet_state,
+    UNet3D, UNetConfig, add_lora, fits, merge_public_lora, read_peft_lora, unet_state,
     videocrafter_name, with_motion_blocks, with_new_conditions, zero_init)
 from text_encoders import (
     CLIPConfig, OpenCLIPText, OpenCLIPVision, T5Config, T5Text, image_state, placeholder_id,
@@ -551,6 +551,20 @@ class Base:
             module.requires_grad_(False)
             if dtype is not None:
                 module.to(torch.bfloat16 if half else dtype)
+
+    def train_net(self, args, dtype, also=()):
+        """Train LoRA branches (--rank) or all weights (--rank 0) of the network from now on.
+
+        The rest is frozen, in `dtype`, except for networks in `also`. What trains keeps its own
+        type: fp32 for branches, load_base()'s for weights.
+        """
+        if args.rank:
+            add_lora(self.net, args.rank, args.alpha, args.lora_targets)
+        else:
+            self.net.requires_grad_(True)
+        self.freeze(dtype, but=["net", *also])
+        self.net.grad_ckpt = args.grad_ckpt
+        self.net.train()
 
     def encode_text(self, prompts, motion=False) -> Tensor:
         """List of str -> tokens (b, n, d) on the encoder's device; motion: by DEMO's encoder."""

@@ -484,9 +484,10 @@ class Run:
 
         opt: the optimizer; params: {public key: parameter} for the checkpoint (common.trained);
         nets: the networks that parallelize() wrapped; parts: {name: module} to count in the log;
-        meta: plain values that sample.py needs. ema: {key: tensor} that follow params with
-        constant ema_decay; None: copies are made if ema_decay is not 0, and the decay is warmed
-        up so that the start is forgotten.
+        meta: plain values that sample.py needs besides method, base and --rank, --alpha and
+        --lora-targets. ema: {key: tensor} that follow params with constant ema_decay; None:
+        copies are made if ema_decay is not 0, and the decay is warmed up so that the start is
+        forgotten.
         """
         self.opt, self.params, self.nets = opt, params, nets
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
@@ -497,7 +498,8 @@ class Run:
             self.args, self.env, self.state, params, opt, self.ema, self.scaler)
         self.state = None  # not these copies for the whole run
         self.done = self.start
-        self.meta = dict(meta, method=self.method, base=self.args.base)
+        lora = {k: v for k, v in vars(self.args).items() if k in ("rank", "alpha", "lora_targets")}
+        self.meta = dict({"rank": 0} | lora | meta, method=self.method, base=self.args.base)
         self.numbers = SampleNumbers(self.args, self.env, self.start, self.samples_read)
         self.guard = FiniteGuard(self.env)
         self.log = Log(self.args, self.env, parts, self.start)
@@ -592,9 +594,16 @@ class Run:
         due = every and self.done % every == 0 and self.done < self.args.steps
         return bool(due and not self.stopped)
 
-    def averaged(self):
-        """Context in which the trained weights are their moving average, where there is one."""
-        return using_average(self.params, self.ema)
+    @contextlib.contextmanager
+    def averaged(self, net):
+        """Context to sample in: `net` does not drop out, and the trained weights are their moving
+        average, where there is one."""
+        net.eval()
+        try:
+            with using_average(self.params, self.ema):
+                yield
+        finally:
+            net.train()
 
     def record(self, name, row):
         """Write the results of evaluation NAME, {name: value or dict}, to OUT/eval.jsonl and the

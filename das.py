@@ -147,7 +147,7 @@ def main(argv=None):
     net = parallelize(base.net, args.parallel, run.device, args.offload)
     params = trained({"": base.net})
     opt = torch.optim.AdamW(params.values(), args.lr, args.betas, weight_decay=args.wd)
-    meta = dict(rank=0, tracking_blocks=args.tracking_blocks, sample=sampling.metadata())
+    meta = dict(tracking_blocks=args.tracking_blocks, sample=sampling.metadata())
     run.attach(opt, params, [net], base.parts(), meta, ema_decay=args.ema)
     if args.cache_latents:
         parts = [cached(run, base, part, k) for k, part in enumerate(parts)]
@@ -241,14 +241,12 @@ def evaluate(run, base, sampling, clips, name):
     if base.row.first_frame:
         images = [frame_picture(clip["video"][:, 0]) for clip in clips]
     seeds = [f"eval-{i}" for i in range(len(clips))]
-    base.net.eval()
-    with run.averaged():
+    with run.averaged(base.net):
         with run.forward():
             encoded = [encode_tracks(base, run.env, clip["tracks"]) for clip in clips]
         maps = {k: torch.cat([latents[k] for latents in encoded]) for k in encoded[0]}
         videos = generate_split(
             base, run.env, prompts, seeds, sampling, run.args.batch, images, maps=maps)
-    base.net.train()
     if not run.main:
         return
     motions = [clip["motion"] for clip in clips]

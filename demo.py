@@ -198,7 +198,7 @@ def main(argv=None):
               dict(params=list(words.values()), lr_factor=args.encoder_lr / args.lr)]
     opt = torch.optim.AdamW(groups, args.lr, args.betas, weight_decay=args.wd)
     run.attach(opt, blocks | words, [net, encoder], base.parts(),
-               dict(rank=0, sample=sampling.metadata()), ema_decay=args.ema)
+               dict(sample=sampling.metadata()), ema_decay=args.ema)
 
     def encode(batch):
         return encode_clips(base, run.env, batch["video"], optical_flow, embed_image)

@@ -180,7 +180,7 @@ def main(argv=None):
     learning = [p for p in params.values() if p.requires_grad]
     opt = torch.optim.AdamW(learning, args.lr, args.betas, weight_decay=args.wd)
     run.attach(opt, params, [net], base.parts() | {"word": nn.ParameterList(word.values())},
-               dict(rank=0, stage=args.stage, sample=sampling.metadata()))
+               dict(stage=args.stage, sample=sampling.metadata()))
 
     def encode(batch):
         encoded = {k: v for k, v in batch.items() if k == "mask"}
@@ -286,10 +286,9 @@ def evaluate(run, base, sampling, previews, measure, name):
     """Clips of the previews, always from the same noise -> NAME.png, clips, eval.jsonl."""
     images, prompts = zip(*previews)
     seeds = [f"eval-{i}" for i in range(len(prompts))]
-    base.net.eval()
-    videos = pipeline.generate_split(
-        base, run.env, prompts, seeds, sampling, run.args.batch, images)
-    base.net.train()
+    with run.averaged(base.net):
+        videos = pipeline.generate_split(
+            base, run.env, prompts, seeds, sampling, run.args.batch, images)
     if run.main:
         row = measure(videos) if measure else None
         pipeline.show(run, name, videos, prompts, sampling.save_fps, row)

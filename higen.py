@@ -41,7 +41,7 @@ from bases import choose_sampling, load_base
 from common import Parser, Run, run_command, trained
 from data import clip_frames
 from diffusion import appearance_rows, diffusion_loss, draw_noise
-from models import add_lora, parallelize, seed_dropout
+from models import parallelize, seed_dropout
 from pipeline import Clips, generate_split, show
 from tinyworld import judge, tiny_captions
 
@@ -134,8 +134,7 @@ def main(argv=None):
     net = parallelize(base.net, args.parallel, run.device, args.offload, unused=True)
     params = trained({"": net})
     opt = torch.optim.AdamW(params.values(), args.lr, args.betas, weight_decay=args.wd)
-    meta = dict(rank=args.rank, alpha=args.alpha, lora_targets=args.lora_targets,
-                sample=sampling.metadata())
+    meta = dict(sample=sampling.metadata())
     run.attach(opt, params, [net], base.parts(), meta, ema_decay=args.ema)
     clips.open(run, base, lambda video, _: {"alike": likeness(base, run.env, video)})
 
@@ -167,13 +166,7 @@ def load(args, run):
     base = load_base(args.base, args.weights, run.device, dtype, image=True)
     if base.row.tiny and not (run.resumed or args.rank):
         fit_resampler(base)
-    if args.rank:
-        add_lora(base.net, args.rank, args.alpha, args.lora_targets)
-    else:
-        base.net.requires_grad_(True)
-    base.freeze(run.dtype, but=["net"])  # what is frozen needs half the memory
-    base.net.grad_ckpt = args.grad_ckpt
-    base.net.train()
+    base.train_net(args, run.dtype)
     return base
 
 
@@ -205,13 +198,11 @@ def evaluate(run, base, sampling, prompts, name):
     last), and on tiny bases mean speeds. Every process must call it."""
     seeds = [f"preview-{i}" for i in range(len(prompts))]
     dials = [round(sampling.motion_factor * dial) for dial in DIALS]
-    base.net.eval()
     made = []
-    with run.averaged():
+    with run.averaged(base.net):
         for dial in dials:
             turned = replace(sampling, motion_factor=dial)
             made.append(generate_split(base, run.env, prompts, seeds, turned, run.args.batch))
-    base.net.train()
     if run.main:
         row = None
         if base.row.tiny:

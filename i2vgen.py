@@ -45,7 +45,7 @@ import tinyworld
 from bases import base_row, choose_sampling, load_base
 from common import Parser, Run, UserError, run_command, seed_of, trained
 from diffusion import diffusion_loss, offset_noise, randn
-from models import add_lora, parallelize, seed_dropout
+from models import parallelize, seed_dropout
 
 # I2VGen-XL's configuration; LoRA is ours.
 PAPER = dict(
@@ -156,8 +156,7 @@ def main(argv=None):
     nets = train(args, run, base)
     net, params = nets[""], trained(nets)
     opt = torch.optim.AdamW(params.values(), args.lr, args.betas, weight_decay=args.wd)
-    meta = dict(rank=args.rank, alpha=args.alpha, lora_targets=args.lora_targets,
-                sample=sampling.metadata())
+    meta = dict(sample=sampling.metadata())
     run.attach(opt, params, list(nets.values()), base.parts(), meta, ema_decay=args.ema)
     if args.cache_latents:
         about = dict(size=sampling.size, fps=read_fps, rows=seed_of(rows or args.motion))
@@ -205,13 +204,7 @@ def train(args, run, base):
     encoders = {}
     if trains_encoders(args):
         encoders = {"text_encoder": base.text_encoder, "image_encoder": base.image_encoder}
-    base.freeze(run.dtype, but=["net", *(name.replace("_", " ") for name in encoders)])
-    if args.rank:
-        add_lora(base.net, args.rank, args.alpha, args.lora_targets)
-    else:
-        base.net.requires_grad_(True)
-    base.net.grad_ckpt = args.grad_ckpt
-    base.net.train()
+    base.train_net(args, run.dtype, also=[name.replace("_", " ") for name in encoders])
     nets = {"": parallelize(base.net, args.parallel, run.device, args.offload)}
     for name, encoder in encoders.items():
         if encoder is not None:
@@ -260,11 +253,9 @@ def evaluate(run, base, sampling, pairs, name):
     eval.jsonl, NAME.png, NAME/*.mp4. Every process must call it."""
     images, captions = (list(column) for column in zip(*pairs))
     seeds = [f"eval-{i}" for i in range(len(pairs))]
-    base.net.eval()
-    with run.averaged():
+    with run.averaged(base.net):
         videos = pipeline.generate_split(
             base, run.env, captions, seeds, sampling, run.args.batch, images)
-    base.net.train()
     if not run.main:
         return
     size = sampling.height, sampling.width

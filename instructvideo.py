@@ -215,8 +215,7 @@ def main(argv=None):
     net = parallelize(base.net, args.parallel, run.device, args.offload)
     params = trained({"": net})
     opt = torch.optim.AdamW(params.values(), args.lr, args.betas, weight_decay=args.wd)
-    meta = dict(rank=args.rank, alpha=args.alpha, lora_targets=args.lora_targets,
-                sample=sampling.metadata())
+    meta = dict(sample=sampling.metadata())
     run.attach(opt, params, [net], base.parts(), meta)
     base.remember(texts, run.env)  # every text is encoded once; then the text tower goes
     batches = read_batches(data, run.numbers, args.seed, args.workers)

@@ -387,7 +387,9 @@ def evaluate_reward(run, base, sampling, reward, items, name, watch=None, contin
         beyond = torch.cat([videos[:, :, :1], videos[:, :, sampling.frames:]], dim=2)
         later = statistics(reward, beyond, prompts, run.device)
         row |= {"later": later["reward"], "later_sd": later["reward_sd"]}
-    if watch:
+    if watch is reward:
+        row["watch"] = row["reward"]
+    elif watch:
         row["watch"] = statistics(watch, videos, prompts, run.device)["reward"]
     show(run, name, videos, prompts, sampling.save_fps, row)
 
@@ -649,10 +651,8 @@ def preview(run, base, sampling, prompts, name):
     """Sample the prompts, always from the same noise, by the averaged weights -> NAME.png, clips;
     in the tiny world also the judge's verdict, a line of eval.jsonl. Every process must call it."""
     seeds = [f"preview-{i}" for i in range(len(prompts))]
-    base.net.eval()
-    with run.averaged():
+    with run.averaged(base.net):
         videos = generate_split(base, run.env, prompts, seeds, sampling, run.args.batch)
-    base.net.train()
     if run.main:
         row = {"judge": judge_captions(videos, prompts)} if base.row.tiny else None
         show(run, name, videos, prompts, sampling.save_fps, row)

@@ -41,7 +41,7 @@ from bases import base_row, choose_sampling, load_base
 from common import Parser, Run, UserError, run_command, trained
 from diffusion import diffusion_loss, draw_noise, make_schedule
 from models import (
-    TemporalConv, TemporalTransformer, add_lora, forget_motion, parallelize, seed_dropout)
+    TemporalConv, TemporalTransformer, forget_motion, parallelize, seed_dropout)
 from pipeline import Clips, frame_rate, preview
 
 # VGen's t2v_train.yaml; LoRA is ours
@@ -129,8 +129,7 @@ def main(argv=None):
     params = trained(nets)
     groups = parameter_groups(base.net, params, args.spatial_lr)
     opt = torch.optim.AdamW(groups, args.lr, args.betas, weight_decay=args.wd)
-    meta = dict(rank=args.rank, alpha=args.alpha, lora_targets=args.lora_targets,
-                sample=sampling.metadata(), schedule=schedule)
+    meta = dict(sample=sampling.metadata(), schedule=schedule)
     run.attach(opt, params, list(nets.values()), base.parts(), meta, ema_decay=args.ema)
     clips.open(run, base, texts=None if trains_text(args) else ())
 
@@ -194,15 +193,8 @@ def load(args, run):
     if args.zero_snr:
         schedule = base.row.schedule | dict(prediction="v", zero_snr=True)
         base.schedule = make_schedule(**schedule)
-    if args.rank:
-        add_lora(base.net, args.rank, args.alpha, args.lora_targets)
-    else:
-        base.net.requires_grad_(True)
     base.text_encoder.requires_grad_(trains_text(args))
-    # what is frozen needs half the memory
-    base.freeze(run.dtype, but=["net"] + ["text encoder"] * trains_text(args))
-    base.net.grad_ckpt = args.grad_ckpt
-    base.net.train()
+    base.train_net(args, run.dtype, also=["text encoder"] * trains_text(args))
     return base, schedule
 
 

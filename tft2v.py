@@ -38,7 +38,7 @@ from bases import choose_sampling, load_base
 from common import Parser, Run, UserError, run_command, trained
 from data import clip_frames
 from diffusion import draw_noise
-from models import add_lora, forget_motion, parallelize, seed_dropout
+from models import forget_motion, parallelize, seed_dropout
 from pipeline import Clips, preview
 
 # lambda is the paper's; the others are those of VGen's text-to-video training
@@ -123,8 +123,7 @@ def main(argv=None):
     net = parallelize(base.net, args.parallel, run.device, args.offload, unused=has_image)
     params = trained({"": net})
     opt = torch.optim.AdamW(params.values(), args.lr, args.betas, weight_decay=args.wd)
-    meta = dict(rank=args.rank, alpha=args.alpha, lora_targets=args.lora_targets,
-                sample=sampling.metadata())
+    meta = dict(sample=sampling.metadata())
     run.attach(opt, params, [net], base.parts(), meta, ema_decay=args.ema)
 
     def observe(video, batch):
@@ -163,13 +162,7 @@ def load(args, run):
     base = load_base(args.base, args.weights, run.device, dtype, image=True)
     if args.forget_motion:  # a resumed run's weights come later
         forget_motion(base.net)
-    if args.rank:
-        add_lora(base.net, args.rank, args.alpha, args.lora_targets)
-    else:
-        base.net.requires_grad_(True)
-    base.freeze(run.dtype, but=["net"])  # what is frozen needs half the memory
-    base.net.grad_ckpt = args.grad_ckpt
-    base.net.train()
+    base.train_net(args, run.dtype)
     return base
 
 

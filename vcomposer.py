@@ -37,7 +37,7 @@ from bases import choose_sampling, load_base
 from common import Parser, Run, run_command, trained
 from data import clip_frames, lucas_kanade, raft, video_maps
 from diffusion import diffusion_loss, draw_noise
-from models import add_lora, parallelize, seed_dropout
+from models import parallelize, seed_dropout
 from pipeline import Clips, generate_split, show
 
 # those of VGen's text-to-video training; the paper's own are for another base
@@ -137,8 +137,7 @@ def main(argv=None):
     net = parallelize(base.net, args.parallel, run.device, args.offload, unused=True)
     params = trained({"": net})
     opt = torch.optim.AdamW(params.values(), args.lr, args.betas, weight_decay=args.wd)
-    meta = dict(rank=args.rank, alpha=args.alpha, lora_targets=args.lora_targets,
-                sample=sampling.metadata())
+    meta = dict(sample=sampling.metadata())
     run.attach(opt, params, [net], base.parts(), meta, ema_decay=args.ema)
 
     def observe(video, batch):
@@ -172,13 +171,7 @@ def load(args, run):
     dtype = run.dtype if args.rank else torch.float32
     flow = raft("large", args.flow_weights, run.device) if args.flow_weights else None
     base = load_base(args.base, args.weights, run.device, dtype, image=True)
-    if args.rank:
-        add_lora(base.net, args.rank, args.alpha, args.lora_targets)
-    else:
-        base.net.requires_grad_(True)
-    base.freeze(run.dtype, but=["net"])  # what is frozen needs half the memory
-    base.net.grad_ckpt = args.grad_ckpt
-    base.net.train()
+    base.train_net(args, run.dtype)
     return base, lucas_kanade if base.row.tiny else flow
 
 
@@ -194,14 +187,12 @@ def evaluate(run, base, sampling, examples, name):
     true, prompts = examples["video"], examples["text"]
     seeds = [f"preview-{i}" for i in range(len(prompts))]
     known = [key for key in base.row.unet.maps if key in examples]
-    base.net.eval()
     made = {}
-    with run.averaged():
+    with run.averaged(base.net):
         for key in ("words", *known):
             maps = {key: examples[key]} if key in known else {}
             made[key] = generate_split(
                 base, run.env, prompts, seeds, sampling, run.args.batch, maps=maps)
-    base.net.train()
     if run.main:
         row = {key: (videos - true).square().mean().sqrt().item()
                for key, videos in made.items()}

@@ -206,8 +206,7 @@ def train(run, base, sampling, score_clip, pairs, held_out):
     reference = without_lora(net) if args.rank else frozen
     params = trained({"": net})
     opt = torch.optim.AdamW(params.values(), args.lr, args.betas, weight_decay=args.wd)
-    meta = dict(rank=args.rank, alpha=args.alpha, lora_targets=args.lora_targets,
-                sample=sampling.metadata())
+    meta = dict(sample=sampling.metadata())
     run.attach(opt, params, [net], base.parts(), meta)
     weights = torch.tensor([pair_weight(score, args.reweight) for score in pairs.scores])
     pairs = encode_pairs(run, base, sampling, pairs, "train")

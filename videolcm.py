@@ -266,8 +266,7 @@ def student_teacher_target(args, run, base):
     student = models.parallelize(base.net, *place)
     if args.rank:
         teacher = models.without_lora(student)
-    meta = dict(rank=args.rank, alpha=args.alpha, lora_targets=targets,
-                guidance_dim=base.row.unet.guidance_dim)
+    meta = dict(lora_targets=targets, guidance_dim=base.row.unet.guidance_dim)
     return student, teacher, target, meta
 
 
