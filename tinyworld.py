@@ -43,7 +43,6 @@ MOTIONS = (
     "moving left", "moving right", "moving up", "moving down", "growing", "shrinking",
     "standing still")
 NEW_MOTIONS = ("zigzagging", "circling")  # no base is trained on them: for fine-tuning
-NEW_SHAPES = ("star",)  # nor on these, which no word names: a subject to learn from pictures
 NEW_COLOURS = {"salmon": (245, 150, 130), "pink": (250, 110, 170)}
 TINY_WORDS = sorted({
     w for part in (SHAPES, COLOURS, BACKGROUNDS, MOTIONS, ("a on background",))

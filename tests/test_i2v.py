@@ -9,6 +9,7 @@ import pytest
 import test_transformers
 import torch
 from PIL import Image
+from runs import check_kill_in_evaluation, files
 from safetensors.torch import load_file
 
 import bases
@@ -84,12 +85,6 @@ def test_resume_equals_the_uninterrupted_run(more, tmp_path, monkeypatch):
     assert {k.split(".")[0] for k in whole} > {"text_encoder", "image_encoder", "local_image_concat"}
 
 
-def files(folder, *kinds):
-    """{name: content} of the files of these kinds in a run's folder."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*"))
-            if p.suffix in kinds and p.name != "curve.png"}
-
-
 @pytest.mark.parametrize("more", [(), ("--ema", "0")])
 def test_resuming_a_finished_run_changes_nothing(more, tmp_path):
     """Nor is it trained on: only the evaluation at its end is made again."""
@@ -100,34 +95,10 @@ def test_resuming_a_finished_run_changes_nothing(more, tmp_path):
     assert files(tmp_path, *kinds) == before
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize("when", ["step-2", "after"])
 def test_resuming_an_almost_finished_run(when, tmp_path, monkeypatch):
     """Killed in the evaluation after its second of three updates, or in the one at the end."""
-    more = ["--preview-every", "2", "--save-every", "2"]
-    train(tmp_path / "whole", 3, *more)
-    evaluate = i2vgen.evaluate
-
-    def killed(*args):
-        if args[-1] == when:
-            raise Killed
-        evaluate(*args)
-    with monkeypatch.context() as patch:
-        patch.setattr(i2vgen, "evaluate", killed)
-        with pytest.raises(Killed):
-            train(tmp_path / "parts", 3, *more)
-    assert not (tmp_path / "parts" / "after.png").exists()
-    train(tmp_path / "parts", 3, *more, "--resume")
-    whole, parts = (load_file(tmp_path / d / "ckpt.safetensors") for d in ("whole", "parts"))
-    assert whole.keys() == parts.keys() and all(torch.equal(whole[k], parts[k]) for k in whole)
-    logs = [[row | {"seconds": 0} for row in read_lines(tmp_path / d / "log.jsonl")]
-            for d in ("whole", "parts")]
-    assert logs[0] == logs[1] and len(logs[0]) == 3
-    whole, parts = (files(tmp_path / d, ".png", ".mp4") for d in ("whole", "parts"))
-    assert parts == {k: v for k, v in whole.items() if when == "after" or not k.startswith("step-2")}
+    check_kill_in_evaluation(i2vgen, train, when, tmp_path, monkeypatch)
     steps = [[row["step"] for row in read_lines(tmp_path / d / "eval.jsonl")] for d in ("whole", "parts")]
     assert steps == [[2, 3], [2, 3] if when == "after" else [3]]
 

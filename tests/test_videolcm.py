@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import test_dist
 import torch
+from runs import check_kill_in_evaluation, files, same_training
 from safetensors.torch import load_file
 
 import bases
@@ -148,20 +149,6 @@ def test_reward_of_random_frames_and_of_whole_clips():
 
 # ---- the method on the tiny base
 
-def files(folder, *kinds):
-    """{name: content} of the files of these kinds in a run's folder."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*"))
-            if p.suffix in kinds and p.name != "curve.png"}
-
-
-def same_training(a, b):
-    """Are weights and log of two runs the same, bit for bit?"""
-    tensors = [load_file(d / "ckpt.safetensors") for d in (a, b)]
-    logs = [[row | {"seconds": 0} for row in read_lines(d / "log.jsonl")] for d in (a, b)]
-    equal = all(torch.equal(v, tensors[1][k]) for k, v in tensors[0].items())
-    return equal and tensors[0].keys() == tensors[1].keys() and logs[0] == logs[1]
-
-
 def test_leaves_what_it_promises_and_sample_plays_it(tmp_path, monkeypatch):
     monkeypatch.setattr(tinyworld.TinyWorld, "__len__", lambda self: 4)
     run(tmp_path / "run", 1, "--preview-every", "1", "--cache-latents", "--ema", "0.75")
@@ -242,30 +229,10 @@ def test_resuming_a_finished_run_changes_nothing(ema, tmp_path):
     assert files(tmp_path, *kinds) == before
 
 
-class Killed(Exception):
-    pass
-
-
 @pytest.mark.parametrize("when", ["step-2", "after"])
 def test_resuming_an_almost_finished_run(when, tmp_path, monkeypatch):
     """Killed in the evaluation after its second of three updates, or in the one at the end."""
-    more = ["--preview-every", "2", "--save-every", "2"]
-    run(tmp_path / "whole", 3, *more)
-    evaluate = videolcm.evaluate
-
-    def killed(*args):
-        if args[-1] == when:
-            raise Killed
-        evaluate(*args)
-    with monkeypatch.context() as patch:
-        patch.setattr(videolcm, "evaluate", killed)
-        with pytest.raises(Killed):
-            run(tmp_path / "parts", 3, *more)
-    assert not (tmp_path / "parts" / "after.png").exists()
-    run(tmp_path / "parts", 3, *more, "--resume")
-    assert same_training(tmp_path / "whole", tmp_path / "parts")
-    whole, parts = (files(tmp_path / d, ".png", ".mp4") for d in ("whole", "parts"))
-    assert parts == {k: v for k, v in whole.items() if when == "after" or not k.startswith("step-2")}
+    check_kill_in_evaluation(videolcm, run, when, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("ema, name", [("0", "student"), ("0.75", "target")])

@@ -1,0 +1,49 @@
+"""What tests of whole runs share: a run's files, and a kill in an evaluation. No tests here."""
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from common import read_lines
+
+
+def files(folder, *kinds):
+    """{name: content} of the files of these kinds in a run's folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*"))
+            if p.suffix in kinds and p.name != "curve.png"}
+
+
+def same_training(a, b):
+    """Are weights and log of two runs the same, bit for bit?"""
+    tensors = [load_file(d / "ckpt.safetensors") for d in (a, b)]
+    logs = [[row | {"seconds": 0} for row in read_lines(d / "log.jsonl")] for d in (a, b)]
+    equal = all(torch.equal(v, tensors[1][k]) for k, v in tensors[0].items())
+    return equal and tensors[0].keys() == tensors[1].keys() and logs[0] == logs[1]
+
+
+class Killed(Exception):
+    pass
+
+
+def check_kill_in_evaluation(method, train, when, tmp_path, monkeypatch):
+    """A run of three updates, killed in `when`, one of its evaluations, and resumed, is the same run.
+
+    method: module with evaluate(); train(folder, steps, *options) runs it. when: "step-2" or "after".
+    """
+    more = ["--preview-every", "2", "--save-every", "2"]
+    train(tmp_path / "whole", 3, *more)
+    evaluate = method.evaluate
+
+    def killed(*args):
+        if args[-1] == when:
+            raise Killed
+        evaluate(*args)
+    with monkeypatch.context() as patch:
+        patch.setattr(method, "evaluate", killed)
+        with pytest.raises(Killed):
+            train(tmp_path / "parts", 3, *more)
+    assert not (tmp_path / "parts" / "after.png").exists()
+    train(tmp_path / "parts", 3, *more, "--resume")
+    assert same_training(tmp_path / "whole", tmp_path / "parts")
+    assert len(read_lines(tmp_path / "whole" / "log.jsonl")) == 3
+    whole, parts = (files(tmp_path / d, ".png", ".mp4") for d in ("whole", "parts"))
+    assert parts == {k: v for k, v in whole.items() if when == "after" or not k.startswith("step-2")}
