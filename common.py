@@ -13,6 +13,7 @@ import platform
 import resource
 import shutil
 import signal
+import stat
 import sys
 import time
 import zipfile
@@ -55,6 +56,30 @@ def warn(message):
     """Print a warning on stderr, from one process of a run only."""
     if os.environ.get("RANK", "0") == "0":
         print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+# ---- files of the user
+
+def check_file(path, what="file") -> Path:
+    """`path` as a Path, if it is a regular file that can be read; UserError says what else it is.
+
+    Every file that a user names passes here before it is opened. A FIFO or a device is refused:
+    reading it would hang or never end. what: the word for it in the error, such as "picture".
+    """
+    path, shown = Path(path), str(path)[:200]
+    try:
+        mode = path.stat().st_mode  # of what a link points to
+        if stat.S_ISDIR(mode):
+            raise UserError(f"{shown}: a folder; wanted a {what}")
+        if not stat.S_ISREG(mode):
+            raise UserError(f"{shown}: a FIFO, socket or device; wanted a {what}")
+        path.open("rb").close()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{shown}: no such {what}") from None
+    except (OSError, ValueError) as e:  # no permission, a loop of links, a name too long, a NUL
+        raise UserError(f"{shown}: cannot be read ({getattr(e, 'strerror', None) or e}); check "
+                        "its name and permissions") from None
+    return path
 
 
 # ---- processes and seeds

@@ -25,8 +25,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from common import (
-    Parser, UserError, batch_indices, generator, read_lines, run_command, seed_of,
-    warn, write_atomic)
+    Parser, UserError, batch_indices, check_file, generator, read_lines, run_command, seed_of, warn,
+    write_atomic)
 from weights import load_strict, load_weights
 
 # ---- which clips make which batch
@@ -301,8 +301,7 @@ def reason_of(e):
 def open_image(path):
     """Picture file -> 8-bit RGB Pillow image, turned as its EXIF says. Transparency is laid on
     white."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such picture")
+    check_file(path, "picture")
     try:
         with Image.open(path) as image:
             return Image.fromarray(_rgb(image))
@@ -782,10 +781,9 @@ CAPTION_KEYS = ("caption", "text", "prompt", "en_caption")
 
 def _read_text(path):
     """The whole file; a missing, not UTF-8 or empty one is refused."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file")
+    path = check_file(path)
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as e:
         raise UserError(f"{path}: not UTF-8 text (byte {e.start}); save it as UTF-8") from None
     if not text.strip():

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from common import UserError, crc32, steps_saved, warn, write_atomic
+from common import UserError, check_file, crc32, steps_saved, warn, write_atomic
 
 # ---- our own checkpoints
 
@@ -125,9 +125,7 @@ def load_weights(path, lists=False) -> dict:
 
     Of a file in shards, give the index (*.index.json). lists: return a list of tensors as it is.
     """
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such file")
+    path = check_file(path)
     if path.name.endswith(".index.json"):
         shards = [load_weights(path.parent / shard) for shard in shards_of(path)]
         return {k: v for shard in shards for k, v in shard.items()}
