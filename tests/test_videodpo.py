@@ -442,7 +442,8 @@ def test_resume_equals_the_uninterrupted_run(options, released, tmp_path):
     assert read_lines(tmp_path / "whole" / "log.jsonl") == rows[0]
 
 
-@pytest.mark.parametrize("options", [["--rank", "0"], ["--rank", "4"]])
+@pytest.mark.parametrize("options", [
+    ["--rank", "0"], pytest.param(["--rank", "4"], marks=pytest.mark.slow)])
 def test_policy_and_reference_are_equal_before_training_in_bf16(options, released, tmp_path, capfd):
     """Their norms, too: beta is 5000. Blocks are recomputed, so the policy runs as on a GPU."""
     train(released, tmp_path / "run", 2, *options, "--dtype", "bf16", "--grad-ckpt", "--batch", "1")
@@ -478,6 +479,7 @@ def first_scores(folder):
     return [scores[i] for i in data.batch_indices(4, 0, 2, 0)]
 
 
+@pytest.mark.slow
 def test_accumulation_equals_a_large_batch_and_noise_is_shared_on_demand(released, tmp_path):
     def first(name, *more):
         out = str(tmp_path / name)
