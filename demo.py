@@ -237,7 +237,8 @@ def main(argv=None):
 def read_clips(args, sampling):
     """-> data set of clips, --data's rows (number, path, caption), evaluation prompts."""
     if args.data:
-        clips = data.VideoDataset(args.data, *sampling.size, args.read_fps, args.seed)
+        clips = data.VideoDataset(
+            args.data, *sampling.size, args.read_fps, args.seed, root=args.data_root)
         rows, prompts = clips.rows, [clips.rows[0][2]]
     elif base_row(args.base).tiny:
         clips, rows = tinyworld.TinyWorld(2048, sampling.frames, args.seed), []
