@@ -829,14 +829,14 @@ def field_of(row, keys, where):
     return check_text(row[key].strip(), f"{where}: `{key}`")
 
 
-def _pairs(path, what):
-    """.txt of `path|||caption` lines -> [(row, path, caption)]."""
-    rows = [(n, [s.strip() for s in line.split("|||")]) for n, line in numbered_lines(path)]
-    for n, parts in rows:
-        if len(parts) != 2 or not all(parts):
-            raise UserError(f"{path} row {n}: wanted {what}|||caption, found "
-                            f"{'|||'.join(parts)[:60]!r}")
-    return [(n, *parts) for n, parts in rows]
+def _bar_rows(path, *names):
+    """.txt of lines such as `path|||caption` -> [(row, path, caption)]; names: of the fields."""
+    rows = [(n, *map(str.strip, line.split("|||"))) for n, line in numbered_lines(path)]
+    for n, *fields in rows:
+        if len(fields) != len(names) or not all(fields):
+            raise UserError(f"{path} row {n}: wanted {'|||'.join(names)}, found "
+                            f"{'|||'.join(fields)[:60]!r}")
+    return rows
 
 
 def listed_path(source, n, text, root=None):
@@ -917,22 +917,20 @@ def prompt_grid(nouns, activities):
 
 def read_triples(path):
     """.txt of lines `clip|||folder|||prompt` -> [(clip, folder, prompt)]; see listed_path()."""
-    rows = [(n, [s.strip() for s in line.split("|||")]) for n, line in numbered_lines(path)]
-    for n, parts in rows:
-        if len(parts) != 3 or not all(parts):
-            raise UserError(f"{path} row {n}: wanted clip|||folder of references|||prompt")
     return [(listed_path(path, n, clip), listed_path(path, n, folder), prompt)
-            for n, (clip, folder, prompt) in rows]
+            for n, clip, folder, prompt in _bar_rows(
+                path, "clip", "folder of references", "prompt")]
 
 
 def read_image_prompts(path, root=None):
     """.txt of `image|||caption` lines -> [(image path, caption)]; paths: see listed_path()."""
-    rows = [(n, listed_path(path, n, image, root), caption)
-            for n, image, caption in _pairs(path, "image")]
-    for n, image, _ in rows:
+    pairs = []
+    for n, text, caption in _bar_rows(path, "image", "caption"):
+        image = listed_path(path, n, text, root)
         if not os.path.isfile(image):
             raise UserError(f"{path} row {n}: {image}: no such picture")
-    return [(image, caption) for _, image, caption in rows]
+        pairs.append((image, caption))
+    return pairs
 
 
 # ---- which clips a folder or a list holds
@@ -975,8 +973,8 @@ def list_clips(source, captions="needed", tracks=False, root=None):
     clips that are not there are refused; what a folder holds besides is left out with a warning.
     """
     source = Path(source)
-    if not os.path.lexists(source):
-        raise UserError(f"{source}: no such folder or list of clips")
+    if not os.path.isdir(source):
+        check_file(source, "folder or list of clips")
     if os.path.isdir(source):
         rows, source = _folder_rows(source, captions, tracks)
     elif source.suffix.lower() in VIDEOS and not tracks:
@@ -1002,19 +1000,17 @@ def list_clips(source, captions="needed", tracks=False, root=None):
                     raise UserError(f"{source} row {n}: {e}") from None
         found.append((n, *paths, "" if captions == "ignored" else caption))
     if source.name in LISTS or source.name in COLUMNS["video"]:
-        _say_left_out(source, [path for row in found for path in row[1:2 + tracks]])
+        used = [path for row in found for path in row[1:2 + tracks]]
+        _say_left_out(source, used, [source.parent, *(path.parent for path in used)], VIDEOS)
     return source, found
 
 
-def _say_left_out(source, used):
-    """Warn of clips beside those that a folder's list names; source: the list or the folder."""
-    if source.is_dir():
-        others = [p for p in list_folder(source, temporary=True) if p not in used]
-    else:
-        used = {os.path.abspath(path) for path in used}
-        folders = dict.fromkeys([str(source.parent.absolute()), *map(os.path.dirname, used)])
-        others = [p for folder in folders for p in list_folder(folder, temporary=True)
-                  if p.suffix.lower() in VIDEOS and os.path.abspath(p) not in used]
+def _say_left_out(source, used, folders, kinds=None):
+    """Warn of what lies in `folders` and is not in `used`; kinds: only files with these endings."""
+    used = set(map(os.path.abspath, used))
+    others = [p for folder in dict.fromkeys(map(os.path.abspath, folders))
+              for p in list_folder(folder, temporary=True)
+              if os.path.abspath(p) not in used and (not kinds or p.suffix.lower() in kinds)]
     if others:
         names = ", ".join(p.name for p in others[:3]) + ", ..." * (len(others) > 3)
         warn_once(f"{source}: files that it does not list or that are no clips are left out "
@@ -1029,7 +1025,7 @@ def _folder_rows(folder, captions, tracks):
     columns = [name for column in COLUMNS.values() for name in column if name in names]
     if any(name in columns for name in (*COLUMNS["video"], *COLUMNS["tracking"])):
         listed.append(", ".join(columns))
-    labels = {"videos", "labels"} <= names and (folder / "labels").is_dir()
+    labels = all(os.path.isdir(folder / name) for name in ("videos", "labels"))
     listed += ["labels/"] * labels
     if len(listed) > 1:
         raise UserError(f"{folder}: clips are listed twice, in {' and in '.join(listed)}; give the "
@@ -1057,26 +1053,20 @@ def _column_rows(folder, names, captions, tracks):
         if needed.get(column) and not found:
             raise UserError(f"{folder}: {spellings[0]}: no such file, but {', '.join(names)}")
         if found:
-            columns[found[0]] = _lines(_filled_text(folder / found[0]).rstrip())
-    lengths = {name: len(lines) for name, lines in columns.items()}
-    if len(set(lengths.values())) > 1:
-        counts = ", ".join(f"{name} {count}" for name, count in lengths.items())
+            columns[column] = dict(numbered_lines(folder / found[0], comments=None))
+    if len(set(map(len, columns.values()))) > 1:
+        counts = ", ".join(f"{name} {len(columns[key])}" for key in columns
+                           for name in COLUMNS[key] if name in names)
         raise UserError(f"{folder}: the lists differ in length ({counts}), but belong together "
                         "line by line")
-    if "images.txt" in columns:
+    apart = [n for lines in zip(*columns.values()) for n in lines if n != lines[0]]
+    if apart:
+        raise UserError(f"{folder}: row {apart[0]} of a list is an empty line of another "
+                        f"({', '.join(names)}); they belong together line by line")
+    if "image" in columns:
         warn_once(f"{folder}/images.txt: is not read; the first frame of a clip is its picture")
-    rows, order = [], (*COLUMNS["video"], *COLUMNS["tracking"], *COLUMNS["caption"])
-    for n, line in enumerate(zip(*columns.values()), 1):
-        texts = {name: check_text(text, f"{folder / name} row {n}")
-                 for name, (_, text) in zip(columns, line)}
-        blank = [name for name, text in texts.items() if not text]
-        if blank and len(blank) < len(texts):
-            raise UserError(f"{folder / blank[0]} row {n}: an empty line, but the other lists "
-                            "have a text there")
-        if not blank:
-            video, track, *caption = (texts.get(name) for name in order)
-            rows.append((n, video, track, next(filter(None, caption), None)))
-    return rows
+    tracking, caption = (columns.get(column, {}) for column in ("tracking", "caption"))
+    return [(n, clip, tracking.get(n), caption.get(n)) for n, clip in columns["video"].items()]
 
 
 def _table_rows(source, captions, tracks):
@@ -1100,7 +1090,8 @@ def _table_rows(source, captions, tracks):
 def _text_rows(source, captions):
     """_folder_rows() of a .txt: video|||caption, or without captions a clip per line."""
     if captions == "needed":
-        return [(n, clip, None, caption) for n, clip, caption in _pairs(source, "video")]
+        rows = _bar_rows(source, "video", "caption")
+        return [(n, clip, None, caption) for n, clip, caption in rows]
     rows = [(n, line.partition("|||")) for n, line in numbered_lines(source)]
     return [(n, clip.strip(), None, caption.strip() or None) for n, (clip, _, caption) in rows]
 
@@ -1108,12 +1099,13 @@ def _text_rows(source, captions):
 def _single_clip(path, captions):
     """_folder_rows() of a clip; its caption: of an index.jsonl or a .txt beside it."""
     index, text = path.parent / LISTS[0], path.with_suffix(".txt")
+    caption = None
     if captions == "found" and os.path.isfile(index):
-        rows = [row for row in _table_rows(index, captions, False) if row[1] == path.name]
-        return [(1, path, None, rows[0][3] if rows else None)]
-    if captions == "needed" or (captions == "found" and os.path.isfile(text)):
-        return [(1, path, None, _caption_file(text, path))]
-    return [(1, path, None, None)]
+        rows = _table_rows(index, captions, tracks=False)
+        caption = next((row[3] for row in rows if row[1] == path.name), None)
+    elif captions == "needed" or (captions == "found" and os.path.isfile(text)):
+        caption = _caption_file(text, path)
+    return [(1, path, None, caption)]
 
 
 def _caption_file(text, clip):
@@ -1130,15 +1122,15 @@ def _clips_beside(folder, texts, captions):
         if p.suffix.lower() == ".txt":
             files.setdefault(p.stem, []).append(p)
     kinds = VIDEOS + (() if captions == "found" else IMAGES)
-    clips = {p: p.name if p.is_dir() else p.stem for p in entries
-             if (p.name in files if p.is_dir() else p.suffix.lower() in kinds)}
+    clips = {p: p.name if os.path.isdir(p) else p.stem for p in entries
+             if (p.name in files if os.path.isdir(p) else p.suffix.lower() in kinds)}
     if not clips and captions == "found" and any(p.suffix.lower() in IMAGES for p in entries):
         return [(1, folder, None, None)]  # one clip, as pictures
     if not clips:
         raise UserError(f"{folder}: no clips in this folder ({', '.join(VIDEOS[:9])} ...)")
     rows, owner = [], {}
     for n, (clip, stem) in enumerate(clips.items(), 1):
-        if clip.is_dir():
+        if os.path.isdir(clip):
             list_pictures(clip)
         found = files.get(stem, [])
         if captions != "ignored" and len(found) > 1 or (found and stem in owner):
@@ -1149,20 +1141,27 @@ def _clips_beside(folder, texts, captions):
         if captions == "needed" or (captions == "found" and found):
             caption = _caption_file(found[0] if found else texts / f"{stem}.txt", clip)
         rows.append((n, clip, None, caption))
-    _say_left_out(folder, {*clips, *(p for stem in owner for p in files.get(stem, []))})
+    used = [*clips, *(p for stem in owner for p in files.get(stem, []))]
+    _say_left_out(folder, used, [folder, texts])
     return rows
 
 
 def clips_with_prompts(path, file=None, prompt=None):
     """Clips to score or to enlarge -> [(clip, prompt or None)].
 
-    The prompts are those of a file in the order of the clips, one for all, or those that
-    list_clips() finds.
+    The prompts are those of a file (in the order of the clips, or a .json by their names), one for
+    all, or those that list_clips() finds.
     """
     rows = list_clips(path, "found")[1]
     if not file:
         return [(clip, caption if prompt is None else prompt) for _, clip, caption in rows]
-    prompts = read_prompts(file)
+    prompts, named = read_prompts(file), {}
+    if Path(file).suffix.lower() == ".json":
+        named = parse_json(read_text(file), file)
+        named = named.get("prompts", named) if isinstance(named, dict) else {}
+    if isinstance(named, dict) and any(clip.name in named for _, clip, _ in rows):
+        by_name = dict(zip(named, prompts))
+        prompts = [by_name[clip.name] for _, clip, _ in rows if clip.name in by_name]
     if len(prompts) != len(rows):
         raise UserError(f"{file}: {len(prompts)} prompts for {len(rows)} clips")
     return [(clip, text) for (_, clip, _), text in zip(rows, prompts)]
@@ -1185,8 +1184,8 @@ class VideoDataset(torch.utils.data.Dataset):
     number) is row i, its start drawn for `number` alone: a clip that comes again starts
     elsewhere."""
 
-    def __init__(self, source, frames, height, width, fps=None, seed=0, rows=None, captions=True,
-                 root=None):
+    def __init__(self, source, frames, height, width, fps=None, seed=0, root=None, rows=None,
+                 captions=True):
         # rows: already read, [(row, path, caption)]
         if rows is None:
             source, rows = list_clips(source, "needed" if captions else "ignored", root=root)
@@ -1342,7 +1341,7 @@ class Few(torch.utils.data.Dataset):
 
 def check_dataset(source, frames, height, width, fps=None, root=None):
     """Read every clip once, print the bad rows and a summary -> number of bad rows."""
-    dataset, bad = VideoDataset(source, frames, height, width, fps, root=root), 0
+    dataset, bad = VideoDataset(source, frames, height, width, fps, 0, root), 0
     for i, (n, _, _) in enumerate(dataset.rows):
         try:
             dataset.load(i, i)

@@ -226,7 +226,7 @@ def read_data(args, sampling):
     previews = tinyworld.tiny_previews(args.stage != "motion")
     if args.stage == "motion" and args.data:
         clips = data.VideoDataset(
-            args.data, frames, *size, args.read_fps, args.seed, root=args.data_root)
+            args.data, frames, *size, args.read_fps, args.seed, args.data_root)
         previews = [(pipeline.frame_picture(clips[0, 0]["video"][:, 0]), clips.rows[0][2])]
     elif args.stage == "motion":
         clips, path = tinyworld.tiny_motion(args.seed, 3, args.motion, frames)

@@ -348,8 +348,7 @@ def read_captioned(args, sampling):
     """Options of instructvideo.py -> clips with captions, the captions, held-out items (None,
     prompt)."""
     if args.data:
-        data = VideoDataset(
-            args.data, *sampling.size, args.read_fps, args.seed, root=args.data_root)
+        data = VideoDataset(args.data, *sampling.size, args.read_fps, args.seed, args.data_root)
         captions = list(dict.fromkeys(caption for _, _, caption in data.rows))
         prompts = captions
     elif base_row(args.base).tiny:
@@ -563,7 +562,7 @@ class Clips:
             pictures = args.images and frames == 1
             self.parts.append(VideoDataset(
                 args.images if pictures else args.data, frames, *sampling.size[1:], fps, args.seed,
-                captions=captions or pictures, root=args.data_root))
+                args.data_root, captions=captions or pictures))
         if args.eval_prompts:
             prompts = read_prompts(args.eval_prompts)
         else:
