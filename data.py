@@ -984,9 +984,10 @@ def list_clips(source, captions="needed", tracks=False, root=None):
     elif source.suffix.lower() == ".txt" and not tracks:
         rows = _text_rows(source, captions)
     else:
-        wanted = (" with video, tracking, caption, or a folder with prompt.txt, videos.txt and "
-                  "trackings.txt" if tracks else ", or .txt with video|||caption lines")
-        raise UserError(f"{source}: wanted a folder, .csv, .tsv, .jsonl, .json{wanted}")
+        files, lines = (("a folder with prompt.txt, videos.txt and trackings.txt",
+                         "a list with video, tracking, caption") if tracks else
+                        ("a folder", ".txt with video|||caption lines"))
+        raise UserError(f"{source}: wanted {files}, {', '.join(TABLES)}, or {lines}")
     found = []
     for n, clip, track, caption in rows:
         files = [(clip, "clip")] + [(track, "tracking video")] * tracks
@@ -1277,7 +1278,7 @@ class PairDataset(torch.utils.data.Dataset):
         self.frames, self.size, self.seed = frames, (height, width), seed
         self.rows, self.scores = [], []
         for folder in folders:
-            if not Path(folder).is_dir():
+            if not os.path.isdir(folder):
                 raise UserError(f"{folder}: no such folder of pairs (metadata.json, pair.json and "
                                 "clips)")
             clips, path = read_clips(folder), Path(folder, "pair.json")

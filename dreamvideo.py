@@ -221,7 +221,7 @@ def read_data(args, sampling):
     row, (frames, *size), measure = base_row(args.base), sampling.size, None
     if not row.tiny and not args.data:
         raise UserError("--data: give a folder or list of pictures (--stage motion: clips)")
-    if args.learned and not Path(args.learned).exists():
+    if args.learned and not os.path.exists(args.learned):
         raise UserError(f"--learned {args.learned}: no such file, nor a run's folder")
     previews = tinyworld.tiny_previews(args.stage != "motion")
     if args.stage == "motion" and args.data:

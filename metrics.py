@@ -22,7 +22,7 @@ from PIL import Image
 from common import Parser, UserError, check_file, run_command, write_atomic
 from data import (
     clips_with_prompts, list_pictures, open_image, read_triples, read_video, to_uint8)
-from text_encoders import DINO, dino_name
+from text_encoders import DINO, dino_name, tokenize
 from weights import load_weights, rename
 
 # ---- features
@@ -63,11 +63,15 @@ def clip_towers(weights=None, device="cpu", name="ViT-B-32-quickgelu"):
     net.eval().requires_grad_(False).to(device)
     words = open_clip.get_tokenizer(name)
 
+    def texts(prompts):
+        tokenize(prompts)  # says what is cut
+        return net.encode_text(words(prompts).to(device)).float().cpu()
+
     def images(pictures):
         parts = [torch.stack([prepare(p) for p in pictures[i:i + 32]])
                  for i in range(0, len(pictures), 32)]
         return torch.cat([net.encode_image(part.to(device)).float().cpu() for part in parts])
-    return images, lambda texts: net.encode_text(words(texts).to(device)).float().cpu()
+    return images, texts
 
 
 def dino_tower(weights=None, device="cpu", net=None):

@@ -25,6 +25,7 @@ processes. Memory: prompts are encoded first, and the text towers are freed befo
 move to the GPU. Then --batch 1, --sequential and --decode-chunk 1 help most.
 """
 import json
+import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -319,9 +320,9 @@ def check_files(args, row):
         if value and flag not in takes:
             known = ", ".join(f"--{f.replace('_', '-')}" for f in sorted(takes)) or "words alone"
             raise UserError(f"{option}: this base has no such condition; it takes {known}")
-        if value and not Path(value).exists():
+        if value and not os.path.exists(value):
             raise UserError(f"{option} {value}: no such file")
-    if args.learned and not Path(args.learned).exists():
+    if args.learned and not os.path.exists(args.learned):
         raise UserError(f"--learned {args.learned}: no such file, nor a run's folder")
     if args.learned and not row.tiny and not isinstance(row.text, CLIPConfig):
         raise UserError("--learned: this base's text encoder knows no learned words")

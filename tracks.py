@@ -21,6 +21,7 @@ depth), x and y in pixels; a depth of 0 means no point.
 import argparse
 import copy
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -554,8 +555,8 @@ def read_poses(path, frames):
     (f,4,4)."""
     if Path(path).suffix.lower() == ".txt":
         try:
-            poses = np.loadtxt(path, ndmin=2)
-        except (OSError, ValueError) as e:
+            poses = np.loadtxt(read_text(path).splitlines(), ndmin=2)
+        except ValueError as e:
             raise UserError(f"{path}: not a text file of 12 or 16 numbers per line ({reason_of(e)})"
                             ) from None
     else:
@@ -884,8 +885,10 @@ def checked(args):
 def kind_of(source):
     """What --make-tracks is given: image, clip, tracks, mesh or clips."""
     path = Path(source)
-    if not path.exists():
+    if not os.path.exists(path):
         raise UserError(f"--make-tracks {source}: no such file or folder")
+    if os.path.isdir(path / "videos"):
+        return "clips"
     lists = {*TABLES, ".txt"}
     if path.is_dir():
         suffixes = {p.suffix.lower() for p in list_folder(path)}
