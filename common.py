@@ -110,8 +110,12 @@ def read_text(path, what="file") -> str:
 
 def parse_json(text, where):
     """JSON text -> its value; what is wrong with it is a UserError that names `where`."""
+    def unique(pairs):
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("an object has the same key twice")
+        return dict(pairs)
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique)
     except RecursionError:
         raise UserError(f"{where}: not valid JSON (nested too deeply)") from None
     except ValueError as e:

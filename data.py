@@ -13,8 +13,10 @@ import re
 import signal
 import struct
 import sys
+import unicodedata
 from argparse import ArgumentTypeError
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -1118,13 +1120,14 @@ def _caption_file(text, clip):
 
 def _clips_beside(folder, texts, captions):
     """_folder_rows() of clips, and sub-folders of pictures, with a same-named .txt in `texts`."""
+    normal = partial(unicodedata.normalize, "NFC")  # macOS writes an accent as a letter of its own
     entries, files = list_folder(folder), {}
     for p in list_folder(texts):
         if p.suffix.lower() == ".txt":
-            files.setdefault(p.stem, []).append(p)
+            files.setdefault(normal(p.stem), []).append(p)
     kinds = VIDEOS + (() if captions == "found" else IMAGES)
-    clips = {p: p.name if os.path.isdir(p) else p.stem for p in entries
-             if (p.name in files if os.path.isdir(p) else p.suffix.lower() in kinds)}
+    clips = {p: normal(p.name if os.path.isdir(p) else p.stem) for p in entries
+             if (normal(p.name) in files if os.path.isdir(p) else p.suffix.lower() in kinds)}
     if not clips and captions == "found" and any(p.suffix.lower() in IMAGES for p in entries):
         return [(1, folder, None, None)]  # one clip, as pictures
     if not clips:

@@ -33,7 +33,6 @@ the path is decided before the subject, which was learned from still pictures, a
 Differences from the original code are in docs/differences/dreamvideo.md.
 """
 import os
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F

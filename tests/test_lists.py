@@ -56,7 +56,7 @@ LAYOUTS = {
     "CogVideoX, lists": {**PAIRED, "prompts.txt": "one\ntwo\n", "images.txt": "images/a.png\nimages/b.png"},
     "CogVideoX, labels": {**BELOW, "labels/a.txt": "one", "labels/b.txt": "two"},
     "DaS": {**PAIRED, "prompt.txt": "one\r\ntwo\r\n", "trackings.txt": "t/a.mp4\nt/b.mp4"},
-    "a caption with a #": {**PAIRED, "prompt.txt": "\ufeffone\ntwo"},
+    "a byte order mark": {**PAIRED, "prompt.txt": "\ufeffone\ntwo"},
     "lines with blank lines between": {**BELOW, "videos.txt": "videos/a.mp4\n\nvideos/b.mp4", "prompt.txt": "one\n \ntwo"},
     "csv": {**CLIPS, "metadata.csv": "video,caption\na.mp4,one\nb.mp4,two"},
     "tsv": {**CLIPS, "metadata.tsv": "\ufefffile_name\ttext\r\na.mp4\tone\r\nb.mp4\ttwo\r\n"},
@@ -112,6 +112,7 @@ REFUSED = {
     "UTF-16 without a mark": ({"a.mp4": "", "a.txt": "one".encode("utf-16-le")}, "U+0000"),
     "nested JSON": ({"metadata.jsonl": "[" * 100000}, "row 1: not valid JSON (nested too deeply)"),
     "a huge number": ({"metadata.jsonl": '{"video": ' + "9" * 5000 + "}"}, "row 1: not valid JSON"),
+    "a key twice": ({"a.mp4": "", "metadata.jsonl": '{"video": "a.mp4", "caption": "x", "caption": "y"}'}, "same key twice"),
     "semicolons": ({"metadata.csv": "video;caption\na.mp4;one"}, "no `video`"),
 }
 
@@ -162,6 +163,10 @@ def test_every_ending_and_its_case(tmp_path):
 def test_a_name_of_a_file_and_of_a_number(tmp_path):
     fill(tmp_path, **{name: "" for name in ("10.mp4", "9.mp4", "09.mp4", "a.mp4", "a1.mp4")})
     assert [name for name, _ in rows(tmp_path, "found")] == ["09.mp4", "9.mp4", "10.mp4", "a1.mp4", "a.mp4"]
+
+
+def test_accents_of_two_kinds(tmp_path):
+    assert rows(fill(tmp_path, **{"\u00e9.mp4": "", "e\u0301.txt": "one"})) == [("\u00e9.mp4", "one")]
 
 
 def test_ambiguous_paths(tmp_path, monkeypatch, message):
