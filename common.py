@@ -95,7 +95,8 @@ TEXT_MB = 1000  # largest list or JSON file that is read, in MB
 def read_text(path, what="file") -> str:
     """The text of a user's file: UTF-8 in every locale, with or without a byte order mark.
 
-    Raises UserError if it is not such a text or larger than TEXT_MB (NANOVIDEO_TEXT_MB raises it).
+    Raises UserError if it is not such a text, is empty, or is larger than TEXT_MB (the variable
+    NANOVIDEO_TEXT_MB raises that).
     """
     path = check_file(path, what)
     limit = float(os.environ.get("NANOVIDEO_TEXT_MB", TEXT_MB))
@@ -103,9 +104,12 @@ def read_text(path, what="file") -> str:
         raise UserError(f"{path}: a text of over {limit:g} MB; if it is meant, set the variable "
                         "NANOVIDEO_TEXT_MB to a higher limit")
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as e:
         raise UserError(f"{path}: not UTF-8 text (byte {e.start}); save it as UTF-8") from None
+    if not text.strip():
+        raise UserError(f"{path}: the file is empty")
+    return text
 
 
 def parse_json(text, where):
@@ -941,7 +945,8 @@ def write_lines(path, rows):
 def read_lines(path) -> list:
     """Rows of a jsonl file of ours, [] without one; a line that a kill cut off is left out."""
     rows = []
-    for line in read_text(path).split("\n") if os.path.exists(path) else ():
+    filled = os.path.exists(path) and os.path.getsize(path)
+    for line in read_text(path).split("\n") if filled else ():
         with contextlib.suppress(UserError):
             rows.append(parse_json(line, path))
     return rows

@@ -753,26 +753,15 @@ TRACK_KEYS = ("tracking", "tracks")
 TABLES = (".csv", ".tsv", ".jsonl", ".json")
 
 
-def _filled_text(path):
-    """read_text() of a file that is not empty."""
-    text = read_text(path)
-    if not text.strip():
-        raise UserError(f"{path}: the file is empty")
-    return text
-
-
-def _lines(text):
-    """-> [(row, stripped line)]; rows count from 1 as in an editor."""
+def numbered_lines(path, comments="#"):
+    """-> [(row, stripped line)] without blank lines and comments; rows count from 1 as in an
+    editor."""
+    text = read_text(path).replace("\r\n", "\n").replace("\r", "\n")
     # not splitlines: that one also cuts at U+2028 and others, which may stand inside a caption or
     # JSON
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    return [(n, s.strip()) for n, s in enumerate(text.split("\n"), 1)]
-
-
-def numbered_lines(path, comments="#"):
-    """-> [(row, stripped line)] of a text file without blank lines and comments."""
-    rows = [(n, check_text(s, f"{path} row {n}")) for n, s in _lines(_filled_text(path))
-            if s and not (comments and s.startswith(comments))]
+    rows = [(n, check_text(s.strip(), f"{path} row {n}"))
+            for n, s in enumerate(text.split("\n"), 1)]
+    rows = [(n, s) for n, s in rows if s and not (comments and s.startswith(comments))]
     if not rows:
         raise UserError(f"{path}: only comments and blank lines")
     return rows
@@ -791,7 +780,7 @@ def read_table(path):
         rows = list(enumerate(_list_file(path, "objects"), 1))
     else:
         rows = [(n, parse_json(s, f"{path} row {n}"))
-                for n, s in _lines(_filled_text(path)) if s]
+                for n, s in numbered_lines(path, comments=None)]
     for n, row in rows:
         if not isinstance(row, dict):
             raise UserError(f'{path} row {n}: not an object such as {{"prompt": "..."}}')
@@ -800,7 +789,7 @@ def read_table(path):
 
 def _csv_rows(path, delimiter):
     """read_table() of a .csv or .tsv."""
-    text = io.StringIO(_filled_text(path), newline="")
+    text = io.StringIO(read_text(path), newline="")
     reader, rows = csv.reader(text, strict=True, delimiter=delimiter), []
     try:
         header = [name.strip() for name in next(reader)]
@@ -841,18 +830,25 @@ def _bar_rows(path, *names):
     return rows
 
 
-def listed_path(source, n, text, root=None):
-    """The file `text` of row n of a list: below `root` if given, else below the list's folder or
-    the working directory."""
-    if root:
-        return Path(root, text)
+def listed_path(source, n, text, what, root=None):
+    """The file `text` of row n of a list, a `what`: below `root` if given, else below the list's
+    folder or the working directory. A Path stays as it is. Raises UserError if it is not there."""
     beside, here = Path(source).parent / text, Path(text)
-    if not os.path.exists(here):
-        return beside
-    if os.path.exists(beside) and not os.path.samefile(beside, here):
+    if isinstance(text, Path):
+        path = text
+    elif root:
+        path = Path(root, text)
+    elif not os.path.exists(here):
+        path = beside
+    elif os.path.exists(beside) and not os.path.samefile(beside, here):
         raise UserError(f"{source} row {n}: {text} is both in the list's folder and in the working "
                         "directory; --data-root FOLDER says which is meant")
-    return beside if os.path.exists(beside) else here
+    else:
+        path = beside if os.path.exists(beside) else here
+    try:
+        return path if os.path.isfile(path) or os.path.isdir(path) else check_file(path, what)
+    except UserError as e:
+        raise UserError(f"{source} row {n}: {e}") from None
 
 
 def _json_prompts(data, path):
@@ -880,7 +876,7 @@ def read_seeded_prompts(path):
     _json_prompts."""
     kind = Path(path).suffix.lower()
     if kind == ".json":
-        prompts = _json_prompts(parse_json(_filled_text(path), path), path)
+        prompts = _json_prompts(parse_json(read_text(path), path), path)
         return [(prompt, None) for prompt in prompts]
     if kind in TABLES:
         rows = read_table(path)
@@ -919,20 +915,15 @@ def prompt_grid(nouns, activities):
 
 def read_triples(path):
     """.txt of lines `clip|||folder|||prompt` -> [(clip, folder, prompt)]; see listed_path()."""
-    return [(listed_path(path, n, clip), listed_path(path, n, folder), prompt)
-            for n, clip, folder, prompt in _bar_rows(
-                path, "clip", "folder of references", "prompt")]
+    rows = _bar_rows(path, "clip", "folder of references", "prompt")
+    return [(listed_path(path, n, clip, "clip"), listed_path(path, n, folder, "folder"), prompt)
+            for n, clip, folder, prompt in rows]
 
 
 def read_image_prompts(path, root=None):
     """.txt of `image|||caption` lines -> [(image path, caption)]; paths: see listed_path()."""
-    pairs = []
-    for n, text, caption in _bar_rows(path, "image", "caption"):
-        image = listed_path(path, n, text, root)
-        if not os.path.isfile(image):
-            raise UserError(f"{path} row {n}: {image}: no such picture")
-        pairs.append((image, caption))
-    return pairs
+    return [(listed_path(path, n, image, "picture", root), caption)
+            for n, image, caption in _bar_rows(path, "image", "caption")]
 
 
 # ---- which clips a folder or a list holds
@@ -992,15 +983,9 @@ def list_clips(source, captions="needed", tracks=False, root=None):
         raise UserError(f"{source}: wanted {files}, {', '.join(TABLES)}, or {lines}")
     found = []
     for n, clip, track, caption in rows:
-        files = [(clip, "clip")] + [(track, "tracking video")] * tracks
-        paths = [listed_path(source, n, path, root) if isinstance(path, str) else path
-                 for path, _ in files]
-        for path, (_, what) in zip(paths, files):
-            if not os.path.isfile(path) and not os.path.isdir(path):
-                try:
-                    check_file(path, what)
-                except UserError as e:
-                    raise UserError(f"{source} row {n}: {e}") from None
+        paths = [listed_path(source, n, clip, "clip", root)]
+        if tracks:
+            paths.append(listed_path(source, n, track, "tracking video", root))
         found.append((n, *paths, "" if captions == "ignored" else caption))
     if source.name in LISTS or source.name in COLUMNS["video"]:
         used = [path for row in found for path in row[1:2 + tracks]]
@@ -1115,7 +1100,7 @@ def _caption_file(text, clip):
     """The caption in a .txt file."""
     if not os.path.lexists(text):
         raise UserError(f"{clip}: no caption beside it; write {text.name}, or metadata.csv for all")
-    return check_text(" ".join(_filled_text(text).split()), text)
+    return check_text(" ".join(read_text(text).split()), text)
 
 
 def _clips_beside(folder, texts, captions):
@@ -1249,7 +1234,7 @@ class VideoDataset(torch.utils.data.Dataset):
 
 def _list_file(path, what):
     """A JSON file that holds a list of objects."""
-    rows = parse_json(_filled_text(path), path)
+    rows = parse_json(read_text(path), path)
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: not a list of {what}")
     return rows

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from common import Parser, UserError, check_file, run_command, write_atomic
+from common import Parser, UserError, run_command, write_atomic
 from data import (
     clips_with_prompts, list_pictures, open_image, read_triples, read_video, to_uint8)
 from text_encoders import DINO, dino_name, tokenize
@@ -141,7 +141,6 @@ def read_rows(args):
         if prompt is None:
             raise UserError(f"{clip}: no prompt in index.jsonl beside it; give --prompts FILE, a "
                             "line a clip in the order of their names")
-        check_file(clip, "clip")
         if folder:
             list_pictures(folder)
     return rows
