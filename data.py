@@ -1011,10 +1011,12 @@ def _folder_rows(folder, captions, tracks):
     names = {p.name for p in entries}
     listed = [name for name in LISTS if name in names]
     columns = [name for column in COLUMNS.values() for name in column if name in names]
-    if any(name in columns for name in (*COLUMNS["video"], *COLUMNS["tracking"])):
+    clips_here = any(p.suffix.lower() in VIDEOS + IMAGES for p in entries)
+    paired = {*columns} & {*COLUMNS["video"], *COLUMNS["tracking"]}
+    if paired or (columns and (tracks or not clips_here)):
         listed.append(", ".join(columns))
     labels = all(os.path.isdir(folder / name) for name in ("videos", "labels"))
-    listed += ["labels/"] * labels
+    listed += ["labels/"] * labels + ["clips beside it"] * (labels and clips_here)
     if len(listed) > 1:
         raise UserError(f"{folder}: clips are listed twice, in {' and in '.join(listed)}; give the "
                         "list that counts, or keep only that one")

@@ -92,6 +92,8 @@ REFUSED = {
     "two lists": ({**CLIPS, "metadata.csv": "video,caption\na.mp4,one", "index.jsonl": "{}"}, "listed twice, in index.jsonl and in metadata.csv"),
     "lists and labels": ({**PAIRED, "prompt.txt": "one\ntwo", "labels/a.txt": "x"}, "listed twice, in prompt.txt, videos.txt and in labels/"),
     "two files of prompts": ({**PAIRED, "prompt.txt": "one\ntwo", "prompts.txt": "one\ntwo"}, "prompt.txt and prompts.txt are both there"),
+    "labels and clips beside them": ({**BELOW, "labels/a.txt": "x", "labels/b.txt": "y", "c.mp4": ""}, "in labels/ and in clips beside"),
+    "no list of clips": ({**BELOW, "prompts.txt": "one\ntwo"}, "videos.txt: no such file, but prompts.txt"),
     "no prompts": (PAIRED, "prompt.txt: no such file, but videos.txt"),
     "a short list": ({**PAIRED, "prompt.txt": "one"}, "(prompt.txt 1, videos.txt 2)"),
     "a short list of pictures": ({**PAIRED, "prompt.txt": "one\ntwo", "images.txt": "a.png"}, "images.txt 1"),
