@@ -175,7 +175,7 @@ def encode_once(folder, data, encode, about, env, workers=0):
 VIDEOS = tuple(
     ".mp4 .m4v .mov .qt .avi .divx .mkv .webm .gif .apng .mpg .mpeg .mpe .mpv .m1v .m2v .ts .mts "
     ".m2t .m2ts .vob .wmv .asf .flv .f4v .3gp .3g2 .ogv .ogg .ogm .mxf .nut .dv .mjpeg .mjpg .y4m "
-    ".rm .rmvb .amv .wtv .ivf .h264 .264 .h265 .265 .hevc .obu".split())
+    ".rm .rmvb .amv .wtv .ivf".split())
 IMAGES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff")
 FAR = 300         # frames ahead from which a film of constant rate is searched by time
 FOLDER_FPS = 8.0  # a folder of pictures has no rate of its own

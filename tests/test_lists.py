@@ -141,6 +141,24 @@ def test_odd_things_in_a_folder(tmp_path, message):
     assert "cannot be read" in message(list_clips, tmp_path / ("a" * 300 + ".csv"))
 
 
+def test_what_may_not_be_read(tmp_path, message):
+    fill(tmp_path / "set", **LAYOUTS["same names"])
+    fill(tmp_path, **{"a.csv": "x", "a.txt": "x"})
+    locked = [tmp_path / "set", tmp_path / "a.csv", tmp_path / "a.txt"]
+    user = os.geteuid()
+    for path in locked:
+        path.chmod(0)
+    try:
+        os.seteuid(user or 65534)  # root may read everything
+        for read, path in ((list_clips, "set"), (list_clips, "set/a.mp4"), (list_clips, "a.csv"), (read_prompts, "a.txt"),
+                           (data.read_image_prompts, "a.txt"), (data.list_pictures, "set"), (data.read_clips, "set")):
+            assert "cannot be read (Permission denied)" in message(read, tmp_path / path)
+    finally:
+        os.seteuid(user)
+        for path in locked:
+            path.chmod(0o755)
+
+
 def test_what_is_left_out_is_said_once(tmp_path, capfd):
     fill(tmp_path, **LAYOUTS["same names"], **{"._a.mp4": "", ".c.tmp.mp4": "", "d.mp4.part": "", "e.txt": "", "f.temp.mp4": ""})
     assert rows(tmp_path) == A_B == rows(tmp_path)
