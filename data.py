@@ -1290,7 +1290,8 @@ class PairDataset(torch.utils.data.Dataset):
         if not isinstance(score, (int, float)) or not 0 < score < float("inf"):
             raise UserError(f"{where}: score {score} is no number above 0")
         for clip in (winner, loser):
-            check_file(clip, f"clip ({where})")
+            if not os.path.exists(clip):
+                raise UserError(f"{where}: {clip}: no such clip")
         self.rows.append((where, winner, loser, text))
         self.scores.append(float(score))
 

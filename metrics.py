@@ -132,7 +132,7 @@ def psnr(a, b):
 def read_rows(args):
     """-> [(clip, folder of references or None, prompt)], all checked."""
     source = Path(args.clips)
-    if source.suffix == ".txt":
+    if source.suffix.lower() == ".txt":
         rows = read_triples(source)
     else:
         folder = args.references and Path(args.references)
