@@ -617,6 +617,7 @@ class Base:
         """
         prompts = list(dict.fromkeys(prompts))
         motion_too = motion_too and self.row.unet.motion_blocks
+        self.tokenize(prompts)  # all at once: it counts those that are too long
         for motion in (False, True)[:1 + motion_too]:
             for i in range(0, len(prompts), 16):
                 batch = prompts[i:i + 16]

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import shutil
 import signal
@@ -20,7 +21,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -58,6 +59,12 @@ def warn(message):
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
+@cache
+def warn_once(message):
+    """warn(), unless this process has said the same before."""
+    warn(message)
+
+
 # ---- files of the user
 
 def check_file(path, what="file") -> Path:
@@ -80,6 +87,52 @@ def check_file(path, what="file") -> Path:
         raise UserError(f"{shown}: cannot be read ({getattr(e, 'strerror', None) or e}); check "
                         "its name and permissions") from None
     return path
+
+
+TEXT_MB = 1000  # largest list or JSON file that is read, in MB
+
+
+def read_text(path, what="file") -> str:
+    """The text of a user's file: UTF-8 in every locale, with or without a byte order mark.
+
+    Raises UserError if it is not such a text, is empty, or is larger than TEXT_MB (the variable
+    NANOVIDEO_TEXT_MB raises that).
+    """
+    path = check_file(path, what)
+    limit = float(os.environ.get("NANOVIDEO_TEXT_MB", TEXT_MB))
+    if path.stat().st_size > limit * 1e6:
+        raise UserError(f"{path}: a text of over {limit:g} MB; if it is meant, set the variable "
+                        "NANOVIDEO_TEXT_MB to a higher limit")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: not UTF-8 text (byte {e.start}); save it as UTF-8") from None
+    if not text.strip():
+        raise UserError(f"{path}: the file is empty")
+    return text
+
+
+def parse_json(text, where):
+    """JSON text -> its value; what is wrong with it is a UserError that names `where`."""
+    def unique(pairs):
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("an object has the same key twice")
+        return dict(pairs)
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except RecursionError:
+        raise UserError(f"{where}: not valid JSON (nested too deeply)") from None
+    except ValueError as e:
+        raise UserError(f"{where}: not valid JSON ({e})") from None
+
+
+def check_text(text, where) -> str:
+    """`text`, unless it holds a NUL or half a character, which tokenizers and files refuse."""
+    wrong = re.search("[\0\ud800-\udfff]", text)
+    if wrong:
+        raise UserError(f"{where}: character {wrong.start() + 1} is U+{ord(wrong[0]):04X}, no "
+                        "character of a text; remove it")
+    return text
 
 
 # ---- processes and seeds
@@ -288,6 +341,15 @@ POSITIVE = _number(float, 1e-12, 1e9, "a number above 0")
 UNSIGNED = _number(float, 0, 1e9, "a number of 0 or more")
 SHARE = _number(float, 0, 1, "a number from 0 to 1")
 DECAY = _number(float, 0, 1 - 1e-9, "a number from 0 to below 1")
+SEED = _number(int, 0, 2 ** 64 - 1, "a whole number from 0 to 2^64 - 1")
+
+
+def prompt_text(text):
+    """An argparse type for prompts: refuses bytes that are not UTF-8."""
+    try:
+        return check_text(text, "the text")
+    except UserError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
 
 
 def backprop(text):
@@ -313,6 +375,8 @@ OPTIONS = {
     "data": {
         "--data": dict(help="clips with captions: a folder, .csv, .jsonl or a VGen list (tiny "
                             "bases make their own)"),
+        "--data-root": dict(help="folder that the paths in lists start from (default: the list's "
+                                 "folder, then the working directory)"),
         "--read-fps": dict(type=POSITIVE, help="frame rate to read at (default: every frame)"),
         "--cache-latents": dict(action=YES_NO, default=False,
                                 help="encode every clip once, into --out, instead of in each step"),
@@ -336,8 +400,8 @@ OPTIONS = {
         "--sampler": dict(choices=SAMPLERS, help="sampler (default: the base's)"),
     },
     "sampling": {
-        "--negative": dict(help="negative prompt: text of the unconditional branch (default: the "
-                                "base's)"),
+        "--negative": dict(type=prompt_text, help="negative prompt: text of the unconditional "
+                                                  "branch (default: the base's)"),
         "--sample-steps": dict(type=COUNT, help="sampler steps (default: the base's)"),
         "--eta": dict(type=SHARE, help="DDIM noise: 0 is deterministic, 1 is DDPM (default: the "
                                        "base's)"),
@@ -389,7 +453,7 @@ OPTIONS = {
         "--eval-n": dict(type=COUNT, default=8, help="number of held-out prompts used"),
     },
     "run": {
-        "--seed": dict(type=NATURAL, default=0, help="seed of everything random"),
+        "--seed": dict(type=SEED, default=0, help="seed of everything random"),
         "--save-every": dict(type=COUNT, default=500, help="steps between checkpoints"),
         "--keep": dict(type=COUNT, default=1, help="number of numbered checkpoints kept"),
         "--preview-every": dict(type=NATURAL, default=0,
@@ -409,6 +473,7 @@ class Parser(argparse.ArgumentParser):
     COUNT, NATURAL, REAL = staticmethod(COUNT), staticmethod(NATURAL), staticmethod(REAL)
     POSITIVE, UNSIGNED = staticmethod(POSITIVE), staticmethod(UNSIGNED)
     SHARE, DECAY, BACKPROP = staticmethod(SHARE), staticmethod(DECAY), staticmethod(backprop)
+    SEED, TEXT = staticmethod(SEED), staticmethod(prompt_text)
     YES_NO = YES_NO
 
     def __init__(self, doc):
@@ -419,14 +484,14 @@ class Parser(argparse.ArgumentParser):
         message = message.removeprefix("argument ")
         raise UserError(f"{message} ({self.prog} --help lists the options)")
 
-    def options(self, groups, without=()):
+    def options(self, groups, without=(), only=None):
         """Declare the options of some groups of OPTIONS, e.g. p.options("base pixels machine").
 
-        without: flags that this method does not have.
+        without: flags that this method does not have; only: the few that it has.
         """
         for group in groups.split():
             for flag, keywords in OPTIONS[group].items():
-                if flag not in without:
+                if flag in (only or OPTIONS[group]) and flag not in without:
                     self.add_argument(flag, **keywords)
 
     def parse(self, argv, defaults, presets=None):
@@ -798,7 +863,7 @@ class Log:
             return
         keep_lines(self.path, start)
         arguments = json.dumps(vars(args), indent=1, default=str)
-        write_atomic(Path(args.out, "args.json"), lambda p: p.write_text(arguments))
+        write_atomic(Path(args.out, "args.json"), lambda p: p.write_text(arguments, "utf-8"))
         print("arguments:", " ".join(f"{k}={v}" for k, v in vars(args).items() if v is not None))
         print(f"device: {device_name(env.device)} x {env.world}, {str(env.dtype)[6:]};",
               ", ".join(f"{k} {v}" for k, v in versions().items()))
@@ -864,7 +929,7 @@ class Log:
 def append_line(path, row):
     """One more line of a jsonl file."""
     try:
-        with open(path, "a") as f:
+        with open(path, "a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
     except OSError as e:
         raise UserError(f"{path}: cannot be written ({e.strerror}); the last checkpoint is whole: "
@@ -873,15 +938,17 @@ def append_line(path, row):
 
 def write_lines(path, rows):
     """A whole jsonl file."""
-    write_atomic(path, lambda p: p.write_text("".join(json.dumps(row) + "\n" for row in rows)))
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    write_atomic(path, lambda p: p.write_text(text, "utf-8"))
 
 
 def read_lines(path) -> list:
-    """A jsonl file's rows; a last line that a kill cut off is left out."""
-    path, rows = Path(path), []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
+    """Rows of a jsonl file of ours, [] without one; a line that a kill cut off is left out."""
+    rows = []
+    filled = os.path.exists(path) and os.path.getsize(path)
+    for line in read_text(path).split("\n") if filled else ():
+        with contextlib.suppress(UserError):
+            rows.append(parse_json(line, path))
     return rows
 
 
@@ -889,7 +956,7 @@ def keep_lines(path, before):
     """Keep a jsonl file's lines whose "step" is below `before`: a resumed run repeats what came
     after."""
     kept = [json.dumps(x) + "\n" for x in read_lines(path) if x["step"] < before] if before else []
-    write_atomic(path, lambda p: p.write_text("".join(kept)))
+    write_atomic(path, lambda p: p.write_text("".join(kept), "utf-8"))
 
 
 def peak_memory(device) -> float:
@@ -977,7 +1044,7 @@ def finish(env, path, text):
     """Wait for all processes, let rank 0 write text() to the file, and wait for it."""
     for last in (False, True):
         if last and env.main:
-            write_atomic(path, lambda p: p.write_text(text()))
+            write_atomic(path, lambda p: p.write_text(text(), "utf-8"))
         if env.world > 1:
             dist.barrier()
 

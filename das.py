@@ -189,8 +189,10 @@ def read_data(args, sampling):
     if not args.data and args.base in PRESETS:
         part = tinyworld.TinyTracks(TINY_CLIPS, sampling.frames, args.seed)
         return [part], tinyworld.held_out_tracks(args.eval_n, sampling.frames, args.seed)
-    parts = tracks.in_buckets(args.data, sizes, args.seed)
-    others = tracks.in_buckets(args.eval_data, sizes) if args.eval_data else None
+    root, others = args.data_root, None
+    parts = tracks.in_buckets(args.data, sizes, args.seed, root)
+    if args.eval_data:
+        others = tracks.in_buckets(args.eval_data, sizes, root=root)
     parts, held_out = tracks.hold_out(parts, sampling.size, args.eval_n, others)
     clips = [held_out[i, i] for i in range(min(args.eval_n, len(held_out)))]
     return parts, [clip | {"motion": "clips", "scene": None} for clip in clips]

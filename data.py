@@ -8,11 +8,15 @@ import csv
 import gc
 import io
 import json
+import os
 import re
 import signal
 import struct
 import sys
+import unicodedata
+from argparse import ArgumentTypeError
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -25,8 +29,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from common import (
-    Parser, UserError, batch_indices, check_file, generator, read_lines, run_command, seed_of, warn,
-    write_atomic)
+    SEED, Parser, UserError, batch_indices, check_file, check_text, generator, parse_json,
+    read_text, run_command, seed_of, warn, warn_once, write_atomic)
 from weights import load_strict, load_weights
 
 # ---- which clips make which batch
@@ -167,8 +171,12 @@ def encode_once(folder, data, encode, about, env, workers=0):
 
 # ---- pixels
 
-VIDEOS = (".mp4", ".avi", ".mov", ".webm", ".gif")
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+# endings of files that PyAV reads
+VIDEOS = tuple(
+    ".mp4 .m4v .mov .qt .avi .divx .mkv .webm .gif .apng .mpg .mpeg .mpe .mpv .m1v .m2v .ts .mts "
+    ".m2t .m2ts .vob .wmv .asf .flv .f4v .3gp .3g2 .ogv .ogg .ogm .mxf .nut .dv .mjpeg .mjpg .y4m "
+    ".rm .rmvb .amv .wtv .ivf".split())
+IMAGES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff")
 FAR = 300         # frames ahead from which a film of constant rate is searched by time
 FOLDER_FPS = 8.0  # a folder of pictures has no rate of its own
 MP4_CRF = "12"    # x264's default, 23, cost 8 dB on a real 256x256 clip
@@ -454,7 +462,8 @@ def resize(x, size):
 
 def natural_order(path):
     """Sorting key by which frame_2 comes before frame_10."""
-    return [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", path.name)]
+    parts = [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", path.name)]
+    return parts, path.name  # 1.png and 01.png, too, have an order
 
 
 def _gif_timeline(image):
@@ -500,10 +509,7 @@ def _opened(path):
                         "pictures")
     try:
         if path.is_dir():
-            files = [p for p in path.iterdir() if p.suffix.lower() in IMAGES]
-            files.sort(key=natural_order)
-            if not files:
-                raise UserError(f"{path}: no pictures in this folder ({', '.join(IMAGES)})")
+            files = list_pictures(path)
 
             def get(i):
                 with Image.open(files[i]) as image:
@@ -582,40 +588,6 @@ def read_video(path, frames=None, fps=None, start=0, size=None):
             # at once, so that long clips stay small
             clip.append(resize_crop(frame.float(), size) if size else frame)
     return _to_float(torch.stack(clip, 1)), rate / stride
-
-
-def list_videos(path):
-    """A clip, or a folder of clips -> their paths in natural order. A folder of pictures is one
-    clip.
-
-    If the folder has an index.jsonl (sample.py writes it), its clips are those that the index
-    lists, in that order: others are left over from an earlier run.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        return [path]
-    clips = sorted((p for p in path.iterdir() if p.suffix.lower() in VIDEOS), key=natural_order)
-    present = {clip.name: clip for clip in clips}
-    rows = [row for row in read_lines(path / "index.jsonl") if isinstance(row, dict)]
-    names = dict.fromkeys(str(row.get("file")) for row in rows)
-    listed = [present[name] for name in names if name in present]
-    if listed and len(listed) < len(clips):
-        left_out = len(clips) - len(listed)
-        warn(f"{path}: clips that index.jsonl does not list are left out ({left_out})")
-    return listed or clips or [path]
-
-
-def prompts_of(clips, file=None, prompt=None):
-    """A prompt for each of the clips (paths): lines of a file, or one for all, or sample.py's
-    index.jsonl."""
-    if file:
-        prompts = read_prompts(file)
-        if len(prompts) != len(clips):
-            raise UserError(f"{file}: {len(prompts)} prompts for {len(clips)} clips")
-        return prompts
-    index = clips[0].parent / "index.jsonl"
-    known = {row.get("file"): row.get("prompt", "") for row in read_lines(index)}
-    return [prompt or known.get(clip.name, "") for clip in clips]
 
 
 def codec_motion(video):
@@ -775,52 +747,50 @@ def contact_sheet(videos, path, captions=None, frames=8, scale=None, headers=Non
 # Spellings in use for the same field; the first is ours, an earlier one wins where a row has
 # several.
 PROMPT_KEYS = ("prompt", "caption", "en_caption", "prompt_en", "text")
-VIDEO_KEYS = ("video", "path", "file", "file_name")
+VIDEO_KEYS = ("video", "path", "file", "file_name", "video_path", "file_path", "image_path")
 CAPTION_KEYS = ("caption", "text", "prompt", "en_caption")
-
-
-def _read_text(path):
-    """The whole file; a missing, not UTF-8 or empty one is refused."""
-    path = check_file(path)
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path}: not UTF-8 text (byte {e.start}); save it as UTF-8") from None
-    if not text.strip():
-        raise UserError(f"{path}: the file is empty")
-    return text
+TRACK_KEYS = ("tracking", "tracks")
+TABLES = (".csv", ".tsv", ".jsonl", ".json")
 
 
 def numbered_lines(path, comments="#"):
     """-> [(row, stripped line)] without blank lines and comments; rows count from 1 as in an
     editor."""
-    # split, not splitlines: that one also cuts at U+2028 and others, which may stand inside a
-    # caption or JSON
-    rows = [(n, s.strip()) for n, s in enumerate(_read_text(path).split("\n"), 1)]
+    text = read_text(path).replace("\r\n", "\n").replace("\r", "\n")
+    # not splitlines: that one also cuts at U+2028 and others, which may stand inside a caption or
+    # JSON
+    rows = [(n, check_text(s.strip(), f"{path} row {n}"))
+            for n, s in enumerate(text.split("\n"), 1)]
     rows = [(n, s) for n, s in rows if s and not (comments and s.startswith(comments))]
     if not rows:
         raise UserError(f"{path}: only comments and blank lines")
     return rows
 
 
-def _json(text, where):
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as e:
-        raise UserError(f"{where}: not valid JSON ({e})") from None
-
-
 def read_table(path):
-    """.csv with a header, or .jsonl -> [(row, dict)]. A csv row with surplus or missing fields is
-    refused: an unquoted comma would cut the caption silently, as in 17 of the 51 rows of DEMO's
-    own prompt file."""
-    if Path(path).suffix.lower() == ".jsonl":
-        rows = [(n, _json(s, f"{path} row {n}")) for n, s in numbered_lines(path, comments=None)]
-        for n, row in rows:
-            if not isinstance(row, dict):
-                raise UserError(f'{path} row {n}: not an object such as {{"prompt": "..."}}')
-        return rows
-    reader, rows = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True), []
+    """.csv or .tsv with a header, .jsonl or .json (a list) of objects -> [(row, dict)].
+
+    A csv row with surplus or missing fields is refused: an unquoted comma would cut the caption
+    silently, as in 17 of the 51 rows of DEMO's own prompt file.
+    """
+    kind = Path(path).suffix.lower()
+    if kind in (".csv", ".tsv"):
+        return _csv_rows(path, "\t" if kind == ".tsv" else ",")
+    if kind == ".json":
+        rows = list(enumerate(_list_file(path, "objects"), 1))
+    else:
+        rows = [(n, parse_json(s, f"{path} row {n}"))
+                for n, s in numbered_lines(path, comments=None)]
+    for n, row in rows:
+        if not isinstance(row, dict):
+            raise UserError(f'{path} row {n}: not an object such as {{"prompt": "..."}}')
+    return rows
+
+
+def _csv_rows(path, delimiter):
+    """read_table() of a .csv or .tsv."""
+    text = io.StringIO(read_text(path), newline="")
+    reader, rows = csv.reader(text, strict=True, delimiter=delimiter), []
     try:
         header = [name.strip() for name in next(reader)]
         if len(set(header)) != len(header):
@@ -828,8 +798,8 @@ def read_table(path):
         for row in reader:
             if row and len(row) != len(header):
                 raise UserError(f"{path} row {reader.line_num}: {len(row)} fields, the header "
-                                f"{len(header)}; "
-                                'a text with a comma needs "double quotes"')
+                                f"{len(header)}; put a text with a comma in \"double quotes\", or "
+                                "save a .txt with a prompt per line")
             if row:
                 rows.append((reader.line_num, dict(zip(header, row))))
     except csv.Error as e:
@@ -847,17 +817,38 @@ def field_of(row, keys, where):
         raise UserError(f"{where}: no `{keys[0]}` (nor {', '.join(keys[1:])}), only {found}")
     if not isinstance(row[key], str) or not row[key].strip():
         raise UserError(f"{where}: `{key}` is empty or not a text")
-    return row[key].strip()
+    return check_text(row[key].strip(), f"{where}: `{key}`")
 
 
-def _pairs(path, what):
-    """.txt of `path|||caption` lines -> [(row, path, caption)]."""
-    rows = [(n, [s.strip() for s in line.split("|||")]) for n, line in numbered_lines(path)]
-    for n, parts in rows:
-        if len(parts) != 2 or not all(parts):
-            raise UserError(f"{path} row {n}: wanted {what}|||caption, found "
-                            f"{'|||'.join(parts)[:60]!r}")
-    return [(n, *parts) for n, parts in rows]
+def _bar_rows(path, *names):
+    """.txt of lines such as `path|||caption` -> [(row, path, caption)]; names: of the fields."""
+    rows = [(n, *map(str.strip, line.split("|||"))) for n, line in numbered_lines(path)]
+    for n, *fields in rows:
+        if len(fields) != len(names) or not all(fields):
+            raise UserError(f"{path} row {n}: wanted {'|||'.join(names)}, found "
+                            f"{'|||'.join(fields)[:60]!r}")
+    return rows
+
+
+def listed_path(source, n, text, what, root=None):
+    """The file `text` of row n of a list, a `what`: below `root` if given, else below the list's
+    folder or the working directory. A Path stays as it is. Raises UserError if it is not there."""
+    beside, here = Path(source).parent / text, Path(text)
+    if isinstance(text, Path):
+        path = text
+    elif root:
+        path = Path(root, text)
+    elif not os.path.exists(here):
+        path = beside
+    elif os.path.exists(beside) and not os.path.samefile(beside, here):
+        raise UserError(f"{source} row {n}: {text} is both in the list's folder and in the working "
+                        "directory; --data-root FOLDER says which is meant")
+    else:
+        path = beside if os.path.exists(beside) else here
+    try:
+        return path if os.path.isfile(path) or os.path.isdir(path) else check_file(path, what)
+    except UserError as e:
+        raise UserError(f"{source} row {n}: {e}") from None
 
 
 def _json_prompts(data, path):
@@ -879,21 +870,39 @@ def _json_prompts(data, path):
     return prompts
 
 
-def read_prompts(path):
-    """-> list of prompts. .txt: a line each, # comments; .csv or .jsonl: `prompt` (or caption,
-    en_caption, prompt_en, text) of each row; .json: see _json_prompts."""
+def read_seeded_prompts(path):
+    """-> [(prompt, seed or None)]. .txt: a line each, # comments, VGen's lines `prompt|seed`;
+    .csv, .tsv or .jsonl: `prompt` (or caption, en_caption, prompt_en, text) of each row; .json: see
+    _json_prompts."""
     kind = Path(path).suffix.lower()
     if kind == ".json":
-        return _json_prompts(_json(_read_text(path), path), path)
-    if kind in (".csv", ".jsonl"):
-        return [field_of(row, PROMPT_KEYS, f"{path} row {n}") for n, row in read_table(path)]
+        prompts = _json_prompts(parse_json(read_text(path), path), path)
+        return [(prompt, None) for prompt in prompts]
+    if kind in TABLES:
+        rows = read_table(path)
+        return [(field_of(row, PROMPT_KEYS, f"{path} row {n}"), None) for n, row in rows]
     if kind != ".txt":
-        raise UserError(f"{path}: prompt files are .txt, .csv, .jsonl or .json")
+        raise UserError(f"{path}: prompt files are .txt, .csv, .tsv, .jsonl or .json")
+    prompts = []
     for n, line in numbered_lines(path):
         if "|||" in line:
             raise UserError(f"{path} row {n}: image|||caption is for image-to-video; keep the "
                             "caption alone")
-    return [line for _, line in numbered_lines(path)]
+        seeded = re.fullmatch(r"(.*\S)\s*\|\s*(-?\d+)", line)
+        prompt, seed = seeded.groups() if seeded else (line, None)
+        try:
+            prompts.append((prompt, seed and SEED(seed)))
+        except ArgumentTypeError as e:
+            raise UserError(f"{path} row {n}: seed {e}") from None
+    return prompts
+
+
+def read_prompts(path):
+    """Prompts of read_seeded_prompts(), for uses without a seed per prompt."""
+    rows = read_seeded_prompts(path)
+    if any(seed is not None for _, seed in rows):
+        warn_once(f"{path}: the seeds after | are not used here")
+    return [prompt for prompt, _ in rows]
 
 
 def prompt_grid(nouns, activities):
@@ -905,75 +914,251 @@ def prompt_grid(nouns, activities):
 
 
 def read_triples(path):
-    """.txt of lines `clip|||folder|||prompt` -> [(clip, folder, prompt)]."""
-    rows = [(n, [s.strip() for s in line.split("|||")]) for n, line in numbered_lines(path)]
-    for n, parts in rows:
-        if len(parts) != 3 or not all(parts):
-            raise UserError(f"{path} row {n}: wanted clip|||folder of references|||prompt")
-    return [tuple(parts) for _, parts in rows]
+    """.txt of lines `clip|||folder|||prompt` -> [(clip, folder, prompt)]; see listed_path()."""
+    rows = _bar_rows(path, "clip", "folder of references", "prompt")
+    return [(listed_path(path, n, clip, "clip"), listed_path(path, n, folder, "folder"), prompt)
+            for n, clip, folder, prompt in rows]
 
 
-def read_image_prompts(path):
-    """.txt of `image|||caption` lines -> [(image path, caption)]; paths relative to the file, and
-    checked."""
-    rows = [(n, Path(path).parent / image, caption) for n, image, caption in _pairs(path, "image")]
-    for n, image, _ in rows:
-        if not image.is_file():
-            raise UserError(f"{path} row {n}: {image}: no such picture")
-    return [(image, caption) for _, image, caption in rows]
+def read_image_prompts(path, root=None):
+    """.txt of `image|||caption` lines -> [(image path, caption)]; paths: see listed_path()."""
+    return [(listed_path(path, n, image, "picture", root), caption)
+            for n, image, caption in _bar_rows(path, "image", "caption")]
 
 
-# ---- data sets of clips with captions
+# ---- which clips a folder or a list holds
 
-def _folder_rows(folder, captions=True):
-    """Clips with a same-named .txt beside them -> [(row, path, caption)]; also sub-folders of
-    pictures."""
-    clips = [p for p in folder.iterdir() if not p.name.startswith(".") and
-             (p.suffix.lower() in VIDEOS + IMAGES
-              or (p.is_dir() and p.with_name(p.name + ".txt").is_file()))]
+# names of hidden files, and of files that an editor, a browser or a killed writer leaves behind
+TEMPORARY = re.compile(r"^[.~]|~$|\.te?mp(\.|$)|\.(part|crdownload)$", re.IGNORECASE)
+LISTS = ("index.jsonl", *(f"metadata{kind}" for kind in (".csv", ".tsv", ".jsonl")))
+# lists that belong together line by line (CogVideoX, DaS, finetrainers)
+COLUMNS = {"caption": ("prompt.txt", "prompts.txt"), "video": ("videos.txt",),
+           "tracking": ("trackings.txt",), "image": ("images.txt",)}
+
+
+def list_folder(folder, temporary=False):
+    """What is in a folder, in natural order; hidden and temporary files only if asked for."""
+    try:
+        entries = sorted(Path(folder).iterdir(), key=natural_order)
+    except (OSError, ValueError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise UserError(f"{folder}: cannot be read ({reason}); check its name and permissions"
+                        ) from None
+    return [p for p in entries if temporary or not TEMPORARY.search(p.name)]
+
+
+def list_pictures(folder):
+    """Pictures in a folder, in natural order; none is a UserError."""
+    files = [p for p in list_folder(folder) if p.suffix.lower() in IMAGES]
+    if not files:
+        raise UserError(f"{folder}: no pictures in this folder ({', '.join(IMAGES)})")
+    return files
+
+
+def list_clips(source, captions="needed", tracks=False, root=None):
+    """Clips of any source -> (the file or folder that lists them, [(row, clip, caption)]).
+
+    source: a clip; a .csv, .tsv, .jsonl or .json list, WebVid's csv, a .txt of video|||caption
+    lines; or a folder with one of LISTS, with COLUMNS (matched line by line), with videos/ and
+    labels/, or with clips and same-named .txt. captions: "needed"; "found" (None where there is
+    none, and pictures are no clips); "ignored" (all are ""). tracks: rows are (row, clip, tracking
+    video, caption). root: see listed_path(). Two lists in a folder, texts that fit two clips, and
+    clips that are not there are refused; what a folder holds besides is left out with a warning.
+    """
+    source = Path(source)
+    if not os.path.isdir(source):
+        check_file(source, "folder or list of clips")
+    if os.path.isdir(source):
+        rows, source = _folder_rows(source, captions, tracks)
+    elif source.suffix.lower() in VIDEOS and not tracks:
+        rows = _single_clip(source, captions)
+    elif source.suffix.lower() in TABLES:
+        rows = _table_rows(source, captions, tracks)
+    elif source.suffix.lower() == ".txt" and not tracks:
+        rows = _text_rows(source, captions)
+    else:
+        files, lines = (("a folder with prompt.txt, videos.txt and trackings.txt",
+                         "a list with video, tracking, caption") if tracks else
+                        ("a folder", ".txt with video|||caption lines"))
+        raise UserError(f"{source}: wanted {files}, {', '.join(TABLES)}, or {lines}")
+    found = []
+    for n, clip, track, caption in rows:
+        paths = [listed_path(source, n, clip, "clip", root)]
+        if tracks:
+            paths.append(listed_path(source, n, track, "tracking video", root))
+        found.append((n, *paths, "" if captions == "ignored" else caption))
+    if source.name in LISTS or source.name in COLUMNS["video"]:
+        used = [path for row in found for path in row[1:2 + tracks]]
+        _say_left_out(source, used, [source.parent, *(path.parent for path in used)], VIDEOS)
+    return source, found
+
+
+def _say_left_out(source, used, folders, kinds=None):
+    """Warn of what lies in `folders` and is not in `used`; kinds: only files with these endings."""
+    used = set(map(os.path.abspath, used))
+    others = [p for folder in dict.fromkeys(map(os.path.abspath, folders))
+              for p in list_folder(folder, temporary=True)
+              if os.path.abspath(p) not in used and (not kinds or p.suffix.lower() in kinds)]
+    if others:
+        names = ", ".join(p.name for p in others[:3]) + ", ..." * (len(others) > 3)
+        warn_once(f"{source}: files that it does not list or that are no clips are left out "
+                  f"({len(others)}): {names}")
+
+
+def _folder_rows(folder, captions, tracks):
+    """-> [(row, clip, tracking video or None, caption or None)], the list or folder they are of."""
+    entries = list_folder(folder)
+    names = {p.name for p in entries}
+    listed = [name for name in LISTS if name in names]
+    columns = [name for column in COLUMNS.values() for name in column if name in names]
+    clips_here = any(p.suffix.lower() in VIDEOS + IMAGES for p in entries)
+    paired = {*columns} & {*COLUMNS["video"], *COLUMNS["tracking"]}
+    if paired or (columns and (tracks or not clips_here)):
+        listed.append(", ".join(columns))
+    labels = all(os.path.isdir(folder / name) for name in ("videos", "labels"))
+    listed += ["labels/"] * labels + ["clips beside it"] * (labels and clips_here)
+    if len(listed) > 1:
+        raise UserError(f"{folder}: clips are listed twice, in {' and in '.join(listed)}; give the "
+                        "list that counts, or keep only that one")
+    if listed and listed[0] in LISTS:
+        source = folder / listed[0]
+        return _table_rows(source, captions, tracks), source
+    if listed and not labels:
+        return _column_rows(folder, columns, captions, tracks), folder / COLUMNS["video"][0]
+    if tracks:
+        raise UserError(f"{folder}: prompt.txt: no such file; clips with tracking videos need "
+                        "prompt.txt, videos.txt and trackings.txt, or a metadata.csv")
+    clips = folder / "videos" if labels else folder
+    return _clips_beside(clips, folder / "labels" if labels else folder, captions), clips
+
+
+def _column_rows(folder, names, captions, tracks):
+    """_folder_rows() of lists that belong together line by line."""
+    needed = {"video": True, "caption": captions == "needed", "tracking": tracks}
+    columns = {}
+    for column, spellings in COLUMNS.items():
+        found = [name for name in spellings if name in names]
+        if len(found) > 1:
+            raise UserError(f"{folder}: {' and '.join(found)} are both there; keep one")
+        if needed.get(column) and not found:
+            raise UserError(f"{folder}: {spellings[0]}: no such file, but {', '.join(names)}")
+        if found:
+            columns[column] = dict(numbered_lines(folder / found[0], comments=None))
+    if len(set(map(len, columns.values()))) > 1:
+        counts = ", ".join(f"{name} {len(columns[key])}" for key in columns
+                           for name in COLUMNS[key] if name in names)
+        raise UserError(f"{folder}: the lists differ in length ({counts}), but belong together "
+                        "line by line")
+    apart = [n for lines in zip(*columns.values()) for n in lines if n != lines[0]]
+    if apart:
+        raise UserError(f"{folder}: row {apart[0]} of a list is an empty line of another "
+                        f"({', '.join(names)}); they belong together line by line")
+    if "image" in columns:
+        warn_once(f"{folder}/images.txt: is not read; the first frame of a clip is its picture")
+    tracking, caption = (columns.get(column, {}) for column in ("tracking", "caption"))
+    return [(n, clip, tracking.get(n), caption.get(n)) for n, clip in columns["video"].items()]
+
+
+def _table_rows(source, captions, tracks):
+    """_folder_rows() of a .csv, .tsv, .jsonl or .json."""
     rows = []
-    for n, clip in enumerate(sorted(clips, key=natural_order), 1):
-        text = clip.with_name((clip.name if clip.is_dir() else clip.stem) + ".txt")
-        if not captions:
-            rows.append((n, clip, ""))
-            continue
-        if not text.is_file():
-            raise UserError(f"{clip}: no caption beside it; write {text.name}, or metadata.csv for "
-                            "all")
-        rows.append((n, clip, " ".join(_read_text(text).split())))
-    if not rows:
-        raise UserError(f"{folder}: no clips in this folder ({', '.join(VIDEOS)})")
+    index = source.name == LISTS[0]  # `video` and others are there what sample.py was given
+    for n, row in read_table(source):
+        where, text = f"{source} row {n}", None
+        if {"videoid", "name", "page_dir"} <= row.keys():  # WebVid
+            row = {"video": f"{row['page_dir']}/{row['videoid']}.mp4", "caption": row["name"]}
+        clip = field_of(row, ("file", "path") if index else VIDEO_KEYS, where)
+        track = field_of(row, TRACK_KEYS, where) if tracks else None
+        if index and captions == "found" and row.get("prompt") == "":
+            text = ""  # a prompt, too
+        elif captions == "needed" or (captions == "found" and any(map(row.get, CAPTION_KEYS))):
+            text = field_of(row, CAPTION_KEYS, where)
+        rows.append((n, clip, track, text))
     return rows
 
 
-def clip_rows(source, captions=True):
-    """Any source of VideoDataset -> (file that lists the clips, [(row, path, caption)]).
+def _text_rows(source, captions):
+    """_folder_rows() of a .txt: video|||caption, or without captions a clip per line."""
+    if captions == "needed":
+        rows = _bar_rows(source, "video", "caption")
+        return [(n, clip, None, caption) for n, clip, caption in rows]
+    rows = [(n, line.partition("|||")) for n, line in numbered_lines(source)]
+    return [(n, clip.strip(), None, caption.strip() or None) for n, (clip, _, caption) in rows]
 
-    captions False: none are looked for, all are "".
+
+def _single_clip(path, captions):
+    """_folder_rows() of a clip; its caption: of an index.jsonl or a .txt beside it."""
+    index, text = path.parent / LISTS[0], path.with_suffix(".txt")
+    caption = None
+    if captions == "found" and os.path.isfile(index):
+        rows = _table_rows(index, captions, tracks=False)
+        caption = next((row[3] for row in rows if row[1] == path.name), None)
+    elif captions == "needed" or (captions == "found" and os.path.isfile(text)):
+        caption = _caption_file(text, path)
+    return [(1, path, None, caption)]
+
+
+def _caption_file(text, clip):
+    """The caption in a .txt file."""
+    if not os.path.lexists(text):
+        raise UserError(f"{clip}: no caption beside it; write {text.name}, or metadata.csv for all")
+    return check_text(" ".join(read_text(text).split()), text)
+
+
+def _clips_beside(folder, texts, captions):
+    """_folder_rows() of clips, and sub-folders of pictures, with a same-named .txt in `texts`."""
+    normal = partial(unicodedata.normalize, "NFC")  # macOS writes an accent as a letter of its own
+    entries, files = list_folder(folder), {}
+    for p in list_folder(texts):
+        if p.suffix.lower() == ".txt":
+            files.setdefault(normal(p.stem), []).append(p)
+    kinds = VIDEOS + (() if captions == "found" else IMAGES)
+    clips = {p: normal(p.name if os.path.isdir(p) else p.stem) for p in entries
+             if (normal(p.name) in files if os.path.isdir(p) else p.suffix.lower() in kinds)}
+    if not clips and captions == "found" and any(p.suffix.lower() in IMAGES for p in entries):
+        return [(1, folder, None, None)]  # one clip, as pictures
+    if not clips:
+        raise UserError(f"{folder}: no clips in this folder ({', '.join(VIDEOS[:9])} ...)")
+    rows, owner = [], {}
+    for n, (clip, stem) in enumerate(clips.items(), 1):
+        if os.path.isdir(clip):
+            list_pictures(clip)
+        found = files.get(stem, [])
+        if captions != "ignored" and len(found) > 1 or (found and stem in owner):
+            both = [p.name for p in found] if len(found) > 1 else [owner[stem].name, clip.name]
+            raise UserError(f"{folder}: {' and '.join(both)} share a name, so that clips and "
+                            "captions cannot be matched; rename one")
+        owner[stem], caption = clip, None
+        if captions == "needed" or (captions == "found" and found):
+            caption = _caption_file(found[0] if found else texts / f"{stem}.txt", clip)
+        rows.append((n, clip, None, caption))
+    used = [*clips, *(p for stem in owner for p in files.get(stem, []))]
+    _say_left_out(folder, used, [folder, texts])
+    return rows
+
+
+def clips_with_prompts(path, file=None, prompt=None):
+    """Clips to score or to enlarge -> [(clip, prompt or None)].
+
+    The prompts are those of a file (in the order of the clips, or a .json by their names), one for
+    all, or those that list_clips() finds.
     """
-    source = Path(source)
-    if not source.exists():
-        raise UserError(f"{source}: no such folder or list of clips")
-    if source.is_dir():
-        listed = [p for p in (source / "metadata.csv", source / "metadata.jsonl") if p.is_file()]
-        if not listed:
-            return source, _folder_rows(source, captions)
-        source = listed[0]
-    kind = source.suffix.lower()
-    if kind in (".csv", ".jsonl"):
-        table = [(n, row, f"{source} row {n}") for n, row in read_table(source)]
-        rows = [(n, field_of(row, VIDEO_KEYS, w),
-                 field_of(row, CAPTION_KEYS, w) if captions else "")
-                for n, row, w in table]
-    elif kind == ".txt" and not captions:
-        rows = [(n, line.split("|||")[0].strip(), "") for n, line in numbered_lines(source)]
-    elif kind == ".txt":
-        rows = _pairs(source, "video")
-    else:
-        raise UserError(f"{source}: wanted a folder, .csv, .jsonl, or .txt with video|||caption "
-                        "lines")
-    return source, [(n, source.parent / clip, caption) for n, clip, caption in rows]
+    rows = list_clips(path, "found")[1]
+    if not file:
+        return [(clip, caption if prompt is None else prompt) for _, clip, caption in rows]
+    prompts, named = read_prompts(file), {}
+    if Path(file).suffix.lower() == ".json":
+        named = parse_json(read_text(file), file)
+        named = named.get("prompts", named) if isinstance(named, dict) else {}
+    if isinstance(named, dict) and any(clip.name in named for _, clip, _ in rows):
+        by_name = dict(zip(named, prompts))
+        prompts = [by_name[clip.name] for _, clip, _ in rows if clip.name in by_name]
+    if len(prompts) != len(rows):
+        raise UserError(f"{file}: {len(prompts)} prompts for {len(rows)} clips")
+    return [(clip, text) for (_, clip, _), text in zip(rows, prompts)]
 
+
+# ---- data sets of clips with captions
 
 def quick_files():
     """Before many clips: imageio collects garbage at every close, 0.5 s each when transformers is
@@ -983,18 +1168,19 @@ def quick_files():
 
 
 class VideoDataset(torch.utils.data.Dataset):
-    """Items {"video": (3, frames, height, width) in [-1, 1], "text": str, "path": str}. source: a
-    folder (clips with same-named .txt, or a metadata.csv / .jsonl), a .csv with the columns
-    `video,caption` (or path, file, file_name; text, prompt, en_caption), .jsonl with these keys,
-    or .txt with VGen's lines `video|||caption`; paths are relative to the list. The list is
-    checked here, a clip when it is read: a bad one (corrupt, empty, too short, changing size) is
-    named, counted, and replaced by the next row; past 1 % of the rows, and more than one, the run
-    stops. Pictures count as clips when frames == 1. Item (i, number) is row i, its start drawn
-    for `number` alone: a clip that comes again starts elsewhere."""
+    """Items {"video": (3, frames, height, width) in [-1, 1], "text": str, "path": str}. source,
+    root: see list_clips(). The list is checked here, a clip when it is read: a bad one (corrupt,
+    empty, too short, changing size) is named, counted, and replaced by the next row; past 1 % of
+    the rows, and more than one, the run stops. Pictures count as clips when frames == 1. Item (i,
+    number) is row i, its start drawn for `number` alone: a clip that comes again starts
+    elsewhere."""
 
-    def __init__(self, source, frames, height, width, fps=None, seed=0, rows=None, captions=True):
+    def __init__(self, source, frames, height, width, fps=None, seed=0, root=None, rows=None,
+                 captions=True):
         # rows: already read, [(row, path, caption)]
-        self.source, self.rows = clip_rows(source, captions) if rows is None else (source, rows)
+        if rows is None:
+            source, rows = list_clips(source, "needed" if captions else "ignored", root=root)
+        self.source, self.rows = source, rows
         self.frames, self.size, self.fps, self.seed = frames, (height, width), fps, seed
         known = {}
         twice = [n for n, *clip in self.rows if known.setdefault(tuple(clip), n) != n]
@@ -1002,8 +1188,6 @@ class VideoDataset(torch.utils.data.Dataset):
             warn(f"{self.source} row {twice[0]}: clip and caption stand in an earlier row, too "
                  f"({len(twice)} such rows): they count double")
         for n, path, _ in self.rows:
-            if not path.exists():
-                raise UserError(f"{self.source} row {n}: {path}: no such clip")
             if path.suffix.lower() in IMAGES and frames != 1:
                 raise UserError(f"{self.source} row {n}: {path}: a picture is one frame; use "
                                 "--frames 1")
@@ -1052,7 +1236,7 @@ class VideoDataset(torch.utils.data.Dataset):
 
 def _list_file(path, what):
     """A JSON file that holds a list of objects."""
-    rows = _json(_read_text(path), path)
+    rows = parse_json(read_text(path), path)
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: not a list of {what}")
     return rows
@@ -1064,7 +1248,7 @@ def read_clips(folder):
     for i, row in enumerate(_list_file(path, "clips")):
         try:
             clip, caption = row["basic"]["clip_path"], row["misc"]["frame_caption"][0]
-            rows.append((Path(folder, clip), caption))
+            rows.append((Path(folder, clip), check_text(caption, f"{path} row {i}")))
         except (KeyError, IndexError, TypeError):
             raise UserError(f'{path} row {i}: wanted {{"basic": {{"clip_path": ...}}, "misc": '
                             '{"frame_caption": [...]}}') from None
@@ -1084,7 +1268,7 @@ class PairDataset(torch.utils.data.Dataset):
         self.frames, self.size, self.seed = frames, (height, width), seed
         self.rows, self.scores = [], []
         for folder in folders:
-            if not Path(folder).is_dir():
+            if not os.path.isdir(folder):
                 raise UserError(f"{folder}: no such folder of pairs (metadata.json, pair.json and "
                                 "clips)")
             clips, path = read_clips(folder), Path(folder, "pair.json")
@@ -1102,10 +1286,11 @@ class PairDataset(torch.utils.data.Dataset):
         text = text[0] if isinstance(text, list) and text else text
         if not isinstance(text, str):
             raise UserError(f"{where}: frame_caption is no text")
+        check_text(text, where)
         if not isinstance(score, (int, float)) or not 0 < score < float("inf"):
             raise UserError(f"{where}: score {score} is no number above 0")
         for clip in (winner, loser):
-            if not clip.exists():
+            if not os.path.exists(clip):
                 raise UserError(f"{where}: {clip}: no such clip")
         self.rows.append((where, winner, loser, text))
         self.scores.append(float(score))
@@ -1146,9 +1331,9 @@ class Few(torch.utils.data.Dataset):
         return self.items[item[0]]
 
 
-def check_dataset(source, frames, height, width, fps=None):
+def check_dataset(source, frames, height, width, fps=None, root=None):
     """Read every clip once, print the bad rows and a summary -> number of bad rows."""
-    dataset, bad = VideoDataset(source, frames, height, width, fps), 0
+    dataset, bad = VideoDataset(source, frames, height, width, fps, 0, root), 0
     for i, (n, _, _) in enumerate(dataset.rows):
         try:
             dataset.load(i, i)
@@ -1168,8 +1353,10 @@ def main(argv=None):
     p.add_argument("--height", type=p.COUNT, default=256, help="pixels")
     p.add_argument("--width", type=p.COUNT, default=256, help="pixels")
     p.add_argument("--fps", type=p.POSITIVE, help="wanted sampling rate (default: every frame)")
+    p.options("data", only=["--data-root"])
     args = p.parse_args(argv)
-    sys.exit(1 if check_dataset(args.check, args.frames, args.height, args.width, args.fps) else 0)
+    size = args.frames, args.height, args.width
+    sys.exit(1 if check_dataset(args.check, *size, args.fps, args.data_root) else 0)
 
 
 if __name__ == "__main__":

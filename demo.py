@@ -237,7 +237,8 @@ def main(argv=None):
 def read_clips(args, sampling):
     """-> data set of clips, --data's rows (number, path, caption), evaluation prompts."""
     if args.data:
-        clips = data.VideoDataset(args.data, *sampling.size, args.read_fps, args.seed)
+        clips = data.VideoDataset(
+            args.data, *sampling.size, args.read_fps, args.seed, args.data_root)
         rows, prompts = clips.rows, [clips.rows[0][2]]
     elif base_row(args.base).tiny:
         clips, rows = tinyworld.TinyWorld(2048, sampling.frames, args.seed), []
@@ -274,8 +275,7 @@ def encode_clips(base, env, video, optical_flow, embed_image):
     video = video.to(env.device)
     encoded = pipeline.encode_clips(base, env, video)
     if optical_flow:
-        side = min(128, *video.shape[3:])
-        encoded["flow"] = data.frame_flow(optical_flow, video, side).cpu()
+        encoded["flow"] = data.frame_flow(optical_flow, video, min(128, *video.shape[3:])).cpu()
     if embed_image:
         encoded["image"] = embed_image(video[:, :, video.shape[2] // 2]).float().cpu()
     return encoded

@@ -15,7 +15,7 @@ from bases import base_row
 from common import UserError, append_line, finish, read_lines, write_lines
 from data import PairDataset, clip_normalize, quick_files, raft, read_clips, read_video
 from metrics import cosine
-from text_encoders import DINO, dino_name
+from text_encoders import DINO, dino_name, tokenize
 from tinyworld import judge, parse
 from weights import load_weights, rename
 
@@ -236,6 +236,7 @@ def real_dimensions(folder, flow_weights=None, device="cpu"):
         mean, std = (small.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
         square = clip_normalize(small[:, :, top:top + side, left:left + side])
         features = clip.visual_projection(clip.vision_model(pixel_values=square).pooler_output)
+        tokenize(prompt)  # says what is cut
         ids = tokenizer([prompt], truncation=True, max_length=77, return_tensors="pt").to(device)
         text = clip.text_projection(clip.text_model(**ids).pooler_output)
         return dict(
@@ -326,7 +327,12 @@ def score_videos(folder, prompts, score_clip):
 
 def saved(folder):
     """Rows of FOLDER/scores.jsonl, {"clip", dimension: value, ..., "total"}."""
-    return read_lines(Path(folder, "scores.jsonl"))
+    path = Path(folder, "scores.jsonl")
+    rows = read_lines(path)
+    for n, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not {"clip", "total"} <= row.keys():
+            raise UserError(f"{path} row {n}: no score of a clip; delete it and run --stage score")
+    return rows
 
 
 def means(rows):

@@ -14,11 +14,12 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from bases import Sampling, add_guidance, base_row, latent_shape, load_base
-from common import Env, UserError, draw_curve, finish, gather_rows, generator, seed_of, write_lines
+from common import (
+    Env, UserError, draw_curve, finish, gather_rows, generator, read_text, seed_of, write_lines)
 from data import (
     Mixed, VideoDataset, center_crop_wide, clip_image, contact_sheet, encode_once, image_tensor,
-    open_image, prompt_grid, quick_files, read_batches, read_image_prompts, read_prompts, to_uint8,
-    write_video)
+    open_image, prompt_grid, quick_files, read_batches, read_image_prompts, read_prompts,
+    read_seeded_prompts, to_uint8, write_video)
 from diffusion import (
     cogvideox_dpm, ddim, ddim_invert, dpmpp_2m, dynamic_guidance, guided, higen, lcm, make_schedule,
     mix_noise, offset_noise, randn, rflow, sr600)
@@ -257,7 +258,7 @@ def generate_folder(base, env: Env, folder, prompts, n, sampling, batch, seed, r
     about = folder / "settings.json"
     wanted = dict(sampling.metadata(), base=base.name, n=n, seed=seed, batch=batch, prompts=prompts)
     wanted = json.dumps(wanted, indent=1)
-    if about.exists() and about.read_text() != wanted:
+    if about.exists() and about.read_text("utf-8") != wanted:
         raise UserError(f"{folder}: its clips were made with other options or prompts: give the "
                         "same, or another --out")
     finish(env, about, lambda: wanted)
@@ -347,7 +348,7 @@ def read_captioned(args, sampling):
     """Options of instructvideo.py -> clips with captions, the captions, held-out items (None,
     prompt)."""
     if args.data:
-        data = VideoDataset(args.data, *sampling.size, args.read_fps, args.seed)
+        data = VideoDataset(args.data, *sampling.size, args.read_fps, args.seed, args.data_root)
         captions = list(dict.fromkeys(caption for _, _, caption in data.rows))
         prompts = captions
     elif base_row(args.base).tiny:
@@ -561,7 +562,7 @@ class Clips:
             pictures = args.images and frames == 1
             self.parts.append(VideoDataset(
                 args.images if pictures else args.data, frames, *sampling.size[1:], fps, args.seed,
-                captions=captions or pictures))
+                args.data_root, captions=captions or pictures))
         if args.eval_prompts:
             prompts = read_prompts(args.eval_prompts)
         else:
@@ -777,13 +778,13 @@ def noised_first_frame(base, picture, keep, shape, generators):
     return latent * keep.view(-1, 1, 1, 1, 1)
 
 
-def read_image_pairs(path, row, image=None):
-    """A prompt file -> [(image or None, prompt)]: one image for all, or each line's own,
-    image|||prompt."""
-    optional = row.unet.adapter_image_dim and Path(path).is_file()
-    if not image and (row.first_frame or (optional and b"|||" in Path(path).read_bytes())):
-        return read_image_prompts(path)
-    return [(image, prompt) for prompt in read_prompts(path)]
+def read_image_rows(path, row, image=None, root=None):
+    """A prompt file -> [(image or None, prompt, seed or None)]: one image for all, or each line's
+    own, image|||prompt, with paths as listed_path()."""
+    optional = row.unet.adapter_image_dim and "|||" in read_text(path)
+    if not image and (row.first_frame or optional):
+        return [(*pair, None) for pair in read_image_prompts(path, root)]
+    return [(image, prompt, seed) for prompt, seed in read_seeded_prompts(path)]
 
 
 # ---- runs and public adapters

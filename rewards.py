@@ -35,8 +35,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import Parser, UserError, run_command, setup
-from data import clip_normalize, list_videos, prompts_of, read_video
+from common import Parser, UserError, run_command, setup, warn
+from data import clip_normalize, clips_with_prompts, read_video
 from text_encoders import CLIP_L14, CLIPConfig, OpenCLIP, clip_from_hf, tokenize
 from tinyworld import BACKGROUNDS, COLOURS, tiny_scorer
 from weights import fetch, load_strict, load_weights, local_file
@@ -773,8 +773,12 @@ def get_args(argv=None):
 
 def main(argv=None):
     args = get_args(argv)
-    files = list_videos(args.video)
-    prompts = prompts_of(files, args.prompts)
+    files, prompts = zip(*clips_with_prompts(args.video, args.prompts))
+    without = [file.name for file, prompt in zip(files, prompts) if prompt is None]
+    if without:
+        warn(f"{len(without)} clips have no prompt ({without[0]} is the first): they are scored "
+             "with an empty one; --prompts FILE gives them")
+    prompts = [prompt or "" for prompt in prompts]
     env = setup(args.device, "fp32")
     reward = get_reward(args.reward, env.device, args.reward_weights)
     reward.check(prompts)

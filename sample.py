@@ -25,6 +25,7 @@ processes. Memory: prompts are encoded first, and the text towers are freed befo
 move to the GPU. Then --batch 1, --sequential and --decode-chunk 1 help most.
 """
 import json
+import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,14 +41,13 @@ from common import (
     Parser, UserError, check_writable, gather_rows,
     run_command, setup, write_atomic, write_lines)
 from data import (
-    center_crop_wide, codec_motion, contact_sheet, image_tensor, list_videos, lucas_kanade,
-    open_image, opensora_size, prompts_of, raft, read_map, read_video, video_info, video_maps,
-    write_video)
+    center_crop_wide, clips_with_prompts, codec_motion, contact_sheet, image_tensor, lucas_kanade,
+    open_image, opensora_size, raft, read_map, read_video, video_info, video_maps, write_video)
 from dit import STDiT3Config
 from models import merge_public_lora
 from pipeline import (
     encode_tracks, first_frame_kept, frame_picture, generate_from, invert_clip, load_run,
-    read_image_pairs)
+    read_image_rows)
 from rewards import get_reward, print_scores, score_files
 from text_encoders import CLIPConfig
 from tinyworld import MOTIONS, NEW_MOTIONS, judge_captions, parse, tiny_captions, tiny_pairs
@@ -81,9 +81,11 @@ def get_args(argv=None):
     p.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]",
                    help="LoRA or adapter file of T2V-Turbo, VADER, InstructVideo or DreamVideo; "
                         "repeatable")
-    p.add_argument("--prompt", help="one prompt")
-    p.add_argument("--prompts", help="file of prompts: .txt, .csv, .jsonl, .json; with a first "
-                                     "frame: lines image|||caption")
+    p.add_argument("--prompt", type=p.TEXT, help="one prompt")
+    p.add_argument("--prompts", help="file of prompts: .txt (also lines prompt|seed), .csv, "
+                                     ".tsv, .jsonl, .json; with a first frame: lines "
+                                     "image|||caption")
+    p.options("data", only=["--data-root"])
     p.add_argument("--judge", type=p.COUNT, metavar="N",
                    help="tiny bases: sample N random captions (and held-out first frames) and "
                         "judge the clips")
@@ -95,7 +97,8 @@ def get_args(argv=None):
                    help="Open-Sora's sizes by name: 2s to 16s, 144p to 720p, height:width, such as "
                         "4s,240p,9:16")
     p.add_argument("--save-fps", type=p.COUNT, help="frame rate of the files (default: the base's)")
-    p.add_argument("--suffix", help="text put after every prompt (default: the base's)")
+    p.add_argument("--suffix", type=p.TEXT, help="text put after every prompt (default: "
+                                                  "the base's)")
     p.add_argument("--dynamic-cfg", choices=("published", "meant", "off"),
                    help="CogVideoX: guidance that grows over the steps, as published or as meant")
     p.add_argument("--motion-cfg", type=p.REAL,
@@ -115,7 +118,7 @@ def get_args(argv=None):
     p.add_argument("--decode-chunk", type=p.COUNT, default=16,
                    help="frames that the autoencoder decodes at a time")
     p.add_argument("--batch", type=p.COUNT, default=4, help="clips generated at a time per process")
-    p.add_argument("--seed", type=p.NATURAL, default=0, help="seed of everything random")
+    p.add_argument("--seed", type=p.SEED, default=0, help="seed of everything random")
     p.set_defaults(out="out/sample")
     args = p.parse_args(argv)
     if not args.base and not args.ckpt:
@@ -124,7 +127,7 @@ def get_args(argv=None):
         raise UserError("--reward-weights: of which reward? give --reward")
     if args.motion and not args.judge:
         raise UserError("--motion: chooses the clips of --judge N; give --judge, or use --prompt")
-    if sum(bool(x) for x in (args.prompt, args.prompts, args.judge)) > 1:
+    if sum(x is not None for x in (args.prompt, args.prompts, args.judge)) > 1:
         raise UserError("give only one of --prompt TEXT, --prompts FILE, --judge N (tiny)")
     return args
 
@@ -295,7 +298,8 @@ def check_conditions(args, row, sampling):
             raise UserError(f"--then {args.then}: for a base that enlarges clips, sr600, after one "
                             "that does not")
         public_files(args.then, base_row(args.then), args.then_weights)  # are they there?
-    if not (args.prompt or args.prompts or args.judge or row.unet.super_resolution):
+    told = args.prompt is not None or args.prompts or args.judge
+    if not (told or row.unet.super_resolution):
         raise UserError("give one of --prompt TEXT, --prompts FILE, --judge N (tiny)")
     if row.unet.text_resampler and sampling.frames != row.sample.frames:
         raise UserError(f"--frames {sampling.frames}: HiGen makes clips of {row.sample.frames} "
@@ -316,9 +320,9 @@ def check_files(args, row):
         if value and flag not in takes:
             known = ", ".join(f"--{f.replace('_', '-')}" for f in sorted(takes)) or "words alone"
             raise UserError(f"{option}: this base has no such condition; it takes {known}")
-        if value and not Path(value).exists():
+        if value and not os.path.exists(value):
             raise UserError(f"{option} {value}: no such file")
-    if args.learned and not Path(args.learned).exists():
+    if args.learned and not os.path.exists(args.learned):
         raise UserError(f"--learned {args.learned}: no such file, nor a run's folder")
     if args.learned and not row.tiny and not isinstance(row.text, CLIPConfig):
         raise UserError("--learned: this base's text encoder knows no learned words")
@@ -342,22 +346,27 @@ def check_files(args, row):
 def read_clips(args, row, sampling):
     """-> [Clip] to make, all their files readable."""
     if args.judge:
-        pairs = judged_pairs(args, row, sampling)
+        rows = [(image, prompt, None) for image, prompt in judged_pairs(args, row, sampling)]
     elif row.unet.super_resolution:
-        files = list_videos(args.video)
-        for file in files:
+        rows = [(file, prompt or "", None) for file, prompt
+                in clips_with_prompts(args.video, args.prompts, args.prompt)]
+        for file, _, _ in rows:
             video_info(file)
-        pairs = list(zip(files, prompts_of(files, args.prompts, args.prompt)))
     else:
         image = args.image if row.first_frame else args.appearance_image
-        pairs = [(image, args.prompt)]
-        if not args.prompt:
-            pairs = read_image_pairs(args.prompts, row, image)
-        for picture in dict.fromkeys(picture for picture, _ in pairs if picture):
+        rows = [(image, args.prompt, None)]
+        if args.prompt is None:
+            rows = read_image_rows(args.prompts, row, image, args.data_root)
+        for picture in dict.fromkeys(picture for picture, _, _ in rows if picture):
             open_image(picture)
-    names = file_names([prompt for _, prompt in pairs], args.n, args.vbench)
-    return [Clip(names[i * args.n + k], prompt, source, f"{args.seed}-{i}-{k}")
-            for i, (source, prompt) in enumerate(pairs) for k in range(args.n)]
+    names = file_names([prompt for _, prompt, _ in rows], args.n, args.vbench)
+    clips = []
+    for i, (source, prompt, seed) in enumerate(rows):
+        # a prompt with its own seed is the clip of --prompt PROMPT --seed SEED
+        start = f"{args.seed}-{i}" if seed is None else f"{seed}-0"
+        clips += [Clip(names[len(clips) + k], prompt, source, f"{start}-{k}")
+                  for k in range(args.n)]
+    return clips
 
 
 def judged_pairs(args, row, sampling):
@@ -563,7 +572,7 @@ def report(args, row, base, sampling, clips, scores, tracks):
             verdict |= first_frame_kept(videos, [image_tensor(clip.source) for clip in clips])
         print("judge:", " ".join(f"{k} {v:.3f}" for k, v in verdict.items()))
         text = json.dumps(dict(clips=len(clips), **settings, **verdict), indent=1)
-        write_atomic(out / "judge.json", lambda p: p.write_text(text))
+        write_atomic(out / "judge.json", lambda p: p.write_text(text, "utf-8"))
     if scores:
         print_scores([scores[j] for j in range(len(clips))])
     print(f"{out}: {len(clips)} clips, sheet.png, index.jsonl")

@@ -21,6 +21,7 @@ depth), x and y in pixels; a depth of 0 means no point.
 import argparse
 import copy
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -33,12 +34,12 @@ from torch import nn
 from tqdm import tqdm
 
 from common import (
-    Parser, UserError, batch_indices, check_writable, gather_rows, seed_of, setup, warn,
+    Parser, UserError, batch_indices, check_writable, gather_rows, read_text, seed_of, setup, warn,
     write_atomic)
 from data import (
-    IMAGES, VIDEOS, VideoDataset, center_crop_wide, clip_rows, contact_sheet, cover_and_crop,
-    field_of, load, natural_order, numbered_lines, open_image, raft, read_image, read_table,
-    read_video, reason_of, video_info, write_video)
+    IMAGES, TABLES, VIDEOS, VideoDataset, center_crop_wide, contact_sheet, cover_and_crop,
+    list_clips, list_folder, load, open_image, raft, read_image, read_video, reason_of, video_info,
+    write_video)
 from weights import load_weights, rename
 
 # ---- commands: what moves, from which frame to which
@@ -554,8 +555,8 @@ def read_poses(path, frames):
     (f,4,4)."""
     if Path(path).suffix.lower() == ".txt":
         try:
-            poses = np.loadtxt(path, ndmin=2)
-        except (OSError, ValueError) as e:
+            poses = np.loadtxt(read_text(path).splitlines(), ndmin=2)
+        except ValueError as e:
             raise UserError(f"{path}: not a text file of 12 or 16 numbers per line ({reason_of(e)})"
                             ) from None
     else:
@@ -582,7 +583,7 @@ def read_mesh(path):
             raise UserError(f"{path}: expected the arrays vertices (frames, v, 3) and faces (t, 3)")
         faces = faces.astype(int)
     else:
-        parts = [_read_obj(p) for p in sorted(path.glob("*.obj"), key=natural_order)]
+        parts = [_read_obj(p) for p in list_folder(path) if p.suffix == ".obj"]
         if any(len(v) != len(parts[0][0]) for v, _ in parts):
             raise UserError(f"{path}: all .obj files need the same number of vertices")
         vertices, faces = np.stack([v for v, _ in parts]), parts[0][1]
@@ -595,7 +596,7 @@ def _read_obj(path):
     """Vertices (v,3) and triangles (t,3) of a Wavefront file; polygons become fans."""
     vertices, faces = [], []
     try:
-        for line in path.read_text().splitlines():
+        for line in read_text(path).splitlines():
             kind, *fields = line.split() or [""]
             if kind == "v":
                 vertices.append([float(x) for x in fields[:3]])
@@ -671,51 +672,10 @@ def _edge(p, q, x, y):
 
 # ---- data sets: clips with tracking videos
 
-def track_rows(source):
-    """-> (file that lists the clips, [(row, clip, its tracking video, caption)]).
-
-    source: a folder in DaS's layout (prompt.txt, videos.txt, trackings.txt, matched line by
-    line), a .csv or .jsonl with video, tracking and caption, or a folder with such a metadata
-    file.
-    """
-    if not source:
-        raise UserError("--data: give a folder with prompt.txt, videos.txt, trackings.txt, a csv "
-                        "or a jsonl")
-    source = Path(source)
-    if not source.exists():
-        raise UserError(f"--data {source}: no such folder or list of clips")
-    if source.is_dir():
-        listed = [p for p in (source / "metadata.csv", source / "metadata.jsonl") if p.is_file()]
-        if not listed:
-            return _published_rows(source)
-        source = listed[0]
-    if source.suffix.lower() not in (".csv", ".jsonl"):
-        raise UserError(f"--data {source}: wanted a folder with prompt.txt, videos.txt and "
-                        "trackings.txt, or a .csv or .jsonl with video, tracking, caption")
-    rows, keys = [], (("video", "path"), ("tracking", "tracks"), ("caption", "prompt", "text"))
-    for n, row in read_table(source):
-        video, track, text = (field_of(row, k, f"{source} row {n}") for k in keys)
-        rows.append((n, source.parent / video, source.parent / track, text))
-    return source, rows
-
-
-def _published_rows(folder):
-    """track_rows() of DaS's own layout."""
-    lists = [folder / name for name in ("prompt.txt", "videos.txt", "trackings.txt")]
-    columns = [numbered_lines(p, comments=None) for p in lists]
-    if len({len(c) for c in columns}) != 1:
-        counts = ", ".join(f"{p.name} {len(c)}" for p, c in zip(lists, columns))
-        raise UserError(f"{folder}: the lists differ in length ({counts}), but belong together "
-                        "line by line")
-    rows = [(n, folder / video, folder / track, text)
-            for (_, text), (n, video), (_, track) in zip(*columns)]
-    return lists[1], rows
-
-
 class TrackDataset(VideoDataset):
     """Items {"video", "tracks": (3, frames, height, width) in [-1, 1], "text"}.
 
-    Frames are evenly spaced over the whole clip. rows: those of track_rows() to read at one size; a
+    Frames are evenly spaced over the whole clip. rows: those of list_clips() to read at one size; a
     bad clip is replaced by another of these rows.
     """
 
@@ -723,9 +683,6 @@ class TrackDataset(VideoDataset):
         clips = [(n, video, text) for n, video, _, text in rows]
         super().__init__(source, frames, height, width, seed=seed, rows=clips)
         self.tracks = [track for _, _, track, _ in rows]
-        for n, _, track, _ in rows:
-            if not track.exists():
-                raise UserError(f"{source} row {n}: {track}: no such tracking video")
 
     def load(self, row, number):
         _, path, text = self.rows[row]
@@ -755,14 +712,17 @@ class TrackDataset(VideoDataset):
         return parts
 
 
-def in_buckets(source, buckets, seed=0):
+def in_buckets(source, buckets, seed=0, root=None):
     """A list of clips -> a TrackDataset for each of `buckets` (frames, height, width) that gets
     any.
 
     A clip goes to the longest bucket that it fills (a too short one to the shortest: it counts as
     bad when it is read), and of these to the one nearest in size.
     """
-    source, rows = track_rows(source)
+    if not source:
+        raise UserError("--data: give a folder with prompt.txt, videos.txt, trackings.txt, a csv "
+                        "or a jsonl")
+    source, rows = list_clips(source, tracks=True, root=root)
     parts = {bucket: [] for bucket in sorted(buckets)}
     for row in rows:
         try:
@@ -862,6 +822,7 @@ def get_args(argv=None):
     p = Parser(__doc__)
     p.add_argument("--make-tracks", required=True, metavar="SOURCE",
                    help="picture, clip, tracks, mesh or list of clips, see above")
+    p.options("data", only=["--data-root"])
     p.add_argument("--out", default="out/tracks", help="folder to write")
     p.add_argument("--frames", type=p.COUNT, default=49,
                    help="frames of a tracking video, evenly spaced over a clip")
@@ -924,11 +885,13 @@ def checked(args):
 def kind_of(source):
     """What --make-tracks is given: image, clip, tracks, mesh or clips."""
     path = Path(source)
-    if not path.exists():
+    if not os.path.exists(path):
         raise UserError(f"--make-tracks {source}: no such file or folder")
-    lists = {".csv", ".jsonl", ".txt"}
+    if os.path.isdir(path / "videos"):
+        return "clips"
+    lists = {*TABLES, ".txt"}
     if path.is_dir():
-        suffixes = {p.suffix.lower() for p in path.iterdir()}
+        suffixes = {p.suffix.lower() for p in list_folder(path)}
         kinds = {"mesh": {".obj"}, "clips": {*VIDEOS} | lists, "clip": {*IMAGES}}
     else:
         suffixes = {path.suffix.lower()}
@@ -1161,7 +1124,7 @@ def make_dataset(args, env, tracker, estimate):
     out.
     """
     out = Path(args.out)
-    source, rows = clip_rows(args.make_tracks)
+    source, rows = list_clips(args.make_tracks, root=args.data_root)
     mine, kept = rows[env.rank::env.world], []
     for n, path, text in tqdm(mine, "tracking clips", disable=not env.main, mininterval=5):
         names = f"videos/{n:05d}.mp4", f"tracking/{n:05d}_tracking.mp4"
@@ -1188,4 +1151,4 @@ def make_dataset(args, env, tracker, estimate):
 
 def write_list(path, lines):
     """A text file with these lines."""
-    write_atomic(path, lambda p: p.write_text("".join(f"{line}\n" for line in lines)))
+    write_atomic(path, lambda p: p.write_text("".join(f"{line}\n" for line in lines), "utf-8"))

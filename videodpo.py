@@ -74,7 +74,7 @@ def get_args(argv=None):
                    help="one step t and one noise for both clips of a pair (released: two)")
     p.add_argument("--max-step", type=p.SHARE, default=1.0,
                    help="noisiest step to train on, as a share of all steps")
-    p.options("data", without=("--data", "--read-fps", "--cache-latents"))
+    p.options("data", only=("--workers", "--drop-text"))
     p.options("optimisation lora machine evaluation run")
     return p.parse(argv, PAPER, {"tiny": TINY})
 

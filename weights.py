@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from common import UserError, check_file, crc32, steps_saved, warn, write_atomic
+from common import (
+    UserError, check_file, crc32, parse_json, read_text, steps_saved, warn, write_atomic)
 
 # ---- our own checkpoints
 
@@ -156,7 +157,7 @@ def load_weights(path, lists=False) -> dict:
 def shards_of(index):
     """The index of a file in shards (*.index.json) -> names of the shards."""
     try:
-        return sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+        return sorted(set(parse_json(read_text(index), index)["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{index}: not an index of a file in shards") from None
 
@@ -302,7 +303,7 @@ def peft_lora(path, layers):
         if "nanovideo" in text:  # of one of our runs
             alpha = float(json.loads(text["nanovideo"])["alpha"])
         elif config.is_file():
-            alpha = float(json.loads(config.read_text())["lora_alpha"])
+            alpha = float(parse_json(read_text(config), config)["lora_alpha"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"--lora {path}: no alpha in its metadata or in {config.name}") from None
     return lora, max(ranks.values(), default=0), alpha
@@ -328,7 +329,7 @@ def export_peft(run, folder, public_name):
         target_modules=list(ranks), bias="none", lora_dropout=0.0, inference_mode=True)
     text = json.dumps(config, indent=1)
     write_atomic(Path(folder, "adapter_model.safetensors"), lambda p: save_file(named, p))
-    write_atomic(Path(folder, "adapter_config.json"), lambda p: p.write_text(text))
+    write_atomic(Path(folder, "adapter_config.json"), lambda p: p.write_text(text, "utf-8"))
 
 
 # ---- DreamVideo's files: words of a textual inversion, adapters

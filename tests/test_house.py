@@ -106,6 +106,20 @@ def test_habits(name):
                         for f in ast.walk(TREES[name])), f"{name}.py:{node.lineno} changes args"
 
 
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_texts_are_utf8_in_every_locale(name):
+    for node in ast.walk(TREES[name]):
+        called = isinstance(node, ast.Call) and (getattr(node.func, "attr", None) or getattr(node.func, "id", None))
+        encoded = called and any(k.arg == "encoding" for k in node.keywords)
+        if called == "read_text":  # common.read_text(path), or Path.read_text("utf-8")
+            assert isinstance(node.func, ast.Name) or node.args or encoded, f"{name}.py:{node.lineno}"
+        if called == "write_text":
+            assert len(node.args) == 2 or encoded, f"{name}.py:{node.lineno}"
+        if called == "open" and isinstance(node.func, ast.Name):
+            binary = len(node.args) > 1 and "b" in getattr(node.args[1], "value", "")
+            assert binary or encoded, f"{name}.py:{node.lineno}"
+
+
 def test_size_of_the_house():
     total = sum(len(path.read_text().splitlines()) for path in FILES.values())
     assert total <= 16000, f"{total} lines at top level"  # a ratchet; the design aims at 12,000
