@@ -8,14 +8,16 @@ import csv
 import gc
 import io
 import json
+import math
+import os
 import re
 import signal
 import struct
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from fractions import Fraction
 from pathlib import Path
 
-import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -169,8 +171,15 @@ def encode_once(folder, data, encode, about, env, workers=0):
 
 VIDEOS = (".mp4", ".avi", ".mov", ".webm", ".gif")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-FAR = 300         # frames ahead from which a film of constant rate is searched by time
+FAR = 300         # frames ahead from which a film is searched by time
 FOLDER_FPS = 8.0  # a folder of pictures has no rate of its own
+FRAME_PIXELS = 60e6   # of a picture; 8K has 33 million
+CLIP_PIXELS = 135e6   # of all frames read at once: 1.6 GB, 64 frames at 1080p
+GIF_FRAMES = 100_000  # that a gif may stand for
+# codecs that stamp every packet and put one frame in each
+ONE_FRAME = ("h264", "hevc", "av1", "vp9", "mjpeg", "prores", "dnxhd", "ffv1", "png")
+BT709, UNTAGGED, BT601 = 1, 2, 6  # matrices, as H.264 numbers them
+HD_LINES = 720    # from here on, a file without a tag is shown as BT.709
 MP4_CRF = "12"    # x264's default, 23, cost 8 dB on a real 256x256 clip
 
 # what Open-Sora calls the sizes of its clips: frames, pixels of a frame
@@ -457,47 +466,175 @@ def natural_order(path):
     return [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", path.name)]
 
 
-def _gif_timeline(image):
+def _gif_timeline(path, image):
     """-> (stored frame of each shown frame, fps). Writers merge equal neighbours into one longer
     frame, so a stored frame stands for as many as its duration holds."""
+    check_size(path, image.width, image.height, image.n_frames / 8)  # all are decoded, none is kept
     durations = []
     for i in range(image.n_frames):
         image.seek(i)
         durations.append(image.info.get("duration") or 100)
+    if sum(durations) > GIF_FRAMES * min(durations):
+        raise UserError(f"{path}: some frames are shown {max(durations) / 1000:g} s, others "
+                        f"{min(durations) / 1000:g} s; convert it to .mp4")
     timeline = [i for i, d in enumerate(durations) for _ in range(round(d / min(durations)))]
     return timeline, 1000 * len(timeline) / sum(durations)
 
 
-def _turns(matrix):
-    """Display matrix of a frame (phones film lying down) -> counter-clockwise quarter turns for
-    np.rot90."""
-    a, b = struct.unpack("=2i", matrix[:8])
-    return (0 if a > 0 else 2) if abs(a) > abs(b) else (-1 if b > 0 else 1)
-
-
-def _count(file):
-    """Frames of a container whose header does not tell (webm): decoded once, without converting
-    colours."""
-    n = 0
+def check_size(path, width, height, frames=1):
+    """Refuse pictures and clips that would fill the memory. MEDIA_LIMIT=2 (environment) allows
+    twice as much: frames of 120 million pixels (8K is 33), clips of 270 (64 frames at 1080p)."""
     try:
-        while True:
-            file.metadata(index=n, constant_framerate=False)
-            n += 1
-    except StopIteration:
-        return n
+        factor = float(os.environ.get("MEDIA_LIMIT", 1))
+    except ValueError:
+        raise UserError("MEDIA_LIMIT: not a number; 2 doubles the size of clips") from None
+    area = width * height
+    over = max(area / FRAME_PIXELS, area * frames / CLIP_PIXELS)
+    if over > factor:
+        raise UserError(f"{path}: {frames} frame(s) of {width}x{height} pixels are too large; "
+                        f"MEDIA_LIMIT={math.ceil(over)} in the environment allows it")
+
+
+def _picture_stream(file):
+    """The video stream that a player shows: not the cover of an album, the default one first."""
+    from av.stream import Disposition
+    streams = [s for s in file.streams.video if not s.disposition & Disposition.attached_pic]
+    if not streams:
+        raise UserError(f"{file.name}: no picture stream, only sound or a cover; give a video")
+    streams = [s for s in streams if s.codec_context]
+    if not streams:
+        raise UserError(f"{file.name}: a codec that PyAV does not know; convert it to H.264")
+    return min(streams, key=lambda s: not s.disposition & Disposition.default)
+
+
+def _decoded(path, key=None):
+    """Yields (time stamp, frame, its stream) of a container, from the key frame stamped `key` on.
+
+    Stamps grow: a frame without one is a frame's length later than the one before, and a frame
+    that comes too late is left out. The decoder has dropped what an edit list hides.
+    """
+    import av
+    with av.open(str(path)) as file:
+        stream, last = _picture_stream(file), None
+        if key is not None:
+            file.seek(key, stream=stream)
+        step = 1 / ((stream.guessed_rate or FOLDER_FPS) * stream.time_base)
+        for frame in file.decode(stream):
+            check_size(path, frame.width, frame.height)
+            stamp = frame.pts
+            if stamp is None:
+                stamp = 0 if last is None else last + step
+            if last is None or stamp > last:
+                last = stamp
+                yield stamp, frame, stream
+
+
+def _time_stamps(path):
+    """-> ([stamp of each frame that is shown], [stamps of key frames], seconds per stamp unit,
+    frames per second), all by the presentation time stamps."""
+    import av
+    with av.open(str(path)) as file:
+        stream = _picture_stream(file)
+        check_size(path, stream.width, stream.height)
+        packets, tick = [], float(stream.time_base)
+        with suppress(av.FFmpegError):  # the end is cut off: what is there can be shown
+            for p in file.demux(stream):
+                if p.size and not p.is_discard and not p.is_corrupt:
+                    packets.append((p.pts, p.duration, p.is_keyframe))
+        stamps, keys = [pts for pts, _, _ in packets], [pts for pts, _, key in packets if key]
+        # only these stamp every packet and put one frame in it; others are decoded once
+        if stream.codec_context.name not in ONE_FRAME or not keys or None in stamps:
+            stamps, keys = [stamp for stamp, _, _ in _decoded(path)], []
+        # what precedes the first key frame cannot be decoded
+        stamps = sorted({s for s in stamps if not keys or s >= keys[0]})
+        if "mp4" in file.format.name:  # its time starts at 0: earlier frames are hidden
+            stamps = [s for s, after in zip(stamps, [*stamps[1:], math.inf]) if after > 0]
+        if not stamps:
+            raise UserError(f"{path}: no frame can be decoded")
+        length = next((d for pts, d, _ in packets if pts == stamps[-1]), None)
+        return stamps, keys, tick, _frame_rate(stamps, length, stream)
+
+
+def _frame_rate(stamps, length, stream):
+    """Frames per second by their stamps; length: of the last frame, None if unknown.
+
+    Stamps are rounded: where all agree with a rate that the header states, it is that rate.
+    """
+    tick, n = float(stream.time_base), len(stamps)
+    times = (np.array(stamps, float) - stamps[0]) * tick
+    stated = [float(r) for r in (stream.guessed_rate, stream.average_rate) if r] or [FOLDER_FPS]
+    for rate in stated if n > 1 else ():
+        if np.abs(times - np.arange(n) / rate).max() <= min(tick, 0.002):
+            return rate
+    last = length * tick if length else times[-1] / (n - 1) if n > 1 else 1 / stated[0]
+    return float(n / (times[-1] + last))
+
+
+def _shown(path, frame, stream):
+    """Decoded frame -> uint8 (h, w, 3) as a player shows it: colours by their tags (HD without a
+    tag is BT.709), alpha on white, square pixels, upright, one field of an interlaced frame."""
+    if frame.colorspace == UNTAGGED and (frame.height >= HD_LINES or frame.width >= 1280):
+        frame.colorspace = BT709
+    alpha = any(part.is_alpha for part in frame.format.components) or frame.format.name == "pal8"
+    width = max(1, round(frame.width * (stream.sample_aspect_ratio or 1)))
+    check_size(path, width, frame.height)
+    # one thread: starting several takes longer, on a busy machine 50 times so
+    pixels = frame.reformat(width, format="rgba" if alpha else "rgb24", threads=1).to_ndarray()
+    if alpha:
+        pixels = _rgb(Image.fromarray(pixels))
+    if frame.interlaced_frame and len(pixels) > 2:  # the lower field is of another moment
+        upper = pixels[::2].astype(np.uint16)
+        below = np.concatenate([upper[1:], upper[-1:]])[:len(pixels) // 2]
+        pixels[1::2] = (upper[:len(below)] + below) // 2
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is not None:
+        a, b, _, c, d = struct.unpack("=5i", bytes(matrix)[:20])  # (x, y) -> (a x + c y, b x + d y)
+        sideways = abs(b) > abs(a)
+        pixels = pixels.transpose(1, 0, 2) if sideways else pixels
+        across, down = (c, b) if sideways else (a, d)
+        pixels = pixels[::-1 if down < 0 else 1, ::-1 if across < 0 else 1]
+    return pixels
+
+
+@contextmanager
+def _container(path):
+    """_opened() for what PyAV reads."""
+    stamps, keys, tick, rate = _time_stamps(path)
+    frames, at, now = _decoded(path), -1, (-math.inf, None, None)
+
+    def get(i):
+        nonlocal frames, at, now
+        before = [key for key in keys if key <= stamps[i]] if i - at > FAR else None
+        if before:  # far ahead: from the key frame before it
+            frames.close()
+            frames, now = _decoded(path, before[-1]), (-math.inf, None, None)
+            now = next(frames, now)
+            if now[0] > stamps[i]:  # the index of the file is wrong
+                frames, now = _decoded(path), (-math.inf, None, None)
+        at = i
+        while now[0] < stamps[i]:
+            now = next(frames, (math.inf, None, None))
+        if now[0] != stamps[i]:
+            raise UserError(f"{path}: frame {i} of {len(stamps)} cannot be decoded")
+        return _shown(path, *now[1:])
+    try:
+        times = [(stamp - stamps[0]) * tick for stamp in stamps]
+        yield times, rate, get(0).shape[:2], get
+    finally:
+        frames.close()
 
 
 @contextmanager
 def _opened(path):
-    """Yields (frames, fps, (h, w), get) of a video file, a gif or a folder of pictures; get(i) ->
-    uint8 (h, w, 3), cheap for ascending i. Whatever goes wrong with the file, here or in get, is
-    a UserError."""
+    """Yields (times, fps, (h, w), get) of a video file, a gif or a folder of pictures: when each
+    frame is shown, in seconds from the first one; get(i) -> uint8 (h, w, 3), for ascending i.
+    Whatever goes wrong with the file, here or in get, is a UserError."""
     path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such video")
-    if not path.is_dir() and path.suffix.lower() not in VIDEOS:
-        raise UserError(f"{path}: not a video; known are {', '.join(VIDEOS)} and a folder of "
-                        "pictures")
+    if not path.is_dir():
+        check_file(path, "video")
+        if path.suffix.lower() not in VIDEOS:
+            raise UserError(f"{path}: not a video; known are {', '.join(VIDEOS)} and a folder of "
+                            "pictures")
     try:
         if path.is_dir():
             files = [p for p in path.iterdir() if p.suffix.lower() in IMAGES]
@@ -506,45 +643,21 @@ def _opened(path):
                 raise UserError(f"{path}: no pictures in this folder ({', '.join(IMAGES)})")
 
             def get(i):
-                with Image.open(files[i]) as image:
-                    return _rgb(image)
-            yield len(files), FOLDER_FPS, get(0).shape[:2], get
+                return np.array(open_image(files[i]))
+            times = [i / FOLDER_FPS for i in range(len(files))]
+            yield times, FOLDER_FPS, get(0).shape[:2], get
         elif path.suffix.lower() == ".gif":
             with Image.open(path) as image:
-                timeline, fps = _gif_timeline(image)
+                timeline, fps = _gif_timeline(path, image)
 
                 def get(i):
                     image.seek(timeline[i])
                     return _rgb(image)
-                yield len(timeline), fps, (image.height, image.width), get
+                times = [i / fps for i in range(len(timeline))]
+                yield times, fps, (image.height, image.width), get
         else:
-            with iio.imopen(path, "r", plugin="pyav") as file:
-                count, h, w = file.properties().shape[:3]
-                fps = file.metadata()["fps"]
-                count = count or _count(file)
-                # The matrix hangs on the frame. constant_framerate=False: count frames, don't
-                # seek by time.
-                first = file.metadata(index=0, constant_framerate=False) if count else {}
-                turns = _turns(first["DISPLAYMATRIX"]) if "DISPLAYMATRIX" in first else 0
-
-                # one thread converts a frame: starting several takes longer, on a busy machine 50
-                # times so
-                unpack = file._unpack_frame
-
-                def unpack_alone(frame, format):
-                    return unpack(frame.reformat(format=format, threads=1))
-                file._unpack_frame = unpack_alone
-                stream, at = file._video_stream, 0
-                # only where a frame's time tells its number
-                constant = stream.start_time in (0, None)
-                constant &= stream.guessed_rate == stream.average_rate
-
-                def get(i):
-                    nonlocal at
-                    far, at = constant and i - at > FAR, i
-                    # far ahead: from the key frame before it
-                    return np.rot90(file.read(index=i, constant_framerate=far), turns)
-                yield count, fps, (w, h) if turns % 2 else (h, w), get
+            with _container(path) as clip:
+                yield clip
     except ImportError:
         raise UserError(f"{path}: reading needs PyAV (a .gif does not): pip install av") from None
     except UserError:
@@ -554,34 +667,39 @@ def _opened(path):
 
 
 def video_info(path):
-    """-> (frames, fps, (h, w)) from the header; a container that does not count its frames is
-    decoded."""
-    with _opened(path) as (count, fps, size, _):
-        return count, fps, size
+    """-> (frames, fps, (h, w)), as read_video() reads it: by the time stamps, upright."""
+    with _opened(path) as (times, fps, size, _):
+        return len(times), fps, size
 
 
 def read_video(path, frames=None, fps=None, start=0, size=None):
-    """-> ((3, f, h, w) in [-1, 1], its fps). frames: exactly so many (None: all), with a stride
-    of round(file fps / fps) from `start`, an index or a torch.Generator that draws one. A clip
-    that is too short raises (VGen pads it with grey)."""
-    with _opened(path) as (count, rate, shape, get):
-        stride = max(1, round(rate / fps)) if fps else 1
-        last = count - 1 - ((frames or 1) - 1) * stride  # last possible start
+    """-> ((3, f, h, w) in [-1, 1], its fps). frames: exactly so many (None: all) from `start` on,
+    an index or a torch.Generator that draws one. fps: frames are chosen by their times to come
+    at this rate (None, or more than the file has: at the file's own). A clip that is too short
+    raises (VGen pads it with grey)."""
+    with _opened(path) as (times, own, shape, get):
+        times, rate = np.array(times) if fps else np.arange(len(times)) / own, min(fps or own, own)
+        # frames that follow each one; half a frame of the file is no gap
+        left = (times[-1] - times) * rate + 0.49 * rate / own
+        starts = int((left >= (frames or 1) - 1).sum())
         if isinstance(start, torch.Generator):
-            start = int(torch.randint(max(last, 0) + 1, (), generator=start))
-        if start > last:
-            raise UserError(f"{path}: {count} frames at {rate:.4g} fps are too few for "
-                            f"{frames or 1} with stride {stride} from frame {start}")
-        clip = []
-        for i in range(start, start + frames * stride if frames else count, stride):
+            start = int(torch.randint(max(starts, 1), (), generator=start))
+        if start >= starts:
+            raise UserError(f"{path}: {len(times)} frames at {own:.4g} fps are too few for "
+                            f"{frames or 1} at {rate:.4g} fps from frame {start}")
+        wanted = times[start] + np.arange(frames or int(left[start]) + 1) / rate
+        nearest = np.searchsorted((times[1:] + times[:-1]) / 2, wanted - 1e-6).tolist()
+        h, w = size or shape
+        check_size(path, w, h, len(nearest))
+        clip = torch.empty(3, len(nearest), h, w)
+        for k, i in enumerate(nearest):
             frame = get(i)
             if frame.shape[:2] != tuple(shape):
                 raise UserError(f"{path}: frame {i} has size {frame.shape[:2]}, the first one "
                                 f"{tuple(shape)}")
-            frame = torch.from_numpy(frame.copy()).permute(2, 0, 1)
-            # at once, so that long clips stay small
-            clip.append(resize_crop(frame.float(), size) if size else frame)
-    return _to_float(torch.stack(clip, 1)), rate / stride
+            frame = torch.from_numpy(frame.copy()).permute(2, 0, 1).float()
+            clip[:, k] = _to_float(resize_crop(frame, size) if size else frame)
+    return clip, float(rate)
 
 
 def list_videos(path):
@@ -699,15 +817,25 @@ def write_video(path, video, fps=8):
         first.save(tmp, save_all=True, append_images=rest, loop=0, duration=np.diff(ends).tolist())
 
     def mp4(tmp):
+        import av
         h, w = frames.shape[1:3]
-        with iio.imopen(tmp, "w", plugin="pyav") as file:
-            file.init_video_stream("libx264", fps=fps, pixel_format="yuv420p")
-            options = {"crf": MP4_CRF}
+        even = (0, 0), (0, h % 2), (0, w % 2), (0, 0)  # 4:2:0 has even sides
+        hd = h + h % 2 >= HD_LINES
+        with av.open(str(tmp), "w") as file:
+            rate = max(Fraction(fps).limit_denominator(1001), Fraction(1, 1001))
+            stream = file.add_stream("libx264", rate, {"crf": MP4_CRF})
             if max(h, w) < 128:  # x264's fast code reads past so small a picture: files would vary
-                options["x264-params"] = "asm=0"
-            file._video_stream.options = options  # the plugin has no argument for it
-            even = (0, 0), (0, h % 2), (0, w % 2), (0, 0)  # 4:2:0 has even sides
-            file.write(np.pad(frames, even, mode="edge"))
+                stream.options |= {"x264-params": "asm=0"}
+            stream.width, stream.height, stream.pix_fmt = w + w % 2, h + h % 2, "yuv420p"
+            context = stream.codec_context
+            context.color_primaries = context.color_trc = BT709  # as sRGB's, near enough
+            context.colorspace, context.color_range = BT709 if hd else BT601, 1
+            for i, pixels in enumerate(np.pad(frames, even, mode="edge")):
+                frame = av.VideoFrame.from_ndarray(pixels, "rgb24").reformat(
+                    format="yuv420p", dst_colorspace="ITU709" if hd else "ITU601", threads=1)
+                frame.pts = i
+                file.mux(stream.encode(frame))
+            file.mux(stream.encode())
     try:
         write_atomic(path, gif if kind == ".gif" else mp4)
     except ImportError:
