@@ -5,7 +5,6 @@ the bad ones.
 """
 import atexit
 import csv
-import gc
 import io
 import json
 import math
@@ -16,6 +15,7 @@ import struct
 import sys
 from contextlib import contextmanager, suppress
 from fractions import Fraction
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -170,15 +170,19 @@ def encode_once(folder, data, encode, about, env, workers=0):
 # ---- pixels
 
 VIDEOS = (".mp4", ".avi", ".mov", ".webm", ".gif")
+Image.MAX_IMAGE_PIXELS = None  # check_size() says what may be opened
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FAR = 300         # frames ahead from which a film is searched by time
+FILM = 1000       # frames from which a file is not decoded only to count them
 FOLDER_FPS = 8.0  # a folder of pictures has no rate of its own
 FRAME_PIXELS = 60e6   # of a picture; 8K has 33 million
 CLIP_PIXELS = 135e6   # of all frames read at once: 1.6 GB, 64 frames at 1080p
+NARROW = 100      # times that a side may be longer than the other
 GIF_FRAMES = 100_000  # that a gif may stand for
-# codecs that stamp every packet and put one frame in each
+# codecs that stamp every packet and put one frame in each; files of others are decoded once more
 ONE_FRAME = ("h264", "hevc", "av1", "vp9", "mjpeg", "prores", "dnxhd", "ffv1", "png")
 BT709, UNTAGGED, BT601 = 1, 2, 6  # matrices, as H.264 numbers them
+HDR = 16, 18      # PQ and HLG, the transfer functions of HDR
 HD_LINES = 720    # from here on, a file without a tag is shown as BT.709
 MP4_CRF = "12"    # x264's default, 23, cost 8 dB on a real 256x256 clip
 
@@ -204,6 +208,23 @@ def opensora_size(length="2s", resolution="240p", aspect="9:16"):
     short = 2 * round((OPENSORA_PIXELS[resolution] * ratio) ** 0.5 / 2)  # even
     long = 2 * round(short / ratio / 2)
     return OPENSORA_FRAMES[length], *((short, long) if h < w else (long, short))
+
+
+def check_size(path, width, height, frames=1):
+    """Refuse pictures and clips that would fill the memory, when read or when scaled to cover a
+    frame. MEDIA_LIMIT=2 (environment) allows twice as much."""
+    if max(width, height) > NARROW * min(width, height):
+        raise UserError(f"{path}: {width}x{height} pixels, one side is over {NARROW} times the "
+                        "other; crop it")
+    try:
+        factor = float(os.environ.get("MEDIA_LIMIT", 1))
+    except ValueError:
+        raise UserError("MEDIA_LIMIT: not a number; 2 allows clips of twice the size") from None
+    area = width * height
+    over = max(area / FRAME_PIXELS, area * frames / CLIP_PIXELS)
+    if over > factor:
+        raise UserError(f"{path}: {frames} frame(s) of {width}x{height} pixels are too large; "
+                        f"MEDIA_LIMIT={math.ceil(over)} in the environment allows it")
 
 
 def resize_crop(video, size):
@@ -288,7 +309,7 @@ def to_uint8(video):
 
 def _to_float(pixels):
     """uint8, or float in 0..255 -> [-1, 1]."""
-    return pixels.float().div(127.5).sub(1)
+    return pixels.to(torch.float32, copy=True).div_(127.5).sub_(1)
 
 
 def _rgb(image):
@@ -296,9 +317,11 @@ def _rgb(image):
     white."""
     if image.mode.startswith(("I", "F")):
         raise UserError(f"{image.filename}: a 16-bit or float picture; save it with 8 bits")
-    image = ImageOps.exif_transpose(image).convert("RGBA")
-    white = Image.new("RGBA", image.size, "white")
-    return np.array(Image.alpha_composite(white, image).convert("RGB"))
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return np.array(image.convert("RGB"))
 
 
 def reason_of(e):
@@ -313,6 +336,7 @@ def open_image(path):
     check_file(path, "picture")
     try:
         with Image.open(path) as image:
+            check_size(path, *image.size)
             return Image.fromarray(_rgb(image))
     except UserError:
         raise
@@ -469,7 +493,8 @@ def natural_order(path):
 def _gif_timeline(path, image):
     """-> (stored frame of each shown frame, fps). Writers merge equal neighbours into one longer
     frame, so a stored frame stands for as many as its duration holds."""
-    check_size(path, image.width, image.height, image.n_frames / 8)  # all are decoded, none is kept
+    check_size(path, *image.size)
+    check_size(path, *image.size, image.n_frames)  # all are decoded
     durations = []
     for i in range(image.n_frames):
         image.seek(i)
@@ -479,20 +504,6 @@ def _gif_timeline(path, image):
                         f"{min(durations) / 1000:g} s; convert it to .mp4")
     timeline = [i for i, d in enumerate(durations) for _ in range(round(d / min(durations)))]
     return timeline, 1000 * len(timeline) / sum(durations)
-
-
-def check_size(path, width, height, frames=1):
-    """Refuse pictures and clips that would fill the memory. MEDIA_LIMIT=2 (environment) allows
-    twice as much: frames of 120 million pixels (8K is 33), clips of 270 (64 frames at 1080p)."""
-    try:
-        factor = float(os.environ.get("MEDIA_LIMIT", 1))
-    except ValueError:
-        raise UserError("MEDIA_LIMIT: not a number; 2 doubles the size of clips") from None
-    area = width * height
-    over = max(area / FRAME_PIXELS, area * frames / CLIP_PIXELS)
-    if over > factor:
-        raise UserError(f"{path}: {frames} frame(s) of {width}x{height} pixels are too large; "
-                        f"MEDIA_LIMIT={math.ceil(over)} in the environment allows it")
 
 
 def _picture_stream(file):
@@ -511,48 +522,58 @@ def _decoded(path, key=None):
     """Yields (time stamp, frame, its stream) of a container, from the key frame stamped `key` on.
 
     Stamps grow: a frame without one is a frame's length later than the one before, and a frame
-    that comes too late is left out. The decoder has dropped what an edit list hides.
+    that comes too late is left out, as one whose packet is damaged. The decoder has dropped what
+    an edit list hides.
     """
     import av
     with av.open(str(path)) as file:
         stream, last = _picture_stream(file), None
         if key is not None:
             file.seek(key, stream=stream)
-        step = 1 / ((stream.guessed_rate or FOLDER_FPS) * stream.time_base)
-        for frame in file.decode(stream):
-            check_size(path, frame.width, frame.height)
-            stamp = frame.pts
-            if stamp is None:
-                stamp = 0 if last is None else last + step
-            if last is None or stamp > last:
-                last = stamp
-                yield stamp, frame, stream
+        step, decoder = 1 / ((stream.guessed_rate or FOLDER_FPS) * stream.time_base), stream
+        if stream.metadata.get("alpha_mode") == "1":  # FFmpeg's own decoders see no alpha in webm
+            name = stream.codec_context.name.replace("vp9", "vpx-vp9").replace("vp8", "vpx")
+            decoder = av.CodecContext.create(f"lib{name}", "r")
+        for packet in file.demux(stream):
+            frames = []
+            with suppress(av.InvalidDataError):
+                frames = decoder.decode(packet)
+            for frame in frames:
+                check_size(path, frame.width, frame.height)
+                stamp = frame.pts
+                if stamp is None:
+                    stamp = 0 if last is None else last + step
+                if last is None or stamp > last:
+                    last = stamp
+                    yield stamp, frame, stream
 
 
-def _time_stamps(path):
+def _time_stamps(path, exact):
     """-> ([stamp of each frame that is shown], [stamps of key frames], seconds per stamp unit,
-    frames per second), all by the presentation time stamps."""
+    frames per second), all by the presentation time stamps. exact: decode the file to see which
+    frames are whole (a film would take minutes: its packets are believed)."""
     import av
     with av.open(str(path)) as file:
         stream = _picture_stream(file)
         check_size(path, stream.width, stream.height)
-        packets, tick = [], float(stream.time_base)
+        packets = []
         with suppress(av.FFmpegError):  # the end is cut off: what is there can be shown
-            for p in file.demux(stream):
-                if p.size and not p.is_discard and not p.is_corrupt:
-                    packets.append((p.pts, p.duration, p.is_keyframe))
-        stamps, keys = [pts for pts, _, _ in packets], [pts for pts, _, key in packets if key]
-        # only these stamp every packet and put one frame in it; others are decoded once
-        if stream.codec_context.name not in ONE_FRAME or not keys or None in stamps:
-            stamps, keys = [stamp for stamp, _, _ in _decoded(path)], []
+            packets.extend(p for p in file.demux(stream) if p.size and not p.is_corrupt)
+        stamps = [p.pts for p in packets if not p.is_discard]  # not what an edit list hides
+        keys = [p.pts for p in packets if p.is_keyframe]
+        one_frame = stream.codec_context.name in ONE_FRAME and keys and None not in stamps + keys
+        if not one_frame or exact and len(stamps) < FILM:
+            n, stamps, keys = len(stamps), [stamp for stamp, _, _ in _decoded(path)], []
+            if one_frame and 0 < len(stamps) < n:
+                warn(f"{path}: {n - len(stamps)} of {n} frames cannot be decoded and are left out")
         # what precedes the first key frame cannot be decoded
         stamps = sorted({s for s in stamps if not keys or s >= keys[0]})
         if "mp4" in file.format.name:  # its time starts at 0: earlier frames are hidden
             stamps = [s for s, after in zip(stamps, [*stamps[1:], math.inf]) if after > 0]
         if not stamps:
             raise UserError(f"{path}: no frame can be decoded")
-        length = next((d for pts, d, _ in packets if pts == stamps[-1]), None)
-        return stamps, keys, tick, _frame_rate(stamps, length, stream)
+        length = next((p.duration for p in packets if p.pts == stamps[-1]), None)
+        return stamps, keys, float(stream.time_base), _frame_rate(stamps, length, stream)
 
 
 def _frame_rate(stamps, length, stream):
@@ -570,11 +591,18 @@ def _frame_rate(stamps, length, stream):
     return float(n / (times[-1] + last))
 
 
+@cache  # once per file
+def _warn_hdr(path):
+    warn(f"{path}: HDR; its colours are read as they are stored and look flat: convert it to SDR")
+
+
 def _shown(path, frame, stream):
     """Decoded frame -> uint8 (h, w, 3) as a player shows it: colours by their tags (HD without a
     tag is BT.709), alpha on white, square pixels, upright, one field of an interlaced frame."""
     if frame.colorspace == UNTAGGED and (frame.height >= HD_LINES or frame.width >= 1280):
         frame.colorspace = BT709
+    if stream.codec_context.color_trc in HDR:
+        _warn_hdr(path)
     alpha = any(part.is_alpha for part in frame.format.components) or frame.format.name == "pal8"
     width = max(1, round(frame.width * (stream.sample_aspect_ratio or 1)))
     check_size(path, width, frame.height)
@@ -597,9 +625,9 @@ def _shown(path, frame, stream):
 
 
 @contextmanager
-def _container(path):
+def _container(path, exact):
     """_opened() for what PyAV reads."""
-    stamps, keys, tick, rate = _time_stamps(path)
+    stamps, keys, tick, rate = _time_stamps(path, exact)
     frames, at, now = _decoded(path), -1, (-math.inf, None, None)
 
     def get(i):
@@ -625,9 +653,10 @@ def _container(path):
 
 
 @contextmanager
-def _opened(path):
+def _opened(path, exact=False):
     """Yields (times, fps, (h, w), get) of a video file, a gif or a folder of pictures: when each
     frame is shown, in seconds from the first one; get(i) -> uint8 (h, w, 3), for ascending i.
+    exact: only frames that can be decoded count; else get may raise for some of a damaged file.
     Whatever goes wrong with the file, here or in get, is a UserError."""
     path = Path(path)
     if not path.is_dir():
@@ -656,7 +685,7 @@ def _opened(path):
                 times = [i / fps for i in range(len(timeline))]
                 yield times, fps, (image.height, image.width), get
         else:
-            with _container(path) as clip:
+            with _container(path, exact) as clip:
                 yield clip
     except ImportError:
         raise UserError(f"{path}: reading needs PyAV (a .gif does not): pip install av") from None
@@ -668,7 +697,7 @@ def _opened(path):
 
 def video_info(path):
     """-> (frames, fps, (h, w)), as read_video() reads it: by the time stamps, upright."""
-    with _opened(path) as (times, fps, size, _):
+    with _opened(path, exact=True) as (times, fps, size, _):
         return len(times), fps, size
 
 
@@ -677,10 +706,13 @@ def read_video(path, frames=None, fps=None, start=0, size=None):
     an index or a torch.Generator that draws one. fps: frames are chosen by their times to come
     at this rate (None, or more than the file has: at the file's own). A clip that is too short
     raises (VGen pads it with grey)."""
-    with _opened(path) as (times, own, shape, get):
-        times, rate = np.array(times) if fps else np.arange(len(times)) / own, min(fps or own, own)
+    with _opened(path, exact=not frames) as (times, own, shape, get):
+        times = np.array(times) if fps else np.arange(len(times)) / own
+        usual = 1 / np.median(np.diff(times)) if len(times) > 1 else own
+        fastest = usual if usual > 1.05 * own else own  # of a variable rate
+        rate = min(fps, fastest) if fps else own
         # frames that follow each one; half a frame of the file is no gap
-        left = (times[-1] - times) * rate + 0.49 * rate / own
+        left = (times[-1] - times) * rate + 0.49 * rate / fastest
         starts = int((left >= (frames or 1) - 1).sum())
         if isinstance(start, torch.Generator):
             start = int(torch.randint(max(starts, 1), (), generator=start))
@@ -1103,13 +1135,6 @@ def clip_rows(source, captions=True):
     return source, [(n, source.parent / clip, caption) for n, clip, caption in rows]
 
 
-def quick_files():
-    """Before many clips: imageio collects garbage at every close, 0.5 s each when transformers is
-    loaded."""
-    gc.freeze()  # what is here now is no garbage
-    atexit.register(gc.unfreeze)
-
-
 class VideoDataset(torch.utils.data.Dataset):
     """Items {"video": (3, frames, height, width) in [-1, 1], "text": str, "path": str}. source: a
     folder (clips with same-named .txt, or a metadata.csv / .jsonl), a .csv with the columns
@@ -1137,7 +1162,6 @@ class VideoDataset(torch.utils.data.Dataset):
                                 "--frames 1")
         # in shared memory: the workers of a loader count their bad clips together
         self.bad = torch.zeros(len(self.rows), dtype=torch.bool).share_memory_()
-        quick_files()
 
     def __len__(self):
         return len(self.rows)

@@ -17,7 +17,7 @@ from bases import Sampling, add_guidance, base_row, latent_shape, load_base
 from common import Env, UserError, draw_curve, finish, gather_rows, generator, seed_of, write_lines
 from data import (
     Mixed, VideoDataset, center_crop_wide, clip_image, contact_sheet, encode_once, image_tensor,
-    open_image, prompt_grid, quick_files, read_batches, read_image_prompts, read_prompts, to_uint8,
+    open_image, prompt_grid, read_batches, read_image_prompts, read_prompts, to_uint8,
     write_video)
 from diffusion import (
     cogvideox_dpm, ddim, ddim_invert, dpmpp_2m, dynamic_guidance, guided, higen, lcm, make_schedule,
@@ -261,7 +261,6 @@ def generate_folder(base, env: Env, folder, prompts, n, sampling, batch, seed, r
         raise UserError(f"{folder}: its clips were made with other options or prompts: give the "
                         "same, or another --out")
     finish(env, about, lambda: wanted)
-    quick_files()
     jobs = [(f"clips/{i:06d}-{k}.mp4", prompt, f"{seed}-{folder.name}-{i}-{k}")
             for i, prompt in enumerate(prompts) for k in range(n)]
     # whole batches: else a resumed run would differ by rounding

@@ -96,7 +96,6 @@ def test_longer_and_larger_weights_of_tft2v():
 @pytest.mark.parametrize("base", ["tft2v-32", "tiny"])
 def test_enlarged_afterwards(base, public, tmp_path, monkeypatch):
     folder = [] if base == "tiny" else ["--weights", public(base)[0], "--frames", "3"]
-    monkeypatch.setattr("gc.collect", lambda *args: 0)
     plain = diffusion.sr600
     monkeypatch.setattr(pipeline, "sr600", lambda *a, **k: plain(*a, **k, inversion_steps=1))
     sample.main(["--base", base, *folder, "--prompt", "a red circle", "--sample-steps", "2", "--n", "2",
