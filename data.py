@@ -658,14 +658,14 @@ def _opened(path, exact=False):
     frame is shown, in seconds from the first one; get(i) -> uint8 (h, w, 3), for ascending i.
     exact: only frames that can be decoded count; else get may raise for some of a damaged file.
     Whatever goes wrong with the file, here or in get, is a UserError."""
-    path = Path(path)
-    if not path.is_dir():
+    path, folder = Path(path), os.path.isdir(path)
+    if not folder:
         check_file(path, "video")
         if path.suffix.lower() not in VIDEOS:
             raise UserError(f"{path}: not a video; known are {', '.join(VIDEOS)} and a folder of "
                             "pictures")
     try:
-        if path.is_dir():
+        if folder:
             files = [p for p in path.iterdir() if p.suffix.lower() in IMAGES]
             files.sort(key=natural_order)
             if not files:
