@@ -701,25 +701,27 @@ def video_info(path):
         return len(times), fps, size
 
 
-def read_video(path, frames=None, fps=None, start=0, size=None):
+def read_video(path, frames=None, fps=None, start=0, size=None, stride=1):
     """-> ((3, f, h, w) in [-1, 1], its fps). frames: exactly so many (None: all) from `start` on,
-    an index or a torch.Generator that draws one. fps: frames are chosen by their times to come
-    at this rate (None, or more than the file has: at the file's own). A clip that is too short
-    raises (VGen pads it with grey)."""
+    an index or a torch.Generator that draws one. fps: the frames that are shown at this rate,
+    by their times; at most the file's own. Without it, every stride-th frame. A clip that is too
+    short raises (VGen pads it with grey)."""
     with _opened(path, exact=not frames) as (times, own, shape, get):
-        times = np.array(times) if fps else np.arange(len(times)) / own
-        usual = 1 / np.median(np.diff(times)) if len(times) > 1 else own
-        fastest = usual if usual > 1.05 * own else own  # of a variable rate
-        rate = min(fps, fastest) if fps else own
-        # frames that follow each one; half a frame of the file is no gap
-        left = (times[-1] - times) * rate + 0.49 * rate / fastest
-        starts = int((left >= (frames or 1) - 1).sum())
+        count, usual = len(times), own
+        if fps and count > 1:
+            usual = 1 / np.median(np.diff(times))  # of a variable rate, not the mean
+            usual = usual if usual > 1.05 * own else own
+        times = np.array(times) if fps else np.arange(count) / own
+        rate = min(fps, usual) if fps else own / stride
+        # frames from each one to the end; a quarter of a frame may be a stamp that was rounded
+        left = np.ceil((count / own - times) * rate - 0.25 * min(1, rate / own)).astype(int)
+        starts = int((left >= (frames or 1)).sum())
         if isinstance(start, torch.Generator):
             start = int(torch.randint(max(starts, 1), (), generator=start))
         if start >= starts:
-            raise UserError(f"{path}: {len(times)} frames at {own:.4g} fps are too few for "
+            raise UserError(f"{path}: {count} frames at {own:.4g} fps are too few for "
                             f"{frames or 1} at {rate:.4g} fps from frame {start}")
-        wanted = times[start] + np.arange(frames or int(left[start]) + 1) / rate
+        wanted = times[start] + np.arange(frames or left[start]) / rate
         nearest = np.searchsorted((times[1:] + times[:-1]) / 2, wanted - 1e-6).tolist()
         h, w = size or shape
         check_size(path, w, h, len(nearest))
@@ -732,6 +734,11 @@ def read_video(path, frames=None, fps=None, start=0, size=None):
             frame = torch.from_numpy(frame.copy()).permute(2, 0, 1).float()
             clip[:, k] = _to_float(resize_crop(frame, size) if size else frame)
     return clip, float(rate)
+
+
+def is_clip(path):
+    """Is this a video, a gif or a folder of pictures, by its name?"""
+    return Path(path).suffix.lower() in VIDEOS or Path(path).is_dir()
 
 
 def list_videos(path):
@@ -1276,10 +1283,10 @@ class PairDataset(torch.utils.data.Dataset):
         try:
             clips = []
             for k, path in enumerate(paths):
-                count, rate, _ = video_info(path)
-                fps = rate / 4 if count > 4 * (self.frames - 1) else None
+                count = video_info(path)[0]
+                stride = 4 if count > 4 * (self.frames - 1) else 1
                 start = generator(self.seed, "clip", number, k)
-                clips.append(read_video(path, self.frames, fps, start, self.size)[0])
+                clips.append(read_video(path, self.frames, None, start, self.size, stride)[0])
         except UserError as e:
             raise UserError(f"{where}: {reason_of(e)}") from None
         return {"video": torch.stack(clips), "text": text, "number": number}

@@ -120,11 +120,11 @@ def test_lead_in_that_cannot_be_decoded(film, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("fmt,codec", [("mpegts", "libx264"), ("h264", "libx264"), ("avi", "libx264"),
-                                       ("vob", "mpeg2video"), ("flv", "libx264"), ("matroska", "libx264")])
+                                       ("flv", "libx264"), ("matroska", "libx264")])
 def test_containers_under_a_wrong_name(tmp_path, fmt, codec):
     """Late starts, times that are missing, headers that do not count."""
-    path = make(tmp_path / {"mpegts": "a.ts", "matroska": "a.mkv"}.get(fmt, f"a.{fmt}"), greys(30), codec,
-                **({"b": "8M"} if fmt == "vob" else {}))
+    name = {"mpegts": "a.ts", "matroska": "a.mkv"}.get(fmt, f"a.{fmt}")
+    path = make(tmp_path / name, greys(30), codec)
     shows(path.rename(tmp_path / "a.mp4"), range(30), 25)
 
 
