@@ -181,6 +181,7 @@ NARROW = 100      # times that a side may be longer than the other
 GIF_FRAMES = 100_000  # that a gif may stand for
 # codecs that stamp every packet and put one frame in each; files of others are decoded once more
 ONE_FRAME = ("h264", "hevc", "av1", "vp9", "mjpeg", "prores", "dnxhd", "ffv1", "png")
+PLAYLISTS = ("hls", "dash", "concat", "imf", "sdp", "rtsp")  # formats that name other files
 BT709, UNTAGGED, BT601 = 1, 2, 6  # matrices, as H.264 numbers them
 HDR = 16, 18      # PQ and HLG, the transfer functions of HDR
 HD_LINES = 720    # from here on, a file without a tag is shown as BT.709
@@ -506,44 +507,57 @@ def _gif_timeline(path, image):
     return timeline, 1000 * len(timeline) / sum(durations)
 
 
-def _picture_stream(file):
-    """The video stream that a player shows: not the cover of an album, the default one first."""
+@contextmanager
+def _stream(path):
+    """Opens a container -> (file, the video stream that a player shows): not the cover of an
+    album, the default one first. A list of other files is refused, and nothing but files read."""
+    import av
     from av.stream import Disposition
-    streams = [s for s in file.streams.video if not s.disposition & Disposition.attached_pic]
-    if not streams:
-        raise UserError(f"{file.name}: no picture stream, only sound or a cover; give a video")
-    streams = [s for s in streams if s.codec_context]
-    if not streams:
-        raise UserError(f"{file.name}: a codec that PyAV does not know; convert it to H.264")
-    return min(streams, key=lambda s: not s.disposition & Disposition.default)
+    with av.open(f"file:{path}", options={"protocol_whitelist": "file"}) as file:
+        if file.format.name in PLAYLISTS:
+            raise UserError(f"{path}: a list of other files, not a video")
+        streams = [s for s in file.streams.video
+                   if s.codec_context and not s.disposition & Disposition.attached_pic]
+        if not streams:
+            raise UserError(f"{path}: no picture stream: only sound, a cover or an unknown codec")
+        stream = min(streams, key=lambda s: not s.disposition & Disposition.default)
+        check_size(path, stream.width, stream.height)
+        yield file, stream
+
+
+def _packets(file, stream):
+    """The whole packets of a stream, up to where a file is cut off, and the one that flushes."""
+    import av
+    with suppress(av.InvalidDataError, av.EOFError):
+        for packet in file.demux(stream):
+            if not packet.is_corrupt:
+                yield packet
 
 
 def _decoded(path, key=None):
     """Yields (time stamp, frame, its stream) of a container, from the key frame stamped `key` on.
 
-    Stamps grow: a frame without one is a frame's length later than the one before, and a frame
-    that comes too late is left out, as one whose packet is damaged. The decoder has dropped what
-    an edit list hides.
+    Stamps grow: a frame without one is a frame's length later than the one before. Left out are
+    frames that come too late, whose packets are damaged, and that an edit list hides.
     """
     import av
-    with av.open(str(path)) as file:
-        stream, last = _picture_stream(file), None
+    with _stream(path) as (file, stream):
         if key is not None:
             file.seek(key, stream=stream)
         step, decoder = 1 / ((stream.guessed_rate or FOLDER_FPS) * stream.time_base), stream
         if stream.metadata.get("alpha_mode") == "1":  # FFmpeg's own decoders see no alpha in webm
-            name = stream.codec_context.name.replace("vp9", "vpx-vp9").replace("vp8", "vpx")
-            decoder = av.CodecContext.create(f"lib{name}", "r")
-        for packet in file.demux(stream):
+            name = {"vp8": "libvpx", "vp9": "libvpx-vp9"}[stream.codec_context.name]
+            decoder = av.CodecContext.create(name, "r")
+        last = -math.inf
+        for packet in _packets(file, stream):
             frames = []
             with suppress(av.InvalidDataError):
                 frames = decoder.decode(packet)
             for frame in frames:
-                check_size(path, frame.width, frame.height)
                 stamp = frame.pts
                 if stamp is None:
-                    stamp = 0 if last is None else last + step
-                if last is None or stamp > last:
+                    stamp = 0 if last == -math.inf else last + step
+                if stamp > last:
                     last = stamp
                     yield stamp, frame, stream
 
@@ -552,15 +566,11 @@ def _time_stamps(path, exact):
     """-> ([stamp of each frame that is shown], [stamps of key frames], seconds per stamp unit,
     frames per second), all by the presentation time stamps. exact: decode the file to see which
     frames are whole (a film would take minutes: its packets are believed)."""
-    import av
-    with av.open(str(path)) as file:
-        stream = _picture_stream(file)
-        check_size(path, stream.width, stream.height)
-        packets = []
-        with suppress(av.FFmpegError):  # the end is cut off: what is there can be shown
-            packets.extend(p for p in file.demux(stream) if p.size and not p.is_corrupt)
-        stamps = [p.pts for p in packets if not p.is_discard]  # not what an edit list hides
-        keys = [p.pts for p in packets if p.is_keyframe]
+    with _stream(path) as (file, stream):
+        packets = [(p.pts, p.duration, p.is_keyframe, p.is_discard)
+                   for p in _packets(file, stream) if p.size]
+        stamps = [pts for pts, _, _, hidden in packets if not hidden]  # by an edit list
+        keys = [pts for pts, _, key, _ in packets if key]
         one_frame = stream.codec_context.name in ONE_FRAME and keys and None not in stamps + keys
         if not one_frame or exact and len(stamps) < FILM:
             n, stamps, keys = len(stamps), [stamp for stamp, _, _ in _decoded(path)], []
@@ -572,7 +582,7 @@ def _time_stamps(path, exact):
             stamps = [s for s, after in zip(stamps, [*stamps[1:], math.inf]) if after > 0]
         if not stamps:
             raise UserError(f"{path}: no frame can be decoded")
-        length = next((p.duration for p in packets if p.pts == stamps[-1]), None)
+        length = next((length for pts, length, _, _ in packets if pts == stamps[-1]), None)
         return stamps, keys, float(stream.time_base), _frame_rate(stamps, length, stream)
 
 
