@@ -12,7 +12,7 @@
     python sample.py --base tft2v --prompt "a fox in the snow" --then sr600    # enlarged: OUT/sr600
     python sample.py --base tiny-i2v --image a.png --prompt "a red circle growing" --continue 2
     python sample.py --ckpt out/das --image first.png --tracks tracks.mp4 --prompt "a dog"
-    python sample.py --base sr600 --video out/sample       # every clip there, at 720x1280
+    python sample.py --base sr600 --video out/sample       # every clip there, enlarged
     python sample.py --base modelscope-v1.4 --lora instructvideo.pth:0.8 --prompt "a fox"
     python sample.py --ckpt out/identity:500 --ckpt out/motion --prompt "a * turns"
 
@@ -95,7 +95,8 @@ def get_args(argv=None):
     p.add_argument("--size", metavar="LENGTH,RESOLUTION,ASPECT",
                    help="Open-Sora's sizes by name: 2s to 16s, 144p to 720p, height:width, such as "
                         "4s,240p,9:16")
-    p.add_argument("--save-fps", type=p.COUNT, help="frame rate of the files (default: the base's)")
+    p.add_argument("--save-fps", type=p.COUNT,
+                   help="frame rate of the files (default: the base's; SR600: the clip's)")
     p.add_argument("--suffix", help="text put after every prompt (default: the base's)")
     p.add_argument("--dynamic-cfg", choices=("published", "meant", "off"),
                    help="CogVideoX: guidance that grows over the steps, as published or as meant")
