@@ -313,9 +313,7 @@ OPTIONS = {
     "data": {
         "--data": dict(help="clips with captions: a folder, .csv, .jsonl or a VGen list (tiny "
                             "bases make their own)"),
-        "--read-fps": dict(type=POSITIVE, help="frame rate to read at, by the times of the "
-                                               "frames; slower clips keep theirs (default: every "
-                                               "frame)"),
+        "--read-fps": dict(type=POSITIVE, help="frame rate to read at (default: every frame)"),
         "--cache-latents": dict(action=YES_NO, default=False,
                                 help="encode every clip once, into --out, instead of in each step"),
         "--workers": dict(type=NATURAL, default=2, help="processes that read clips"),

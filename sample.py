@@ -96,7 +96,7 @@ def get_args(argv=None):
                    help="Open-Sora's sizes by name: 2s to 16s, 144p to 720p, height:width, such as "
                         "4s,240p,9:16")
     p.add_argument("--save-fps", type=p.COUNT,
-                   help="frame rate of the files (default: the base's; SR600: the clip's)")
+                   help="frame rate of the files (default: the base's)")
     p.add_argument("--suffix", help="text put after every prompt (default: the base's)")
     p.add_argument("--dynamic-cfg", choices=("published", "meant", "off"),
                    help="CogVideoX: guidance that grows over the steps, as published or as meant")
