@@ -9,6 +9,7 @@ Public files are downloaded, or read from the folder --weights, in the original 
 layout.
 """
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -478,6 +479,16 @@ def check_side(name, row, side, size):
         low = max(step, size // step * step)
         raise UserError(f"{flag} {size}: {name} needs a multiple of {step}; nearest: {low} or "
                         f"{low + step} (it was trained at {getattr(row.sample, side)})")
+
+
+def nearest_side(name, row, side, ideal):
+    """The "height" or "width" nearest to `ideal` pixels that fits the base's network."""
+    unit, largest = row.vae.factor, int(2 * ideal)
+    for length in sorted(range(unit, largest + 64 * unit, unit), key=lambda n: abs(n - ideal)):
+        with suppress(UserError):
+            check_side(name, row, side, length)
+            return length
+    raise AssertionError(f"{name}: no {side} near {ideal} fits")
 
 
 SAMPLERS = ("ddim", "lcm", "dpmpp", "dpm", "rflow", "higen", "sr600")

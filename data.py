@@ -5,9 +5,9 @@ the bad ones.
 """
 import atexit
 import csv
-import gc
 import io
 import json
+import math
 import os
 import re
 import signal
@@ -15,11 +15,11 @@ import struct
 import sys
 import unicodedata
 from argparse import ArgumentTypeError
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, suppress
+from fractions import Fraction
+from functools import cache, partial
 from pathlib import Path
 
-import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -177,8 +177,20 @@ VIDEOS = tuple(
     ".m2t .m2ts .vob .wmv .asf .flv .f4v .3gp .3g2 .ogv .ogg .ogm .mxf .nut .dv .mjpeg .mjpg .y4m "
     ".rm .rmvb .amv .wtv .ivf".split())
 IMAGES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff")
-FAR = 300         # frames ahead from which a film of constant rate is searched by time
+Image.MAX_IMAGE_PIXELS = None  # check_size() says what may be opened
+FAR = 300         # frames ahead from which a film is searched by time
+FILM = 1000       # frames from which a file is not decoded only to count them
 FOLDER_FPS = 8.0  # a folder of pictures has no rate of its own
+FRAME_PIXELS = 60e6   # of a picture; 8K has 33 million
+CLIP_PIXELS = 135e6   # of all frames read at once: 1.6 GB, 64 frames at 1080p
+NARROW = 100      # times that a side may be longer than the other
+GIF_FRAMES = 100_000  # that a gif may stand for
+# codecs that stamp every packet and put one frame in each; files of others are decoded once more
+ONE_FRAME = ("h264", "hevc", "av1", "vp9", "mjpeg", "prores", "dnxhd", "ffv1", "png")
+PLAYLISTS = ("hls", "dash", "concat", "imf", "sdp", "rtsp")  # formats that name other files
+BT709, UNTAGGED, BT601 = 1, 2, 6  # matrices, as H.264 numbers them
+HDR = 16, 18      # PQ and HLG, the transfer functions of HDR
+HD_LINES = 720    # from here on, a file without a tag is shown as BT.709
 MP4_CRF = "12"    # x264's default, 23, cost 8 dB on a real 256x256 clip
 
 # what Open-Sora calls the sizes of its clips: frames, pixels of a frame
@@ -203,6 +215,23 @@ def opensora_size(length="2s", resolution="240p", aspect="9:16"):
     short = 2 * round((OPENSORA_PIXELS[resolution] * ratio) ** 0.5 / 2)  # even
     long = 2 * round(short / ratio / 2)
     return OPENSORA_FRAMES[length], *((short, long) if h < w else (long, short))
+
+
+def check_size(path, width, height, frames=1):
+    """Refuse pictures and clips that would fill the memory, when read or when scaled to cover a
+    frame. MEDIA_LIMIT=2 (environment) allows twice as much."""
+    if max(width, height) > NARROW * min(width, height):
+        raise UserError(f"{path}: {width}x{height} pixels, one side is over {NARROW} times the "
+                        "other; crop it")
+    try:
+        factor = float(os.environ.get("MEDIA_LIMIT", 1))
+    except ValueError:
+        raise UserError("MEDIA_LIMIT: not a number; 2 allows clips of twice the size") from None
+    area = width * height
+    over = max(area / FRAME_PIXELS, area * frames / CLIP_PIXELS)
+    if over > factor:
+        raise UserError(f"{path}: {frames} frame(s) of {width}x{height} pixels are too large; "
+                        f"MEDIA_LIMIT={math.ceil(over)} in the environment allows it")
 
 
 def resize_crop(video, size):
@@ -287,7 +316,7 @@ def to_uint8(video):
 
 def _to_float(pixels):
     """uint8, or float in 0..255 -> [-1, 1]."""
-    return pixels.float().div(127.5).sub(1)
+    return pixels.to(torch.float32, copy=True).div_(127.5).sub_(1)
 
 
 def _rgb(image):
@@ -295,9 +324,11 @@ def _rgb(image):
     white."""
     if image.mode.startswith(("I", "F")):
         raise UserError(f"{image.filename}: a 16-bit or float picture; save it with 8 bits")
-    image = ImageOps.exif_transpose(image).convert("RGBA")
-    white = Image.new("RGBA", image.size, "white")
-    return np.array(Image.alpha_composite(white, image).convert("RGB"))
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return np.array(image.convert("RGB"))
 
 
 def reason_of(e):
@@ -312,6 +343,7 @@ def open_image(path):
     check_file(path, "picture")
     try:
         with Image.open(path) as image:
+            check_size(path, *image.size)
             return Image.fromarray(_rgb(image))
     except UserError:
         raise
@@ -466,91 +498,209 @@ def natural_order(path):
     return parts, path.name  # 1.png and 01.png, too, have an order
 
 
-def _gif_timeline(image):
+def _gif_timeline(path, image):
     """-> (stored frame of each shown frame, fps). Writers merge equal neighbours into one longer
     frame, so a stored frame stands for as many as its duration holds."""
+    check_size(path, *image.size)
+    check_size(path, *image.size, image.n_frames)  # all are decoded
     durations = []
     for i in range(image.n_frames):
         image.seek(i)
         durations.append(image.info.get("duration") or 100)
+    if sum(durations) > GIF_FRAMES * min(durations):
+        raise UserError(f"{path}: some frames are shown {max(durations) / 1000:g} s, others "
+                        f"{min(durations) / 1000:g} s; convert it to .mp4")
     timeline = [i for i, d in enumerate(durations) for _ in range(round(d / min(durations)))]
     return timeline, 1000 * len(timeline) / sum(durations)
 
 
-def _turns(matrix):
-    """Display matrix of a frame (phones film lying down) -> counter-clockwise quarter turns for
-    np.rot90."""
-    a, b = struct.unpack("=2i", matrix[:8])
-    return (0 if a > 0 else 2) if abs(a) > abs(b) else (-1 if b > 0 else 1)
+@contextmanager
+def _stream(path):
+    """Opens a container -> (file, the video stream that a player shows): not the cover of an
+    album, the default one first. A list of other files is refused, and nothing but files read."""
+    import av
+    from av.stream import Disposition
+    with av.open(f"file:{path}", options={"protocol_whitelist": "file"}) as file:
+        if file.format.name in PLAYLISTS:
+            raise UserError(f"{path}: a list of other files, not a video")
+        streams = [s for s in file.streams.video
+                   if s.codec_context and not s.disposition & Disposition.attached_pic]
+        if not streams:
+            raise UserError(f"{path}: no picture stream: only sound, a cover or an unknown codec")
+        stream = min(streams, key=lambda s: not s.disposition & Disposition.default)
+        check_size(path, stream.width, stream.height)
+        yield file, stream
 
 
-def _count(file):
-    """Frames of a container whose header does not tell (webm): decoded once, without converting
-    colours."""
-    n = 0
-    try:
-        while True:
-            file.metadata(index=n, constant_framerate=False)
-            n += 1
-    except StopIteration:
-        return n
+def _packets(file, stream):
+    """The whole packets of a stream, up to where a file is cut off, and the one that flushes."""
+    import av
+    with suppress(av.InvalidDataError, av.EOFError):
+        for packet in file.demux(stream):
+            if not packet.is_corrupt:
+                yield packet
+
+
+def _decoded(path, key=None):
+    """Yields (time stamp, frame, its stream) of a container, from the key frame stamped `key` on.
+
+    Stamps grow: a frame without one is a frame's length later than the one before. Left out are
+    frames that come too late, whose packets are damaged, and that an edit list hides.
+    """
+    import av
+    with _stream(path) as (file, stream):
+        if key is not None:
+            file.seek(key, stream=stream)
+        step, decoder = 1 / ((stream.guessed_rate or FOLDER_FPS) * stream.time_base), stream
+        if stream.metadata.get("alpha_mode") == "1":  # FFmpeg's own decoders see no alpha in webm
+            name = {"vp8": "libvpx", "vp9": "libvpx-vp9"}[stream.codec_context.name]
+            decoder = av.CodecContext.create(name, "r")
+        last = -math.inf
+        for packet in _packets(file, stream):
+            frames = []
+            with suppress(av.InvalidDataError):
+                frames = decoder.decode(packet)
+            for frame in frames:
+                stamp = frame.pts
+                if stamp is None:
+                    stamp = 0 if last == -math.inf else last + step
+                if stamp > last:
+                    last = stamp
+                    yield stamp, frame, stream
+
+
+def _time_stamps(path, exact):
+    """-> ([stamp of each frame that is shown], [stamps of key frames], seconds per stamp unit,
+    frames per second), all by the presentation time stamps. exact: decode the file to see which
+    frames are whole (a film would take minutes: its packets are believed)."""
+    with _stream(path) as (file, stream):
+        packets = [(p.pts, p.duration, p.is_keyframe, p.is_discard)
+                   for p in _packets(file, stream) if p.size]
+        stamps = [pts for pts, _, _, hidden in packets if not hidden]  # by an edit list
+        keys = [pts for pts, _, key, _ in packets if key]
+        one_frame = stream.codec_context.name in ONE_FRAME and keys and None not in stamps + keys
+        if not one_frame or exact and len(stamps) < FILM:
+            n, stamps, keys = len(stamps), [stamp for stamp, _, _ in _decoded(path)], []
+            if one_frame and 0 < len(stamps) < n:
+                warn(f"{path}: {n - len(stamps)} of {n} frames cannot be decoded and are left out")
+        # what precedes the first key frame cannot be decoded
+        stamps = sorted({s for s in stamps if not keys or s >= keys[0]})
+        if "mp4" in file.format.name:  # its time starts at 0: earlier frames are hidden
+            stamps = [s for s, after in zip(stamps, [*stamps[1:], math.inf]) if after > 0]
+        if not stamps:
+            raise UserError(f"{path}: no frame can be decoded")
+        length = next((length for pts, length, _, _ in packets if pts == stamps[-1]), None)
+        return stamps, keys, float(stream.time_base), _frame_rate(stamps, length, stream)
+
+
+def _frame_rate(stamps, length, stream):
+    """Frames per second by their stamps; length: of the last frame, None if unknown.
+
+    Stamps are rounded: where all agree with a rate that the header states, it is that rate.
+    """
+    tick, n = float(stream.time_base), len(stamps)
+    times = (np.array(stamps, float) - stamps[0]) * tick
+    stated = [float(r) for r in (stream.guessed_rate, stream.average_rate) if r] or [FOLDER_FPS]
+    for rate in stated if n > 1 else ():
+        if np.abs(times - np.arange(n) / rate).max() <= min(tick, 0.002):
+            return rate
+    last = length * tick if length else times[-1] / (n - 1) if n > 1 else 1 / stated[0]
+    return float(n / (times[-1] + last))
+
+
+@cache  # once per file
+def _warn_hdr(path):
+    warn(f"{path}: HDR; its colours are read as they are stored and look flat: convert it to SDR")
+
+
+def _shown(path, frame, stream):
+    """Decoded frame -> uint8 (h, w, 3) as a player shows it: colours by their tags (HD without a
+    tag is BT.709), alpha on white, square pixels, upright, one field of an interlaced frame."""
+    if frame.colorspace == UNTAGGED and (frame.height >= HD_LINES or frame.width >= 1280):
+        frame.colorspace = BT709
+    if stream.codec_context.color_trc in HDR:
+        _warn_hdr(path)
+    alpha = any(part.is_alpha for part in frame.format.components) or frame.format.name == "pal8"
+    width = max(1, round(frame.width * (stream.sample_aspect_ratio or 1)))
+    check_size(path, width, frame.height)
+    # one thread: starting several takes longer, on a busy machine 50 times so
+    pixels = frame.reformat(width, format="rgba" if alpha else "rgb24", threads=1).to_ndarray()
+    if alpha:
+        pixels = _rgb(Image.fromarray(pixels))
+    if frame.interlaced_frame and len(pixels) > 2:  # the lower field is of another moment
+        upper = pixels[::2].astype(np.uint16)
+        below = np.concatenate([upper[1:], upper[-1:]])[:len(pixels) // 2]
+        pixels[1::2] = (upper[:len(below)] + below) // 2
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is not None:
+        a, b, _, c, d = struct.unpack("=5i", bytes(matrix)[:20])  # (x, y) -> (a x + c y, b x + d y)
+        sideways = abs(b) > abs(a)
+        pixels = pixels.transpose(1, 0, 2) if sideways else pixels
+        across, down = (c, b) if sideways else (a, d)
+        pixels = pixels[::-1 if down < 0 else 1, ::-1 if across < 0 else 1]
+    return pixels
 
 
 @contextmanager
-def _opened(path):
-    """Yields (frames, fps, (h, w), get) of a video file, a gif or a folder of pictures; get(i) ->
-    uint8 (h, w, 3), cheap for ascending i. Whatever goes wrong with the file, here or in get, is
-    a UserError."""
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such video")
-    if not path.is_dir() and path.suffix.lower() not in VIDEOS:
-        raise UserError(f"{path}: not a video; known are {', '.join(VIDEOS)} and a folder of "
-                        "pictures")
+def _container(path, exact):
+    """_opened() for what PyAV reads."""
+    stamps, keys, tick, rate = _time_stamps(path, exact)
+    frames, at, now = _decoded(path), -1, (-math.inf, None, None)
+
+    def get(i):
+        nonlocal frames, at, now
+        before = [key for key in keys if key <= stamps[i]] if i - at > FAR else None
+        if before:  # far ahead: from the key frame before it
+            frames.close()
+            frames, now = _decoded(path, before[-1]), (-math.inf, None, None)
+            now = next(frames, now)
+            if now[0] > stamps[i]:  # the index of the file is wrong
+                frames, now = _decoded(path), (-math.inf, None, None)
+        at = i
+        while now[0] < stamps[i]:
+            now = next(frames, (math.inf, None, None))
+        if now[0] != stamps[i]:
+            raise UserError(f"{path}: frame {i} of {len(stamps)} cannot be decoded")
+        return _shown(path, *now[1:])
     try:
-        if path.is_dir():
+        times = [(stamp - stamps[0]) * tick for stamp in stamps]
+        yield times, rate, get(0).shape[:2], get
+    finally:
+        frames.close()
+
+
+@contextmanager
+def _opened(path, exact=False):
+    """Yields (times, fps, (h, w), get) of a video file, a gif or a folder of pictures: when each
+    frame is shown, in seconds from the first one; get(i) -> uint8 (h, w, 3), for ascending i.
+    exact: only frames that can be decoded count; else get may raise for some of a damaged file.
+    Whatever goes wrong with the file, here or in get, is a UserError."""
+    path, folder = Path(path), os.path.isdir(path)
+    if not folder:
+        check_file(path, "video")
+        if path.suffix.lower() not in VIDEOS:
+            raise UserError(f"{path}: not a video; known are {', '.join(VIDEOS)} and a folder of "
+                            "pictures")
+    try:
+        if folder:
             files = list_pictures(path)
 
             def get(i):
-                with Image.open(files[i]) as image:
-                    return _rgb(image)
-            yield len(files), FOLDER_FPS, get(0).shape[:2], get
+                return np.array(open_image(files[i]))
+            times = [i / FOLDER_FPS for i in range(len(files))]
+            yield times, FOLDER_FPS, get(0).shape[:2], get
         elif path.suffix.lower() == ".gif":
             with Image.open(path) as image:
-                timeline, fps = _gif_timeline(image)
+                timeline, fps = _gif_timeline(path, image)
 
                 def get(i):
                     image.seek(timeline[i])
                     return _rgb(image)
-                yield len(timeline), fps, (image.height, image.width), get
+                times = [i / fps for i in range(len(timeline))]
+                yield times, fps, (image.height, image.width), get
         else:
-            with iio.imopen(path, "r", plugin="pyav") as file:
-                count, h, w = file.properties().shape[:3]
-                fps = file.metadata()["fps"]
-                count = count or _count(file)
-                # The matrix hangs on the frame. constant_framerate=False: count frames, don't
-                # seek by time.
-                first = file.metadata(index=0, constant_framerate=False) if count else {}
-                turns = _turns(first["DISPLAYMATRIX"]) if "DISPLAYMATRIX" in first else 0
-
-                # one thread converts a frame: starting several takes longer, on a busy machine 50
-                # times so
-                unpack = file._unpack_frame
-
-                def unpack_alone(frame, format):
-                    return unpack(frame.reformat(format=format, threads=1))
-                file._unpack_frame = unpack_alone
-                stream, at = file._video_stream, 0
-                # only where a frame's time tells its number
-                constant = stream.start_time in (0, None)
-                constant &= stream.guessed_rate == stream.average_rate
-
-                def get(i):
-                    nonlocal at
-                    far, at = constant and i - at > FAR, i
-                    # far ahead: from the key frame before it
-                    return np.rot90(file.read(index=i, constant_framerate=far), turns)
-                yield count, fps, (w, h) if turns % 2 else (h, w), get
+            with _container(path, exact) as clip:
+                yield clip
     except ImportError:
         raise UserError(f"{path}: reading needs PyAV (a .gif does not): pip install av") from None
     except UserError:
@@ -560,34 +710,49 @@ def _opened(path):
 
 
 def video_info(path):
-    """-> (frames, fps, (h, w)) from the header; a container that does not count its frames is
-    decoded."""
-    with _opened(path) as (count, fps, size, _):
-        return count, fps, size
+    """-> (frames, fps, (h, w)), as read_video() reads it: by the time stamps, upright."""
+    with _opened(path, exact=True) as (times, fps, size, _):
+        return len(times), fps, size
 
 
-def read_video(path, frames=None, fps=None, start=0, size=None):
-    """-> ((3, f, h, w) in [-1, 1], its fps). frames: exactly so many (None: all), with a stride
-    of round(file fps / fps) from `start`, an index or a torch.Generator that draws one. A clip
-    that is too short raises (VGen pads it with grey)."""
-    with _opened(path) as (count, rate, shape, get):
-        stride = max(1, round(rate / fps)) if fps else 1
-        last = count - 1 - ((frames or 1) - 1) * stride  # last possible start
+def read_video(path, frames=None, fps=None, start=0, size=None, stride=1):
+    """-> ((3, f, h, w) in [-1, 1], its fps). frames: exactly so many (None: all) from `start` on,
+    an index or a torch.Generator that draws one. fps: the frames that are shown at this rate,
+    by their times; at most the file's own. Without it, every stride-th frame. A clip that is too
+    short raises (VGen pads it with grey)."""
+    with _opened(path, exact=not frames) as (times, own, shape, get):
+        count, usual = len(times), own
+        if fps and count > 1:
+            usual = 1 / np.median(np.diff(times))  # of a variable rate, not the mean
+            usual = usual if usual > 1.05 * own else own
+        times = np.array(times) if fps else np.arange(count) / own
+        rate = min(fps, usual) if fps else own / stride
+        # frames from each one to the end; a quarter of a frame may be a stamp that was rounded
+        left = np.ceil((count / own - times) * rate - 0.25 * min(1, rate / own)).astype(int)
+        starts = int((left >= (frames or 1)).sum())
         if isinstance(start, torch.Generator):
-            start = int(torch.randint(max(last, 0) + 1, (), generator=start))
-        if start > last:
-            raise UserError(f"{path}: {count} frames at {rate:.4g} fps are too few for "
-                            f"{frames or 1} with stride {stride} from frame {start}")
-        clip = []
-        for i in range(start, start + frames * stride if frames else count, stride):
+            start = int(torch.randint(max(starts, 1), (), generator=start))
+        if start >= starts:
+            raise UserError(f"{path}: {count} frames at {own:.4g} fps are too few for "
+                            f"{frames or 1} at {rate:.4g} fps from frame {start}")
+        wanted = times[start] + np.arange(frames or left[start]) / rate
+        nearest = np.searchsorted((times[1:] + times[:-1]) / 2, wanted - 1e-6).tolist()
+        h, w = size or shape
+        check_size(path, w, h, len(nearest))
+        clip = torch.empty(3, len(nearest), h, w)
+        for k, i in enumerate(nearest):
             frame = get(i)
             if frame.shape[:2] != tuple(shape):
                 raise UserError(f"{path}: frame {i} has size {frame.shape[:2]}, the first one "
                                 f"{tuple(shape)}")
-            frame = torch.from_numpy(frame.copy()).permute(2, 0, 1)
-            # at once, so that long clips stay small
-            clip.append(resize_crop(frame.float(), size) if size else frame)
-    return _to_float(torch.stack(clip, 1)), rate / stride
+            frame = torch.from_numpy(frame.copy()).permute(2, 0, 1).float()
+            clip[:, k] = _to_float(resize_crop(frame, size) if size else frame)
+    return clip, float(rate)
+
+
+def is_clip(path):
+    """Is this a video, a gif or a folder of pictures, by its name?"""
+    return Path(path).suffix.lower() in VIDEOS or Path(path).is_dir()
 
 
 def codec_motion(video):
@@ -671,15 +836,25 @@ def write_video(path, video, fps=8):
         first.save(tmp, save_all=True, append_images=rest, loop=0, duration=np.diff(ends).tolist())
 
     def mp4(tmp):
+        import av
         h, w = frames.shape[1:3]
-        with iio.imopen(tmp, "w", plugin="pyav") as file:
-            file.init_video_stream("libx264", fps=fps, pixel_format="yuv420p")
-            options = {"crf": MP4_CRF}
+        even = (0, 0), (0, h % 2), (0, w % 2), (0, 0)  # 4:2:0 has even sides
+        hd = h + h % 2 >= HD_LINES
+        with av.open(str(tmp), "w") as file:
+            rate = max(Fraction(fps).limit_denominator(1001), Fraction(1, 1001))
+            stream = file.add_stream("libx264", rate, {"crf": MP4_CRF})
             if max(h, w) < 128:  # x264's fast code reads past so small a picture: files would vary
-                options["x264-params"] = "asm=0"
-            file._video_stream.options = options  # the plugin has no argument for it
-            even = (0, 0), (0, h % 2), (0, w % 2), (0, 0)  # 4:2:0 has even sides
-            file.write(np.pad(frames, even, mode="edge"))
+                stream.options |= {"x264-params": "asm=0"}
+            stream.width, stream.height, stream.pix_fmt = w + w % 2, h + h % 2, "yuv420p"
+            context = stream.codec_context
+            context.color_primaries = context.color_trc = BT709  # as sRGB's, near enough
+            context.colorspace, context.color_range = BT709 if hd else BT601, 1
+            for i, pixels in enumerate(np.pad(frames, even, mode="edge")):
+                frame = av.VideoFrame.from_ndarray(pixels, "rgb24").reformat(
+                    format="yuv420p", dst_colorspace="ITU709" if hd else "ITU601", threads=1)
+                frame.pts = i
+                file.mux(stream.encode(frame))
+            file.mux(stream.encode())
     try:
         write_atomic(path, gif if kind == ".gif" else mp4)
     except ImportError:
@@ -1160,13 +1335,6 @@ def clips_with_prompts(path, file=None, prompt=None):
 
 # ---- data sets of clips with captions
 
-def quick_files():
-    """Before many clips: imageio collects garbage at every close, 0.5 s each when transformers is
-    loaded."""
-    gc.freeze()  # what is here now is no garbage
-    atexit.register(gc.unfreeze)
-
-
 class VideoDataset(torch.utils.data.Dataset):
     """Items {"video": (3, frames, height, width) in [-1, 1], "text": str, "path": str}. source,
     root: see list_clips(). The list is checked here, a clip when it is read: a bad one (corrupt,
@@ -1193,7 +1361,6 @@ class VideoDataset(torch.utils.data.Dataset):
                                 "--frames 1")
         # in shared memory: the workers of a loader count their bad clips together
         self.bad = torch.zeros(len(self.rows), dtype=torch.bool).share_memory_()
-        quick_files()
 
     def __len__(self):
         return len(self.rows)
@@ -1309,10 +1476,10 @@ class PairDataset(torch.utils.data.Dataset):
         try:
             clips = []
             for k, path in enumerate(paths):
-                count, rate, _ = video_info(path)
-                fps = rate / 4 if count > 4 * (self.frames - 1) else None
+                count = video_info(path)[0]
+                stride = 4 if count > 4 * (self.frames - 1) else 1
                 start = generator(self.seed, "clip", number, k)
-                clips.append(read_video(path, self.frames, fps, start, self.size)[0])
+                clips.append(read_video(path, self.frames, None, start, self.size, stride)[0])
         except UserError as e:
             raise UserError(f"{where}: {reason_of(e)}") from None
         return {"video": torch.stack(clips), "text": text, "number": number}

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from bases import base_row
 from common import UserError, append_line, finish, read_lines, write_lines
-from data import PairDataset, clip_normalize, quick_files, raft, read_clips, read_video
+from data import PairDataset, clip_normalize, raft, read_clips, read_video
 from metrics import cosine
 from text_encoders import DINO, dino_name, tokenize
 from tinyworld import judge, parse
@@ -265,7 +265,6 @@ def score_folder(env, folder, score_clip):
     known, own = scored(), Path(folder, f"scores-{env.rank}.jsonl")
     if own.exists():  # a kill may have cut off its last line: the next one would be lost with it
         write_lines(own, read_lines(own))
-    quick_files()
     for path, caption in clips[env.rank::env.world]:
         if path.name not in known:
             video, fps = read_video(path)

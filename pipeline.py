@@ -18,8 +18,8 @@ from common import (
     Env, UserError, draw_curve, finish, gather_rows, generator, read_text, seed_of, write_lines)
 from data import (
     Mixed, VideoDataset, center_crop_wide, clip_image, contact_sheet, encode_once, image_tensor,
-    open_image, prompt_grid, quick_files, read_batches, read_image_prompts, read_prompts,
-    read_seeded_prompts, to_uint8, write_video)
+    open_image, prompt_grid, read_batches, read_image_prompts, read_prompts, read_seeded_prompts,
+    to_uint8, write_video)
 from diffusion import (
     cogvideox_dpm, ddim, ddim_invert, dpmpp_2m, dynamic_guidance, guided, higen, lcm, make_schedule,
     mix_noise, offset_noise, randn, rflow, sr600)
@@ -262,7 +262,6 @@ def generate_folder(base, env: Env, folder, prompts, n, sampling, batch, seed, r
         raise UserError(f"{folder}: its clips were made with other options or prompts: give the "
                         "same, or another --out")
     finish(env, about, lambda: wanted)
-    quick_files()
     jobs = [(f"clips/{i:06d}-{k}.mp4", prompt, f"{seed}-{folder.name}-{i}-{k}")
             for i, prompt in enumerate(prompts) for k in range(n)]
     # whole batches: else a resumed run would differ by rounding

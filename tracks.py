@@ -687,13 +687,13 @@ class TrackDataset(VideoDataset):
     def load(self, row, number):
         _, path, text = self.rows[row]
         track = self.tracks[row]
-        (count, rate, _), (tracked, track_rate, _) = video_info(path), video_info(track)
+        count, tracked = video_info(path)[0], video_info(track)[0]
         if count != tracked:
             raise UserError(f"{path}: {count} frames, but its tracking video {track.name} has "
                             f"{tracked}")
         stride = max(1, count // self.frames)
-        video, tracks = (read_video(p, self.frames, r / stride, size=self.size)[0]
-                         for p, r in ((path, rate), (track, track_rate)))
+        video, tracks = (read_video(p, self.frames, size=self.size, stride=stride)[0]
+                         for p in (path, track))
         return {"video": video, "tracks": tracks, "text": text}
 
     def advice(self):
@@ -944,12 +944,12 @@ def read_camera_path(args):
 
 def even_frames(path, frames, size):
     """`frames` of a clip, evenly spaced from its first -> (3,f,h,w) in [-1,1], their rate."""
-    count, rate, _ = video_info(path)
+    count = video_info(path)[0]
     if count < frames:
         fitting = f"--frames {(count - 1) // 8 * 8 + 1}" if count > 8 else "a longer clip"
         raise UserError(f"{path}: {count} frames instead of {frames}; try {fitting}")
     stride = (count - 1) // max(1, frames - 1) or 1
-    return read_video(path, frames, rate / stride, size=size)
+    return read_video(path, frames, size=size, stride=stride)
 
 
 def read_tracks(args, kind, path, video, tracker):

@@ -172,7 +172,6 @@ def test_lora_files_that_do_not_fit(words, tensors, public, tmp_path, message):
 def play(monkeypatch, public, tmp_path):
     """play(base, *args) -> (clips before they are written, rows of index.jsonl); the files are looked at."""
     monkeypatch.setattr(pipeline, "sr600", partial(diffusion.sr600, inversion_steps=2))
-    monkeypatch.setattr("gc.collect", lambda *args: 0)  # imageio does at every close: 0.4 s each time here
 
     def run(name, *args):
         folder, _ = public(name)

@@ -30,7 +30,7 @@ import text_encoders
 import videodpo
 from bases import choose_sampling, load_base
 from common import Env, generator, read_lines
-from data import PairDataset, quick_files, write_video
+from data import PairDataset, write_video
 from diffusion import make_schedule, noised, randn
 from models import add_lora, frozen_copy, without_lora
 from omniscore import OMNISCORE_TINY, clip_scorer, tiny_dimensions, total_score
@@ -60,7 +60,6 @@ def release(folder, n=4, frames=8, score=True, seed=0):
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory):
-    quick_files()
     return release(tmp_path_factory.mktemp("released"))
 
 
