@@ -8,6 +8,7 @@
 Public files are downloaded, or read from the folder --weights, in the original or in diffusers'
 layout.
 """
+import signals  # noqa: F401  first: a signal may come while torch is imported
 import os
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial

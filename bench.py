@@ -24,6 +24,7 @@ time and peak, where the peak is the data sheet's or a large matmul's on this ma
 CPU seconds, since other jobs may run beside it). "difference" compares the predictions (train: a
 gradient), relative to the largest number.
 """
+import signals  # noqa: F401  first: a signal may come while torch is imported
 import argparse
 import ctypes
 import json

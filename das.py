@@ -35,6 +35,7 @@ Differences from the original code (the others: docs/differences/das.md)
  - Noise on the first frame, and whether it is dropped, is drawn per clip, not per batch.
  - Tracking videos are in [-1,1] in sampling, too (original demo: [0,1]).
 """
+import signals  # noqa: F401  first: a signal may come while torch is imported
 import torch
 
 import tinyworld

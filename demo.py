@@ -34,6 +34,7 @@ Differences from the original code (the others: docs/differences/demo.md)
  - Guidance reads the negative prompt by both encoders: --drop-motion trains that (on tiny
    0.1), but does not pull the feature of the negative prompt to the clip's image.
 """
+import signals  # noqa: F401  first: a signal may come while torch is imported
 import torch
 import torch.nn.functional as F
 

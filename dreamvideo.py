@@ -32,6 +32,7 @@ the path is decided before the subject, which was learned from still pictures, a
 
 Differences from the original code are in docs/differences/dreamvideo.md.
 """
+import signals  # noqa: F401  first: a signal may come while torch is imported
 from pathlib import Path
 
 import torch

@@ -32,6 +32,7 @@ Differences from the original: its training code is not public; this follows the
  - The scale of gamma_m is ours, chosen to fit the public weights, see motion_factors().
  - The look of a frame is its CLIP embedding alone.
 """
+import signals  # noqa: F401  first: a signal may come while torch is imported
 from dataclasses import replace
 
 import torch

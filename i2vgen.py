@@ -37,6 +37,7 @@ Differences from the original code (the others: docs/differences/i2vgen.md)
    unconditional branch must have been trained: --drop-text and --drop-image 0.1.
  - CogVideoX: sigma and the image's dropout are drawn per clip, not per batch.
 """
+import signals  # noqa: F401  first: a signal may come while torch is imported
 import torch
 
 import data

@@ -30,6 +30,7 @@ Differences from the original code (the others: docs/differences/instructvideo.m
  - Randomness is keyed by the sample's number, not the clock, so runs repeat and resume
    exactly.
 """
+import signals  # noqa: F401  first: a signal may come while torch is imported
 from collections import defaultdict, deque
 from dataclasses import replace
 

@@ -11,6 +11,7 @@
 
 Every clip's scores and their means are printed and written to scores.json beside the clips.
 """
+import signals  # noqa: F401  first: a signal may come while torch is imported
 import json
 from pathlib import Path
 

@@ -234,6 +234,7 @@ def generate_split(base, env: Env, prompts, seeds, sampling, batch=8, images=Non
 
     maps: {name: tensor (n, ...)}, each clip's own.
     """
+    env.meet()  # one of them may still measure what was made before
     # the same number on each process, as FSDP needs it: the last may repeat some
     per = -(-len(prompts) // env.world)
     mine = [i % len(prompts) for i in range(env.rank * per, (env.rank + 1) * per)]

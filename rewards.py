@@ -25,6 +25,7 @@ Differences from the original code
    exp / sum exp.
  - action takes batches and any number of frames.
 """
+import signals  # noqa: F401  first: a signal may come while torch is imported
 import importlib.util
 import math
 from collections.abc import Callable

@@ -24,6 +24,7 @@ A clip depends on its prompt, its number and --seed alone, not on --batch or the
 processes. Memory: prompts are encoded first, and the text towers are freed before the networks
 move to the GPU. Then --batch 1, --sequential and --decode-chunk 1 help most.
 """
+import signals  # noqa: F401  first: a signal may come while torch is imported
 import json
 import time
 from dataclasses import dataclass, replace
@@ -37,8 +38,8 @@ from PIL import Image
 
 from bases import base_row, choose_sampling, load_base, read_words
 from common import (
-    Parser, UserError, check_writable, gather_rows,
-    run_command, setup, write_atomic, write_lines)
+    Parser, UserError, gather_rows, own_folder, release_folders, run_command, setup, write_atomic,
+    write_lines)
 from data import (
     center_crop_wide, codec_motion, contact_sheet, image_tensor, list_videos, lucas_kanade,
     open_image, opensora_size, prompts_of, raft, read_map, read_video, video_info, video_maps,
@@ -182,6 +183,7 @@ def main(argv=None):
                  "save-fps": args.save_fps, **dict(zip(("height", "width"), args.then_size or ()))}
         words = [x for k, v in flags.items() if v is not None for x in (f"--{k}", str(v))]
         play(get_args(["--base", args.then, *words] + ["--sequential"] * args.sequential))
+    release_folders()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -196,7 +198,7 @@ def play(args):
     known = {k: v for _, _, meta in runs for k, v in meta["sample"].items()}
     sampling = choose_sampling(name, args, known, **(named_size(args, row) if args.size else {}))
     check_conditions(args, row, sampling)
-    check_writable(args.out)
+    own_folder(args.out)
     clips = read_clips(args, row, sampling)
     size = sampling.height, sampling.width
     maps = read_maps(args, sampling) if row.unet.maps else {}
@@ -223,8 +225,7 @@ def play(args):
         files = [Path(args.out, clips[j].file) for j in mine]
         rows = score_files(reward, env.device, files, [clips[j].prompt for j in mine])
         scores = dict(gather_rows(list(zip(mine, rows)), env))
-    if env.world > 1:
-        dist.barrier()
+    env.meet()
     if env.main:
         report(args, row, base, sampling, clips, scores, tracks)
 

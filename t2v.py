@@ -35,6 +35,7 @@ Differences from the original code (the others: docs/differences/t2v.md)
    --spatial-lr 0.5 has the intended effect.
  - Noise and dropout are keyed by the sample's number, so runs do not depend on --batch.
 """
+import signals  # noqa: F401  first: a signal may come while torch is imported
 import torch
 
 from bases import base_row, choose_sampling, load_base

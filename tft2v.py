@@ -32,6 +32,7 @@ Differences from the original: its training code is not public; this follows the
  - The dropout rate of the image embedding is our choice, see see_image().
  - A coin with --image-share decides whether a batch is images or clips.
 """
+import signals  # noqa: F401  first: a signal may come while torch is imported
 import torch
 
 from bases import choose_sampling, load_base

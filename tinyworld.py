@@ -12,6 +12,7 @@ is hacked. (One exception: VideoDPO's OmniScore of tiny clips is made of it, see
     python tinyworld.py --train scorer           # trains assets/tiny-scorer.safetensors
     python tinyworld.py --train autoencoder      # trains the autoencoder in assets/tiny.safetensors
 """
+import signals  # noqa: F401  first: a signal may come while torch is imported
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path

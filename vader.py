@@ -37,6 +37,7 @@ Differences from the original code (the others: docs/differences/vader.md)
  - Dropout is off during the rollout, as in sampling.
  - First frames, --continue and rewards over time are in the paper but not in its code.
 """
+import signals  # noqa: F401  first: a signal may come while torch is imported
 import torch
 
 from bases import choose_sampling, load_base, read_lora

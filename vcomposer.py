@@ -31,6 +31,7 @@ and VGen's network.
    vectors, in the middle of every 16x16 pixels; without --flow-weights it is left out.
  - Masks are not trained, nor depth on real clips (the tiny world knows its own).
 """
+import signals  # noqa: F401  first: a signal may come while torch is imported
 import torch
 
 from bases import choose_sampling, load_base

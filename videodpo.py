@@ -25,6 +25,7 @@ Differences from the original code (the others: docs/differences/videodpo.md)
  - One logistic term per video. (Released: one per latent column.)
  - No dropout in the network. (Released: with it policy and reference differ from the start.)
 """
+import signals  # noqa: F401  first: a signal may come while torch is imported
 import argparse
 from functools import partial
 

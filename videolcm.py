@@ -38,6 +38,7 @@ Differences from the original code (the others: docs/differences/videolcm.md)
    and 6 to 16 here.
  - Teacher and target have no dropout. (There they stay in training mode, an oversight.)
 """
+import signals  # noqa: F401  first: a signal may come while torch is imported
 from dataclasses import replace
 from functools import partial
 
