@@ -17,6 +17,7 @@ import sys
 from collections import deque
 from contextlib import contextmanager, suppress
 from itertools import chain
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -90,11 +91,13 @@ def load(data, order, workers=0):
         for batch in batches:
             waiting.popleft()
             yield batch
-    except (RuntimeError, UserError, OSError) as e:
+    except (RuntimeError, UserError, OSError, EOFError) as e:
         if not workers:
             raise
-        reason = reader_error(e)
-        if "exited unexpectedly" not in str(e) or not signals.stop.training:
+        # what the loss of a process looks like here depends on what it was doing
+        killed = close and wait([reader.sentinel for reader in batches._workers], timeout=1)
+        reason = reader_error(e, killed)
+        if not killed or not signals.stop.training:
             raise UserError(reason) from e
         signals.stop.give_up(reason)
         for items in chain(waiting, order):
@@ -105,14 +108,14 @@ def load(data, order, workers=0):
             atexit.unregister(close)
 
 
-def reader_error(e):
-    """One line for what went wrong in, or with, a process that reads clips."""
+def reader_error(e, killed):
+    """One line for what went wrong in a process that reads clips, or that one was killed."""
     text = str(e).strip()
     if re.search(r"</torch_|shared memory|\[Errno 28\]", text):
         free = shutil.disk_usage("/dev/shm").free / 1e6 if Path("/dev/shm").exists() else 0
         return (f"the processes that read clips need more shared memory than /dev/shm has "
                 f"({free:.0f} MB free); enlarge it (docker run --shm-size), or give --workers 0")
-    if "exited unexpectedly" in text:
+    if killed:
         return ("a process that reads clips was killed (memory or /dev/shm may be full; "
                 "--workers 0 reads without one)")
     reason = text.splitlines()[-1]  # the lines before it are the worker's traceback

@@ -59,7 +59,6 @@ class Stop:
     def give_up(self, reason):
         """During a training step: finish it, save, and end with this error."""
         self.when, self.reason, self.code = self.when or time.monotonic(), reason, 1
-        say(f"{reason}: saving first", 2)
 
     def end_step(self):
         """All that was trained is saved: a signal need not wait any more, nor need an earlier
