@@ -96,10 +96,14 @@ def load(data, order, workers=0):
             raise
         # what the loss of a process looks like here depends on what it was doing
         killed = close and wait([reader.sentinel for reader in batches._workers], timeout=1)
-        reason = reader_error(e, killed)
-        if not killed or not signals.stop.training:
-            raise UserError(reason) from e
-        signals.stop.give_up(reason)
+        lost = why_lost(e, killed)
+        # its last line: those before it are the worker's traceback
+        reason = (str(e).strip() or type(e).__name__).splitlines()[-1]
+        reason = reason.rpartition("UserError: ")[2]
+        advice = "in a process that reads clips; --workers 0 avoids it"
+        if not lost or not signals.stop.training:
+            raise UserError(lost or f"{reason} ({advice})") from e
+        signals.stop.give_up(lost)
         for items in chain(waiting, order):
             yield torch.utils.data.default_collate([data[item] for item in items])
     finally:
@@ -108,19 +112,15 @@ def load(data, order, workers=0):
             atexit.unregister(close)
 
 
-def reader_error(e, killed):
-    """One line for what went wrong in a process that reads clips, or that one was killed."""
-    text = str(e).strip()
-    if re.search(r"</torch_|shared memory|\[Errno 28\]", text):
+def why_lost(e, killed):
+    """Why a process that reads clips was lost, in a line, after its error e; None: its data are at
+    fault."""
+    if re.search(r"</torch_|shared memory|\[Errno 28\]", str(e)):
         free = shutil.disk_usage("/dev/shm").free / 1e6 if Path("/dev/shm").exists() else 0
-        return (f"the processes that read clips need more shared memory than /dev/shm has "
+        return ("the processes that read clips need more shared memory than /dev/shm has "
                 f"({free:.0f} MB free); enlarge it (docker run --shm-size), or give --workers 0")
-    if killed:
-        return ("a process that reads clips was killed (memory or /dev/shm may be full; "
-                "--workers 0 reads without one)")
-    reason = text.splitlines()[-1]  # the lines before it are the worker's traceback
-    reason = reason.rpartition("UserError: ")[2]
-    return f"{reason} (in a process that reads clips; --workers 0 avoids it)"
+    return killed and ("a process that reads clips was killed (memory or /dev/shm may be full; "
+                       "--workers 0 reads without one)")
 
 
 def read_batches(data, numbers, seed=0, workers=0):
