@@ -8,7 +8,7 @@
 Public files are downloaded, or read from the folder --weights, in the original or in diffusers'
 layout.
 """
-import signals  # noqa: F401  first: a signal may come while torch is imported
+from common import Parser, UserError, run_command  # first: for signals
 import os
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import Parser, UserError, run_command
 from diffusion import make_schedule, number_of_updates
 from dit import (
     PATCH, CogVideoX, CogVideoXConfig, STDiT3, STDiT3Config, cogvideox_state, stdit3_state)

@@ -1,5 +1,6 @@
 """What every command shares: processes and seeds, options, the Run object, its log, saving and
 resuming."""
+from signals import MAIN, TORCHRUN, UNDER_TORCHRUN, stop  # before torch is imported
 import argparse
 import contextlib
 import errno
@@ -31,8 +32,6 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-
-from signals import MAIN, TORCHRUN, UNDER_TORCHRUN, stop
 
 
 class UserError(Exception):
@@ -92,23 +91,16 @@ def check_file(path, what="file") -> Path:
 
 @dataclass
 class Env:
-    """Where this process runs, and how it waits for the others."""
+    """Where this process runs."""
     rank: int
     world: int
     device: torch.device
     dtype: torch.dtype   # of frozen weights and of autocast
     offload: bool = False
-    patient: dist.ProcessGroup | None = None  # of many processes
 
     @property
     def main(self):
         return self.rank == 0
-
-    def meet(self):
-        """Wait for all processes, up to a day: one may have worked for the others. Each must call
-        it."""
-        if self.world > 1:
-            dist.barrier(self.patient)
 
     @contextlib.contextmanager
     def autocast(self):
@@ -137,7 +129,6 @@ def setup(device=None, dtype=None, seed=0, parallel="ddp", offload=False) -> Env
     device = pick_device(device or ("cuda" if torch.cuda.is_available() else "cpu"), local_rank)
     # two backends: with --offload, shards and gradients live on the CPU
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    patient = None
     if UNDER_TORCHRUN and not dist.is_initialized():
         try:
             dist.init_process_group(backend, timeout=STALLED)
@@ -146,11 +137,21 @@ def setup(device=None, dtype=None, seed=0, parallel="ddp", offload=False) -> Env
                             "torchrun (see torchrun.sh)") from e
     elif parallel == "fsdp" and not dist.is_initialized():
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    if world > 1:  # one process may encode clips, sample or save for hours while the others wait
-        patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    if world > 1:
+        _patient.append(dist.new_group(backend="gloo", timeout=timedelta(days=1)))
     torch.manual_seed(seed)
     dtype = DTYPES[dtype or ("bf16" if device.type == "cuda" else "fp32")]
-    return Env(rank, world, device, dtype, offload, patient)
+    return Env(rank, world, device, dtype, offload)
+
+
+_patient = []  # the last: a group of all processes with a long timeout
+
+
+def meet():
+    """Wait for all processes, up to a day: one may have worked for the others (downloaded,
+    encoded, sampled, saved). Each must call it."""
+    if _patient:
+        dist.barrier(_patient[-1])
 
 
 def read_ranks():
@@ -278,7 +279,7 @@ def gather_rows(rows, env) -> list:
     if env.world == 1:
         return rows
     parts = [None] * env.world
-    dist.all_gather_object(parts, rows, env.patient)  # some may have had more to do
+    dist.all_gather_object(parts, rows, _patient[-1])  # some may have had more to do
     return [row for part in parts for row in part]
 
 
@@ -568,7 +569,7 @@ class Run:
                 for group in self.opt.param_groups:
                     group["lr"] = lr_at(step, self.args) * group.get("lr_factor", 1.0)
                 if not self.together:
-                    self.env.meet()
+                    meet()
                 self.together = stop.training = True
                 yield step
                 if self.stopped:
@@ -711,7 +712,7 @@ class Run:
         if ended:
             verdict = "best.safetensors is the best" if best else "none was better than the base"
             print(f"no better score for {patience} evaluations: {verdict}", flush=True)
-        self.env.meet()
+        meet()
         return on_any(ended, self.env)
 
     def finish(self, *keys):
@@ -998,9 +999,9 @@ def write_atomic(path, write):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # the same suffix: some writers go by it
-        handle, name = tempfile.mkstemp(path.suffix, TEMPORARY, path.parent)
+        handle, tmp = tempfile.mkstemp(path.suffix, TEMPORARY, path.parent)
         os.close(handle)
-        tmp = Path(name)
+        tmp = Path(tmp)
         write(tmp)
         os.chmod(tmp, 0o666 & ~UMASK)  # safetensors writes files that only their owner may read
         for name in (tmp, path.parent):  # the folder, too: the rename must outlive a power cut
@@ -1024,7 +1025,7 @@ def finish(env, path, text):
     for last in (False, True):
         if last and env.main:
             write_atomic(path, lambda p: p.write_text(text()))
-        env.meet()
+        meet()
 
 
 def own_folder(folder):
@@ -1056,7 +1057,8 @@ def own_folder(folder):
     for tmp in folder.rglob(f"{TEMPORARY}*"):
         runs = [p for p in tmp.absolute().parents if p.is_relative_to(lock.parent)]
         if not any((p / LOCK).exists() for p in runs[:-1]):  # not of a run in a folder below
-            tmp.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                tmp.unlink()
 
 
 LOCK, TEMPORARY = ".lock", ".nanovideo.tmp-"  # in a run's folder
@@ -1278,7 +1280,7 @@ def load_state(args, env, state, params, opt, ema=None, scaler=None) -> tuple[in
                         f"{free / 1e9:.1f} GB are free; give a folder on a larger disk")
     if env.world > 1:  # a folder that not all see, or a file that one of them cannot read
         steps = [None] * env.world
-        dist.all_gather_object(steps, state["step"] if state else 0, env.patient)
+        dist.all_gather_object(steps, state["step"] if state else 0, _patient[-1])
         if len(set(steps)) > 1:
             raise UserError("--resume: the processes would go on from different steps "
                             f"({min(steps)} to {max(steps)}): --out must be a folder that all "

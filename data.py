@@ -3,7 +3,9 @@
 `python data.py --check LIST --frames 16 --height 256 --width 256` reads every clip once and names
 the bad ones.
 """
-import signals  # first: a signal may come while torch is imported
+from common import (  # first: for signals
+    Parser, UserError, batch_indices, check_file, generator, meet, read_lines, run_command, seed_of,
+    warn, write_atomic)
 import atexit
 import csv
 import gc
@@ -29,9 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from common import (
-    Parser, UserError, batch_indices, check_file, generator, read_lines, run_command, seed_of, warn,
-    write_atomic)
+import signals
 from weights import load_strict, load_weights
 
 # ---- which clips make which batch
@@ -197,7 +197,7 @@ def encode_once(folder, data, encode, about, env, workers=0):
         tensors = {name: torch.cat(values).contiguous() for name, values in parts.items()}
         text = {"texts": json.dumps(texts), "about": about}
         write_atomic(files[k], lambda p: save_file(tensors, p, text))
-    env.meet()
+    meet()
     absent = [file for file in files if not whole(file)]
     if absent:
         raise UserError(f"--cache-latents: {absent[0]} is not there; --out must be a folder that "

@@ -32,7 +32,7 @@ the path is decided before the subject, which was learned from still pictures, a
 
 Differences from the original code are in docs/differences/dreamvideo.md.
 """
-import signals  # noqa: F401  first: a signal may come while torch is imported
+from common import Parser, Run, UserError, run_command, trained  # first: for signals
 from pathlib import Path
 
 import torch
@@ -43,7 +43,6 @@ import data
 import pipeline
 import tinyworld
 from bases import base_row, choose_sampling, load_base, read_words
-from common import Parser, Run, UserError, run_command, trained
 from diffusion import diffusion_loss, randn
 from models import Adapter, parallelize, seed_dropout
 from weights import LEARNED

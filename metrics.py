@@ -11,7 +11,7 @@
 
 Every clip's scores and their means are printed and written to scores.json beside the clips.
 """
-import signals  # noqa: F401  first: a signal may come while torch is imported
+from common import Parser, UserError, run_command, write_atomic  # first: for signals
 import json
 from pathlib import Path
 
@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from common import Parser, UserError, run_command, write_atomic
 from data import IMAGES, list_videos, open_image, prompts_of, read_triples, read_video, to_uint8
 from text_encoders import DINO, dino_name
 from weights import load_weights, rename

@@ -14,7 +14,8 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from bases import Sampling, add_guidance, base_row, latent_shape, load_base
-from common import Env, UserError, draw_curve, finish, gather_rows, generator, seed_of, write_lines
+from common import (
+    Env, UserError, draw_curve, finish, gather_rows, generator, meet, seed_of, write_lines)
 from data import (
     Mixed, VideoDataset, center_crop_wide, clip_image, contact_sheet, encode_once, image_tensor,
     open_image, prompt_grid, quick_files, read_batches, read_image_prompts, read_prompts, to_uint8,
@@ -234,7 +235,7 @@ def generate_split(base, env: Env, prompts, seeds, sampling, batch=8, images=Non
 
     maps: {name: tensor (n, ...)}, each clip's own.
     """
-    env.meet()  # one of them may still measure what was made before
+    meet()  # one of them may still measure what was made before
     # the same number on each process, as FSDP needs it: the last may repeat some
     per = -(-len(prompts) // env.world)
     mine = [i % len(prompts) for i in range(env.rank * per, (env.rank + 1) * per)]

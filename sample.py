@@ -24,7 +24,9 @@ A clip depends on its prompt, its number and --seed alone, not on --batch or the
 processes. Memory: prompts are encoded first, and the text towers are freed before the networks
 move to the GPU. Then --batch 1, --sequential and --decode-chunk 1 help most.
 """
-import signals  # noqa: F401  first: a signal may come while torch is imported
+from common import (  # first: for signals
+    Parser, UserError, gather_rows, meet, own_folder, release_folders, run_command, setup,
+    write_atomic, write_lines)
 import json
 import time
 from dataclasses import dataclass, replace
@@ -37,9 +39,6 @@ import torch.nn.functional as F
 from PIL import Image
 
 from bases import base_row, choose_sampling, load_base, read_words
-from common import (
-    Parser, UserError, gather_rows, own_folder, release_folders, run_command, setup, write_atomic,
-    write_lines)
 from data import (
     center_crop_wide, codec_motion, contact_sheet, image_tensor, list_videos, lucas_kanade,
     open_image, opensora_size, prompts_of, raft, read_map, read_video, video_info, video_maps,
@@ -225,7 +224,7 @@ def play(args):
         files = [Path(args.out, clips[j].file) for j in mine]
         rows = score_files(reward, env.device, files, [clips[j].prompt for j in mine])
         scores = dict(gather_rows(list(zip(mine, rows)), env))
-    env.meet()
+    meet()
     if env.main:
         report(args, row, base, sampling, clips, scores, tracks)
 

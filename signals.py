@@ -1,7 +1,8 @@
 """Signals and the screen: a command that is asked to end does so within seconds, and saves first
 if it trains. A line that cannot be printed does no harm.
 
-Every command imports this module before all others: a signal may come while torch is imported.
+Every command imports common.py, which imports this module, before all others: a signal may come
+while torch is imported.
 """
 import contextlib
 import ctypes

@@ -33,8 +33,8 @@ from torch import nn
 from tqdm import tqdm
 
 from common import (
-    Parser, UserError, batch_indices, gather_rows, own_folder, release_folders, seed_of, setup,
-    warn, write_atomic)
+    Parser, UserError, batch_indices, gather_rows, meet, own_folder, release_folders, seed_of,
+    setup, warn, write_atomic)
 from data import (
     IMAGES, VIDEOS, VideoDataset, center_crop_wide, clip_rows, contact_sheet, cover_and_crop,
     field_of, load, natural_order, numbered_lines, open_image, raft, read_image, read_table,
@@ -1121,7 +1121,7 @@ def make(args):
             make_dataset(args, env, tracker, estimate)
         else:
             make_one(args, kind, tracker, estimate)
-    env.meet()
+    meet()
     release_folders()
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -25,7 +25,7 @@ Differences from the original code (the others: docs/differences/videodpo.md)
  - One logistic term per video. (Released: one per latent column.)
  - No dropout in the network. (Released: with it policy and reference differ from the start.)
 """
-import signals  # noqa: F401  first: a signal may come while torch is imported
+from common import Parser, Run, generator, run_command, trained, warn  # first: for signals
 import argparse
 from functools import partial
 
@@ -34,7 +34,6 @@ import torch.nn.functional as F
 
 import omniscore
 from bases import choose_sampling, load_base
-from common import Parser, Run, generator, run_command, trained, warn
 from diffusion import noised, randn
 from models import add_lora, frozen_copy, parallelize, without_lora
 from pipeline import (
@@ -150,7 +149,7 @@ def pair_loss(net, reference, base, sampling, args, pairs, captions, u, noise, w
     text = torch.stack([n if c is None else x for c, x, n in zip(captions, text, null)])
     cond = training_conditions(base, sampling, texts + texts, t, args.train_fps)
     inputs = x_t, t, torch.cat([text, text])
-    with torch.no_grad():  # first: blocks recomputed in the backward pass must find LoRA on
+    with torch.no_grad():  # first: for signals
         ref = reference(*inputs, **cond)[:, :x0.shape[1]].float()
     pred = net(*inputs, **cond)[:, :x0.shape[1]].float()  # Open-Sora adds a variance
     return dpo_loss(pred, ref, target.float(), weight, args.beta_dpo)

@@ -268,7 +268,7 @@ def test_the_pipe_breaks_first_and_all_is_saved(sign, tmp_path):
 @pytest.mark.slow
 def test_a_signal_in_an_evaluation(tmp_path):
     more = ["--preview-every", "1", "--sample-steps", "200", "--steps", "9", "--out", str(tmp_path)]
-    run = start([*T2V, *more, "--scratch"])  # from scratch: no evaluation before
+    run = start([*T2V, *more, "--rank", "0", "--scratch"])  # from scratch: no evaluation before
     wait_until(lambda: (tmp_path / "state.pt").exists(), run)
     began = time.monotonic()
     run.send_signal(signal.SIGTERM)
