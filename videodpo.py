@@ -149,7 +149,7 @@ def pair_loss(net, reference, base, sampling, args, pairs, captions, u, noise, w
     text = torch.stack([n if c is None else x for c, x, n in zip(captions, text, null)])
     cond = training_conditions(base, sampling, texts + texts, t, args.train_fps)
     inputs = x_t, t, torch.cat([text, text])
-    with torch.no_grad():  # first: for signals
+    with torch.no_grad():  # first: blocks recomputed in the backward pass must find LoRA on
         ref = reference(*inputs, **cond)[:, :x0.shape[1]].float()
     pred = net(*inputs, **cond)[:, :x0.shape[1]].float()  # Open-Sora adds a variance
     return dpo_loss(pred, ref, target.float(), weight, args.beta_dpo)
