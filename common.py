@@ -511,7 +511,7 @@ class Run:
         """trains False: no training, so an earlier run in --out is no obstacle."""
         check_loggers(args)
         self.args, self.method, self.out = args, method, Path(args.out)
-        self.state = check_out(args, method) if trains else own_folder(args.out)
+        self.state = check_out(args, method) if trains else check_writable(args.out)
         self.env = setup(args.device, args.dtype, args.seed, args.parallel, args.offload)
         self.resumed, self.stopped = self.state is not None, False
         self.totals, self.saved = {}, None
@@ -549,6 +549,7 @@ class Run:
         self.start, self.samples_read = load_state(
             self.args, self.env, self.state, params, opt, self.ema, self.scaler)
         self.state = None  # not these copies for the whole run
+        self.own()
         self.done = self.start
         lora = {k: v for k, v in vars(self.args).items() if k in ("rank", "alpha", "lora_targets")}
         self.meta = dict({"rank": 0} | lora | meta, method=self.method, base=self.args.base)
@@ -558,6 +559,10 @@ class Run:
         if self.main:  # a resumed run repeats what came after its checkpoint
             kept = min(self.start + 1, self.args.steps) if self.resumed else 0
             keep_lines(self.out / "eval.jsonl", kept)
+
+    def own(self):
+        """Be the only run in --out from now on; called before anything is written."""
+        own_folder(self.out)
 
     def steps(self):
         """Yield the number of each update that is still to be made (0-based), its learning rate
@@ -1028,13 +1033,9 @@ def finish(env, path, text):
         meet()
 
 
-def own_folder(folder):
-    """Make this run the only one in --out, until release_folders() or its end, however it ends.
-
-    Refuses, before any work and without leaving a trace, a folder in which nothing can be written
-    or in which another run is at work. Rank 0 owns it for all processes. What a killed run was
-    writing is removed.
-    """
+def check_writable(folder):
+    """Refuse, before any work and without leaving a trace, an --out in which nothing can be
+    written or in which another run is at work."""
     folder = Path(folder)
     try:
         nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
@@ -1044,6 +1045,17 @@ def own_folder(folder):
         raise UserError(f"--out {folder}: {nearest} is a file; give another folder")
     if not os.access(nearest, os.W_OK):
         raise UserError(f"--out {folder}: {nearest} cannot be written to; give another folder")
+    if (folder / LOCK).exists():
+        own_folder(folder)
+
+
+def own_folder(folder):
+    """Make this run the only one in --out, until release_folders() or its end, however it ends.
+
+    Called before anything is written. Rank 0 owns the folder for all processes. What a killed run
+    was writing is removed.
+    """
+    folder = Path(folder)
     lock = folder.absolute() / LOCK
     if not MAIN or lock in _owned:
         return
@@ -1208,7 +1220,7 @@ SAME = ("base", "stage", "rank", "alpha", "lora_targets", "tracking_blocks", "se
 def check_out(args, method):
     """Refuse to overwrite a run or to resume one with other options. -> the state to resume from,
     or None."""
-    own_folder(args.out)
+    check_writable(args.out)
     files = [Path(args.out, name) for name in STATES if Path(args.out, name).exists()]
     product = Path(args.out, "ckpt.safetensors")
     if not args.resume and (files or product.exists()):

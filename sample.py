@@ -25,8 +25,8 @@ processes. Memory: prompts are encoded first, and the text towers are freed befo
 move to the GPU. Then --batch 1, --sequential and --decode-chunk 1 help most.
 """
 from common import (  # first: for signals
-    Parser, UserError, gather_rows, meet, own_folder, release_folders, run_command, setup,
-    write_atomic, write_lines)
+    Parser, UserError, check_writable, gather_rows, meet, own_folder, release_folders, run_command,
+    setup, write_atomic, write_lines)
 import json
 import time
 from dataclasses import dataclass, replace
@@ -197,7 +197,7 @@ def play(args):
     known = {k: v for _, _, meta in runs for k, v in meta["sample"].items()}
     sampling = choose_sampling(name, args, known, **(named_size(args, row) if args.size else {}))
     check_conditions(args, row, sampling)
-    own_folder(args.out)
+    check_writable(args.out)
     clips = read_clips(args, row, sampling)
     size = sampling.height, sampling.width
     maps = read_maps(args, sampling) if row.unet.maps else {}
@@ -217,6 +217,7 @@ def play(args):
         maps |= taken
     texts = [clip.prompt + sampling.suffix for clip in clips]
     base = build(args, env, runs, loras, texts, sampling)
+    own_folder(args.out)
     mine = list(range(env.rank, len(clips), env.world))
     make_clips(args, env, base, sampling, clips, mine, maps, style, tracks, near)
     scores = {}  # by the clip's number; of the files, as one would look at them

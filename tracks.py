@@ -33,8 +33,8 @@ from torch import nn
 from tqdm import tqdm
 
 from common import (
-    Parser, UserError, batch_indices, gather_rows, meet, own_folder, release_folders, seed_of,
-    setup, warn, write_atomic)
+    Parser, UserError, batch_indices, check_writable, gather_rows, meet, own_folder,
+    release_folders, seed_of, setup, warn, write_atomic)
 from data import (
     IMAGES, VIDEOS, VideoDataset, center_crop_wide, clip_rows, contact_sheet, cover_and_crop,
     field_of, load, natural_order, numbered_lines, open_image, raft, read_image, read_table,
@@ -1107,7 +1107,7 @@ def make(args):
     """python das.py --make-tracks: write OUT/tracks.mp4, first.png, sheet.png, or a data set."""
     kind = kind_of(args.make_tracks)
     check_kind(args, kind)
-    own_folder(args.out)
+    check_writable(args.out)
     env = setup(args.device)
     if kind == "clips" or env.main:
         tracker = estimate = None
@@ -1117,6 +1117,7 @@ def make(args):
             tracker = flow_tracker(args, env.device)
         if args.depth_model:
             estimate = depth_estimator(args.depth_model, env.device)
+        own_folder(args.out)
         if kind == "clips":
             make_dataset(args, env, tracker, estimate)
         else:

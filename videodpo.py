@@ -176,6 +176,7 @@ def main(argv=None):
         base.remember([*texts, sampling.negative], run.env)  # then the text tower goes
 
     # each clip, score and pair depends on its own number alone, and what is there is kept
+    run.own()
     for folder, texts in prompts.items():
         if "generate" in stages:
             generate_folder(base, run.env, folder, texts, args.samples, sampling,
