@@ -8,6 +8,7 @@
 Public files are downloaded, or read from the folder --weights, in the original or in diffusers'
 layout.
 """
+from common import Parser, UserError, run_command  # first: for signals
 import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -18,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import Parser, UserError, run_command
 from diffusion import make_schedule, number_of_updates
 from dit import (
     PATCH, CogVideoX, CogVideoXConfig, STDiT3, STDiT3Config, cogvideox_state, stdit3_state)

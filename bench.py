@@ -24,6 +24,9 @@ time and peak, where the peak is the data sheet's or a large matmul's on this ma
 CPU seconds, since other jobs may run beside it). "difference" compares the predictions (train: a
 gradient), relative to the largest number.
 """
+from common import (  # first: for signals
+    Parser, UserError, clip_gradients, device_name, generator, peak_memory, run_command, setup,
+    versions, write_atomic)
 import argparse
 import ctypes
 import json
@@ -46,9 +49,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bases import (
     AUTOENCODERS, BASES, NETWORKS, Base, Row, Sampling, base_row, choose_sampling, latent_shape)
-from common import (
-    Parser, UserError, clip_gradients, device_name, generator, peak_memory, run_command, setup,
-    versions, write_atomic)
 from diffusion import make_schedule, randn
 from dit import TRACK_BRANCH, CogVideoXConfig, STDiT3Config, rope_positions
 from models import UNetConfig, add_lora, unet_diffusers_name

@@ -1,8 +1,10 @@
 """What every command shares: processes and seeds, options, the Run object, its log, saving and
 resuming."""
+from signals import MAIN, TORCHRUN, UNDER_TORCHRUN, stop  # before torch is imported
 import argparse
 import contextlib
 import errno
+import fcntl
 import hashlib
 import importlib.util
 import io
@@ -13,9 +15,9 @@ import platform
 import re
 import resource
 import shutil
-import signal
 import stat
 import sys
+import tempfile
 import time
 import zipfile
 import zlib
@@ -45,17 +47,20 @@ def run_command(main, *memory_options):
 
     memory_options: what to try if memory runs out, most effective first.
     """
+    stop.importing = False
     try:
-        with memory_advice(*memory_options):
+        with memory_advice(*memory_options), lost_process():
             main()
     except UserError as e:
         print(f"error: {e}", file=sys.stderr, flush=True)
         sys.exit(1)
+    finally:
+        release_folders()
 
 
 def warn(message):
     """Print a warning on stderr, from one process of a run only."""
-    if os.environ.get("RANK", "0") == "0":
+    if MAIN:
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
@@ -139,13 +144,12 @@ def check_text(text, where) -> str:
 
 @dataclass
 class Env:
-    """Where this process runs. `stop` turns true on SIGTERM or Ctrl-C."""
+    """Where this process runs."""
     rank: int
     world: int
     device: torch.device
     dtype: torch.dtype   # of frozen weights and of autocast
     offload: bool = False
-    stop: bool = False
 
     @property
     def main(self):
@@ -163,6 +167,7 @@ class Env:
             yield
 
 
+STALLED = timedelta(minutes=10)  # so long one process waits for another in a training step
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -173,23 +178,49 @@ def setup(device=None, dtype=None, seed=0, parallel="ddp", offload=False) -> Env
     or None. Every process seeds torch alike, so that all build the same network. Raises
     UserError.
     """
-    variables = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    rank, world, local_rank = (int(os.environ.get(k, default)) for k, default in variables)
+    rank, world, local_rank = read_ranks()
     device = pick_device(device or ("cuda" if torch.cuda.is_available() else "cpu"), local_rank)
     # two backends: with --offload, shards and gradients live on the CPU
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if "RANK" in os.environ and not dist.is_initialized():
+    if UNDER_TORCHRUN and not dist.is_initialized():
         try:
-            # one process may encode clips, or sample, for hours while the others wait
-            dist.init_process_group(backend, timeout=timedelta(days=1))
+            dist.init_process_group(backend, timeout=STALLED)
         except (RuntimeError, ValueError) as e:
             raise UserError(f"the {world} processes cannot reach each other ({e}); start them with "
                             "torchrun (see torchrun.sh)") from e
     elif parallel == "fsdp" and not dist.is_initialized():
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if world > 1:
+        _patient.append(dist.new_group(backend="gloo", timeout=timedelta(days=1)))
     torch.manual_seed(seed)
     dtype = DTYPES[dtype or ("bf16" if device.type == "cuda" else "fp32")]
     return Env(rank, world, device, dtype, offload)
+
+
+_patient = []  # the last: a group of all processes with a long timeout
+
+
+def meet():
+    """Wait for all processes, up to a day: one may have worked for the others (downloaded,
+    encoded, sampled, saved). Each must call it."""
+    if _patient:
+        dist.barrier(_patient[-1])
+
+
+def read_ranks():
+    """-> the number of this process, how many there are, its number on this machine, by torchrun.
+
+    Another launcher's or left-over variables raise UserError: waiting for processes that nobody
+    starts would hang.
+    """
+    if UNDER_TORCHRUN:
+        return tuple(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if (os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")) == ("0", "1"):
+        return 0, 1, 0
+    found = " ".join(f"{name}={os.environ[name]}" for name in TORCHRUN if name in os.environ)
+    raise UserError(f"the environment has {found}, but torchrun did not start this process: start "
+                    "it with torchrun (see torchrun.sh), which sets them all, or unset them for a "
+                    "single process")
 
 
 def pick_device(name, local_rank) -> torch.device:
@@ -213,22 +244,17 @@ def pick_device(name, local_rank) -> torch.device:
     return device
 
 
-def catch_signals(env):
-    """SIGTERM (pre-emption) or Ctrl-C sets env.stop, so that the run saves and leaves."""
-    asked = []
-
-    def on_signal(signum, frame):
-        # torchrun passes on what the terminal has already sent to all of us: that is the same
-        # request
-        if asked and time.monotonic() - asked[0] > 2:
-            raise SystemExit(1)  # asked twice: leave at once
-        env.stop = True
-        asked.append(time.monotonic())
-        if len(asked) == 1:
-            with contextlib.suppress(OSError):  # a pipe to tee may be gone by the same Ctrl-C
-                print("stopping after this step: saving first (again to leave at once)", flush=True)
-    for s in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(s, on_signal)
+@contextlib.contextmanager
+def lost_process():
+    """Turn the error of a process group, one of whose processes ended or stalled, into one line."""
+    try:
+        yield
+    except RuntimeError as e:
+        if not dist.is_initialized() or not any(k in str(e).lower() for k in ("gloo", "nccl")):
+            raise
+        reason = str(e).splitlines()[0][:150]
+        raise UserError(f"another process of this run has ended or stalled ({reason}); what was "
+                        "saved is whole: --resume goes on from there") from e
 
 
 def on_any(flag, env) -> bool:
@@ -306,7 +332,7 @@ def gather_rows(rows, env) -> list:
     if env.world == 1:
         return rows
     parts = [None] * env.world
-    dist.all_gather_object(parts, rows)
+    dist.all_gather_object(parts, rows, _patient[-1])  # some may have had more to do
     return [row for part in parts for row in part]
 
 
@@ -554,6 +580,7 @@ class Run:
         self.env = setup(args.device, args.dtype, args.seed, args.parallel, args.offload)
         self.resumed, self.stopped = self.state is not None, False
         self.totals, self.saved = {}, None
+        self.together = False  # else one process may have worked for the others
 
     @property
     def device(self):
@@ -587,6 +614,7 @@ class Run:
         self.start, self.samples_read = load_state(
             self.args, self.env, self.state, params, opt, self.ema, self.scaler)
         self.state = None  # not these copies for the whole run
+        self.own()
         self.done = self.start
         lora = {k: v for k, v in vars(self.args).items() if k in ("rank", "alpha", "lora_targets")}
         self.meta = dict({"rank": 0} | lora | meta, method=self.method, base=self.args.base)
@@ -597,17 +625,29 @@ class Run:
             kept = min(self.start + 1, self.args.steps) if self.resumed else 0
             keep_lines(self.out / "eval.jsonl", kept)
 
+    def own(self):
+        """Be the only run in --out from now on; called before anything is written."""
+        own_folder(self.out)
+
     def steps(self):
         """Yield the number of each update that is still to be made (0-based), its learning rate
         set."""
-        catch_signals(self.env)
-        for step in range(self.start, self.args.steps):
-            self.step = step
-            for group in self.opt.param_groups:
-                group["lr"] = lr_at(step, self.args) * group.get("lr_factor", 1.0)
-            yield step
-            if self.stopped:
-                return
+        stop.listen()
+        try:
+            for step in range(self.start, self.args.steps):
+                self.step = step
+                for group in self.opt.param_groups:
+                    group["lr"] = lr_at(step, self.args) * group.get("lr_factor", 1.0)
+                if not self.together:
+                    meet()
+                self.together = stop.training = True
+                yield step
+                if self.stopped:
+                    break
+        finally:
+            stop.training = False
+        if stop.reason:
+            raise UserError(f"{stop.reason}; saved after step {self.done}: --resume goes on")
 
     def micro_steps(self):
         """Yield the numbers of this process's samples, micro-step by micro-step."""
@@ -660,10 +700,12 @@ class Run:
         self.samples_read += self.args.batch * self.args.accum * self.env.world
         self.log.step(self.step, **totals | more, grad=norm, lr=self.opt.param_groups[0]["lr"])
         self.done = self.step + 1
-        self.stopped = on_any(self.env.stop, self.env)
+        self.stopped = on_any(stop.asked, self.env)
         due = self.done % self.args.save_every == 0 or self.done == self.args.steps
-        if due or self.stopped:
+        if due or self.stopped or self.preview_due:  # an evaluation may be stopped at any moment
             self.save()
+            if not self.stopped:
+                stop.end_step()
 
     def save(self):
         """Write the checkpoint and the state for --resume, unless they are of this step already.
@@ -672,7 +714,7 @@ class Run:
         """
         if self.saved == self.done:
             return
-        self.saved = self.done
+        self.saved, self.together = self.done, False
         save_checkpoint(self.args, self.env, self.done, self.samples_read, self.params, self.meta,
                         self.opt, self.ema, self.scaler)
 
@@ -740,6 +782,7 @@ class Run:
         if ended:
             verdict = "best.safetensors is the best" if best else "none was better than the base"
             print(f"no better score for {patience} evaluations: {verdict}", flush=True)
+        meet()
         return on_any(ended, self.env)
 
     def finish(self, *keys):
@@ -747,6 +790,7 @@ class Run:
         if self.main and keys:
             title = f"{self.method} on {self.args.base}"
             draw_curve(self.log.path, self.out / "curve.png", keys, title)
+        release_folders()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -929,7 +973,9 @@ class Log:
 def append_line(path, row):
     """One more line of a jsonl file."""
     try:
-        with open(path, "a", encoding="utf-8") as f:
+        # a link that came with the folder is not followed
+        opener = lambda p, flags: os.open(p, flags | os.O_NOFOLLOW, 0o666)
+        with open(path, "a", encoding="utf-8", opener=opener) as f:
             f.write(json.dumps(row) + "\n")
     except OSError as e:
         raise UserError(f"{path}: cannot be written ({e.strerror}); the last checkpoint is whole: "
@@ -984,11 +1030,13 @@ def versions() -> dict:
 
 def draw_curve(log_path, png, keys, title="", x="step"):
     """Plot columns of log.jsonl: one panel per key, a dot per row at its `x`, a running mean."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    os.environ["MPLBACKEND"] = "agg"  # Jupyter's, or a wrong one, would end the import
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
     rows = read_lines(log_path)
-    fig, axes = plt.subplots(1, len(keys), figsize=(5 * len(keys), 3.4), squeeze=False)
+    fig = Figure(figsize=(5 * len(keys), 3.4))
+    FigureCanvasAgg(fig)
+    axes = fig.subplots(1, len(keys), squeeze=False)
     for ax, key in zip(axes[0], keys):
         points = [(r[x] + (x == "step"), r[key]) for r in rows if key in r]
         if not points:
@@ -1005,7 +1053,6 @@ def draw_curve(log_path, png, keys, title="", x="step"):
     fig.suptitle(title)
     fig.tight_layout()
     write_atomic(Path(png), lambda p: fig.savefig(p, dpi=110))
-    plt.close(fig)
 
 
 # ---- checkpoints: ckpt.safetensors to sample from, state.pt to resume from
@@ -1019,11 +1066,15 @@ def write_atomic(path, write):
     whole.
 
     If it cannot be written (disk full, no permission), the old file stays and UserError is raised.
+    The temporary file has a random name and is made anew, so no link is followed.
     """
-    path = Path(path)
-    tmp = path.with_name(f".{path.stem}.tmp{path.suffix}")  # the same suffix: some writers go by it
+    path, tmp = Path(path), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # the same suffix: some writers go by it
+        handle, tmp = tempfile.mkstemp(path.suffix, TEMPORARY, path.parent)
+        os.close(handle)
+        tmp = Path(tmp)
         write(tmp)
         os.chmod(tmp, 0o666 & ~UMASK)  # safetensors writes files that only their owner may read
         for name in (tmp, path.parent):  # the folder, too: the rename must outlive a power cut
@@ -1033,11 +1084,13 @@ def write_atomic(path, write):
             if name == tmp:
                 os.replace(tmp, path)
     except (OSError, SafetensorError) as e:
-        with contextlib.suppress(OSError):
-            tmp.unlink()
         reason = getattr(e, "strerror", None) or str(e)
         raise UserError(f"{path}: cannot be written ({reason}); the old file is kept: free disk "
                         "space, or give another folder") from e
+    finally:  # a signal may have come
+        with contextlib.suppress(OSError):
+            if tmp:
+                tmp.unlink()
 
 
 def finish(env, path, text):
@@ -1045,13 +1098,12 @@ def finish(env, path, text):
     for last in (False, True):
         if last and env.main:
             write_atomic(path, lambda p: p.write_text(text(), "utf-8"))
-        if env.world > 1:
-            dist.barrier()
+        meet()
 
 
 def check_writable(folder):
     """Refuse, before any work and without leaving a trace, an --out in which nothing can be
-    written."""
+    written or in which another run is at work."""
     folder = Path(folder)
     try:
         nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
@@ -1061,6 +1113,86 @@ def check_writable(folder):
         raise UserError(f"--out {folder}: {nearest} is a file; give another folder")
     if not os.access(nearest, os.W_OK):
         raise UserError(f"--out {folder}: {nearest} cannot be written to; give another folder")
+    if (folder / LOCK).exists():
+        own_folder(folder)
+
+
+def own_folder(folder):
+    """Make this run the only one in --out, until release_folders() or its end, however it ends.
+
+    Called before anything is written. Rank 0 owns the folder for all processes. What a killed run
+    was writing is removed.
+    """
+    folder = Path(folder)
+    lock = folder.absolute() / LOCK
+    if not MAIN or lock in _owned:
+        return
+    made = [p for p in lock.parents if not p.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _owned[lock] = open_lock(lock), made
+    except OSError as e:
+        raise UserError(f"--out {folder}: {lock.name} cannot be written ({e.strerror}); give "
+                        "another folder") from None
+    for tmp in folder.rglob(f"{TEMPORARY}*"):
+        runs = [p for p in tmp.absolute().parents if p.is_relative_to(lock.parent)]
+        if not any((p / LOCK).exists() for p in runs[:-1]):  # not of a run in a folder below
+            with contextlib.suppress(OSError):
+                tmp.unlink()
+
+
+LOCK, TEMPORARY = ".lock", ".nanovideo.tmp-"  # in a run's folder
+_owned = {}  # {lock: (its descriptor, folders made for it)}
+
+
+def open_lock(path) -> int:
+    """Lock a file of a folder for this process -> its descriptor. UserError if another has it.
+
+    The kernel drops such a lock when the process ends; a forked child does not keep it.
+    """
+    here = str(path.parent.stat().st_ino)
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            owner = os.read(handle, 200).decode(errors="replace").split()
+            os.close(handle)
+            if owner[2:] and owner[2] != here:  # a hard link to the lock of another folder
+                path.unlink(missing_ok=True)
+                continue
+            raise UserError(f"--out {path.parent}: in use by another run (process, machine: "
+                            f"{ascii(' '.join(owner[:2]))}); wait for it, or give another "
+                            "folder") from None
+        except OSError as e:  # some network file systems
+            warn(f"--out {path.parent}: no locks here ({e.strerror}); start no second run in it")
+        if is_file(path, handle):
+            break
+        os.close(handle)  # its owner has just removed it
+    with contextlib.suppress(OSError):
+        os.truncate(handle, 0)
+        os.write(handle, f"{os.getpid()} {platform.node()} {here}\n".encode())
+    return handle
+
+
+def is_file(path, handle) -> bool:
+    """Is the open file `handle` the one at `path`?"""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except OSError:
+        return False
+
+
+def release_folders():
+    """Give up what own_folder() took; a folder in which nothing was written is removed again."""
+    while _owned:
+        lock, (handle, made) = _owned.popitem()
+        with contextlib.suppress(OSError):
+            if is_file(lock, handle):
+                lock.unlink()
+            for folder in made:
+                folder.rmdir()
+        os.close(handle)
 
 
 def full(t: Tensor) -> Tensor:
@@ -1185,7 +1317,7 @@ def check_out(args, method):
     if state["step"] > args.steps:
         raise UserError(f"--resume: the run in {args.out} is at step {state['step']}: give a "
                         "larger --steps")
-    for bad in files[:files.index(file)] if os.environ.get("RANK", "0") == "0" else ():
+    for bad in files[:files.index(file)] if MAIN else ():
         os.replace(bad, f"{bad}.corrupt")  # else the next save would make it the spare one
     return state
 
@@ -1228,7 +1360,7 @@ def load_state(args, env, state, params, opt, ema=None, scaler=None) -> tuple[in
                         f"{free / 1e9:.1f} GB are free; give a folder on a larger disk")
     if env.world > 1:  # a folder that not all see, or a file that one of them cannot read
         steps = [None] * env.world
-        dist.all_gather_object(steps, state["step"] if state else 0)
+        dist.all_gather_object(steps, state["step"] if state else 0, _patient[-1])
         if len(set(steps)) > 1:
             raise UserError("--resume: the processes would go on from different steps "
                             f"({min(steps)} to {max(steps)}): --out must be a folder that all "

@@ -35,12 +35,12 @@ Differences from the original code (the others: docs/differences/das.md)
  - Noise on the first frame, and whether it is dropped, is drawn per clip, not per batch.
  - Tracking videos are in [-1,1] in sampling, too (original demo: [0,1]).
 """
+from common import Parser, Run, run_command, trained  # first: for signals
 import torch
 
 import tinyworld
 import tracks
 from bases import choose_sampling, load_base
-from common import Parser, Run, run_command, trained
 from diffusion import diffusion_loss, randn
 from dit import TRACK_BRANCH
 from models import parallelize

@@ -3,6 +3,9 @@
 `python data.py --check LIST --frames 16 --height 256 --width 256` reads every clip once and names
 the bad ones.
 """
+from common import (  # first: for signals
+    SEED, Parser, UserError, batch_indices, check_file, check_text, generator, meet, parse_json,
+    read_text, run_command, seed_of, warn, warn_once, write_atomic)
 import atexit
 import csv
 import io
@@ -10,14 +13,18 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import struct
 import sys
 import unicodedata
 from argparse import ArgumentTypeError
+from collections import deque
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from functools import cache, partial
+from itertools import chain
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +35,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from common import (
-    SEED, Parser, UserError, batch_indices, check_file, check_text, generator, parse_json,
-    read_text, run_command, seed_of, warn, warn_once, write_atomic)
+import signals
 from weights import load_strict, load_weights
 
 # ---- which clips make which batch
@@ -54,36 +59,72 @@ class Mixed(torch.utils.data.Dataset):
         return part[index % len(part), number]
 
 
-def leave_signals(worker):
-    """A reading process ignores SIGTERM and Ctrl-C: both go to the whole group, and only the run
-    answers."""
-    for s in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(s, signal.SIG_IGN)
+def start_reader(worker):
+    """A reading process ignores signals, which go to the whole group: only the run answers. It
+    ends with the run."""
+    for number in signals.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signals.end_with_parent(signal.SIGKILL)
 
 
 def load(data, order, workers=0):
-    """Batches of a data set, read by `workers` processes; order: a list of items for each batch."""
+    """Batches of a data set, read by `workers` processes; order: a list of items for each batch.
+
+    If such a process is killed, a training run finishes its step, saves and ends with an error;
+    until then this process reads.
+    """
+    order, waiting = iter(order), deque()  # waiting: batches that are being read
+
+    def given():
+        for items in order:
+            waiting.append(items)
+            yield items
     # a generator of its own: a loader draws a seed, which must not shift the run's dropout
     loader = torch.utils.data.DataLoader(
-        data, batch_sampler=order, num_workers=workers, prefetch_factor=2 if workers else None,
-        worker_init_fn=leave_signals, generator=torch.Generator())
-    batches = iter(loader)
-    # workers would not heed the SIGTERM of Python's exit
-    close = getattr(batches, "_shutdown_workers", None)
-    if close:
-        atexit.register(close)
+        data, batch_sampler=given(), num_workers=workers, prefetch_factor=2 if workers else None,
+        worker_init_fn=start_reader, generator=torch.Generator())
+    close = None
     try:
-        yield from batches
-    except (RuntimeError, UserError) as e:
+        batches = iter(loader)
+        # torch's own handler would raise in the middle of an update
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        # workers would not heed the SIGTERM of Python's exit
+        close = getattr(batches, "_shutdown_workers", None)
+        if close:
+            atexit.register(close)
+        for batch in batches:
+            waiting.popleft()
+            yield batch
+    except (RuntimeError, UserError, OSError, EOFError) as e:
         if not workers:
             raise
-        reason = str(e).strip().splitlines()[-1]  # the lines before it are the worker's traceback
+        # what the loss of a process looks like here depends on what it was doing
+        killed = close and wait([reader.sentinel for reader in batches._workers], timeout=1)
+        lost = why_lost(e, killed)
+        # its last line: those before it are the worker's traceback
+        reason = (str(e).strip() or type(e).__name__).splitlines()[-1]
         reason = reason.rpartition("UserError: ")[2]
-        raise UserError(f"{reason} (in a process that reads clips; --workers 0 avoids it)") from e
+        advice = "in a process that reads clips; --workers 0 avoids it"
+        if not lost or not signals.stop.training:
+            raise UserError(lost or f"{reason} ({advice})") from e
+        signals.stop.give_up(lost)
+        for items in chain(waiting, order):
+            yield torch.utils.data.default_collate([data[item] for item in items])
     finally:
         if close:
             close()
             atexit.unregister(close)
+
+
+def why_lost(e, killed):
+    """Why a process that reads clips was lost, in a line, after its error e; None: its data are at
+    fault."""
+    if re.search(r"</torch_|shared memory|\[Errno 28\]", str(e)):
+        free = shutil.disk_usage("/dev/shm").free / 1e6 if Path("/dev/shm").exists() else 0
+        return ("the processes that read clips need more shared memory than /dev/shm has "
+                f"({free:.0f} MB free); enlarge it (docker run --shm-size), or give --workers 0")
+    return killed and ("a process that reads clips was killed (memory or /dev/shm may be full; "
+                       "--workers 0 reads without one)")
 
 
 def read_batches(data, numbers, seed=0, workers=0):
@@ -160,8 +201,7 @@ def encode_once(folder, data, encode, about, env, workers=0):
         tensors = {name: torch.cat(values).contiguous() for name, values in parts.items()}
         text = {"texts": json.dumps(texts), "about": about}
         write_atomic(files[k], lambda p: save_file(tensors, p, text))
-    if env.world > 1:
-        torch.distributed.barrier()
+    meet()
     absent = [file for file in files if not whole(file)]
     if absent:
         raise UserError(f"--cache-latents: {absent[0]} is not there; --out must be a folder that "
@@ -1360,7 +1400,9 @@ class VideoDataset(torch.utils.data.Dataset):
                 raise UserError(f"{self.source} row {n}: {path}: a picture is one frame; use "
                                 "--frames 1")
         # in shared memory: the workers of a loader count their bad clips together
-        self.bad = torch.zeros(len(self.rows), dtype=torch.bool).share_memory_()
+        self.bad = torch.zeros(len(self.rows), dtype=torch.bool)
+        with suppress(RuntimeError):  # none is left: readers will say so
+            self.bad.share_memory_()
 
     def __len__(self):
         return len(self.rows)

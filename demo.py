@@ -34,6 +34,7 @@ Differences from the original code (the others: docs/differences/demo.md)
  - Guidance reads the negative prompt by both encoders: --drop-motion trains that (on tiny
    0.1), but does not pull the feature of the negative prompt to the clip's image.
 """
+from common import Parser, Run, UserError, run_command, seed_of, trained  # first: for signals
 import torch
 import torch.nn.functional as F
 
@@ -41,7 +42,6 @@ import data
 import pipeline
 import tinyworld
 from bases import NEGATIVE, base_row, choose_sampling, load_base
-from common import Parser, Run, UserError, run_command, seed_of, trained
 from diffusion import diffusion_loss, randn
 from models import MotionBlock, parallelize, seed_dropout
 

@@ -32,6 +32,7 @@ the path is decided before the subject, which was learned from still pictures, a
 
 Differences from the original code are in docs/differences/dreamvideo.md.
 """
+from common import Parser, Run, UserError, run_command, trained  # first: for signals
 import os
 
 import torch
@@ -42,7 +43,6 @@ import data
 import pipeline
 import tinyworld
 from bases import base_row, choose_sampling, load_base, read_words
-from common import Parser, Run, UserError, run_command, trained
 from diffusion import diffusion_loss, randn
 from models import Adapter, parallelize, seed_dropout
 from weights import LEARNED

@@ -11,6 +11,7 @@
 
 Every clip's scores and their means are printed and written to scores.json beside the clips.
 """
+from common import Parser, UserError, run_command, write_atomic  # first: for signals
 import json
 from pathlib import Path
 
@@ -19,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from common import Parser, UserError, run_command, write_atomic
 from data import (
     clips_with_prompts, list_pictures, open_image, read_triples, read_video, to_uint8)
 from text_encoders import DINO, dino_name, tokenize

@@ -22,7 +22,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common import UserError, seed_of
+from common import UserError, meet, seed_of
 from weights import (
     below, load_strict, load_weights, looks_like, lora_format, peft_lora, rename, turbo_lora)
 
@@ -1275,6 +1275,7 @@ def parallelize(net, mode, device, offload=False, reshard=True, unused=False):
     """
     if not torch.distributed.is_initialized():
         return net
+    meet()  # a machine may have downloaded for an hour
     if mode == "fsdp":
         from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
         policy = {} if reshard else {"reshard_after_forward": False}

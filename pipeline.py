@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from bases import Sampling, add_guidance, base_row, latent_shape, load_base
 from common import (
-    Env, UserError, draw_curve, finish, gather_rows, generator, read_text, seed_of, write_lines)
+    Env, UserError, draw_curve, finish, gather_rows, generator, meet, read_text, seed_of,
+    write_lines)
 from data import (
     Mixed, VideoDataset, center_crop_wide, clip_image, contact_sheet, encode_once, image_tensor,
     open_image, prompt_grid, read_batches, read_image_prompts, read_prompts, read_seeded_prompts,
@@ -235,6 +236,7 @@ def generate_split(base, env: Env, prompts, seeds, sampling, batch=8, images=Non
 
     maps: {name: tensor (n, ...)}, each clip's own.
     """
+    meet()  # one of them may still measure what was made before
     # the same number on each process, as FSDP needs it: the last may repeat some
     per = -(-len(prompts) // env.world)
     mine = [i % len(prompts) for i in range(env.rank * per, (env.rank + 1) * per)]

@@ -25,6 +25,7 @@ Differences from the original code
    exp / sum exp.
  - action takes batches and any number of frames.
 """
+from common import Parser, UserError, run_command, setup, warn  # first: for signals
 import importlib.util
 import math
 from collections.abc import Callable
@@ -35,7 +36,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import Parser, UserError, run_command, setup, warn
 from data import clip_normalize, clips_with_prompts, read_video
 from text_encoders import CLIP_L14, CLIPConfig, OpenCLIP, clip_from_hf, tokenize
 from tinyworld import BACKGROUNDS, COLOURS, tiny_scorer

@@ -24,6 +24,9 @@ A clip depends on its prompt, its number and --seed alone, not on --batch or the
 processes. Memory: prompts are encoded first, and the text towers are freed before the networks
 move to the GPU. Then --batch 1, --sequential and --decode-chunk 1 help most.
 """
+from common import (  # first: for signals
+    Parser, UserError, check_writable, gather_rows, meet, own_folder, release_folders, run_command,
+    setup, warn, write_atomic, write_lines)
 import json
 import os
 import time
@@ -37,9 +40,6 @@ import torch.nn.functional as F
 from PIL import Image
 
 from bases import base_row, choose_sampling, load_base, nearest_side, read_words
-from common import (
-    Parser, UserError, check_writable, gather_rows, run_command, setup, warn, write_atomic,
-    write_lines)
 from data import (
     center_crop_wide, clips_with_prompts, codec_motion, contact_sheet, image_tensor, is_clip,
     lucas_kanade, open_image, opensora_size, raft, read_map, read_video, video_info, video_maps,
@@ -188,6 +188,7 @@ def main(argv=None):
                  "save-fps": args.save_fps, **dict(zip(("height", "width"), args.then_size or ()))}
         words = [x for k, v in flags.items() if v is not None for x in (f"--{k}", str(v))]
         play(get_args(["--base", args.then, *words] + ["--sequential"] * args.sequential))
+    release_folders()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -224,6 +225,7 @@ def play(args):
         maps |= taken
     texts = [clip.prompt + sampling.suffix for clip in clips]
     base = build(args, env, runs, loras, texts, sampling)
+    own_folder(args.out)
     mine = list(range(env.rank, len(clips), env.world))
     make_clips(args, env, base, sampling, clips, mine, maps, style, tracks, near)
     scores = {}  # by the clip's number; of the files, as one would look at them
@@ -231,8 +233,7 @@ def play(args):
         files = [Path(args.out, clips[j].file) for j in mine]
         rows = score_files(reward, env.device, files, [clips[j].prompt for j in mine])
         scores = dict(gather_rows(list(zip(mine, rows)), env))
-    if env.world > 1:
-        dist.barrier()
+    meet()
     if env.main:
         report(args, row, base, sampling, clips, scores, tracks)
 

@@ -12,6 +12,7 @@ is hacked. (One exception: VideoDPO's OmniScore of tiny clips is made of it, see
     python tinyworld.py --train scorer           # trains assets/tiny-scorer.safetensors
     python tinyworld.py --train autoencoder      # trains the autoencoder in assets/tiny.safetensors
 """
+from common import Parser, UserError, run_command  # first: for signals
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,6 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from common import Parser, UserError, run_command
 from data import Few, to_uint8
 from text_encoders import Transformer, insert_vectors
 from tracks import dense_colours, draw_tracks, to_video

@@ -34,8 +34,8 @@ from torch import nn
 from tqdm import tqdm
 
 from common import (
-    Parser, UserError, batch_indices, check_writable, gather_rows, read_text, seed_of, setup, warn,
-    write_atomic)
+    Parser, UserError, batch_indices, check_writable, gather_rows, meet, own_folder, read_text,
+    release_folders, seed_of, setup, warn, write_atomic)
 from data import (
     IMAGES, TABLES, VIDEOS, VideoDataset, center_crop_wide, contact_sheet, cover_and_crop,
     list_clips, list_folder, load, open_image, raft, read_image, read_video, reason_of, video_info,
@@ -1080,12 +1080,14 @@ def make(args):
             tracker = flow_tracker(args, env.device)
         if args.depth_model:
             estimate = depth_estimator(args.depth_model, env.device)
+        own_folder(args.out)
         if kind == "clips":
             make_dataset(args, env, tracker, estimate)
         else:
             make_one(args, kind, tracker, estimate)
+    meet()
+    release_folders()
     if dist.is_initialized():
-        dist.barrier()
         dist.destroy_process_group()
 
 

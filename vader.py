@@ -37,10 +37,10 @@ Differences from the original code (the others: docs/differences/vader.md)
  - Dropout is off during the rollout, as in sampling.
  - First frames, --continue and rewards over time are in the paper but not in its code.
 """
+from common import Parser, Run, UserError, run_command, trained  # first: for signals
 import torch
 
 from bases import choose_sampling, load_base, read_lora
-from common import Parser, Run, UserError, run_command, trained
 from diffusion import randn
 from models import add_lora, parallelize
 from pipeline import (

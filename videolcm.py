@@ -38,6 +38,7 @@ Differences from the original code (the others: docs/differences/videolcm.md)
    and 6 to 16 here.
  - Teacher and target have no dropout. (There they stay in training mode, an oversight.)
 """
+from common import Parser, Run, UserError, run_command, seed_of, trained  # first: for signals
 from dataclasses import replace
 from functools import partial
 
@@ -49,7 +50,6 @@ import pipeline
 import rewards
 import tinyworld
 from bases import add_guidance, base_row, choose_sampling, load_base
-from common import Parser, Run, UserError, run_command, seed_of, trained
 from diffusion import consistency, guided, randn
 
 GUIDANCE_DIM = 256  # numbers that tell the student the scale, as in T2V-Turbo

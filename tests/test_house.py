@@ -12,7 +12,7 @@ METHODS = ("t2v", "videolcm", "i2vgen", "tft2v", "higen", "vcomposer", "vader", 
            "dreamvideo", "demo", "das")
 # who may import whom: from a later row to an earlier one, or within a row without a cycle
 FLOORS = [
-    {"common"}, {"weights"}, {"models", "dit", "vae", "text_encoders", "diffusion", "data"},
+    {"signals"}, {"common"}, {"weights"}, {"models", "dit", "vae", "text_encoders", "diffusion", "data"},
     {"metrics", "tracks", "tinyworld"}, {"bases"}, {"rewards", "omniscore"}, {"pipeline"},
     {*METHODS, "sample", "bench"}]
 FILES = {path.stem: path for path in ROOT.glob("*.py")}
