@@ -480,9 +480,6 @@ def check_side(name, row, side, size):
                         f"{low + step} (it was trained at {getattr(row.sample, side)})")
 
 
-SAMPLERS = ("ddim", "lcm", "dpmpp", "dpm", "rflow", "higen", "sr600")
-
-
 def choose_sampling(name, args, run=None, method=None, **fixed) -> Sampling:
     """The sampling settings for base `name`: its own, then a run's, then flags, then `fixed`.
 
