@@ -1248,10 +1248,16 @@ def is_plain(value) -> bool:
     """
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
         return False
-    if not value.is_floating_point() or value.nbytes > value.untyped_storage().nbytes():
-        return False
+    return (value.is_floating_point() and value.nbytes <= value.untyped_storage().nbytes()
+            and is_finite(value))
+
+
+def is_finite(value) -> bool:
+    """Are all numbers of a floating tensor finite? The sum of inf or NaN is not."""
+    if value.element_size() == 1:  # fp8, of which PyTorch makes no sums
+        value = value.float()
     kind = torch.float64 if value.dtype == torch.float64 else torch.float32
-    return bool(torch.isfinite(value.sum(dtype=kind)))  # of inf and NaN the sum is neither
+    return bool(torch.isfinite(value.sum(dtype=kind)))
 
 
 def like_each_other(group, weights, name):
