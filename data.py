@@ -27,7 +27,7 @@ from tqdm import tqdm
 from common import (
     Parser, UserError, batch_indices, check_file, generator, read_lines, run_command, seed_of, warn,
     write_atomic)
-from weights import load_strict, load_weights
+from weights import hub_weights, load_strict
 
 # ---- which clips make which batch
 
@@ -344,15 +344,8 @@ def raft(size="small", weights=None, device="cpu"):
     """
     from torchvision.models import optical_flow
     network = getattr(optical_flow, f"raft_{size}")()
-    if weights is None:
-        url = f"https://download.pytorch.org/models/{RAFT[size]}"
-        try:
-            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", progress=False)
-        except Exception as e:  # offline, or no such file any more
-            raise UserError(f"cannot get {url} ({type(e).__name__}); download {RAFT[size]} "
-                            "elsewhere and give it with --flow-weights") from None
-    else:
-        state = load_weights(weights)
+    url = f"https://download.pytorch.org/models/{RAFT[size]}"
+    state = hub_weights(url, weights, "--flow-weights")
     load_strict(network, state, weights or f"RAFT {size}")
     network.requires_grad_(False).eval().to(device)
 

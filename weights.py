@@ -282,6 +282,16 @@ def shards_of(index):
     return sorted(set(names))
 
 
+# where a file of several parts has them: ComfyUI's, Stable Diffusion's, diffusers' names
+PARTS = {
+    "net": ("model.diffusion_model.", "diffusion_model.", "unet.", "transformer."),
+    "vae": ("first_stage_model.", "vae."),
+    "text": ("cond_stage_model.model.", "cond_stage_model.transformer.",
+             "text_encoders.clip_h.transformer.", "text_encoders.t5xxl.transformer.",
+             "text_encoder."),
+    "image": ("image_encoder.", "clip_vision.")}
+
+
 def below(state, *prefixes):
     """The tensors whose keys start with the first of `prefixes` that occurs, without it; `state`
     itself if none does."""
@@ -648,7 +658,7 @@ def read_learned(path, token_of) -> dict:
         if not words:
             raise UserError(f"--learned {path}: a run without a word; give one of dreamvideo.py "
                             "--stage token")
-    elif path.suffix == ".safetensors":
+    elif kind_of(path) == "safetensors":
         words = load_safetensors(path)[0]
     else:
         # published files hold an nn.ParameterDict: a dictionary of tensors, but a class when
@@ -714,17 +724,21 @@ def public_files(name, row, weights, start=False):
     root = Path(weights)
     if not root.exists():
         raise UserError(f"--weights {weights}: no such folder")
+    first = next(iter(row.files.values()))
+    if root.is_file() and not first.keys() & {"tokenizer", "lora"}:
+        return dict.fromkeys(first, root)  # all parts in one file, as in ComfyUI's
     if root.is_file():
         expected = ", ".join(names_of(row, next(iter(row.files))))
         raise UserError(f"--weights {weights}: give the folder that holds {expected}")
     found = {layout: {part: local_file(root, url) for part, url in files.items()}
              for layout, files in row.files.items() if start or layout != START}
-    layout = max(found, key=lambda k: sum(path is not None for path in found[k].values()))
-    for part, path in found[layout].items():
-        if path is None:
-            expected, missing = ", ".join(names_of(row, layout)), name_of(row.files[layout][part])
-            raise UserError(f"--weights {weights}: {missing} is missing for {name}; expected "
-                            f"{expected}")
+    missing = {layout: list(dict.fromkeys(name_of(row.files[layout][part])
+                                          for part, path in files.items() if path is None))
+               for layout, files in found.items()}
+    layout = min(missing, key=lambda k: len(missing[k]))  # the nearest
+    if missing[layout]:
+        raise UserError(f"--weights {weights}: {', '.join(missing[layout])} is missing for {name}; "
+                        f"expected {', '.join(names_of(row, layout))}")
     return found[layout]
 
 
@@ -738,18 +752,29 @@ def names_of(row, layout):
     return list(dict.fromkeys(name_of(url) for url in row.files[layout].values()))
 
 
+WEIGHT_SUFFIXES = ".safetensors", ".bin", ".pth", ".ckpt", ".pt"
+
+
 def local_file(root, url):
     """The file of "hub:repo:file" below `root`, or None.
 
-    It may stand in a folder named after its repository (two repositories may use the same name). In
-    diffusers layout the index of a file in shards will do, and .bin for .safetensors.
+    It may stand in a folder named after its repository (two repositories may use the same name).
+    Its index will do if it is in shards, the same name in another format, and if there is none in
+    full precision, one in half: NAME.fp16.safetensors, NAME.safetensors.index.fp16.json.
     """
     _, repo, file = url.split(":", 2)
-    names = [Path(file), Path(f"{file}.index.json")]
-    if names[0].suffix == ".safetensors":
-        names += [names[0].with_suffix(".bin"), names[0].with_name("pytorch_model.bin")]
     folders = (root / repo.split("/")[-1], root)
-    return next((f / name for f in folders for name in names if (f / name).is_file()), None)
+    file = Path(file)
+    stems = [file.stem] + ["pytorch_model"] * (file.suffix == ".safetensors")
+    ends = [file.suffix]
+    if file.suffix in WEIGHT_SUFFIXES:  # not a tokenizer
+        ends += [end for end in WEIGHT_SUFFIXES if end != file.suffix]
+    names = [f"{stem}{half}{end}{index}" for half in ("", ".fp16", ".bf16") for stem in stems
+             for end in ends for index in ("", ".index.json")]
+    names += [f"{stem}{end}.index{half}.json" for half in (".fp16", ".bf16") for stem in stems
+              for end in ends]
+    paths = (folder / file.with_name(name) for folder in folders for name in names)
+    return next((path for path in paths if path.is_file()), None)
 
 
 def fetch(url, name, flag="--base", option="--weights"):
@@ -776,12 +801,26 @@ def fetch(url, name, flag="--base", option="--weights"):
 
 def fetch_github(repo, file):
     """A file of a GitHub repository's main branch -> its copy in torch.hub's folder."""
-    local = Path(torch.hub.get_dir(), "checkpoints", Path(file).name)
+    return fetch_address(f"https://github.com/{repo}/raw/main/{quote(file)}")
+
+
+def fetch_address(url):
+    """A file of the web -> its copy in torch.hub's folder, downloaded if need be."""
+    local = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
     if not local.exists():
         local.parent.mkdir(parents=True, exist_ok=True)
-        address = f"https://github.com/{repo}/raw/main/{quote(file)}"
-        torch.hub.download_url_to_file(address, local, progress=False)
+        torch.hub.download_url_to_file(url, local, progress=False)
     return local
+
+
+def hub_weights(url, path, option):
+    """The tensors of `path`, or if it is None those of `url`; `option` can give the file."""
+    try:
+        local = path or fetch_address(url)
+    except Exception as e:  # offline, or no such file any more
+        raise UserError(f"cannot get {url} ({type(e).__name__}); download it elsewhere and give "
+                        f"it with {option}") from None
+    return load_weights(local)
 
 
 def fetch_huggingface(repo, file):
