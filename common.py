@@ -82,7 +82,7 @@ def check_file(path, what="file") -> Path:
     return path
 
 
-def parse_json(text, source) -> dict:
+def json_object(text, source) -> dict:
     """A JSON object of text that comes from outside; UserError if it is none."""
     try:
         value = json.loads(text)
@@ -1313,7 +1313,7 @@ def step_of(path) -> int:
             text = (file.metadata() or {}).get("nanovideo")
     except (SafetensorError, OSError) as e:
         raise UserError(f"{path}: not a whole checkpoint of ours ({e}); give another --out") from e
-    return read_meta(parse_json(text, path), path)["step"]
+    return read_meta(json_object(text, path), path)["step"]
 
 
 def load_state(args, env, state, params, opt, ema=None, scaler=None) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common import (
-    UserError, check_file, crc32, is_a, is_finite, is_plain, known_fields, parse_json, read_meta,
+    UserError, check_file, crc32, is_a, is_finite, is_plain, known_fields, json_object, read_meta,
     steps_saved, warn, write_atomic)
 
 # ---- our own checkpoints
@@ -65,7 +65,7 @@ def load_checkpoint(path):
     if bad:
         raise UserError(f"{file}: {bad} is not a tensor of finite numbers; the run had diverged, "
                         "or the file is damaged")
-    return tensors, read_meta(parse_json(text["nanovideo"], file), file)
+    return tensors, read_meta(json_object(text["nanovideo"], file), file)
 
 
 # before the keys of a run's tensors that are not the network's
@@ -266,16 +266,16 @@ def load_weights(path, lists=False) -> dict:
     return state if isinstance(state, list) else bare_keys(state, path)
 
 
-def read_json(path) -> dict:
+def config_file(path) -> dict:
     """A small JSON file that comes with weights."""
     if check_file(path).stat().st_size > 10 ** 8:
         raise UserError(f"{path}: larger than 100 MB, so it cannot be what its name says")
-    return parse_json(path.read_bytes(), path)
+    return json_object(path.read_bytes(), path)
 
 
 def shards_of(index):
     """The index of a file in shards (*.index.json) -> names of the shards, files beside it."""
-    names = read_json(Path(index)).get("weight_map")
+    names = config_file(Path(index)).get("weight_map")
     names = list(names.values()) if isinstance(names, dict) else []
     if not names or not all(isinstance(n, str) and n == Path(n).name for n in names):
         raise UserError(f"{index}: not an index of a file in shards, which names files beside it")
@@ -519,10 +519,10 @@ def lora_config(path, text):
     of diffusers or kohya in it. None: there is none."""
     beside = Path(path).parent / "adapter_config.json"
     if os.path.lexists(beside):
-        return read_json(beside), beside
+        return config_file(beside), beside
     source = f"--lora {path}: its metadata"
     if "lora_adapter_metadata" in text:  # {"transformer.r": 4, "text_encoder.r": 4 ...}
-        config = parse_json(text["lora_adapter_metadata"], source)
+        config = json_object(text["lora_adapter_metadata"], source)
         return {k.rpartition(".")[2]: v for k, v in config.items()
                 if not k.startswith("text_encoder")}, source
     try:
@@ -587,7 +587,7 @@ def lora_scales(path, text, state, names, ranks, alphas):
     config, source = lora_config(path, text)
     plain, scales = 1.0, {}
     if "nanovideo" in text:  # one of our runs: a narrow layer has a smaller rank, the same scale
-        meta = read_meta(parse_json(text["nanovideo"], source), source)
+        meta = read_meta(json_object(text["nanovideo"], source), source)
         if not meta["rank"]:
             raise UserError(f"{source} is of whole weights, not of a LoRA")
         config, plain = None, meta["alpha"] / meta["rank"]
