@@ -659,7 +659,7 @@ def array_header(file, length, source) -> int:
     shape, _, kind = read(file)
     if kind.kind not in "biuf":
         raise UserError(f"{source}: an array of {kind}, not of numbers")
-    if math.prod(shape) * kind.itemsize > length:
+    if math.prod(shape) * kind.itemsize > length - file.tell():
         raise UserError(f"{source}: cut off: its header promises {math.prod(shape)} numbers, the "
                         f"file has {length} bytes")
     return math.prod(shape)

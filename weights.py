@@ -145,20 +145,25 @@ def load_pickle(path, allow=(), shells=False):
     allow: classes that the file may hold besides tensors. shells: replace all others by a Shell,
     such as Lightning's callbacks in Stable Diffusion's files.
     """
-    check_file(path, "weight file")
+    allow = list(allow)
     try:
-        allow = list(allow)
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as file:
-                if any(info.compress_type for info in file.infolist()):  # torch never does
+        # of a path, torch would go by the suffix
+        with check_file(path, "weight file").open("rb") as file:
+            if zipfile.is_zipfile(file):
+                infos = zipfile.ZipFile(file).infolist()
+                if any(info.compress_type for info in infos):  # torch never does
                     raise ValueError("a compressed archive")
-                if not any(name.endswith("data.pkl") for name in file.namelist()):
+                if not any(info.filename.endswith("data.pkl") for info in infos):
                     raise ValueError("a zip archive of other things")
-            if shells:
-                unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-                allow += [(Shell, name) for name in unsafe]
-        with torch.serialization.safe_globals(allow):
-            return torch.load(path, map_location="cpu", weights_only=True)
+                file.seek(0)
+                if shells:
+                    unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+                    allow += [(Shell, name) for name in unsafe]
+            file.seek(0)
+            with torch.serialization.safe_globals(allow):
+                return torch.load(file, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except Exception as e:  # zip, pickle and EOF errors alike mean one thing to the user
         reason = (str(e) or repr(e)).splitlines()[0][:100]
         raise UserError(f"{path}: not a whole PyTorch file, or not one of plain tensors "
