@@ -596,7 +596,9 @@ class Base:
         if not words:
             return
         table = self.text_encoder.token_embedding.weight
-        for vectors in words.values():
+        for token, vectors in words.items():
+            if not 0 <= token < len(table):
+                raise UserError(f"{source}: {token} is no token of {self.name}")
             if vectors.ndim != 2 or vectors.shape[1] != table.shape[1]:
                 raise UserError(f"{source}: vectors of shape {tuple(vectors.shape)}, but the words "
                                 f"of {self.name} have {table.shape[1]} numbers")

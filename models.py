@@ -1216,7 +1216,7 @@ def fill_adapters(net, state, path, scale):
         raise UserError(f"--lora {path}:{scale:g}: DreamVideo's adapters have no scale; leave it "
                         "out")
     ours = {k: v.shape for k, v in net.state_dict().items()}
-    wrong = [k for k, v in state.items() if ours.get(k) != v.shape]
+    wrong = [k for k, v in state.items() if ours.get(k) != v.shape or not is_plain(v)]
     if wrong:
         raise UserError(f"--lora {path}: {len(wrong)} tensors do not fit this network, first "
                         f"{wrong[0]}: DreamVideo's adapters go with --base dreamvideo")

@@ -673,12 +673,16 @@ def read_learned(path, token_of) -> dict:
         words, ids = words["string_to_param"], words.get("string_to_token", {})
     if isinstance(words, nn.ParameterDict):  # its keys() needs an attribute that old files lack
         words = dict(words.named_parameters())
-    if not (isinstance(words, dict) and words
-            and all(isinstance(v, Tensor) and 1 <= v.ndim <= 2 for v in words.values())):
+    if not (isinstance(words, dict) and words and isinstance(ids, dict)
+            and all(isinstance(k, str) and is_plain(v) and 1 <= v.ndim <= 2 and v.numel()
+                    for k, v in words.items())):
         raise UserError(f"{path}: not a file of textual inversion: wanted string_to_param, or "
                         "{word: tensor}")
-    return {int(ids[word]) if word in ids else token_of(word):
-            vectors.detach().reshape(-1, vectors.shape[-1]) for word, vectors in words.items()}
+    try:
+        return {int(ids[word]) if word in ids else token_of(word):
+                vectors.detach().reshape(-1, vectors.shape[-1]) for word, vectors in words.items()}
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(f"{path}: its string_to_token is not {{word: number}}") from None
 
 
 def save_word(path, word, token, vectors):
@@ -698,8 +702,10 @@ def export_dreamvideo(run, folder, token_of):
         raise UserError(f"--ckpt {run}: a run of {meta['method']}; only dreamvideo.py's have "
                         "adapters")
     parts, step = run_parts(tensors), meta["step"]
-    if meta["stage"] == "token":
-        (word, vectors), = parts["learned"].items()
+    if meta.get("stage") == "token":
+        word, vectors = next(iter(parts["learned"].items()), ("", None))
+        if not word.isprintable() or "/" in word or not 0 < len(word) < 100:
+            raise UserError(f"--ckpt {run}: its word {word[:60]!r} cannot be part of a file's name")
         path = Path(folder, f"text_embedding_of_{word}_{step:07d}.pth")
         save_word(path, word, token_of(meta["base"], word), vectors)
     else:
