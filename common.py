@@ -1301,8 +1301,12 @@ def state_fault(state):
         faults.append(like_each_other(state["ema"], weights, "ema"))
     if not any(faults) and any((v < 0).any() for v in groups["exp_avg_sq"].values()):
         faults.append("exp_avg_sq is below 0")
-    if not is_a(list((state["scaler"] or {}).values()), [(float, 0, 1e30)]):
-        faults.append("scaler is not {name: number}")
+    scaler, number = state["scaler"], (float, 1e-30, 1e30)
+    fields = dict(scale=number, growth_factor=number, backoff_factor=number,
+                  growth_interval=(int, 1, 10 ** 9), _growth_tracker=(int, 0, 10 ** 9))
+    if scaler and not (isinstance(scaler, dict) and scaler.keys() == fields.keys()
+                       and all(is_a(scaler[k], allowed) for k, allowed in fields.items())):
+        faults.append("scaler is not that of an fp16 run")
     return next(filter(None, faults), None)
 
 
