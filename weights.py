@@ -425,7 +425,7 @@ LORA_FORMATS = {"lora_unet_": "kohya's", "lora_te": "kohya's", "lycoris_": "LyCO
                 "base_model.model.": "peft's", "diffusion_model.": "ComfyUI's",
                 ".lora.": "old diffusers'", ".processor.": "old diffusers'",
                 "unet.": "diffusers'", "transformer.": "diffusers'", "text_encoder": "diffusers'",
-                ".lora_A": "peft's", ".lora_down": "kohya's"}
+                ".lora_A": "peft's", ".lora_down": "kohya's", ".lora_up": "kohya's"}
 NOT_LORA = {  # a part of a key -> what only looks like LoRA
     "magnitude_vector": "DoRA", "dora_scale": "DoRA", "hada_w": "LoHa", "lokr_w": "LoKr",
     "lora_mid": "LoRA with a middle matrix (CP decomposition)", "lora_embedding": "LoRA of words",
@@ -466,7 +466,7 @@ def named_lora(state, text, path, layers):
     flat = {name.replace(".", "_"): ours for name, ours in layers.items()}
     layers, source = flat | layers, f"--lora {path}"
     lora, names, alphas, strange = {}, {}, {}, []
-    kind = next((v for k, v in LORA_FORMATS.items() if any(k in key for key in state)), "a bare")
+    kind = next((v for k, v in LORA_FORMATS.items() if any(k in key for key in state)), "bare")
     for key, value in state.items():
         tail = LORA_TAIL.fullmatch(key)
         if not (tail or key.endswith(".alpha")):
@@ -486,10 +486,10 @@ def named_lora(state, text, path, layers):
             names[ours] = name
             lora[ours_key] = value.float() if value.is_floating_point() else value
     if strange:
-        strange = list(dict.fromkeys(strange))
-        raise UserError(f"{source}: a LoRA in {kind} format; {strange[0]} belongs to no layer of "
-                        f"this network, nor do {len(strange) - 1} others "
-                        f"{', '.join(strange[1:4])}: give the base that it was made for")
+        first, *more = dict.fromkeys(strange)
+        others = f", nor do {len(more)} more, such as {', '.join(more[:3])}" if more else ""
+        raise UserError(f"{source}: a LoRA file in {kind} names: {first} belongs to no layer of "
+                        f"this network{others}; give the base that it was made for")
     if not lora:
         raise UserError(f"{source}: holds no matrices of a LoRA")
     downs = {ours: lora.get(f"{ours}.lora_A.weight") for ours in names}

@@ -142,7 +142,7 @@ def test_scale_from_metadata_or_said(lora, message, tmp_path, capsys):
     ("{}.lokr_w1", "LoKr"), ("{}.lora_mid.weight", "middle"), ("{}.lora_B.bias", "biases"), ("{}.diff", "differences"),
     ("{}.weight", "whole tensor"), ("{}.diff_b", "differences"), ("{}.oft_diag", "OFT"), ("{}.lora_embedding_A", "words"),
     ("{}.modules_to_save.weight", "whole layers"), ("{}.lora_A.other.weight", "two LoRA"),
-    ("transformer.{}.lora_A.weight", "two LoRA"), ("lora_te_{}.lora_down.weight", "kohya's format"),
+    ("transformer.{}.lora_A.weight", "two LoRA"), ("lora_te_{}.lora_down.weight", "in kohya's names"),
     ("text_encoder.{}.lora_A.weight", "belongs to no layer"), ("{}.alpha", "not one number")])
 def test_what_is_no_lora_is_refused_by_name(lora, message, key, words):
     assert words in message(lora, *NAMES["bare"], {key: torch.ones(3, 3)})
