@@ -670,7 +670,7 @@ def read_array(path, name) -> dict:
 
     Arrays hold numbers or booleans. Nothing is allocated before the header was checked.
     """
-    path, count = check_file(path, ".npy or .npz file"), 0
+    path, count = check_file(path), 0
     limit = float(os.environ.get("NANOVIDEO_ARRAY_MILLIONS", ARRAY_MILLIONS))
     try:
         archive = zipfile.is_zipfile(path)

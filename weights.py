@@ -104,7 +104,7 @@ def kind_of(path):
     if os.path.isfile(os.path.join(path, ".metadata")):
         raise UserError(f"{path}: a folder of torch.distributed.checkpoint: convert it with python "
                         "-m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE")
-    with check_file(path, "weight file").open("rb") as file:
+    with check_file(path).open("rb") as file:
         start = file.read(64)
     if not start:
         raise UserError(f"{path}: empty; the download failed: fetch it again")
@@ -120,7 +120,7 @@ def kind_of(path):
 
 def load_safetensors(path):
     """-> ({key: tensor on the CPU}, metadata)."""
-    check_file(path, "weight file")
+    check_file(path)
     try:
         with safe_open(path, "pt") as f:
             return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
@@ -148,7 +148,7 @@ def load_pickle(path, allow=(), shells=False):
     allow = list(allow)
     try:
         # of a path, torch would go by the suffix
-        with check_file(path, "weight file").open("rb") as file:
+        with check_file(path).open("rb") as file:
             if zipfile.is_zipfile(file):
                 infos = zipfile.ZipFile(file).infolist()
                 if any(info.compress_type for info in infos):  # torch never does
@@ -409,7 +409,7 @@ def lora_file(text):
     if not math.isfinite(scale):
         raise UserError(f"--lora {text}: the scale {scale} is no number")
     inside = [Path(path, name) for name in LORA_NAMES if os.path.isfile(os.path.join(path, name))]
-    return check_file(inside[0] if inside else path, "LoRA file"), scale
+    return check_file(inside[0] if inside else path), scale
 
 
 # a key's tail: peft's .lora_A.weight and .lora_A.default.weight, kohya's .lora_down.weight,
