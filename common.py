@@ -140,6 +140,93 @@ def check_text(text, where) -> str:
     return text
 
 
+def json_object(text, source) -> dict:
+    """parse_json() of an object."""
+    value = parse_json(text, source)
+    if not isinstance(value, dict):
+        raise UserError(f"{source}: holds a {type(value).__name__}, not {{name: value}}")
+    return value
+
+
+# ---- the schema of what comes with weights
+
+# {field: what it may be}: (type, least, most), a tuple of words, a type, [type of a list's items],
+# or the schema of a dictionary. Nothing here names code or a file.
+SAMPLERS = ("ddim", "lcm", "dpmpp", "dpm", "rflow", "higen", "sr600")
+SAMPLE_FIELDS = dict(
+    frames=(int, 1, 10 ** 4), height=(int, 1, 16384), width=(int, 1, 16384),
+    save_fps=(int, 1, 1000), sampler=SAMPLERS, sample_steps=(int, 1, 10 ** 5),
+    cfg=(float, -1000, 1000), eta=(float, 0, 1),
+    spacing=("leading", "trailing", "stride", "even", "cogvideox"), origin=(int, 1, 1000),
+    negative=str, suffix=str, fps=(int, 1, 1000), start_offset=(float, 0, 100),
+    dynamic_cfg=("published", "meant", "off"), motion_cfg=(float, -1000, 1000),
+    motion_share=(float, 0, 1), motion_factor=(int, 0, 10 ** 6),
+    appearance_factor=(float, -1000, 1000))
+SCHEDULE_FIELDS = dict(
+    name=("linear_sd", "linear_sd_shifted", "cosine", "logsnr_cosine_interp"),
+    prediction=("eps", "v", "x0"), zero_snr=bool, shift=(float, 1e-6, 1e6),
+    divisor=(float, 1e-6, 1e6), scale=[float])
+# what a resumed run may not change; the number of processes, --batch and --accum may
+SAME = dict(
+    base=str, stage=str, rank=(int, 0, 10 ** 6), alpha=(float, 1e-12, 1e9), lora_targets=[str],
+    tracking_blocks=(int, 0, 1000), seed=(int, 0, 2 ** 64))
+META_FIELDS = dict(
+    SAME, method=str, step=(int, 0, 10 ** 9), guidance_dim=(int, 0, 10 ** 5),
+    sample=SAMPLE_FIELDS, schedule=SCHEDULE_FIELDS, args=dict(SAME, scratch=bool))
+
+
+def is_a(value, allowed) -> bool:
+    """Is an untrusted value what one field of a schema allows?"""
+    if isinstance(allowed, list):
+        return isinstance(value, (list, tuple)) and all(is_a(x, allowed[0]) for x in value)
+    if isinstance(allowed, type):
+        numbers = (int, float) if allowed is float else allowed
+        return isinstance(value, numbers) and (allowed is bool or not isinstance(value, bool))
+    if isinstance(allowed[0], type):
+        kind, low, high = allowed
+        return is_a(value, kind) and low <= value <= high
+    return isinstance(value, str) and value in allowed
+
+
+def known_fields(values, schema, source) -> tuple[dict, list]:
+    """The fields of an untrusted dictionary that `schema` knows -> them, names of the others.
+
+    A field of another type or out of its range is a UserError; None counts as absent.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: holds a {type(values).__name__}, not {{name: value}}")
+    known, unknown = {}, [str(name) for name in values if name not in schema]
+    for name in (name for name in schema if values.get(name) is not None):
+        value, allowed = values[name], schema[name]
+        if isinstance(allowed, dict):
+            value, inner = known_fields(value, allowed, f"{source}: {name}")
+            unknown += [f"{name}.{k}" for k in inner]
+        elif not is_a(value, allowed):
+            raise UserError(f"{source}: {name} is {str(value)[:60]!r}, which it cannot be; the "
+                            "file is damaged or not ours")
+        known[name] = value
+    return known, unknown
+
+
+def read_meta(values, source) -> dict:
+    """The metadata of a run, as sample.py and --resume need it; what else is in it is dropped.
+
+    Its options ("args") and versions are a record, of which only META_FIELDS are read. Other
+    unknown fields are named in a warning.
+    """
+    meta, unknown = known_fields(values, META_FIELDS, source)
+    for name in ("method", "base", "step", "sample"):
+        if name not in meta:
+            raise UserError(f"{source}: its metadata has no {name}; the file is damaged or not "
+                            "ours")
+    if meta.setdefault("rank", 0) and not {"alpha", "lora_targets"} <= meta.keys():
+        raise UserError(f"{source}: its metadata has a rank, but no alpha or no lora_targets")
+    unknown = [name[:60] for name in unknown if not name.startswith(("args.", "versions"))]
+    if unknown:
+        warn(f"{source}: no settings of a run, left out: {', '.join(unknown[:8])}")
+    return {"args": {}} | meta
+
+
 # ---- processes and seeds
 
 @dataclass
@@ -390,7 +477,6 @@ def backprop(text):
 
 # The options that mean the same in every method, by group: {group: {flag: argparse's keywords}}.
 YES_NO = argparse.BooleanOptionalAction
-SAMPLERS = ("ddim", "lcm", "dpmpp", "dpm", "rflow", "higen", "sr600")
 OPTIONS = {
     "base": {
         "--base": dict(help="base model; `python bases.py` lists them"),
@@ -760,7 +846,7 @@ class Run:
     def earlier(self, file):
         """The lines of OUT/file that come before this run's first update; later ones are cut
         off."""
-        rows = [row for row in read_lines(self.out / file) if row["step"] < self.start]
+        rows = lines_before(self.out / file, self.start)
         if self.main:  # a resumed run repeats what came after its checkpoint
             keep_lines(self.out / file, self.start)
         return rows
@@ -998,11 +1084,20 @@ def read_lines(path) -> list:
     return rows
 
 
+def lines_before(path, step) -> list:
+    """A jsonl file's rows whose "step" is below `step`."""
+    rows = read_lines(path)
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not is_a(row.get("step"), (int, 0, 10 ** 9)):
+            raise UserError(f"{path}: row {number} is not of a run's log (no step); move the file "
+                            "away")
+    return [row for row in rows if row["step"] < step]
+
+
 def keep_lines(path, before):
     """Keep a jsonl file's lines whose "step" is below `before`: a resumed run repeats what came
     after."""
-    kept = [json.dumps(x) + "\n" for x in read_lines(path) if x["step"] < before] if before else []
-    write_atomic(path, lambda p: p.write_text("".join(kept), "utf-8"))
+    write_lines(path, lines_before(path, before) if before else [])
 
 
 def peak_memory(device) -> float:
@@ -1281,10 +1376,6 @@ def steps_saved(out):
     return sorted((int(k) for k in found if k.isdigit()), reverse=True)
 
 
-# what a resumed run may not change; the number of processes, --batch and --accum may
-SAME = ("base", "stage", "rank", "alpha", "lora_targets", "tracking_blocks", "seed")
-
-
 def check_out(args, method):
     """Refuse to overwrite a run or to resume one with other options. -> the state to resume from,
     or None."""
@@ -1323,27 +1414,106 @@ def check_out(args, method):
 
 
 def load_state_file(path):
-    """state.pt, its checksums compared (torch.load does not)."""
+    """state.pt: its checksums compared (torch.load does not), its fields checked."""
     try:
-        with zipfile.ZipFile(path) as file:
-            broken = file.testzip()
+        with zipfile.ZipFile(check_file(path, "state")) as file:
+            packed = any(info.compress_type for info in file.infolist())  # torch never does
+            broken = "compressed" if packed else file.testzip()
+    except UserError:
+        raise
     except Exception as e:  # zipfile raises everything there is
         broken = f"{type(e).__name__}: {e}"
     if broken:
         raise UserError(f"{path}: corrupt ({broken})")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # zip, pickle and EOF errors alike mean one thing to the user
-        raise UserError(f"{path}: not a state of ours ({str(e).splitlines()[0][:100]})") from e
+        raise UserError(f"{path}: not a state of ours ({(str(e) or repr(e)).splitlines()[0][:100]})"
+                        ) from e
+    fault = state_fault(state)
+    if fault:
+        raise UserError(f"{path}: {fault}; it is damaged, or not a state of ours")
+    state["meta"] = read_meta(state["meta"], path)
+    return state
+
+
+def is_plain(value) -> bool:
+    """A dense floating tensor whose numbers are all in the file and finite?
+
+    A file of a kilobyte may hold a tensor that claims 10^12 numbers, all the same one.
+    """
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+        return False
+    return (value.is_floating_point() and value.nbytes <= value.untyped_storage().nbytes()
+            and is_finite(value))
+
+
+def is_finite(value) -> bool:
+    """Are all numbers of a floating tensor finite? The sum of inf or NaN is not."""
+    if value.element_size() == 1:  # fp8, of which PyTorch makes no sums
+        value = value.float()
+    kind = torch.float64 if value.dtype == torch.float64 else torch.float32
+    return bool(torch.isfinite(value.sum(dtype=kind)))
+
+
+def like_each_other(group, weights, name):
+    """What is wrong with {key: tensor} that should have the keys and shapes of `weights`."""
+    if not isinstance(group, dict) or group.keys() != weights.keys():
+        return f"{name} and weights have other keys"
+    for key, value in group.items():
+        if not is_plain(value) or value.shape != weights[key].shape:
+            return f"{name} of {key} is not a tensor of finite numbers in the weight's shape"
+    return None
+
+
+def state_fault(state):
+    """What is wrong with the content of a state.pt, in words; None: nothing."""
+    names = {"step", "seen", "weights", "moments", "ema", "meta", "scaler"}
+    if not isinstance(state, dict) or state.keys() != names:
+        return f"its fields are not {', '.join(sorted(names))}"
+    step, weights, moments = state["step"], state["weights"], state["moments"]
+    if not is_a(step, (int, 0, 10 ** 9)):
+        return f"step is {str(step)[:60]}"
+    if not is_a(state["seen"], (int, step, 10 ** 7 * max(step, 1))):
+        return f"seen is {str(state['seen'])[:60]} samples after {step} steps"
+    if not isinstance(weights, dict) or not all(map(is_plain, weights.values())):
+        return "weights are not tensors of finite numbers"
+    if not isinstance(moments, dict) or moments.keys() != weights.keys():
+        return "moments and weights have other keys"
+    # a weight that never had a gradient has no moments
+    having = {k: m for k, m in moments.items() if m != {}}
+    for key, moment in having.items():
+        if not isinstance(moment, dict) or moment.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+            return f"moments of {key} are not step, exp_avg, exp_avg_sq"
+        done = moment["step"]
+        if not is_plain(done) or done.ndim or not 0 <= done <= step:
+            return f"moments of {key} have another step"
+    if step >= 10 and weights and not having:  # FiniteGuard ends a run of so many bad steps
+        return "moments are missing"
+    own = {k: weights[k] for k in having}
+    groups = {name: {k: m[name] for k, m in having.items()} for name in ("exp_avg", "exp_avg_sq")}
+    faults = [like_each_other(group, own, name) for name, group in groups.items()]
+    if state["ema"] is not None:
+        faults.append(like_each_other(state["ema"], weights, "ema"))
+    if not any(faults) and any((v < 0).any() for v in groups["exp_avg_sq"].values()):
+        faults.append("exp_avg_sq is below 0")
+    scaler, number = state["scaler"], (float, 1e-30, 1e30)
+    fields = dict(scale=number, growth_factor=number, backoff_factor=number,
+                  growth_interval=(int, 1, 10 ** 9), _growth_tracker=(int, 0, 10 ** 9))
+    if scaler and not (isinstance(scaler, dict) and scaler.keys() == fields.keys()
+                       and all(is_a(scaler[k], allowed) for k, allowed in fields.items())):
+        faults.append("scaler is not that of an fp16 run")
+    return next(filter(None, faults), None)
 
 
 def step_of(path) -> int:
     """After how many updates a run's ckpt.safetensors was written."""
     try:
         with safe_open(path, "pt") as file:
-            return int(json.loads(file.metadata()["nanovideo"])["step"])
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
+            text = (file.metadata() or {}).get("nanovideo")
+    except (SafetensorError, OSError) as e:
         raise UserError(f"{path}: not a whole checkpoint of ours ({e}); give another --out") from e
+    return read_meta(json_object(text, path), path)["step"]
 
 
 def load_state(args, env, state, params, opt, ema=None, scaler=None) -> tuple[int, int]:
@@ -1376,6 +1546,10 @@ def load_state(args, env, state, params, opt, ema=None, scaler=None) -> tuple[in
         first = sorted(set(params) ^ set(state["weights"]))[0]
         raise UserError("--resume: the run trained other tensors than these options would "
                         f"(first difference: {first})")
+    for k, p in params.items():  # copy_ would broadcast
+        if state["weights"][k].shape != p.shape:
+            raise UserError(f"--resume: the state's {k} has shape "
+                            f"{tuple(state['weights'][k].shape)}, the network's {tuple(p.shape)}")
     if (ema is None) != (state["ema"] is None):
         raise UserError("--resume: the run was made with another --ema, on or off: give the same")
     with torch.no_grad():

@@ -25,6 +25,7 @@ from fractions import Fraction
 from functools import cache, partial
 from itertools import chain
 from multiprocessing.connection import wait
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import signals
-from weights import load_strict, load_weights
+from weights import hub_weights, load_strict
 
 # ---- which clips make which batch
 
@@ -424,15 +425,8 @@ def raft(size="small", weights=None, device="cpu"):
     """
     from torchvision.models import optical_flow
     network = getattr(optical_flow, f"raft_{size}")()
-    if weights is None:
-        url = f"https://download.pytorch.org/models/{RAFT[size]}"
-        try:
-            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", progress=False)
-        except Exception as e:  # offline, or no such file any more
-            raise UserError(f"cannot get {url} ({type(e).__name__}); download {RAFT[size]} "
-                            "elsewhere and give it with --flow-weights") from None
-    else:
-        state = load_weights(weights)
+    url = f"https://download.pytorch.org/models/{RAFT[size]}"
+    state = hub_weights(url, weights, "--flow-weights")
     load_strict(network, state, weights or f"RAFT {size}")
     network.requires_grad_(False).eval().to(device)
 
@@ -829,6 +823,52 @@ def codec_motion(video):
     return maps
 
 
+ARRAY_MILLIONS = 250  # largest array, or archive of arrays, in millions of numbers
+
+
+def array_header(file, length, source) -> int:
+    """Refuse a .npy stream of `length` bytes that lacks what its header promises. -> numbers"""
+    version = np.lib.format.read_magic(file)
+    header = np.lib.format
+    read = header.read_array_header_1_0 if version == (1, 0) else header.read_array_header_2_0
+    shape, _, kind = read(file)
+    if kind.kind not in "biuf":
+        raise UserError(f"{source}: an array of {kind}, not of numbers")
+    if math.prod(shape) * kind.itemsize > length - file.tell():
+        raise UserError(f"{source}: cut off: its header promises {math.prod(shape)} numbers, the "
+                        f"file has {length} bytes")
+    return math.prod(shape)
+
+
+def read_array(path, name) -> dict:
+    """.npy -> {name: array}; .npz -> its arrays, `name` among them.
+
+    Arrays hold numbers or booleans. Nothing is allocated before the header was checked.
+    """
+    path, count = check_file(path), 0
+    limit = float(os.environ.get("NANOVIDEO_ARRAY_MILLIONS", ARRAY_MILLIONS))
+    try:
+        archive = zipfile.is_zipfile(path)
+        with zipfile.ZipFile(path) if archive else path.open("rb") as file:
+            if not archive:
+                count = array_header(file, path.stat().st_size, path)
+            for member in file.infolist() if archive else ():
+                with file.open(member) as part:
+                    count += array_header(part, member.file_size, f"{path}: {member.filename}")
+        if count > limit * 1e6:
+            raise UserError(f"{path}: {count / 1e6:.0f} million numbers; the limit is {limit:g} "
+                            "(NANOVIDEO_ARRAY_MILLIONS=N in the environment raises it)")
+        content = np.load(path)
+        arrays = dict(content) if archive else {name: content}
+    except UserError:
+        raise
+    except Exception as e:  # zip, header and MemoryError alike mean one thing to the user
+        raise UserError(f"{path}: not a .npy or .npz file of numbers ({reason_of(e)})") from None
+    if name not in arrays:
+        raise UserError(f"{path}: holds no array {name!r}, only {', '.join(arrays)}")
+    return arrays
+
+
 def read_map(path, frames, size, channels):
     """A condition of VideoComposer -> (channels, f, h, w) float32: .npy as it is, a video or
     picture in 0..1.
@@ -838,11 +878,10 @@ def read_map(path, frames, size, channels):
     """
     kind = Path(path).suffix.lower()
     if kind == ".npy":
-        try:
-            value = torch.from_numpy(np.load(path)).float()
-        except (ValueError, TypeError, OSError, EOFError) as e:
-            raise UserError(f"{path}: not a .npy file of numbers ({reason_of(e)})") from None
+        value = torch.from_numpy(read_array(path, "map")["map"].astype(np.float32))
         value = value[None] if value.dim() == 3 else value
+        if not torch.isfinite(value).all():
+            raise UserError(f"{path}: holds NaN or infinity")
     elif kind in IMAGES:
         value = read_image(path, size)[:, None] / 2 + 0.5
     else:
@@ -852,8 +891,8 @@ def read_map(path, frames, size, channels):
     if value.dim() != 4 or value.shape[0] != channels:
         raise UserError(f"{path}: shape {tuple(value.shape)}; expected {channels} channel(s): "
                         f"({channels}, frames, height, width)")
-    if frames is not None and value.shape[1] != frames:
-        raise UserError(f"{path}: {value.shape[1]} frame(s) instead of {frames}")
+    if not value.numel() or (frames is not None and value.shape[1] != frames):
+        raise UserError(f"{path}: {value.shape[1]} frame(s) instead of {frames}, or empty frames")
     if tuple(value.shape[2:]) == tuple(size):
         return value
     return F.interpolate(value, size, mode="bilinear")

@@ -195,7 +195,7 @@ def main(argv=None):
     data, captions, held_out = read_captioned(args, sampling)
     lora = lora_file(args.lora) if args.lora else None
     run = Run(args, "instructvideo")
-    reward = get_reward(args.reward, run.device, args.reward_weights)
+    reward = get_reward(args.reward, run.device, args.reward_weights, run.out)
     prompts = [*captions, *(prompt for _, prompt in held_out)]
     reward.check(prompts)
 

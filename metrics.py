@@ -23,7 +23,7 @@ from PIL import Image
 from data import (
     clips_with_prompts, list_pictures, open_image, read_triples, read_video, to_uint8)
 from text_encoders import DINO, dino_name, tokenize
-from weights import load_weights, rename
+from weights import hub_weights, load_strict, rename
 
 # ---- features
 
@@ -79,16 +79,8 @@ def dino_tower(weights=None, device="cpu", net=None):
     authors' site.
     """
     from torchvision import transforms  # slow to import
-    if weights is None:
-        try:
-            state = torch.hub.load_state_dict_from_url(DINO_URL, map_location="cpu", progress=False)
-        except Exception as e:  # offline
-            raise UserError(f"cannot get {DINO_URL} ({type(e).__name__}); download it elsewhere "
-                            "and give it with --dino-weights") from None
-    else:
-        state = load_weights(weights)
-    net = net or DINO()
-    net.load_state_dict(rename(state, net, dino_name, weights or DINO_URL))
+    state, net = hub_weights(DINO_URL, weights, "--dino-weights"), net or DINO()
+    load_strict(net, rename(state, net, dino_name, weights or DINO_URL), weights or DINO_URL)
     net.eval().requires_grad_(False).to(device)
     prepare = transforms.Compose([
         transforms.Resize(256, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(224),

@@ -17,7 +17,7 @@ from data import PairDataset, clip_normalize, raft, read_clips, read_video
 from metrics import cosine
 from text_encoders import DINO, dino_name, tokenize
 from tinyworld import judge, parse
-from weights import load_weights, rename
+from weights import load_strict, load_weights, rename
 
 # {dimension: (lowest value, highest value, weight)}, as released
 OMNISCORE = {
@@ -213,11 +213,12 @@ def real_dimensions(folder, flow_weights=None, device="cpu"):
     from transformers import AutoTokenizer, CLIPModel
     dino_file, clip_folder, head_file, musiq_file = (Path(folder, name) for name in SCORE_FILES)
     dino = DINO(width=768, heads=12)
-    dino.load_state_dict(rename(load_weights(dino_file), dino, dino_name, dino_file))
+    load_strict(dino, rename(load_weights(dino_file), dino, dino_name, dino_file), dino_file)
     clip = CLIPModel.from_pretrained(clip_folder)
     tokenizer = AutoTokenizer.from_pretrained(clip_folder)
     head = torch.nn.Linear(clip.config.projection_dim, 1)
-    head.load_state_dict(load_weights(head_file))
+    load_strict(head, load_weights(head_file), head_file)
+    load_weights(musiq_file)  # pyiqa would run code in it; this refuses any
     for module in (dino, clip, head):
         module.eval().requires_grad_(False).to(device)
     quality = pyiqa.create_metric("musiq-spaq", device=torch.device(device),

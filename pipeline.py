@@ -798,7 +798,7 @@ def load_run(path, tensors, meta, weights, base=None):
     # a run of all weights holds the whole network, whatever it started from
     whole = not meta["rank"]
     base = base or load_base(
-        meta["base"], weights or meta["args"].get("weights"), "cpu", torch.float32,
+        meta["base"], weights, "cpu", torch.float32,
         scratch=bool(whole and meta["args"].get("scratch")), start=whole,
         tracks=meta.get("tracking_blocks", 0), motion=meta["method"] == "demo")
     if meta.get("guidance_dim"):
@@ -811,12 +811,15 @@ def load_run(path, tensors, meta, weights, base=None):
     words = parts.pop("learned")
     base.learn({base.token_of(word): vectors for word, vectors in words.items()}, path)
     for part, state in parts.items():
-        if not state:
-            continue
-        unexpected = modules[part].load_state_dict(state, strict=False).unexpected_keys
-        if unexpected:
-            raise UserError(f"--ckpt {path}: does not fit base {base.name}: unexpected "
-                            f"{unexpected[0]}")
+        ours = modules[part].state_dict() if state and modules[part] else {}
+        wrong = [k for k, v in state.items() if k not in ours or ours[k].shape != v.shape]
+        if part == "net" and meta["rank"]:
+            wrong += [k for k in ours if ".lora_" in k and k not in state]
+        if wrong:
+            raise UserError(f"--ckpt {path}: does not fit base {base.name}: {len(wrong)} tensors "
+                            f"are not its own, missing or of another shape, first {wrong[0]}")
+        if state:
+            modules[part].load_state_dict(state, strict=False)
     merge_lora(base.net)
     base.schedule = make_schedule(**meta["schedule"]) if meta.get("schedule") else base.schedule
     return base

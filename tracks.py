@@ -38,8 +38,8 @@ from common import (
     release_folders, seed_of, setup, warn, write_atomic)
 from data import (
     IMAGES, TABLES, VIDEOS, VideoDataset, center_crop_wide, contact_sheet, cover_and_crop,
-    list_clips, list_folder, load, open_image, raft, read_image, read_video, reason_of, video_info,
-    write_video)
+    list_clips, list_folder, load, open_image, raft, read_array, read_image, read_video, reason_of,
+    video_info, write_video)
 from weights import load_weights, rename
 
 # ---- commands: what moves, from which frame to which
@@ -357,10 +357,14 @@ def users_tracker(name):
 def checked_tracks(xy, visible, frames, where):
     """What a tracker or a file gave -> float32 (f,n,2 or 3), bool (f,n); other shapes are
     refused."""
-    xy = np.asarray(xy, dtype=np.float32)
+    try:
+        xy = np.asarray(xy, dtype=np.float32)
+        visible = None if visible is None else np.asarray(visible).astype(bool)
+    except (ValueError, TypeError, RuntimeError) as e:  # rows of different lengths, words
+        raise UserError(f"{where}: tracks are no arrays of numbers ({reason_of(e)})") from None
     if xy.ndim != 3 or xy.shape[0] != frames or xy.shape[2] not in (2, 3) or not xy.shape[1]:
         raise UserError(f"{where}: tracks of shape {xy.shape}; expected ({frames}, points, 2 or 3)")
-    visible = np.ones(xy.shape[:2], bool) if visible is None else np.asarray(visible).astype(bool)
+    visible = np.ones(xy.shape[:2], bool) if visible is None else visible
     if visible.shape != xy.shape[:2]:
         raise UserError(f"{where}: visibility of shape {visible.shape}; expected {xy.shape[:2]}")
     return xy, visible & np.isfinite(xy).all(-1)
@@ -504,23 +508,6 @@ def midas_name(key):
 
 # ---- files: arrays, depth, masks, poses, meshes
 
-def read_array(path, name, optional=()):
-    """.npy -> its array; .npz -> array `name`, and those of `optional` or None. -> list of
-    arrays."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        content = np.load(path)
-        content = {name: content} if isinstance(content, np.ndarray) else dict(content)
-        arrays = [None if content.get(k) is None else np.asarray(content[k], dtype=np.float64)
-                  for k in (name, *optional)]
-    except Exception as e:  # zip, pickle, text
-        raise UserError(f"{path}: not a .npy or .npz file of numbers ({reason_of(e)})") from None
-    if arrays[0] is None:
-        raise UserError(f"{path}: holds no array {name!r}, only {', '.join(content)}")
-    return arrays
-
-
 def read_depth(path, size):
     """.npy of depth, larger is farther, (h,w) or (f,h,w) -> (1 or f, h, w) of `size`, cropped as
     the clip is.
@@ -528,7 +515,7 @@ def read_depth(path, size):
     By nearest neighbour: no points between near and far. A value that is not finite or not above 0
     is no point.
     """
-    depth, = read_array(path, "depth")
+    depth = read_array(path, "depth")["depth"].astype(np.float64)
     depth = depth[None] if depth.ndim == 2 else depth
     if depth.ndim != 3:
         raise UserError(f"--depth {path}: shape {depth.shape}; expected (height, width) or "
@@ -560,16 +547,18 @@ def read_poses(path, frames):
             raise UserError(f"{path}: not a text file of 12 or 16 numbers per line ({reason_of(e)})"
                             ) from None
     else:
-        poses, = read_array(path, "extrinsics")
-    if poses.ndim < 2 or poses[0].size not in (12, 16):
+        poses = read_array(path, "extrinsics")["extrinsics"].astype(np.float64)
+    if poses.ndim < 2 or not poses.size or poses[0].size not in (12, 16):
         raise UserError(f"{path}: shape {poses.shape}; expected (frames, 3 or 4, 4): "
                         "world-to-camera matrices")
     if len(poses) < frames:
         raise UserError(f"{path}: {len(poses)} poses for {frames} frames")
     poses = poses[:frames].reshape(frames, -1, 4)
     turn = poses[:, :3, :3]
-    if not np.allclose(turn @ np.swapaxes(turn, 1, 2), np.eye(3), atol=1e-2):
-        raise UserError(f"{path}: the left 3 x 3 part of a pose is no rotation")
+    if not (np.isfinite(poses).all()
+            and np.allclose(turn @ np.swapaxes(turn, 1, 2), np.eye(3), atol=1e-2)):
+        raise UserError(f"{path}: the left 3 x 3 part of a pose is no rotation, or a "
+                        "number is not finite")
     return np.concatenate([poses[:, :3], np.tile([[[0.0, 0, 0, 1]]], (frames, 1, 1))], axis=1)
 
 
@@ -578,9 +567,12 @@ def read_mesh(path):
     -> vertices, faces."""
     path = Path(path)
     if not path.is_dir():
-        vertices, faces = read_array(path, "vertices", ["faces"])
-        if faces is None or vertices.ndim != 3 or faces.ndim != 2:
+        arrays = read_array(path, "vertices")
+        vertices, faces = arrays["vertices"].astype(np.float64), arrays.get("faces", np.zeros(0))
+        if vertices.ndim != 3 or faces.ndim != 2 or (vertices.shape[2], faces.shape[1]) != (3, 3):
             raise UserError(f"{path}: expected the arrays vertices (frames, v, 3) and faces (t, 3)")
+        if not (np.isfinite(vertices).all() and np.isfinite(faces).all()):
+            raise UserError(f"{path}: vertices or faces are NaN or infinite")
         faces = faces.astype(int)
     else:
         parts = [_read_obj(p) for p in list_folder(path) if p.suffix == ".obj"]
@@ -604,10 +596,11 @@ def _read_obj(path):
                 corners = [int(x.split("/")[0]) for x in fields]
                 corners = [i - 1 if i > 0 else len(vertices) + i for i in corners]
                 faces += [(corners[0], a, b) for a, b in zip(corners[1:], corners[2:])]
-    except (OSError, ValueError) as e:
+        vertices = np.array(vertices, dtype=np.float64).reshape(-1, 3)
+        faces = np.array(faces, dtype=int).reshape(-1, 3)
+    except (OSError, ValueError, OverflowError) as e:
         raise UserError(f"{path}: not a .obj file ({reason_of(e)})") from None
-    vertices = np.array(vertices, dtype=np.float64).reshape(-1, 3)
-    return vertices, np.array(faces, dtype=int).reshape(-1, 3)
+    return vertices, faces
 
 
 # ---- meshes
@@ -959,9 +952,9 @@ def read_tracks(args, kind, path, video, tracker):
         if not isinstance(result, tuple | list) or len(result) != 2:
             raise UserError(f"--tracker {args.tracker}: gave no pair (xy, visible)")
         return checked_tracks(*result, args.frames, f"--tracker {args.tracker}")
-    xy, = read_array(path, "tracks")
-    if len(xy) < args.frames:
-        raise UserError(f"{path}: {len(xy)} frames instead of {args.frames}")
+    xy = read_array(path, "tracks")["tracks"].astype(np.float64)
+    if not xy.ndim or len(xy) < args.frames:
+        raise UserError(f"{path}: {len(np.atleast_1d(xy))} frames instead of {args.frames}")
     return checked_tracks(xy[:args.frames], None, args.frames, path)
 
 

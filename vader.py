@@ -284,8 +284,8 @@ def check_lengths(args, sampling):
 def read_rewards(args, run, prompts):
     """-> the reward to climb and the one to watch (or None), both of which can read the
     prompts."""
-    reward = get_reward(args.reward, run.device, args.reward_weights)
-    watch = get_reward(args.watch, run.device, args.reward_weights) if args.watch else None
+    reward = get_reward(args.reward, run.device, args.reward_weights, run.out)
+    watch = get_reward(args.watch, run.device, args.reward_weights, run.out) if args.watch else None
     for asked in filter(None, (reward, watch)):
         asked.check(prompts)
     if reward.clip and args.decode not in ("all", "alt"):

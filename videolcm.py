@@ -184,7 +184,7 @@ def main(argv=None):
     run = Run(args, "videolcm")
     reward = None
     if args.reward:
-        reward = rewards.get_reward(args.reward, run.device, args.reward_weights)
+        reward = rewards.get_reward(args.reward, run.device, args.reward_weights, run.out)
         reward.check([*captions, *prompts])
 
     dtype = run.dtype if args.rank else torch.float32  # what trains is kept in fp32

@@ -175,7 +175,7 @@ def test_check_asks_every_part(message):
     ("nice", "--reward nice: unknown; choose from"), ("size:a", "weight 'a' is no number"),
     ("size:nan", "weight 'nan'"), ("size=3", "size takes no argument"), ("size,,tiny", "unknown"),
     ("remove-colour", "choose a colour from red"), ("remove-colour=gray", "choose a colour"),
-    ("hps=v3", "choose v2.0 or v2.1"), ("clip=B", "choose ViT-L-14"), ("none.py:fn:2", "no file none.py"),
+    ("hps=v3", "choose v2.0 or v2.1"), ("clip=B", "choose ViT-L-14"), ("none.py:fn:2", "none.py: no such reward file"),
     ("add-object=", "write add-object=OBJECT"), ("remove-object=cup@dino", "grounding-dino-tiny"),
     ("hps", "cannot get HPS_v2.1_compressed.pt of huggingface.co repository xswu/HPSv2"),
     ("remove-object=book", "cannot get huggingface.co repository hustvl/yolos-base"),
