@@ -7,7 +7,6 @@ import errno
 import fcntl
 import hashlib
 import importlib.util
-import io
 import json
 import math
 import os
@@ -1022,13 +1021,11 @@ class Log:
     def video(self, step, name, frames, fps, caption=""):
         """uint8 frames (f,h,w,3) to TensorBoard (as a gif) and W&B."""
         if self.board:
-            from PIL import Image
+            import imageio.v3 as iio
             from tensorboard.compat.proto.summary_pb2 import Summary
-            first, *rest = [Image.fromarray(frame) for frame in frames]
-            gif = io.BytesIO()
-            first.save(gif, "GIF", save_all=True, append_images=rest, duration=1000 / fps, loop=0)
-            picture = Summary.Image(height=first.height, width=first.width, colorspace=3,
-                                    encoded_image_string=gif.getvalue())
+            gif = iio.imwrite("<bytes>", frames, extension=".gif", duration=1000 / fps, loop=0)
+            picture = Summary.Image(height=frames.shape[1], width=frames.shape[2], colorspace=3,
+                                    encoded_image_string=gif)
             summary = Summary(value=[Summary.Value(tag=name, image=picture)])
             self.board.file_writer.add_summary(summary, step)
         if self.wandb:

@@ -28,6 +28,7 @@ from multiprocessing.connection import wait
 import zipfile
 from pathlib import Path
 
+import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -911,8 +912,9 @@ def write_video(path, video, fps=8):
         # A gif counts in 1/100 s: rounding the end of each frame, not its length, keeps the mean
         # rate.
         ends = [round(100 * i / fps) * 10 for i in range(len(frames) + 1)]
-        first, *rest = [Image.fromarray(x) for x in frames]
-        first.save(tmp, save_all=True, append_images=rest, loop=0, duration=np.diff(ends).tolist())
+        lengths = np.diff(ends).tolist()
+        duration = lengths if len(lengths) > 1 else lengths[0]
+        iio.imwrite(tmp, frames, extension=".gif", loop=0, duration=duration)
 
     def mp4(tmp):
         import av
