@@ -746,8 +746,11 @@ def public_files(name, row, weights, start=False):
                for layout, files in found.items()}
     layout = min(missing, key=lambda k: len(missing[k]))  # the nearest
     if missing[layout]:
-        raise UserError(f"--weights {weights}: {', '.join(missing[layout])} is missing for {name}; "
-                        f"expected {', '.join(names_of(row, layout))}")
+        verb = "is" if len(missing[layout]) == 1 else "are"
+        others = [file for file in names_of(row, layout) if file not in missing[layout]]
+        beside = f", beside {', '.join(others)}" if others else ""
+        raise UserError(f"--weights {weights}: {', '.join(missing[layout])} {verb} missing for "
+                        f"{name}: put what is missing into this folder{beside}")
     return found[layout]
 
 

@@ -2125,7 +2125,7 @@ def flow_of(case):
     from torchvision.models.optical_flow import raft_small
     state = {name: fill_tensor(name, value.shape) if value.is_floating_point() and value.ndim else value
              for name, value in raft_small().state_dict().items()}
-    with mock.patch.object(data, "load_weights", return_value=state):
+    with mock.patch.object(data, "hub_weights", return_value=state):
         return data.raft("small", "weights of the rule")
 
 

@@ -438,6 +438,6 @@ def test_scores_of_a_folder(tmp_path, monkeypatch, message):
     metrics.main([str(clips), *weights])  # no pictures: 0, as published
     assert json.loads((clips / "scores.json").read_text())["mean"]["clip_i"] == 0
     (tmp_path / "list.txt").write_text("clips/0001.mp4|||nothing|||a dog\n")
-    assert "no pictures of the subject" in message(metrics.main, [str(tmp_path / "list.txt"), *weights])
+    assert "no such folder" in message(metrics.main, [str(tmp_path / "list.txt"), *weights])
     wrong = ["--clip-model", "small-clip", "--clip-weights", str(tmp_path / "dino.pth")]
     assert "--clip-weights" in message(metrics.main, [str(clips), *wrong])

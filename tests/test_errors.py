@@ -150,7 +150,7 @@ def test_missing_files(message, public, tmp_path):
             (tmp_path / file.name).symlink_to(file)
     text = message(load_base, "demo", tmp_path)
     assert "motion_encoder.pth is missing for demo" in text
-    assert "folder that holds demo.pth" in message(load_base, "demo", tmp_path / "demo.pth")
+    assert "these are not its weights (it looks like DEMO)" in message(load_base, "demo", tmp_path / "demo.pth")
     assert "assets/" in message(load_base, "tiny", tmp_path)
 
 
@@ -179,7 +179,7 @@ def picture(folder, name="a.png"):
     ("vcomposer", ["--image", "BROKEN"], "not a readable picture"),
     ("vcomposer", ["--depth", "ARRAY"], "5 frame(s) instead of 16"),
     ("vcomposer", ["--motion-vectors", "ARRAY"], "expected 2 channel(s)"),
-    ("vcomposer", ["--motion-vectors", "OBJECTS"], "not a .npy file of numbers"),
+    ("vcomposer", ["--motion-vectors", "OBJECTS"], "not of numbers"),
     ("vcomposer", ["--midas", "PICTURE"], "estimate with --depth"),
     ("vcomposer", ["--midas", "nowhere.pth", "--depth", "ARRAY"], "nowhere.pth: no such file"),
     ("vcomposer", ["--midas", "PICTURE", "--depth", "ARRAY"], "array.npy"),

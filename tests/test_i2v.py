@@ -245,7 +245,8 @@ def test_starts_from_modelscope(small, message, tmp_path):
     for theirs, ours in (("VQGAN_autoencoder.pth", "v2-1_512-ema-pruned.ckpt"),
                          ("open_clip_pytorch_model.bin", "open_clip_pytorch_model.bin")):
         (folder / theirs).symlink_to(Path(args[3]).absolute() / ours)
-    assert "i2vgen_xl_00854500.pth is missing" in message(bases.load_base, "i2vgen-xl", folder)
+    missing = message(bases.load_base, "i2vgen-xl", folder)
+    assert "i2vgen_xl_00854500.pth" in missing and "are missing" in missing
     base = bases.load_base("i2vgen-xl", folder, start=True)
     state = base.net.state_dict()
     first = state.pop("input_blocks.0.0.weight")
@@ -253,7 +254,7 @@ def test_starts_from_modelscope(small, message, tmp_path):
     assert all(torch.equal(state[k], v) for k, v in plain.items() if k in state)
     assert not state["fps_embedding.2.weight"].any() and state["context_embedding.2.weight"].any()
     args[3] = str(folder)
-    assert "is missing" in message(i2vgen.main, [*args, "--rank", "2"])
+    assert "missing" in message(i2vgen.main, [*args, "--rank", "2"])
     i2vgen.main([*args, "--rank", "0"])
     Image.new("RGB", (30, 20)).save(tmp_path / "first.png")
     sample.main(["--ckpt", str(tmp_path / "run"), "--image", str(tmp_path / "first.png"), "--prompt",

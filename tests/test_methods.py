@@ -128,7 +128,8 @@ def test_one_step_of_videocrafter2(method, public, tmp_path, monkeypatch):
     module.main([*args, "--out", str(tmp_path / "run"), "--fps", "5"])
     assert seen and all(fps == [5] for fps in seen)
     seen.clear()  # and goes with the checkpoint
-    sample.main(["--ckpt", str(tmp_path / "run"), "--prompt", "a fox", "--out", str(tmp_path / "s")])
+    sample.main(["--ckpt", str(tmp_path / "run"), "--weights", folder, "--prompt", "a fox", "--out",
+                 str(tmp_path / "s")])
     assert seen and all(fps == [5] for fps in seen)
 
 

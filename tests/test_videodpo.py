@@ -195,7 +195,7 @@ def test_real_networks_with_small_stand_ins(tmp_path, monkeypatch, message):
     torch.save(state, tmp_path / "dino_vitbase16_pretrain.pth")
     torch.save(torch.nn.Linear(32, 1).state_dict(), tmp_path / "sa_0_4_vit_l_14_linear.pth")
     torch.save(optical_flow.raft_small().state_dict(), tmp_path / "raft.pth")
-    (tmp_path / "musiq_spaq_ckpt-358bb6af.pth").touch()
+    torch.save({"params": torch.zeros(1)}, tmp_path / "musiq_spaq_ckpt-358bb6af.pth")
     monkeypatch.setattr(omniscore, "raft", lambda size, weights, device: metrics_raft("small", weights, device))
     from data import raft as metrics_raft
     asked = []

@@ -132,9 +132,9 @@ def test_scale_from_metadata_or_said(lora, message, tmp_path, capsys):
     assert lora(*PEFT, name="vader.pt") == pytest.approx(2, abs=1e-3)  # VADER's files: alpha 8
     assert "8 is taken" in capsys.readouterr().err
     (tmp_path / "adapter_config.json").write_text("<html>")
-    assert "not JSON" in message(lora, *PEFT)
+    assert "not valid JSON" in message(lora, *PEFT)
     (tmp_path / "adapter_config.json").write_text("[" * 10 ** 5)
-    assert "not JSON" in message(lora, *PEFT)
+    assert "not valid JSON" in message(lora, *PEFT)
 
 
 @pytest.mark.parametrize("key, words", [
