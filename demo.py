@@ -240,7 +240,8 @@ def read_clips(args, sampling):
         clips = data.VideoDataset(args.data, *sampling.size, args.read_fps, args.seed)
         rows, prompts = clips.rows, [clips.rows[0][2]]
     elif base_row(args.base).tiny:
-        clips, rows = tinyworld.TinyWorld(2048, sampling.frames, args.seed), []
+        flawed = base_row(args.base).flawed
+        clips, rows = tinyworld.TinyWorld(2048, sampling.frames, args.seed, flawed=flawed), []
         prompts = tinyworld.tiny_prompts(held_out=True)
     else:
         raise UserError("--data: give a folder, csv, jsonl or list of clips with captions")

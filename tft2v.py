@@ -65,7 +65,7 @@ def get_args(argv=None):
                    help="strength of noise that all pixels of a frame share: it teaches "
                         "brightness")
     p.options("machine evaluation run")
-    args = p.parse(argv, PAPER, {"tiny": TINY})
+    args = p.parse(argv, PAPER, {"tiny": TINY, "tiny-clean": TINY})
     if args.forget_motion and args.rank:
         raise UserError("--forget-motion: LoRA cannot learn motion from nothing; add "
                         "--rank 0 or --no-forget-motion")
