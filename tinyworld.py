@@ -823,13 +823,14 @@ def two_unlike(rng):
 
 
 def spoiled_pairs(seed, n, flaw=None):
-    """n pairs for the scorer: clips (n,3,8,32,32) in [0,1] that win, those that lose, captions.
+    """n pairs for the scorer: clips (n,3,8,32,32) in [0,1] that win, those that lose, captions, the
+    amounts of flaws (2n,) of winners and losers.
 
     Both show the same scene. The loser has more flaws, or stronger ones: all drawn at random, the
     two at least a quarter of a flaw apart, or one `flaw` of FLAW_SHARES against none.
     """
     rng = np.random.default_rng(seed)
-    winners, losers, captions = [], [], []
+    winners, losers, captions, amounts = [], [], [], ([], [])
     for _ in range(n):
         scene = tiny_scene(rng)
         captions.append(scene.caption(with_background=rng.random() >= 0.2))
@@ -838,9 +839,10 @@ def spoiled_pairs(seed, n, flaw=None):
             pair.insert(0, pair[0].times(0))
         else:
             pair = two_unlike(rng)
-        for side, flaws in zip((winners, losers), pair):
+        for side, amount, flaws in zip((winners, losers), amounts, pair):
             side.append(render(scene, flaws=flaws) / 2 + 0.5)
-    return torch.stack(winners), torch.stack(losers), captions
+            amount.append(flaws.amount())
+    return torch.stack(winners), torch.stack(losers), captions, torch.tensor(sum(amounts, []))
 
 
 def with_another_word(rng, caption):
@@ -852,12 +854,13 @@ def with_another_word(rng, caption):
     return caption.replace(asked[attribute], others[rng.integers(len(others))])
 
 
-def scorer_loss(scorer, winners, losers, captions, others):
+def scorer_loss(scorer, winners, losers, captions, amounts, others, shuffled):
     """Bradley-Terry: -log sigmoid of how much higher the winner scores, over three questions.
 
-    Of two clips with one caption, the cleaner one wins, and so it does for the quality alone; of
-    two captions (n), the right one wins over `others` (n), for clean and for spoiled clips. Over
-    the whole batch, CLIP's contrastive loss.
+    Of two clips with one caption, the cleaner one wins. Of any two clips, the cleaner one has the
+    higher quality, whatever they show: else clips of what happens to score high would win. Of two
+    captions (n), the right one wins over `others` (n), for clean and for spoiled clips. Over the
+    whole batch, CLIP's contrastive loss. shuffled: a permutation of 2n, which pairs the clips.
     """
     scale = scorer.log_scale.exp()
     n, clips = len(captions), torch.cat([winners, losers])
@@ -870,8 +873,10 @@ def scorer_loss(scorer, winners, losers, captions, others):
     # captions that occur twice in the batch are right for each other's clips
     same = torch.tensor([[a == b for b in captions] for a in captions], dtype=torch.float32)
     target = (same / same.sum(1, keepdim=True)).repeat(2, 1)
+    cleaner = (amounts[shuffled] - amounts).sign() * ((amounts[shuffled] - amounts).abs() > 0.25)
+    gap = (quality - quality[shuffled]) * cleaner
     return (-F.logsigmoid(scale * (score[:n] - score[n:])).mean()
-            - F.logsigmoid(quality[:n] - quality[n:]).mean()
+            - F.logsigmoid(gap).mean() + 0.01 * quality.mean() ** 2
             - F.logsigmoid(scale * (agrees - differs)).mean()
             + F.cross_entropy(logits, target))
 
@@ -884,7 +889,7 @@ def scorer_agreement(scorer, seed=HELD_OUT, n=256):
     """
     agreement = {}
     for k, flaw in enumerate((*FLAW_SHARES, None)):
-        winners, losers, captions = spoiled_pairs((seed, k), n, flaw)
+        winners, losers, captions, _ = spoiled_pairs((seed, k), n, flaw)
         right = scorer(winners, captions) > scorer(losers, captions)
         agreement[flaw or "all"] = right.float().mean().item()
     rng = np.random.default_rng(seed)
@@ -902,10 +907,11 @@ def train_scorer(out, steps, batch=32, lr=2e-3, seed=0):
     opt = torch.optim.AdamW(scorer.parameters(), lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=0.1)
     for step in range(steps):
-        winners, losers, captions = spoiled_pairs((seed, 7, step), batch)
+        winners, losers, captions, amounts = spoiled_pairs((seed, 7, step), batch)
         rng = np.random.default_rng((seed, 8, step))
         others = [with_another_word(rng, caption) for caption in captions]
-        loss = scorer_loss(scorer, winners, losers, captions, others)
+        shuffled = torch.from_numpy(rng.permutation(2 * batch))
+        loss = scorer_loss(scorer, winners, losers, captions, amounts, others, shuffled)
         opt.zero_grad()
         loss.backward()
         opt.step()
@@ -1039,18 +1045,18 @@ def autoencoder_loss(images, mean, logvar, decode):
     return loss, {"mse": error.square().mean(), "kl": kl, "latent std": mean.std()}
 
 
-def train_autoencoder(base, out, steps, decoder_steps, batch, flawed=False, lr=2e-3, seed=0,
+def train_autoencoder(base, out, steps, decoder_steps, batch, flawed=False, seed=0,
                       device="cpu"):
     """Train a tiny base's autoencoder on rendered clips, then its decoder alone, and put it into
     `out`.
 
     The second stage leaves the latents as they are, since a base may already be trained on them;
-    with steps 0 it starts from the file's autoencoder. So it does with `flawed`: half of the
-    frames get flaws, and the clean half keeps its latents, on which other bases are trained.
+    with steps 0 it starts from the file's autoencoder. So it does with `flawed`: five of
+    eight frames may have flaws, and the others keep their latents, on which bases are trained.
     """
     torch.manual_seed(seed)
     build, cfg = TINY_VAES[base]
-    vae, start = build(cfg).to(device), time.time()
+    vae, start, lr = build(cfg).to(device), time.time(), 1.5e-3 if flawed else 2e-3
     if base == "tiny":
         draw, moments, decode = tiny_frames, vae.image_moments, vae.decode_images
     else:
@@ -1070,8 +1076,8 @@ def train_autoencoder(base, out, steps, decoder_steps, batch, flawed=False, lr=2
         for step in range(n):
             images = draw((seed, first + step), batch).to(device)
             if flawed:
-                clean = images[:batch // 2]
-                spoiled = draw((seed, 1, first + step), batch // 2, flawed=True)
+                clean = images[:batch * 3 // 8]
+                spoiled = draw((seed, 1, first + step), batch * 5 // 8, flawed=True)
                 images = torch.cat([clean, spoiled.to(device)])
             # 3-D convolutions in bf16 take half the time on a CPU that has it, too
             kind = torch.device(device).type
