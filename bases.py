@@ -8,7 +8,9 @@
 Public files are downloaded, or read from the folder --weights, in the original or in diffusers'
 layout.
 """
+from common import Parser, UserError, run_command  # first: for signals
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import Parser, UserError, run_command
 from diffusion import make_schedule, number_of_updates
 from dit import (
     PATCH, CogVideoX, CogVideoXConfig, STDiT3, STDiT3Config, cogvideox_state, stdit3_state)
@@ -34,8 +35,8 @@ from vae import (
     AutoencoderKL, CogVideoXVAE, CogVideoXVAEConfig, OpenSoraVAE, OpenSoraVAEConfig, Tiles,
     VAEConfig, cogvideox_vae_state, opensora_vae_state, vae_state)
 from weights import (
-    START, export_dreamvideo, export_peft, fetch, load_checkpoint, load_strict, load_weights,
-    lora_file, public_files, read_learned, replace_part, run_parts)
+    PARTS, START, below, export_dreamvideo, export_peft, fetch, load_checkpoint, load_safetensors,
+    load_strict, load_weights, lora_file, public_files, read_learned, replace_part, run_parts)
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -486,7 +487,14 @@ def check_side(name, row, side, size):
                         f"{low + step} (it was trained at {getattr(row.sample, side)})")
 
 
-SAMPLERS = ("ddim", "lcm", "dpmpp", "dpm", "rflow", "higen", "sr600")
+def nearest_side(name, row, side, ideal):
+    """The "height" or "width" nearest to `ideal` pixels that fits the base's network."""
+    unit, largest = row.vae.factor, int(2 * ideal)
+    for length in sorted(range(unit, largest + 64 * unit, unit), key=lambda n: abs(n - ideal)):
+        with suppress(UserError):
+            check_side(name, row, side, length)
+            return length
+    raise AssertionError(f"{name}: no {side} near {ideal} fits")
 
 
 def choose_sampling(name, args, run=None, method=None, **fixed) -> Sampling:
@@ -605,10 +613,12 @@ class Base:
         if not words:
             return
         table = self.text_encoder.token_embedding.weight
-        for vectors in words.values():
-            if vectors.shape[-1] != table.shape[1]:
-                raise UserError(f"{source}: vectors of {vectors.shape[-1]} numbers, but the words "
-                                f"of {self.name} have {table.shape[1]}")
+        for token, vectors in words.items():
+            if not 0 <= token < len(table):
+                raise UserError(f"{source}: {token} is no token of {self.name}")
+            if vectors.ndim != 2 or vectors.shape[1] != table.shape[1]:
+                raise UserError(f"{source}: vectors of shape {tuple(vectors.shape)}, but the words "
+                                f"of {self.name} have {table.shape[1]} numbers")
         self.learned |= {token: vectors.to(table.device) for token, vectors in words.items()}
 
     def token_of(self, word) -> int:
@@ -623,6 +633,7 @@ class Base:
         """
         prompts = list(dict.fromkeys(prompts))
         motion_too = motion_too and self.row.unet.motion_blocks
+        self.tokenize(prompts)  # all at once: it counts those that are too long
         for motion in (False, True)[:1 + motion_too]:
             for i in range(0, len(prompts), 16):
                 batch = prompts[i:i + 16]
@@ -722,7 +733,7 @@ def load_parts(parts, name, row, files, copied, start):
         else:
             if files[part] not in opened:
                 opened = {files[part]: load_weights(files[part])}
-            state = opened[files[part]]
+            state = below(opened[files[part]], *PARTS.get(part, ()))
         if isinstance(module, UNet3D) and copied:
             state = with_motion_blocks(state, module, source)
         elif not row.tiny or part == "net":
@@ -739,7 +750,7 @@ def tiny_state(row, part):
     """A part of a tiny base. Files in assets/ are fp16 with keys "net.*", "vae.*", "text.*" ..."""
     part = "text" if part == "motion_text" else part
     path = ASSETS / f"{row.assets[part]}.safetensors"
-    tensors = load_weights(path) if path.exists() else {}
+    tensors = load_safetensors(path)[0] if path.exists() else {}
     state = {k.removeprefix(f"{part}."): v for k, v in tensors.items() if k.startswith(f"{part}.")}
     if not state:
         raise UserError(f"{path} is missing or holds no {part}: check out the repository whole, or "

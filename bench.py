@@ -24,6 +24,9 @@ time and peak, where the peak is the data sheet's or a large matmul's on this ma
 CPU seconds, since other jobs may run beside it). "difference" compares the predictions (train: a
 gradient), relative to the largest number.
 """
+from common import (  # first: for signals
+    Parser, UserError, clip_gradients, device_name, generator, peak_memory, run_command, setup,
+    versions, write_atomic)
 import argparse
 import ctypes
 import json
@@ -46,9 +49,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bases import (
     AUTOENCODERS, BASES, NETWORKS, Base, Row, Sampling, base_row, choose_sampling, latent_shape)
-from common import (
-    Parser, UserError, clip_gradients, device_name, generator, peak_memory, run_command, setup,
-    versions, write_atomic)
 from diffusion import make_schedule, randn
 from dit import TRACK_BRANCH, CogVideoXConfig, STDiT3Config, rope_positions
 from models import UNetConfig, add_lora, unet_diffusers_name
@@ -315,7 +315,7 @@ def timed(fn, env):
 
 def memory(field, file="/proc/self/status"):
     """Bytes in one of Linux's tables."""
-    return 1024 * int(Path(file).read_text().split(f"{field}:")[1].split()[0])
+    return 1024 * int(Path(file).read_text("utf-8").split(f"{field}:")[1].split()[0])
 
 
 def restart_peak(env):
@@ -324,7 +324,7 @@ def restart_peak(env):
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
     ctypes.CDLL(None).malloc_trim(0)  # what was freed would hide what comes
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", "utf-8")
     return memory("VmRSS")
 
 
@@ -538,7 +538,7 @@ def main(argv=None):
     name = "_".join(["bench", args.question, args.base, "x".join(map(str, case.clip))])
     answer = dict(table=table, **about, rows=rows, clip=case.clip, layers=layers)
     text = json.dumps(answer, indent=1)
-    write_atomic(Path(args.out, f"{name}.json"), lambda path: path.write_text(text + "\n"))
+    write_atomic(Path(args.out, f"{name}.json"), lambda path: path.write_text(text + "\n", "utf-8"))
 
 
 if __name__ == "__main__":

@@ -1,26 +1,28 @@
 """What every command shares: processes and seeds, options, the Run object, its log, saving and
 resuming."""
+from signals import MAIN, TORCHRUN, UNDER_TORCHRUN, stop  # before torch is imported
 import argparse
 import contextlib
 import errno
+import fcntl
 import hashlib
 import importlib.util
-import io
 import json
 import math
 import os
 import platform
+import re
 import resource
 import shutil
-import signal
 import stat
 import sys
+import tempfile
 import time
 import zipfile
 import zlib
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -44,18 +46,27 @@ def run_command(main, *memory_options):
 
     memory_options: what to try if memory runs out, most effective first.
     """
+    stop.importing = False
     try:
-        with memory_advice(*memory_options):
+        with memory_advice(*memory_options), lost_process():
             main()
     except UserError as e:
         print(f"error: {e}", file=sys.stderr, flush=True)
         sys.exit(1)
+    finally:
+        release_folders()
 
 
 def warn(message):
     """Print a warning on stderr, from one process of a run only."""
-    if os.environ.get("RANK", "0") == "0":
+    if MAIN:
         print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+@cache
+def warn_once(message):
+    """warn(), unless this process has said the same before."""
+    warn(message)
 
 
 # ---- files of the user
@@ -82,17 +93,149 @@ def check_file(path, what="file") -> Path:
     return path
 
 
+TEXT_MB = 1000  # largest list or JSON file that is read, in MB
+
+
+def read_text(path, what="file") -> str:
+    """The text of a user's file: UTF-8 in every locale, with or without a byte order mark.
+
+    Raises UserError if it is not such a text, is empty, or is larger than TEXT_MB (the variable
+    NANOVIDEO_TEXT_MB raises that).
+    """
+    path = check_file(path, what)
+    limit = float(os.environ.get("NANOVIDEO_TEXT_MB", TEXT_MB))
+    if path.stat().st_size > limit * 1e6:
+        raise UserError(f"{path}: a text of over {limit:g} MB; if it is meant, set the variable "
+                        "NANOVIDEO_TEXT_MB to a higher limit")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: not UTF-8 text (byte {e.start}); save it as UTF-8") from None
+    if not text.strip():
+        raise UserError(f"{path}: the file is empty")
+    return text
+
+
+def parse_json(text, where):
+    """JSON text -> its value; what is wrong with it is a UserError that names `where`."""
+    def unique(pairs):
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("an object has the same key twice")
+        return dict(pairs)
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except RecursionError:
+        raise UserError(f"{where}: not valid JSON (nested too deeply)") from None
+    except ValueError as e:
+        raise UserError(f"{where}: not valid JSON ({e})") from None
+
+
+def check_text(text, where) -> str:
+    """`text`, unless it holds a NUL or half a character, which tokenizers and files refuse."""
+    wrong = re.search("[\0\ud800-\udfff]", text)
+    if wrong:
+        raise UserError(f"{where}: character {wrong.start() + 1} is U+{ord(wrong[0]):04X}, no "
+                        "character of a text; remove it")
+    return text
+
+
+def json_object(text, source) -> dict:
+    """parse_json() of an object."""
+    value = parse_json(text, source)
+    if not isinstance(value, dict):
+        raise UserError(f"{source}: holds a {type(value).__name__}, not {{name: value}}")
+    return value
+
+
+# ---- the schema of what comes with weights
+
+# {field: what it may be}: (type, least, most), a tuple of words, a type, [type of a list's items],
+# or the schema of a dictionary. Nothing here names code or a file.
+SAMPLERS = ("ddim", "lcm", "dpmpp", "dpm", "rflow", "higen", "sr600")
+SAMPLE_FIELDS = dict(
+    frames=(int, 1, 10 ** 4), height=(int, 1, 16384), width=(int, 1, 16384),
+    save_fps=(int, 1, 1000), sampler=SAMPLERS, sample_steps=(int, 1, 10 ** 5),
+    cfg=(float, -1000, 1000), eta=(float, 0, 1),
+    spacing=("leading", "trailing", "stride", "even", "cogvideox"), origin=(int, 1, 1000),
+    negative=str, suffix=str, fps=(int, 1, 1000), start_offset=(float, 0, 100),
+    dynamic_cfg=("published", "meant", "off"), motion_cfg=(float, -1000, 1000),
+    motion_share=(float, 0, 1), motion_factor=(int, 0, 10 ** 6),
+    appearance_factor=(float, -1000, 1000))
+SCHEDULE_FIELDS = dict(
+    name=("linear_sd", "linear_sd_shifted", "cosine", "logsnr_cosine_interp"),
+    prediction=("eps", "v", "x0"), zero_snr=bool, shift=(float, 1e-6, 1e6),
+    divisor=(float, 1e-6, 1e6), scale=[float])
+# what a resumed run may not change; the number of processes, --batch and --accum may
+SAME = dict(
+    base=str, stage=str, rank=(int, 0, 10 ** 6), alpha=(float, 1e-12, 1e9), lora_targets=[str],
+    tracking_blocks=(int, 0, 1000), seed=(int, 0, 2 ** 64))
+META_FIELDS = dict(
+    SAME, method=str, step=(int, 0, 10 ** 9), guidance_dim=(int, 0, 10 ** 5),
+    sample=SAMPLE_FIELDS, schedule=SCHEDULE_FIELDS, args=dict(SAME, scratch=bool))
+
+
+def is_a(value, allowed) -> bool:
+    """Is an untrusted value what one field of a schema allows?"""
+    if isinstance(allowed, list):
+        return isinstance(value, (list, tuple)) and all(is_a(x, allowed[0]) for x in value)
+    if isinstance(allowed, type):
+        numbers = (int, float) if allowed is float else allowed
+        return isinstance(value, numbers) and (allowed is bool or not isinstance(value, bool))
+    if isinstance(allowed[0], type):
+        kind, low, high = allowed
+        return is_a(value, kind) and low <= value <= high
+    return isinstance(value, str) and value in allowed
+
+
+def known_fields(values, schema, source) -> tuple[dict, list]:
+    """The fields of an untrusted dictionary that `schema` knows -> them, names of the others.
+
+    A field of another type or out of its range is a UserError; None counts as absent.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: holds a {type(values).__name__}, not {{name: value}}")
+    known, unknown = {}, [str(name) for name in values if name not in schema]
+    for name in (name for name in schema if values.get(name) is not None):
+        value, allowed = values[name], schema[name]
+        if isinstance(allowed, dict):
+            value, inner = known_fields(value, allowed, f"{source}: {name}")
+            unknown += [f"{name}.{k}" for k in inner]
+        elif not is_a(value, allowed):
+            raise UserError(f"{source}: {name} is {str(value)[:60]!r}, which it cannot be; the "
+                            "file is damaged or not ours")
+        known[name] = value
+    return known, unknown
+
+
+def read_meta(values, source) -> dict:
+    """The metadata of a run, as sample.py and --resume need it; what else is in it is dropped.
+
+    Its options ("args") and versions are a record, of which only META_FIELDS are read. Other
+    unknown fields are named in a warning.
+    """
+    meta, unknown = known_fields(values, META_FIELDS, source)
+    for name in ("method", "base", "step", "sample"):
+        if name not in meta:
+            raise UserError(f"{source}: its metadata has no {name}; the file is damaged or not "
+                            "ours")
+    if meta.setdefault("rank", 0) and not {"alpha", "lora_targets"} <= meta.keys():
+        raise UserError(f"{source}: its metadata has a rank, but no alpha or no lora_targets")
+    unknown = [name[:60] for name in unknown if not name.startswith(("args.", "versions"))]
+    if unknown:
+        warn(f"{source}: no settings of a run, left out: {', '.join(unknown[:8])}")
+    return {"args": {}} | meta
+
+
 # ---- processes and seeds
 
 @dataclass
 class Env:
-    """Where this process runs. `stop` turns true on SIGTERM or Ctrl-C."""
+    """Where this process runs."""
     rank: int
     world: int
     device: torch.device
     dtype: torch.dtype   # of frozen weights and of autocast
     offload: bool = False
-    stop: bool = False
 
     @property
     def main(self):
@@ -110,6 +253,7 @@ class Env:
             yield
 
 
+STALLED = timedelta(minutes=10)  # so long one process waits for another in a training step
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -120,23 +264,49 @@ def setup(device=None, dtype=None, seed=0, parallel="ddp", offload=False) -> Env
     or None. Every process seeds torch alike, so that all build the same network. Raises
     UserError.
     """
-    variables = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    rank, world, local_rank = (int(os.environ.get(k, default)) for k, default in variables)
+    rank, world, local_rank = read_ranks()
     device = pick_device(device or ("cuda" if torch.cuda.is_available() else "cpu"), local_rank)
     # two backends: with --offload, shards and gradients live on the CPU
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if "RANK" in os.environ and not dist.is_initialized():
+    if UNDER_TORCHRUN and not dist.is_initialized():
         try:
-            # one process may encode clips, or sample, for hours while the others wait
-            dist.init_process_group(backend, timeout=timedelta(days=1))
+            dist.init_process_group(backend, timeout=STALLED)
         except (RuntimeError, ValueError) as e:
             raise UserError(f"the {world} processes cannot reach each other ({e}); start them with "
                             "torchrun (see torchrun.sh)") from e
     elif parallel == "fsdp" and not dist.is_initialized():
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    if world > 1:
+        _patient.append(dist.new_group(backend="gloo", timeout=timedelta(days=1)))
     torch.manual_seed(seed)
     dtype = DTYPES[dtype or ("bf16" if device.type == "cuda" else "fp32")]
     return Env(rank, world, device, dtype, offload)
+
+
+_patient = []  # the last: a group of all processes with a long timeout
+
+
+def meet():
+    """Wait for all processes, up to a day: one may have worked for the others (downloaded,
+    encoded, sampled, saved). Each must call it."""
+    if _patient:
+        dist.barrier(_patient[-1])
+
+
+def read_ranks():
+    """-> the number of this process, how many there are, its number on this machine, by torchrun.
+
+    Another launcher's or left-over variables raise UserError: waiting for processes that nobody
+    starts would hang.
+    """
+    if UNDER_TORCHRUN:
+        return tuple(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if (os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")) == ("0", "1"):
+        return 0, 1, 0
+    found = " ".join(f"{name}={os.environ[name]}" for name in TORCHRUN if name in os.environ)
+    raise UserError(f"the environment has {found}, but torchrun did not start this process: start "
+                    "it with torchrun (see torchrun.sh), which sets them all, or unset them for a "
+                    "single process")
 
 
 def pick_device(name, local_rank) -> torch.device:
@@ -160,22 +330,17 @@ def pick_device(name, local_rank) -> torch.device:
     return device
 
 
-def catch_signals(env):
-    """SIGTERM (pre-emption) or Ctrl-C sets env.stop, so that the run saves and leaves."""
-    asked = []
-
-    def on_signal(signum, frame):
-        # torchrun passes on what the terminal has already sent to all of us: that is the same
-        # request
-        if asked and time.monotonic() - asked[0] > 2:
-            raise SystemExit(1)  # asked twice: leave at once
-        env.stop = True
-        asked.append(time.monotonic())
-        if len(asked) == 1:
-            with contextlib.suppress(OSError):  # a pipe to tee may be gone by the same Ctrl-C
-                print("stopping after this step: saving first (again to leave at once)", flush=True)
-    for s in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(s, on_signal)
+@contextlib.contextmanager
+def lost_process():
+    """Turn the error of a process group, one of whose processes ended or stalled, into one line."""
+    try:
+        yield
+    except RuntimeError as e:
+        if not dist.is_initialized() or not any(k in str(e).lower() for k in ("gloo", "nccl")):
+            raise
+        reason = str(e).splitlines()[0][:150]
+        raise UserError(f"another process of this run has ended or stalled ({reason}); what was "
+                        "saved is whole: --resume goes on from there") from e
 
 
 def on_any(flag, env) -> bool:
@@ -253,7 +418,7 @@ def gather_rows(rows, env) -> list:
     if env.world == 1:
         return rows
     parts = [None] * env.world
-    dist.all_gather_object(parts, rows)
+    dist.all_gather_object(parts, rows, _patient[-1])  # some may have had more to do
     return [row for part in parts for row in part]
 
 
@@ -288,6 +453,15 @@ POSITIVE = _number(float, 1e-12, 1e9, "a number above 0")
 UNSIGNED = _number(float, 0, 1e9, "a number of 0 or more")
 SHARE = _number(float, 0, 1, "a number from 0 to 1")
 DECAY = _number(float, 0, 1 - 1e-9, "a number from 0 to below 1")
+SEED = _number(int, 0, 2 ** 64 - 1, "a whole number from 0 to 2^64 - 1")
+
+
+def prompt_text(text):
+    """An argparse type for prompts: refuses bytes that are not UTF-8."""
+    try:
+        return check_text(text, "the text")
+    except UserError as e:
+        raise argparse.ArgumentTypeError(str(e)) from None
 
 
 def backprop(text):
@@ -302,7 +476,6 @@ def backprop(text):
 
 # The options that mean the same in every method, by group: {group: {flag: argparse's keywords}}.
 YES_NO = argparse.BooleanOptionalAction
-SAMPLERS = ("ddim", "lcm", "dpmpp", "dpm", "rflow", "higen", "sr600")
 OPTIONS = {
     "base": {
         "--base": dict(help="base model; `python bases.py` lists them"),
@@ -313,6 +486,8 @@ OPTIONS = {
     "data": {
         "--data": dict(help="clips with captions: a folder, .csv, .jsonl or a VGen list (tiny "
                             "bases make their own)"),
+        "--data-root": dict(help="folder that the paths in lists start from (default: the list's "
+                                 "folder, then the working directory)"),
         "--read-fps": dict(type=POSITIVE, help="frame rate to read at (default: every frame)"),
         "--cache-latents": dict(action=YES_NO, default=False,
                                 help="encode every clip once, into --out, instead of in each step"),
@@ -336,8 +511,8 @@ OPTIONS = {
         "--sampler": dict(choices=SAMPLERS, help="sampler (default: the base's)"),
     },
     "sampling": {
-        "--negative": dict(help="negative prompt: text of the unconditional branch (default: the "
-                                "base's)"),
+        "--negative": dict(type=prompt_text, help="negative prompt: text of the unconditional "
+                                                  "branch (default: the base's)"),
         "--sample-steps": dict(type=COUNT, help="sampler steps (default: the base's)"),
         "--eta": dict(type=SHARE, help="DDIM noise: 0 is deterministic, 1 is DDPM (default: the "
                                        "base's)"),
@@ -389,7 +564,7 @@ OPTIONS = {
         "--eval-n": dict(type=COUNT, default=8, help="number of held-out prompts used"),
     },
     "run": {
-        "--seed": dict(type=NATURAL, default=0, help="seed of everything random"),
+        "--seed": dict(type=SEED, default=0, help="seed of everything random"),
         "--save-every": dict(type=COUNT, default=500, help="steps between checkpoints"),
         "--keep": dict(type=COUNT, default=1, help="number of numbered checkpoints kept"),
         "--preview-every": dict(type=NATURAL, default=0,
@@ -409,6 +584,7 @@ class Parser(argparse.ArgumentParser):
     COUNT, NATURAL, REAL = staticmethod(COUNT), staticmethod(NATURAL), staticmethod(REAL)
     POSITIVE, UNSIGNED = staticmethod(POSITIVE), staticmethod(UNSIGNED)
     SHARE, DECAY, BACKPROP = staticmethod(SHARE), staticmethod(DECAY), staticmethod(backprop)
+    SEED, TEXT = staticmethod(SEED), staticmethod(prompt_text)
     YES_NO = YES_NO
 
     def __init__(self, doc):
@@ -419,14 +595,14 @@ class Parser(argparse.ArgumentParser):
         message = message.removeprefix("argument ")
         raise UserError(f"{message} ({self.prog} --help lists the options)")
 
-    def options(self, groups, without=()):
+    def options(self, groups, without=(), only=None):
         """Declare the options of some groups of OPTIONS, e.g. p.options("base pixels machine").
 
-        without: flags that this method does not have.
+        without: flags that this method does not have; only: the few that it has.
         """
         for group in groups.split():
             for flag, keywords in OPTIONS[group].items():
-                if flag not in without:
+                if flag in (only or OPTIONS[group]) and flag not in without:
                     self.add_argument(flag, **keywords)
 
     def parse(self, argv, defaults, presets=None):
@@ -489,6 +665,7 @@ class Run:
         self.env = setup(args.device, args.dtype, args.seed, args.parallel, args.offload)
         self.resumed, self.stopped = self.state is not None, False
         self.totals, self.saved = {}, None
+        self.together = False  # else one process may have worked for the others
 
     @property
     def device(self):
@@ -522,6 +699,7 @@ class Run:
         self.start, self.samples_read = load_state(
             self.args, self.env, self.state, params, opt, self.ema, self.scaler)
         self.state = None  # not these copies for the whole run
+        self.own()
         self.done = self.start
         lora = {k: v for k, v in vars(self.args).items() if k in ("rank", "alpha", "lora_targets")}
         self.meta = dict({"rank": 0} | lora | meta, method=self.method, base=self.args.base)
@@ -532,17 +710,29 @@ class Run:
             kept = min(self.start + 1, self.args.steps) if self.resumed else 0
             keep_lines(self.out / "eval.jsonl", kept)
 
+    def own(self):
+        """Be the only run in --out from now on; called before anything is written."""
+        own_folder(self.out)
+
     def steps(self):
         """Yield the number of each update that is still to be made (0-based), its learning rate
         set."""
-        catch_signals(self.env)
-        for step in range(self.start, self.args.steps):
-            self.step = step
-            for group in self.opt.param_groups:
-                group["lr"] = lr_at(step, self.args) * group.get("lr_factor", 1.0)
-            yield step
-            if self.stopped:
-                return
+        stop.listen()
+        try:
+            for step in range(self.start, self.args.steps):
+                self.step = step
+                for group in self.opt.param_groups:
+                    group["lr"] = lr_at(step, self.args) * group.get("lr_factor", 1.0)
+                if not self.together:
+                    meet()
+                self.together = stop.training = True
+                yield step
+                if self.stopped:
+                    break
+        finally:
+            stop.training = False
+        if stop.reason:
+            raise UserError(f"{stop.reason}; saved after step {self.done}: --resume goes on")
 
     def micro_steps(self):
         """Yield the numbers of this process's samples, micro-step by micro-step."""
@@ -595,10 +785,12 @@ class Run:
         self.samples_read += self.args.batch * self.args.accum * self.env.world
         self.log.step(self.step, **totals | more, grad=norm, lr=self.opt.param_groups[0]["lr"])
         self.done = self.step + 1
-        self.stopped = on_any(self.env.stop, self.env)
+        self.stopped = on_any(stop.asked, self.env)
         due = self.done % self.args.save_every == 0 or self.done == self.args.steps
-        if due or self.stopped:
+        if due or self.stopped or self.preview_due:  # an evaluation may be stopped at any moment
             self.save()
+            if not self.stopped:
+                stop.end_step()
 
     def save(self):
         """Write the checkpoint and the state for --resume, unless they are of this step already.
@@ -607,7 +799,7 @@ class Run:
         """
         if self.saved == self.done:
             return
-        self.saved = self.done
+        self.saved, self.together = self.done, False
         save_checkpoint(self.args, self.env, self.done, self.samples_read, self.params, self.meta,
                         self.opt, self.ema, self.scaler)
 
@@ -653,7 +845,7 @@ class Run:
     def earlier(self, file):
         """The lines of OUT/file that come before this run's first update; later ones are cut
         off."""
-        rows = [row for row in read_lines(self.out / file) if row["step"] < self.start]
+        rows = lines_before(self.out / file, self.start)
         if self.main:  # a resumed run repeats what came after its checkpoint
             keep_lines(self.out / file, self.start)
         return rows
@@ -675,6 +867,7 @@ class Run:
         if ended:
             verdict = "best.safetensors is the best" if best else "none was better than the base"
             print(f"no better score for {patience} evaluations: {verdict}", flush=True)
+        meet()
         return on_any(ended, self.env)
 
     def finish(self, *keys):
@@ -682,6 +875,7 @@ class Run:
         if self.main and keys:
             title = f"{self.method} on {self.args.base}"
             draw_curve(self.log.path, self.out / "curve.png", keys, title)
+        release_folders()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -798,7 +992,7 @@ class Log:
             return
         keep_lines(self.path, start)
         arguments = json.dumps(vars(args), indent=1, default=str)
-        write_atomic(Path(args.out, "args.json"), lambda p: p.write_text(arguments))
+        write_atomic(Path(args.out, "args.json"), lambda p: p.write_text(arguments, "utf-8"))
         print("arguments:", " ".join(f"{k}={v}" for k, v in vars(args).items() if v is not None))
         print(f"device: {device_name(env.device)} x {env.world}, {str(env.dtype)[6:]};",
               ", ".join(f"{k} {v}" for k, v in versions().items()))
@@ -827,13 +1021,11 @@ class Log:
     def video(self, step, name, frames, fps, caption=""):
         """uint8 frames (f,h,w,3) to TensorBoard (as a gif) and W&B."""
         if self.board:
-            from PIL import Image
+            import imageio.v3 as iio
             from tensorboard.compat.proto.summary_pb2 import Summary
-            first, *rest = [Image.fromarray(frame) for frame in frames]
-            gif = io.BytesIO()
-            first.save(gif, "GIF", save_all=True, append_images=rest, duration=1000 / fps, loop=0)
-            picture = Summary.Image(height=first.height, width=first.width, colorspace=3,
-                                    encoded_image_string=gif.getvalue())
+            gif = iio.imwrite("<bytes>", frames, extension=".gif", duration=1000 / fps, loop=0)
+            picture = Summary.Image(height=frames.shape[1], width=frames.shape[2], colorspace=3,
+                                    encoded_image_string=gif)
             summary = Summary(value=[Summary.Value(tag=name, image=picture)])
             self.board.file_writer.add_summary(summary, step)
         if self.wandb:
@@ -864,7 +1056,9 @@ class Log:
 def append_line(path, row):
     """One more line of a jsonl file."""
     try:
-        with open(path, "a") as f:
+        # a link that came with the folder is not followed
+        opener = lambda p, flags: os.open(p, flags | os.O_NOFOLLOW, 0o666)
+        with open(path, "a", encoding="utf-8", opener=opener) as f:
             f.write(json.dumps(row) + "\n")
     except OSError as e:
         raise UserError(f"{path}: cannot be written ({e.strerror}); the last checkpoint is whole: "
@@ -873,23 +1067,34 @@ def append_line(path, row):
 
 def write_lines(path, rows):
     """A whole jsonl file."""
-    write_atomic(path, lambda p: p.write_text("".join(json.dumps(row) + "\n" for row in rows)))
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    write_atomic(path, lambda p: p.write_text(text, "utf-8"))
 
 
 def read_lines(path) -> list:
-    """A jsonl file's rows; a last line that a kill cut off is left out."""
-    path, rows = Path(path), []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
+    """Rows of a jsonl file of ours, [] without one; a line that a kill cut off is left out."""
+    rows = []
+    filled = os.path.exists(path) and os.path.getsize(path)
+    for line in read_text(path).split("\n") if filled else ():
+        with contextlib.suppress(UserError):
+            rows.append(parse_json(line, path))
     return rows
+
+
+def lines_before(path, step) -> list:
+    """A jsonl file's rows whose "step" is below `step`."""
+    rows = read_lines(path)
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not is_a(row.get("step"), (int, 0, 10 ** 9)):
+            raise UserError(f"{path}: row {number} is not of a run's log (no step); move the file "
+                            "away")
+    return [row for row in rows if row["step"] < step]
 
 
 def keep_lines(path, before):
     """Keep a jsonl file's lines whose "step" is below `before`: a resumed run repeats what came
     after."""
-    kept = [json.dumps(x) + "\n" for x in read_lines(path) if x["step"] < before] if before else []
-    write_atomic(path, lambda p: p.write_text("".join(kept)))
+    write_lines(path, lines_before(path, before) if before else [])
 
 
 def peak_memory(device) -> float:
@@ -917,11 +1122,13 @@ def versions() -> dict:
 
 def draw_curve(log_path, png, keys, title="", x="step"):
     """Plot columns of log.jsonl: one panel per key, a dot per row at its `x`, a running mean."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    os.environ["MPLBACKEND"] = "agg"  # Jupyter's, or a wrong one, would end the import
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
     rows = read_lines(log_path)
-    fig, axes = plt.subplots(1, len(keys), figsize=(5 * len(keys), 3.4), squeeze=False)
+    fig = Figure(figsize=(5 * len(keys), 3.4))
+    FigureCanvasAgg(fig)
+    axes = fig.subplots(1, len(keys), squeeze=False)
     for ax, key in zip(axes[0], keys):
         points = [(r[x] + (x == "step"), r[key]) for r in rows if key in r]
         if not points:
@@ -938,7 +1145,6 @@ def draw_curve(log_path, png, keys, title="", x="step"):
     fig.suptitle(title)
     fig.tight_layout()
     write_atomic(Path(png), lambda p: fig.savefig(p, dpi=110))
-    plt.close(fig)
 
 
 # ---- checkpoints: ckpt.safetensors to sample from, state.pt to resume from
@@ -952,11 +1158,15 @@ def write_atomic(path, write):
     whole.
 
     If it cannot be written (disk full, no permission), the old file stays and UserError is raised.
+    The temporary file has a random name and is made anew, so no link is followed.
     """
-    path = Path(path)
-    tmp = path.with_name(f".{path.stem}.tmp{path.suffix}")  # the same suffix: some writers go by it
+    path, tmp = Path(path), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # the same suffix: some writers go by it
+        handle, tmp = tempfile.mkstemp(path.suffix, TEMPORARY, path.parent)
+        os.close(handle)
+        tmp = Path(tmp)
         write(tmp)
         os.chmod(tmp, 0o666 & ~UMASK)  # safetensors writes files that only their owner may read
         for name in (tmp, path.parent):  # the folder, too: the rename must outlive a power cut
@@ -966,25 +1176,26 @@ def write_atomic(path, write):
             if name == tmp:
                 os.replace(tmp, path)
     except (OSError, SafetensorError) as e:
-        with contextlib.suppress(OSError):
-            tmp.unlink()
         reason = getattr(e, "strerror", None) or str(e)
         raise UserError(f"{path}: cannot be written ({reason}); the old file is kept: free disk "
                         "space, or give another folder") from e
+    finally:  # a signal may have come
+        with contextlib.suppress(OSError):
+            if tmp:
+                tmp.unlink()
 
 
 def finish(env, path, text):
     """Wait for all processes, let rank 0 write text() to the file, and wait for it."""
     for last in (False, True):
         if last and env.main:
-            write_atomic(path, lambda p: p.write_text(text()))
-        if env.world > 1:
-            dist.barrier()
+            write_atomic(path, lambda p: p.write_text(text(), "utf-8"))
+        meet()
 
 
 def check_writable(folder):
     """Refuse, before any work and without leaving a trace, an --out in which nothing can be
-    written."""
+    written or in which another run is at work."""
     folder = Path(folder)
     try:
         nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
@@ -994,6 +1205,86 @@ def check_writable(folder):
         raise UserError(f"--out {folder}: {nearest} is a file; give another folder")
     if not os.access(nearest, os.W_OK):
         raise UserError(f"--out {folder}: {nearest} cannot be written to; give another folder")
+    if (folder / LOCK).exists():
+        own_folder(folder)
+
+
+def own_folder(folder):
+    """Make this run the only one in --out, until release_folders() or its end, however it ends.
+
+    Called before anything is written. Rank 0 owns the folder for all processes. What a killed run
+    was writing is removed.
+    """
+    folder = Path(folder)
+    lock = folder.absolute() / LOCK
+    if not MAIN or lock in _owned:
+        return
+    made = [p for p in lock.parents if not p.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _owned[lock] = open_lock(lock), made
+    except OSError as e:
+        raise UserError(f"--out {folder}: {lock.name} cannot be written ({e.strerror}); give "
+                        "another folder") from None
+    for tmp in folder.rglob(f"{TEMPORARY}*"):
+        runs = [p for p in tmp.absolute().parents if p.is_relative_to(lock.parent)]
+        if not any((p / LOCK).exists() for p in runs[:-1]):  # not of a run in a folder below
+            with contextlib.suppress(OSError):
+                tmp.unlink()
+
+
+LOCK, TEMPORARY = ".lock", ".nanovideo.tmp-"  # in a run's folder
+_owned = {}  # {lock: (its descriptor, folders made for it)}
+
+
+def open_lock(path) -> int:
+    """Lock a file of a folder for this process -> its descriptor. UserError if another has it.
+
+    The kernel drops such a lock when the process ends; a forked child does not keep it.
+    """
+    here = str(path.parent.stat().st_ino)
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            owner = os.read(handle, 200).decode(errors="replace").split()
+            os.close(handle)
+            if owner[2:] and owner[2] != here:  # a hard link to the lock of another folder
+                path.unlink(missing_ok=True)
+                continue
+            raise UserError(f"--out {path.parent}: in use by another run (process, machine: "
+                            f"{ascii(' '.join(owner[:2]))}); wait for it, or give another "
+                            "folder") from None
+        except OSError as e:  # some network file systems
+            warn(f"--out {path.parent}: no locks here ({e.strerror}); start no second run in it")
+        if is_file(path, handle):
+            break
+        os.close(handle)  # its owner has just removed it
+    with contextlib.suppress(OSError):
+        os.truncate(handle, 0)
+        os.write(handle, f"{os.getpid()} {platform.node()} {here}\n".encode())
+    return handle
+
+
+def is_file(path, handle) -> bool:
+    """Is the open file `handle` the one at `path`?"""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except OSError:
+        return False
+
+
+def release_folders():
+    """Give up what own_folder() took; a folder in which nothing was written is removed again."""
+    while _owned:
+        lock, (handle, made) = _owned.popitem()
+        with contextlib.suppress(OSError):
+            if is_file(lock, handle):
+                lock.unlink()
+            for folder in made:
+                folder.rmdir()
+        os.close(handle)
 
 
 def full(t: Tensor) -> Tensor:
@@ -1082,10 +1373,6 @@ def steps_saved(out):
     return sorted((int(k) for k in found if k.isdigit()), reverse=True)
 
 
-# what a resumed run may not change; the number of processes, --batch and --accum may
-SAME = ("base", "stage", "rank", "alpha", "lora_targets", "tracking_blocks", "seed")
-
-
 def check_out(args, method):
     """Refuse to overwrite a run or to resume one with other options. -> the state to resume from,
     or None."""
@@ -1118,33 +1405,112 @@ def check_out(args, method):
     if state["step"] > args.steps:
         raise UserError(f"--resume: the run in {args.out} is at step {state['step']}: give a "
                         "larger --steps")
-    for bad in files[:files.index(file)] if os.environ.get("RANK", "0") == "0" else ():
+    for bad in files[:files.index(file)] if MAIN else ():
         os.replace(bad, f"{bad}.corrupt")  # else the next save would make it the spare one
     return state
 
 
 def load_state_file(path):
-    """state.pt, its checksums compared (torch.load does not)."""
+    """state.pt: its checksums compared (torch.load does not), its fields checked."""
     try:
-        with zipfile.ZipFile(path) as file:
-            broken = file.testzip()
+        with zipfile.ZipFile(check_file(path, "state")) as file:
+            packed = any(info.compress_type for info in file.infolist())  # torch never does
+            broken = "compressed" if packed else file.testzip()
+    except UserError:
+        raise
     except Exception as e:  # zipfile raises everything there is
         broken = f"{type(e).__name__}: {e}"
     if broken:
         raise UserError(f"{path}: corrupt ({broken})")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # zip, pickle and EOF errors alike mean one thing to the user
-        raise UserError(f"{path}: not a state of ours ({str(e).splitlines()[0][:100]})") from e
+        raise UserError(f"{path}: not a state of ours ({(str(e) or repr(e)).splitlines()[0][:100]})"
+                        ) from e
+    fault = state_fault(state)
+    if fault:
+        raise UserError(f"{path}: {fault}; it is damaged, or not a state of ours")
+    state["meta"] = read_meta(state["meta"], path)
+    return state
+
+
+def is_plain(value) -> bool:
+    """A dense floating tensor whose numbers are all in the file and finite?
+
+    A file of a kilobyte may hold a tensor that claims 10^12 numbers, all the same one.
+    """
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+        return False
+    return (value.is_floating_point() and value.nbytes <= value.untyped_storage().nbytes()
+            and is_finite(value))
+
+
+def is_finite(value) -> bool:
+    """Are all numbers of a floating tensor finite? The sum of inf or NaN is not."""
+    if value.element_size() == 1:  # fp8, of which PyTorch makes no sums
+        value = value.float()
+    kind = torch.float64 if value.dtype == torch.float64 else torch.float32
+    return bool(torch.isfinite(value.sum(dtype=kind)))
+
+
+def like_each_other(group, weights, name):
+    """What is wrong with {key: tensor} that should have the keys and shapes of `weights`."""
+    if not isinstance(group, dict) or group.keys() != weights.keys():
+        return f"{name} and weights have other keys"
+    for key, value in group.items():
+        if not is_plain(value) or value.shape != weights[key].shape:
+            return f"{name} of {key} is not a tensor of finite numbers in the weight's shape"
+    return None
+
+
+def state_fault(state):
+    """What is wrong with the content of a state.pt, in words; None: nothing."""
+    names = {"step", "seen", "weights", "moments", "ema", "meta", "scaler"}
+    if not isinstance(state, dict) or state.keys() != names:
+        return f"its fields are not {', '.join(sorted(names))}"
+    step, weights, moments = state["step"], state["weights"], state["moments"]
+    if not is_a(step, (int, 0, 10 ** 9)):
+        return f"step is {str(step)[:60]}"
+    if not is_a(state["seen"], (int, step, 10 ** 7 * max(step, 1))):
+        return f"seen is {str(state['seen'])[:60]} samples after {step} steps"
+    if not isinstance(weights, dict) or not all(map(is_plain, weights.values())):
+        return "weights are not tensors of finite numbers"
+    if not isinstance(moments, dict) or moments.keys() != weights.keys():
+        return "moments and weights have other keys"
+    # a weight that never had a gradient has no moments
+    having = {k: m for k, m in moments.items() if m != {}}
+    for key, moment in having.items():
+        if not isinstance(moment, dict) or moment.keys() != {"step", "exp_avg", "exp_avg_sq"}:
+            return f"moments of {key} are not step, exp_avg, exp_avg_sq"
+        done = moment["step"]
+        if not is_plain(done) or done.ndim or not 0 <= done <= step:
+            return f"moments of {key} have another step"
+    if step >= 10 and weights and not having:  # FiniteGuard ends a run of so many bad steps
+        return "moments are missing"
+    own = {k: weights[k] for k in having}
+    groups = {name: {k: m[name] for k, m in having.items()} for name in ("exp_avg", "exp_avg_sq")}
+    faults = [like_each_other(group, own, name) for name, group in groups.items()]
+    if state["ema"] is not None:
+        faults.append(like_each_other(state["ema"], weights, "ema"))
+    if not any(faults) and any((v < 0).any() for v in groups["exp_avg_sq"].values()):
+        faults.append("exp_avg_sq is below 0")
+    scaler, number = state["scaler"], (float, 1e-30, 1e30)
+    fields = dict(scale=number, growth_factor=number, backoff_factor=number,
+                  growth_interval=(int, 1, 10 ** 9), _growth_tracker=(int, 0, 10 ** 9))
+    if scaler and not (isinstance(scaler, dict) and scaler.keys() == fields.keys()
+                       and all(is_a(scaler[k], allowed) for k, allowed in fields.items())):
+        faults.append("scaler is not that of an fp16 run")
+    return next(filter(None, faults), None)
 
 
 def step_of(path) -> int:
     """After how many updates a run's ckpt.safetensors was written."""
     try:
         with safe_open(path, "pt") as file:
-            return int(json.loads(file.metadata()["nanovideo"])["step"])
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
+            text = (file.metadata() or {}).get("nanovideo")
+    except (SafetensorError, OSError) as e:
         raise UserError(f"{path}: not a whole checkpoint of ours ({e}); give another --out") from e
+    return read_meta(json_object(text, path), path)["step"]
 
 
 def load_state(args, env, state, params, opt, ema=None, scaler=None) -> tuple[int, int]:
@@ -1161,7 +1527,7 @@ def load_state(args, env, state, params, opt, ema=None, scaler=None) -> tuple[in
                         f"{free / 1e9:.1f} GB are free; give a folder on a larger disk")
     if env.world > 1:  # a folder that not all see, or a file that one of them cannot read
         steps = [None] * env.world
-        dist.all_gather_object(steps, state["step"] if state else 0)
+        dist.all_gather_object(steps, state["step"] if state else 0, _patient[-1])
         if len(set(steps)) > 1:
             raise UserError("--resume: the processes would go on from different steps "
                             f"({min(steps)} to {max(steps)}): --out must be a folder that all "
@@ -1177,6 +1543,10 @@ def load_state(args, env, state, params, opt, ema=None, scaler=None) -> tuple[in
         first = sorted(set(params) ^ set(state["weights"]))[0]
         raise UserError("--resume: the run trained other tensors than these options would "
                         f"(first difference: {first})")
+    for k, p in params.items():  # copy_ would broadcast
+        if state["weights"][k].shape != p.shape:
+            raise UserError(f"--resume: the state's {k} has shape "
+                            f"{tuple(state['weights'][k].shape)}, the network's {tuple(p.shape)}")
     if (ema is None) != (state["ema"] is None):
         raise UserError("--resume: the run was made with another --ema, on or off: give the same")
     with torch.no_grad():

@@ -35,12 +35,12 @@ Differences from the original code (the others: docs/differences/das.md)
  - Noise on the first frame, and whether it is dropped, is drawn per clip, not per batch.
  - Tracking videos are in [-1,1] in sampling, too (original demo: [0,1]).
 """
+from common import Parser, Run, run_command, trained  # first: for signals
 import torch
 
 import tinyworld
 import tracks
 from bases import choose_sampling, load_base
-from common import Parser, Run, run_command, trained
 from diffusion import diffusion_loss, randn
 from dit import TRACK_BRANCH
 from models import parallelize
@@ -189,8 +189,10 @@ def read_data(args, sampling):
     if not args.data and args.base in PRESETS:
         part = tinyworld.TinyTracks(TINY_CLIPS, sampling.frames, args.seed)
         return [part], tinyworld.held_out_tracks(args.eval_n, sampling.frames, args.seed)
-    parts = tracks.in_buckets(args.data, sizes, args.seed)
-    others = tracks.in_buckets(args.eval_data, sizes) if args.eval_data else None
+    root, others = args.data_root, None
+    parts = tracks.in_buckets(args.data, sizes, args.seed, root)
+    if args.eval_data:
+        others = tracks.in_buckets(args.eval_data, sizes, root=root)
     parts, held_out = tracks.hold_out(parts, sampling.size, args.eval_n, others)
     clips = [held_out[i, i] for i in range(min(args.eval_n, len(held_out)))]
     return parts, [clip | {"motion": "clips", "scene": None} for clip in clips]

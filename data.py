@@ -3,16 +3,29 @@
 `python data.py --check LIST --frames 16 --height 256 --width 256` reads every clip once and names
 the bad ones.
 """
+from common import (  # first: for signals
+    SEED, Parser, UserError, batch_indices, check_file, check_text, generator, meet, parse_json,
+    read_text, run_command, seed_of, warn, warn_once, write_atomic)
 import atexit
 import csv
-import gc
 import io
 import json
+import math
+import os
 import re
+import shutil
 import signal
 import struct
 import sys
-from contextlib import contextmanager
+import unicodedata
+from argparse import ArgumentTypeError
+from collections import deque
+from contextlib import contextmanager, suppress
+from fractions import Fraction
+from functools import cache, partial
+from itertools import chain
+from multiprocessing.connection import wait
+import zipfile
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -24,10 +37,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from common import (
-    Parser, UserError, batch_indices, check_file, generator, read_lines, run_command, seed_of, warn,
-    write_atomic)
-from weights import load_strict, load_weights
+import signals
+from weights import hub_weights, load_strict
 
 # ---- which clips make which batch
 
@@ -50,36 +61,72 @@ class Mixed(torch.utils.data.Dataset):
         return part[index % len(part), number]
 
 
-def leave_signals(worker):
-    """A reading process ignores SIGTERM and Ctrl-C: both go to the whole group, and only the run
-    answers."""
-    for s in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(s, signal.SIG_IGN)
+def start_reader(worker):
+    """A reading process ignores signals, which go to the whole group: only the run answers. It
+    ends with the run."""
+    for number in signals.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signals.end_with_parent(signal.SIGKILL)
 
 
 def load(data, order, workers=0):
-    """Batches of a data set, read by `workers` processes; order: a list of items for each batch."""
+    """Batches of a data set, read by `workers` processes; order: a list of items for each batch.
+
+    If such a process is killed, a training run finishes its step, saves and ends with an error;
+    until then this process reads.
+    """
+    order, waiting = iter(order), deque()  # waiting: batches that are being read
+
+    def given():
+        for items in order:
+            waiting.append(items)
+            yield items
     # a generator of its own: a loader draws a seed, which must not shift the run's dropout
     loader = torch.utils.data.DataLoader(
-        data, batch_sampler=order, num_workers=workers, prefetch_factor=2 if workers else None,
-        worker_init_fn=leave_signals, generator=torch.Generator())
-    batches = iter(loader)
-    # workers would not heed the SIGTERM of Python's exit
-    close = getattr(batches, "_shutdown_workers", None)
-    if close:
-        atexit.register(close)
+        data, batch_sampler=given(), num_workers=workers, prefetch_factor=2 if workers else None,
+        worker_init_fn=start_reader, generator=torch.Generator())
+    close = None
     try:
-        yield from batches
-    except (RuntimeError, UserError) as e:
+        batches = iter(loader)
+        # torch's own handler would raise in the middle of an update
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        # workers would not heed the SIGTERM of Python's exit
+        close = getattr(batches, "_shutdown_workers", None)
+        if close:
+            atexit.register(close)
+        for batch in batches:
+            waiting.popleft()
+            yield batch
+    except (RuntimeError, UserError, OSError, EOFError) as e:
         if not workers:
             raise
-        reason = str(e).strip().splitlines()[-1]  # the lines before it are the worker's traceback
+        # what the loss of a process looks like here depends on what it was doing
+        killed = close and wait([reader.sentinel for reader in batches._workers], timeout=1)
+        lost = why_lost(e, killed)
+        # its last line: those before it are the worker's traceback
+        reason = (str(e).strip() or type(e).__name__).splitlines()[-1]
         reason = reason.rpartition("UserError: ")[2]
-        raise UserError(f"{reason} (in a process that reads clips; --workers 0 avoids it)") from e
+        advice = "in a process that reads clips; --workers 0 avoids it"
+        if not lost or not signals.stop.training:
+            raise UserError(lost or f"{reason} ({advice})") from e
+        signals.stop.give_up(lost)
+        for items in chain(waiting, order):
+            yield torch.utils.data.default_collate([data[item] for item in items])
     finally:
         if close:
             close()
             atexit.unregister(close)
+
+
+def why_lost(e, killed):
+    """Why a process that reads clips was lost, in a line, after its error e; None: its data are at
+    fault."""
+    if re.search(r"</torch_|shared memory|\[Errno 28\]", str(e)):
+        free = shutil.disk_usage("/dev/shm").free / 1e6 if Path("/dev/shm").exists() else 0
+        return ("the processes that read clips need more shared memory than /dev/shm has "
+                f"({free:.0f} MB free); enlarge it (docker run --shm-size), or give --workers 0")
+    return killed and ("a process that reads clips was killed (memory or /dev/shm may be full; "
+                       "--workers 0 reads without one)")
 
 
 def read_batches(data, numbers, seed=0, workers=0):
@@ -156,8 +203,7 @@ def encode_once(folder, data, encode, about, env, workers=0):
         tensors = {name: torch.cat(values).contiguous() for name, values in parts.items()}
         text = {"texts": json.dumps(texts), "about": about}
         write_atomic(files[k], lambda p: save_file(tensors, p, text))
-    if env.world > 1:
-        torch.distributed.barrier()
+    meet()
     absent = [file for file in files if not whole(file)]
     if absent:
         raise UserError(f"--cache-latents: {absent[0]} is not there; --out must be a folder that "
@@ -167,10 +213,26 @@ def encode_once(folder, data, encode, about, env, workers=0):
 
 # ---- pixels
 
-VIDEOS = (".mp4", ".avi", ".mov", ".webm", ".gif")
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-FAR = 300         # frames ahead from which a film of constant rate is searched by time
+# endings of files that PyAV reads
+VIDEOS = tuple(
+    ".mp4 .m4v .mov .qt .avi .divx .mkv .webm .gif .apng .mpg .mpeg .mpe .mpv .m1v .m2v .ts .mts "
+    ".m2t .m2ts .vob .wmv .asf .flv .f4v .3gp .3g2 .ogv .ogg .ogm .mxf .nut .dv .mjpeg .mjpg .y4m "
+    ".rm .rmvb .amv .wtv .ivf".split())
+IMAGES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff")
+Image.MAX_IMAGE_PIXELS = None  # check_size() says what may be opened
+FAR = 300         # frames ahead from which a film is searched by time
+FILM = 1000       # frames from which a file is not decoded only to count them
 FOLDER_FPS = 8.0  # a folder of pictures has no rate of its own
+FRAME_PIXELS = 60e6   # of a picture; 8K has 33 million
+CLIP_PIXELS = 135e6   # of all frames read at once: 1.6 GB, 64 frames at 1080p
+NARROW = 100      # times that a side may be longer than the other
+GIF_FRAMES = 100_000  # that a gif may stand for
+# codecs that stamp every packet and put one frame in each; files of others are decoded once more
+ONE_FRAME = ("h264", "hevc", "av1", "vp9", "mjpeg", "prores", "dnxhd", "ffv1", "png")
+PLAYLISTS = ("hls", "dash", "concat", "imf", "sdp", "rtsp")  # formats that name other files
+BT709, UNTAGGED, BT601 = 1, 2, 6  # matrices, as H.264 numbers them
+HDR = 16, 18      # PQ and HLG, the transfer functions of HDR
+HD_LINES = 720    # from here on, a file without a tag is shown as BT.709
 MP4_CRF = "12"    # x264's default, 23, cost 8 dB on a real 256x256 clip
 
 # what Open-Sora calls the sizes of its clips: frames, pixels of a frame
@@ -195,6 +257,23 @@ def opensora_size(length="2s", resolution="240p", aspect="9:16"):
     short = 2 * round((OPENSORA_PIXELS[resolution] * ratio) ** 0.5 / 2)  # even
     long = 2 * round(short / ratio / 2)
     return OPENSORA_FRAMES[length], *((short, long) if h < w else (long, short))
+
+
+def check_size(path, width, height, frames=1):
+    """Refuse pictures and clips that would fill the memory, when read or when scaled to cover a
+    frame. MEDIA_LIMIT=2 (environment) allows twice as much."""
+    if max(width, height) > NARROW * min(width, height):
+        raise UserError(f"{path}: {width}x{height} pixels, one side is over {NARROW} times the "
+                        "other; crop it")
+    try:
+        factor = float(os.environ.get("MEDIA_LIMIT", 1))
+    except ValueError:
+        raise UserError("MEDIA_LIMIT: not a number; 2 allows clips of twice the size") from None
+    area = width * height
+    over = max(area / FRAME_PIXELS, area * frames / CLIP_PIXELS)
+    if over > factor:
+        raise UserError(f"{path}: {frames} frame(s) of {width}x{height} pixels are too large; "
+                        f"MEDIA_LIMIT={math.ceil(over)} in the environment allows it")
 
 
 def resize_crop(video, size):
@@ -279,7 +358,7 @@ def to_uint8(video):
 
 def _to_float(pixels):
     """uint8, or float in 0..255 -> [-1, 1]."""
-    return pixels.float().div(127.5).sub(1)
+    return pixels.to(torch.float32, copy=True).div_(127.5).sub_(1)
 
 
 def _rgb(image):
@@ -287,9 +366,11 @@ def _rgb(image):
     white."""
     if image.mode.startswith(("I", "F")):
         raise UserError(f"{image.filename}: a 16-bit or float picture; save it with 8 bits")
-    image = ImageOps.exif_transpose(image).convert("RGBA")
-    white = Image.new("RGBA", image.size, "white")
-    return np.array(Image.alpha_composite(white, image).convert("RGB"))
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return np.array(image.convert("RGB"))
 
 
 def reason_of(e):
@@ -304,6 +385,7 @@ def open_image(path):
     check_file(path, "picture")
     try:
         with Image.open(path) as image:
+            check_size(path, *image.size)
             return Image.fromarray(_rgb(image))
     except UserError:
         raise
@@ -344,15 +426,8 @@ def raft(size="small", weights=None, device="cpu"):
     """
     from torchvision.models import optical_flow
     network = getattr(optical_flow, f"raft_{size}")()
-    if weights is None:
-        url = f"https://download.pytorch.org/models/{RAFT[size]}"
-        try:
-            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", progress=False)
-        except Exception as e:  # offline, or no such file any more
-            raise UserError(f"cannot get {url} ({type(e).__name__}); download {RAFT[size]} "
-                            "elsewhere and give it with --flow-weights") from None
-    else:
-        state = load_weights(weights)
+    url = f"https://download.pytorch.org/models/{RAFT[size]}"
+    state = hub_weights(url, weights, "--flow-weights")
     load_strict(network, state, weights or f"RAFT {size}")
     network.requires_grad_(False).eval().to(device)
 
@@ -454,97 +529,213 @@ def resize(x, size):
 
 def natural_order(path):
     """Sorting key by which frame_2 comes before frame_10."""
-    return [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", path.name)]
+    parts = [int(s) if s.isdecimal() else s for s in re.split(r"(\d+)", path.name)]
+    return parts, path.name  # 1.png and 01.png, too, have an order
 
 
-def _gif_timeline(image):
+def _gif_timeline(path, image):
     """-> (stored frame of each shown frame, fps). Writers merge equal neighbours into one longer
     frame, so a stored frame stands for as many as its duration holds."""
+    check_size(path, *image.size)
+    check_size(path, *image.size, image.n_frames)  # all are decoded
     durations = []
     for i in range(image.n_frames):
         image.seek(i)
         durations.append(image.info.get("duration") or 100)
+    if sum(durations) > GIF_FRAMES * min(durations):
+        raise UserError(f"{path}: some frames are shown {max(durations) / 1000:g} s, others "
+                        f"{min(durations) / 1000:g} s; convert it to .mp4")
     timeline = [i for i, d in enumerate(durations) for _ in range(round(d / min(durations)))]
     return timeline, 1000 * len(timeline) / sum(durations)
 
 
-def _turns(matrix):
-    """Display matrix of a frame (phones film lying down) -> counter-clockwise quarter turns for
-    np.rot90."""
-    a, b = struct.unpack("=2i", matrix[:8])
-    return (0 if a > 0 else 2) if abs(a) > abs(b) else (-1 if b > 0 else 1)
+@contextmanager
+def _stream(path):
+    """Opens a container -> (file, the video stream that a player shows): not the cover of an
+    album, the default one first. A list of other files is refused, and nothing but files read."""
+    import av
+    from av.stream import Disposition
+    with av.open(f"file:{path}", options={"protocol_whitelist": "file"}) as file:
+        if file.format.name in PLAYLISTS:
+            raise UserError(f"{path}: a list of other files, not a video")
+        streams = [s for s in file.streams.video
+                   if s.codec_context and not s.disposition & Disposition.attached_pic]
+        if not streams:
+            raise UserError(f"{path}: no picture stream: only sound, a cover or an unknown codec")
+        stream = min(streams, key=lambda s: not s.disposition & Disposition.default)
+        check_size(path, stream.width, stream.height)
+        yield file, stream
 
 
-def _count(file):
-    """Frames of a container whose header does not tell (webm): decoded once, without converting
-    colours."""
-    n = 0
-    try:
-        while True:
-            file.metadata(index=n, constant_framerate=False)
-            n += 1
-    except StopIteration:
-        return n
+def _packets(file, stream):
+    """The whole packets of a stream, up to where a file is cut off, and the one that flushes."""
+    import av
+    with suppress(av.InvalidDataError, av.EOFError):
+        for packet in file.demux(stream):
+            if not packet.is_corrupt:
+                yield packet
+
+
+def _decoded(path, key=None):
+    """Yields (time stamp, frame, its stream) of a container, from the key frame stamped `key` on.
+
+    Stamps grow: a frame without one is a frame's length later than the one before. Left out are
+    frames that come too late, whose packets are damaged, and that an edit list hides.
+    """
+    import av
+    with _stream(path) as (file, stream):
+        if key is not None:
+            file.seek(key, stream=stream)
+        step, decoder = 1 / ((stream.guessed_rate or FOLDER_FPS) * stream.time_base), stream
+        if stream.metadata.get("alpha_mode") == "1":  # FFmpeg's own decoders see no alpha in webm
+            name = {"vp8": "libvpx", "vp9": "libvpx-vp9"}[stream.codec_context.name]
+            decoder = av.CodecContext.create(name, "r")
+        last = -math.inf
+        for packet in _packets(file, stream):
+            frames = []
+            with suppress(av.InvalidDataError):
+                frames = decoder.decode(packet)
+            for frame in frames:
+                stamp = frame.pts
+                if stamp is None:
+                    stamp = 0 if last == -math.inf else last + step
+                if stamp > last:
+                    last = stamp
+                    yield stamp, frame, stream
+
+
+def _time_stamps(path, exact):
+    """-> ([stamp of each frame that is shown], [stamps of key frames], seconds per stamp unit,
+    frames per second), all by the presentation time stamps. exact: decode the file to see which
+    frames are whole (a film would take minutes: its packets are believed)."""
+    with _stream(path) as (file, stream):
+        packets = [(p.pts, p.duration, p.is_keyframe, p.is_discard)
+                   for p in _packets(file, stream) if p.size]
+        stamps = [pts for pts, _, _, hidden in packets if not hidden]  # by an edit list
+        keys = [pts for pts, _, key, _ in packets if key]
+        one_frame = stream.codec_context.name in ONE_FRAME and keys and None not in stamps + keys
+        if not one_frame or exact and len(stamps) < FILM:
+            n, stamps, keys = len(stamps), [stamp for stamp, _, _ in _decoded(path)], []
+            if one_frame and 0 < len(stamps) < n:
+                warn(f"{path}: {n - len(stamps)} of {n} frames cannot be decoded and are left out")
+        # what precedes the first key frame cannot be decoded
+        stamps = sorted({s for s in stamps if not keys or s >= keys[0]})
+        if "mp4" in file.format.name:  # its time starts at 0: earlier frames are hidden
+            stamps = [s for s, after in zip(stamps, [*stamps[1:], math.inf]) if after > 0]
+        if not stamps:
+            raise UserError(f"{path}: no frame can be decoded")
+        length = next((length for pts, length, _, _ in packets if pts == stamps[-1]), None)
+        return stamps, keys, float(stream.time_base), _frame_rate(stamps, length, stream)
+
+
+def _frame_rate(stamps, length, stream):
+    """Frames per second by their stamps; length: of the last frame, None if unknown.
+
+    Stamps are rounded: where all agree with a rate that the header states, it is that rate.
+    """
+    tick, n = float(stream.time_base), len(stamps)
+    times = (np.array(stamps, float) - stamps[0]) * tick
+    stated = [float(r) for r in (stream.guessed_rate, stream.average_rate) if r] or [FOLDER_FPS]
+    for rate in stated if n > 1 else ():
+        if np.abs(times - np.arange(n) / rate).max() <= min(tick, 0.002):
+            return rate
+    last = length * tick if length else times[-1] / (n - 1) if n > 1 else 1 / stated[0]
+    return float(n / (times[-1] + last))
+
+
+@cache  # once per file
+def _warn_hdr(path):
+    warn(f"{path}: HDR; its colours are read as they are stored and look flat: convert it to SDR")
+
+
+def _shown(path, frame, stream):
+    """Decoded frame -> uint8 (h, w, 3) as a player shows it: colours by their tags (HD without a
+    tag is BT.709), alpha on white, square pixels, upright, one field of an interlaced frame."""
+    if frame.colorspace == UNTAGGED and (frame.height >= HD_LINES or frame.width >= 1280):
+        frame.colorspace = BT709
+    if stream.codec_context.color_trc in HDR:
+        _warn_hdr(path)
+    alpha = any(part.is_alpha for part in frame.format.components) or frame.format.name == "pal8"
+    width = max(1, round(frame.width * (stream.sample_aspect_ratio or 1)))
+    check_size(path, width, frame.height)
+    # one thread: starting several takes longer, on a busy machine 50 times so
+    pixels = frame.reformat(width, format="rgba" if alpha else "rgb24", threads=1).to_ndarray()
+    if alpha:
+        pixels = _rgb(Image.fromarray(pixels))
+    if frame.interlaced_frame and len(pixels) > 2:  # the lower field is of another moment
+        upper = pixels[::2].astype(np.uint16)
+        below = np.concatenate([upper[1:], upper[-1:]])[:len(pixels) // 2]
+        pixels[1::2] = (upper[:len(below)] + below) // 2
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is not None:
+        a, b, _, c, d = struct.unpack("=5i", bytes(matrix)[:20])  # (x, y) -> (a x + c y, b x + d y)
+        sideways = abs(b) > abs(a)
+        pixels = pixels.transpose(1, 0, 2) if sideways else pixels
+        across, down = (c, b) if sideways else (a, d)
+        pixels = pixels[::-1 if down < 0 else 1, ::-1 if across < 0 else 1]
+    return pixels
 
 
 @contextmanager
-def _opened(path):
-    """Yields (frames, fps, (h, w), get) of a video file, a gif or a folder of pictures; get(i) ->
-    uint8 (h, w, 3), cheap for ascending i. Whatever goes wrong with the file, here or in get, is
-    a UserError."""
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such video")
-    if not path.is_dir() and path.suffix.lower() not in VIDEOS:
-        raise UserError(f"{path}: not a video; known are {', '.join(VIDEOS)} and a folder of "
-                        "pictures")
+def _container(path, exact):
+    """_opened() for what PyAV reads."""
+    stamps, keys, tick, rate = _time_stamps(path, exact)
+    frames, at, now = _decoded(path), -1, (-math.inf, None, None)
+
+    def get(i):
+        nonlocal frames, at, now
+        before = [key for key in keys if key <= stamps[i]] if i - at > FAR else None
+        if before:  # far ahead: from the key frame before it
+            frames.close()
+            frames, now = _decoded(path, before[-1]), (-math.inf, None, None)
+            now = next(frames, now)
+            if now[0] > stamps[i]:  # the index of the file is wrong
+                frames, now = _decoded(path), (-math.inf, None, None)
+        at = i
+        while now[0] < stamps[i]:
+            now = next(frames, (math.inf, None, None))
+        if now[0] != stamps[i]:
+            raise UserError(f"{path}: frame {i} of {len(stamps)} cannot be decoded")
+        return _shown(path, *now[1:])
     try:
-        if path.is_dir():
-            files = [p for p in path.iterdir() if p.suffix.lower() in IMAGES]
-            files.sort(key=natural_order)
-            if not files:
-                raise UserError(f"{path}: no pictures in this folder ({', '.join(IMAGES)})")
+        times = [(stamp - stamps[0]) * tick for stamp in stamps]
+        yield times, rate, get(0).shape[:2], get
+    finally:
+        frames.close()
+
+
+@contextmanager
+def _opened(path, exact=False):
+    """Yields (times, fps, (h, w), get) of a video file, a gif or a folder of pictures: when each
+    frame is shown, in seconds from the first one; get(i) -> uint8 (h, w, 3), for ascending i.
+    exact: only frames that can be decoded count; else get may raise for some of a damaged file.
+    Whatever goes wrong with the file, here or in get, is a UserError."""
+    path, folder = Path(path), os.path.isdir(path)
+    if not folder:
+        check_file(path, "video")
+        if path.suffix.lower() not in VIDEOS:
+            raise UserError(f"{path}: not a video; known are {', '.join(VIDEOS)} and a folder of "
+                            "pictures")
+    try:
+        if folder:
+            files = list_pictures(path)
 
             def get(i):
-                with Image.open(files[i]) as image:
-                    return _rgb(image)
-            yield len(files), FOLDER_FPS, get(0).shape[:2], get
+                return np.array(open_image(files[i]))
+            times = [i / FOLDER_FPS for i in range(len(files))]
+            yield times, FOLDER_FPS, get(0).shape[:2], get
         elif path.suffix.lower() == ".gif":
             with Image.open(path) as image:
-                timeline, fps = _gif_timeline(image)
+                timeline, fps = _gif_timeline(path, image)
 
                 def get(i):
                     image.seek(timeline[i])
                     return _rgb(image)
-                yield len(timeline), fps, (image.height, image.width), get
+                times = [i / fps for i in range(len(timeline))]
+                yield times, fps, (image.height, image.width), get
         else:
-            with iio.imopen(path, "r", plugin="pyav") as file:
-                count, h, w = file.properties().shape[:3]
-                fps = file.metadata()["fps"]
-                count = count or _count(file)
-                # The matrix hangs on the frame. constant_framerate=False: count frames, don't
-                # seek by time.
-                first = file.metadata(index=0, constant_framerate=False) if count else {}
-                turns = _turns(first["DISPLAYMATRIX"]) if "DISPLAYMATRIX" in first else 0
-
-                # one thread converts a frame: starting several takes longer, on a busy machine 50
-                # times so
-                unpack = file._unpack_frame
-
-                def unpack_alone(frame, format):
-                    return unpack(frame.reformat(format=format, threads=1))
-                file._unpack_frame = unpack_alone
-                stream, at = file._video_stream, 0
-                # only where a frame's time tells its number
-                constant = stream.start_time in (0, None)
-                constant &= stream.guessed_rate == stream.average_rate
-
-                def get(i):
-                    nonlocal at
-                    far, at = constant and i - at > FAR, i
-                    # far ahead: from the key frame before it
-                    return np.rot90(file.read(index=i, constant_framerate=far), turns)
-                yield count, fps, (w, h) if turns % 2 else (h, w), get
+            with _container(path, exact) as clip:
+                yield clip
     except ImportError:
         raise UserError(f"{path}: reading needs PyAV (a .gif does not): pip install av") from None
     except UserError:
@@ -554,68 +745,49 @@ def _opened(path):
 
 
 def video_info(path):
-    """-> (frames, fps, (h, w)) from the header; a container that does not count its frames is
-    decoded."""
-    with _opened(path) as (count, fps, size, _):
-        return count, fps, size
+    """-> (frames, fps, (h, w)), as read_video() reads it: by the time stamps, upright."""
+    with _opened(path, exact=True) as (times, fps, size, _):
+        return len(times), fps, size
 
 
-def read_video(path, frames=None, fps=None, start=0, size=None):
-    """-> ((3, f, h, w) in [-1, 1], its fps). frames: exactly so many (None: all), with a stride
-    of round(file fps / fps) from `start`, an index or a torch.Generator that draws one. A clip
-    that is too short raises (VGen pads it with grey)."""
-    with _opened(path) as (count, rate, shape, get):
-        stride = max(1, round(rate / fps)) if fps else 1
-        last = count - 1 - ((frames or 1) - 1) * stride  # last possible start
+def read_video(path, frames=None, fps=None, start=0, size=None, stride=1):
+    """-> ((3, f, h, w) in [-1, 1], its fps). frames: exactly so many (None: all) from `start` on,
+    an index or a torch.Generator that draws one. fps: the frames that are shown at this rate,
+    by their times; at most the file's own. Without it, every stride-th frame. A clip that is too
+    short raises (VGen pads it with grey)."""
+    with _opened(path, exact=not frames) as (times, own, shape, get):
+        count, usual = len(times), own
+        if fps and count > 1:
+            usual = 1 / np.median(np.diff(times))  # of a variable rate, not the mean
+            usual = usual if usual > 1.05 * own else own
+        times = np.array(times) if fps else np.arange(count) / own
+        rate = min(fps, usual) if fps else own / stride
+        # frames from each one to the end; a quarter of a frame may be a stamp that was rounded
+        left = np.ceil((count / own - times) * rate - 0.25 * min(1, rate / own)).astype(int)
+        starts = int((left >= (frames or 1)).sum())
         if isinstance(start, torch.Generator):
-            start = int(torch.randint(max(last, 0) + 1, (), generator=start))
-        if start > last:
-            raise UserError(f"{path}: {count} frames at {rate:.4g} fps are too few for "
-                            f"{frames or 1} with stride {stride} from frame {start}")
-        clip = []
-        for i in range(start, start + frames * stride if frames else count, stride):
+            start = int(torch.randint(max(starts, 1), (), generator=start))
+        if start >= starts:
+            raise UserError(f"{path}: {count} frames at {own:.4g} fps are too few for "
+                            f"{frames or 1} at {rate:.4g} fps from frame {start}")
+        wanted = times[start] + np.arange(frames or left[start]) / rate
+        nearest = np.searchsorted((times[1:] + times[:-1]) / 2, wanted - 1e-6).tolist()
+        h, w = size or shape
+        check_size(path, w, h, len(nearest))
+        clip = torch.empty(3, len(nearest), h, w)
+        for k, i in enumerate(nearest):
             frame = get(i)
             if frame.shape[:2] != tuple(shape):
                 raise UserError(f"{path}: frame {i} has size {frame.shape[:2]}, the first one "
                                 f"{tuple(shape)}")
-            frame = torch.from_numpy(frame.copy()).permute(2, 0, 1)
-            # at once, so that long clips stay small
-            clip.append(resize_crop(frame.float(), size) if size else frame)
-    return _to_float(torch.stack(clip, 1)), rate / stride
+            frame = torch.from_numpy(frame.copy()).permute(2, 0, 1).float()
+            clip[:, k] = _to_float(resize_crop(frame, size) if size else frame)
+    return clip, float(rate)
 
 
-def list_videos(path):
-    """A clip, or a folder of clips -> their paths in natural order. A folder of pictures is one
-    clip.
-
-    If the folder has an index.jsonl (sample.py writes it), its clips are those that the index
-    lists, in that order: others are left over from an earlier run.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        return [path]
-    clips = sorted((p for p in path.iterdir() if p.suffix.lower() in VIDEOS), key=natural_order)
-    present = {clip.name: clip for clip in clips}
-    rows = [row for row in read_lines(path / "index.jsonl") if isinstance(row, dict)]
-    names = dict.fromkeys(str(row.get("file")) for row in rows)
-    listed = [present[name] for name in names if name in present]
-    if listed and len(listed) < len(clips):
-        left_out = len(clips) - len(listed)
-        warn(f"{path}: clips that index.jsonl does not list are left out ({left_out})")
-    return listed or clips or [path]
-
-
-def prompts_of(clips, file=None, prompt=None):
-    """A prompt for each of the clips (paths): lines of a file, or one for all, or sample.py's
-    index.jsonl."""
-    if file:
-        prompts = read_prompts(file)
-        if len(prompts) != len(clips):
-            raise UserError(f"{file}: {len(prompts)} prompts for {len(clips)} clips")
-        return prompts
-    index = clips[0].parent / "index.jsonl"
-    known = {row.get("file"): row.get("prompt", "") for row in read_lines(index)}
-    return [prompt or known.get(clip.name, "") for clip in clips]
+def is_clip(path):
+    """Is this a video, a gif or a folder of pictures, by its name?"""
+    return Path(path).suffix.lower() in VIDEOS or Path(path).is_dir()
 
 
 def codec_motion(video):
@@ -652,6 +824,52 @@ def codec_motion(video):
     return maps
 
 
+ARRAY_MILLIONS = 250  # largest array, or archive of arrays, in millions of numbers
+
+
+def array_header(file, length, source) -> int:
+    """Refuse a .npy stream of `length` bytes that lacks what its header promises. -> numbers"""
+    version = np.lib.format.read_magic(file)
+    header = np.lib.format
+    read = header.read_array_header_1_0 if version == (1, 0) else header.read_array_header_2_0
+    shape, _, kind = read(file)
+    if kind.kind not in "biuf":
+        raise UserError(f"{source}: an array of {kind}, not of numbers")
+    if math.prod(shape) * kind.itemsize > length - file.tell():
+        raise UserError(f"{source}: cut off: its header promises {math.prod(shape)} numbers, the "
+                        f"file has {length} bytes")
+    return math.prod(shape)
+
+
+def read_array(path, name) -> dict:
+    """.npy -> {name: array}; .npz -> its arrays, `name` among them.
+
+    Arrays hold numbers or booleans. Nothing is allocated before the header was checked.
+    """
+    path, count = check_file(path), 0
+    limit = float(os.environ.get("NANOVIDEO_ARRAY_MILLIONS", ARRAY_MILLIONS))
+    try:
+        archive = zipfile.is_zipfile(path)
+        with zipfile.ZipFile(path) if archive else path.open("rb") as file:
+            if not archive:
+                count = array_header(file, path.stat().st_size, path)
+            for member in file.infolist() if archive else ():
+                with file.open(member) as part:
+                    count += array_header(part, member.file_size, f"{path}: {member.filename}")
+        if count > limit * 1e6:
+            raise UserError(f"{path}: {count / 1e6:.0f} million numbers; the limit is {limit:g} "
+                            "(NANOVIDEO_ARRAY_MILLIONS=N in the environment raises it)")
+        content = np.load(path)
+        arrays = dict(content) if archive else {name: content}
+    except UserError:
+        raise
+    except Exception as e:  # zip, header and MemoryError alike mean one thing to the user
+        raise UserError(f"{path}: not a .npy or .npz file of numbers ({reason_of(e)})") from None
+    if name not in arrays:
+        raise UserError(f"{path}: holds no array {name!r}, only {', '.join(arrays)}")
+    return arrays
+
+
 def read_map(path, frames, size, channels):
     """A condition of VideoComposer -> (channels, f, h, w) float32: .npy as it is, a video or
     picture in 0..1.
@@ -661,11 +879,10 @@ def read_map(path, frames, size, channels):
     """
     kind = Path(path).suffix.lower()
     if kind == ".npy":
-        try:
-            value = torch.from_numpy(np.load(path)).float()
-        except (ValueError, TypeError, OSError, EOFError) as e:
-            raise UserError(f"{path}: not a .npy file of numbers ({reason_of(e)})") from None
+        value = torch.from_numpy(read_array(path, "map")["map"].astype(np.float32))
         value = value[None] if value.dim() == 3 else value
+        if not torch.isfinite(value).all():
+            raise UserError(f"{path}: holds NaN or infinity")
     elif kind in IMAGES:
         value = read_image(path, size)[:, None] / 2 + 0.5
     else:
@@ -675,8 +892,8 @@ def read_map(path, frames, size, channels):
     if value.dim() != 4 or value.shape[0] != channels:
         raise UserError(f"{path}: shape {tuple(value.shape)}; expected {channels} channel(s): "
                         f"({channels}, frames, height, width)")
-    if frames is not None and value.shape[1] != frames:
-        raise UserError(f"{path}: {value.shape[1]} frame(s) instead of {frames}")
+    if not value.numel() or (frames is not None and value.shape[1] != frames):
+        raise UserError(f"{path}: {value.shape[1]} frame(s) instead of {frames}, or empty frames")
     if tuple(value.shape[2:]) == tuple(size):
         return value
     return F.interpolate(value, size, mode="bilinear")
@@ -695,19 +912,30 @@ def write_video(path, video, fps=8):
         # A gif counts in 1/100 s: rounding the end of each frame, not its length, keeps the mean
         # rate.
         ends = [round(100 * i / fps) * 10 for i in range(len(frames) + 1)]
-        first, *rest = [Image.fromarray(x) for x in frames]
-        first.save(tmp, save_all=True, append_images=rest, loop=0, duration=np.diff(ends).tolist())
+        lengths = np.diff(ends).tolist()
+        duration = lengths if len(lengths) > 1 else lengths[0]
+        iio.imwrite(tmp, frames, extension=".gif", loop=0, duration=duration)
 
     def mp4(tmp):
+        import av
         h, w = frames.shape[1:3]
-        with iio.imopen(tmp, "w", plugin="pyav") as file:
-            file.init_video_stream("libx264", fps=fps, pixel_format="yuv420p")
-            options = {"crf": MP4_CRF}
+        even = (0, 0), (0, h % 2), (0, w % 2), (0, 0)  # 4:2:0 has even sides
+        hd = h + h % 2 >= HD_LINES
+        with av.open(str(tmp), "w") as file:
+            rate = max(Fraction(fps).limit_denominator(1001), Fraction(1, 1001))
+            stream = file.add_stream("libx264", rate, {"crf": MP4_CRF})
             if max(h, w) < 128:  # x264's fast code reads past so small a picture: files would vary
-                options["x264-params"] = "asm=0"
-            file._video_stream.options = options  # the plugin has no argument for it
-            even = (0, 0), (0, h % 2), (0, w % 2), (0, 0)  # 4:2:0 has even sides
-            file.write(np.pad(frames, even, mode="edge"))
+                stream.options |= {"x264-params": "asm=0"}
+            stream.width, stream.height, stream.pix_fmt = w + w % 2, h + h % 2, "yuv420p"
+            context = stream.codec_context
+            context.color_primaries = context.color_trc = BT709  # as sRGB's, near enough
+            context.colorspace, context.color_range = BT709 if hd else BT601, 1
+            for i, pixels in enumerate(np.pad(frames, even, mode="edge")):
+                frame = av.VideoFrame.from_ndarray(pixels, "rgb24").reformat(
+                    format="yuv420p", dst_colorspace="ITU709" if hd else "ITU601", threads=1)
+                frame.pts = i
+                file.mux(stream.encode(frame))
+            file.mux(stream.encode())
     try:
         write_atomic(path, gif if kind == ".gif" else mp4)
     except ImportError:
@@ -775,52 +1003,50 @@ def contact_sheet(videos, path, captions=None, frames=8, scale=None, headers=Non
 # Spellings in use for the same field; the first is ours, an earlier one wins where a row has
 # several.
 PROMPT_KEYS = ("prompt", "caption", "en_caption", "prompt_en", "text")
-VIDEO_KEYS = ("video", "path", "file", "file_name")
+VIDEO_KEYS = ("video", "path", "file", "file_name", "video_path", "file_path", "image_path")
 CAPTION_KEYS = ("caption", "text", "prompt", "en_caption")
-
-
-def _read_text(path):
-    """The whole file; a missing, not UTF-8 or empty one is refused."""
-    path = check_file(path)
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path}: not UTF-8 text (byte {e.start}); save it as UTF-8") from None
-    if not text.strip():
-        raise UserError(f"{path}: the file is empty")
-    return text
+TRACK_KEYS = ("tracking", "tracks")
+TABLES = (".csv", ".tsv", ".jsonl", ".json")
 
 
 def numbered_lines(path, comments="#"):
     """-> [(row, stripped line)] without blank lines and comments; rows count from 1 as in an
     editor."""
-    # split, not splitlines: that one also cuts at U+2028 and others, which may stand inside a
-    # caption or JSON
-    rows = [(n, s.strip()) for n, s in enumerate(_read_text(path).split("\n"), 1)]
+    text = read_text(path).replace("\r\n", "\n").replace("\r", "\n")
+    # not splitlines: that one also cuts at U+2028 and others, which may stand inside a caption or
+    # JSON
+    rows = [(n, check_text(s.strip(), f"{path} row {n}"))
+            for n, s in enumerate(text.split("\n"), 1)]
     rows = [(n, s) for n, s in rows if s and not (comments and s.startswith(comments))]
     if not rows:
         raise UserError(f"{path}: only comments and blank lines")
     return rows
 
 
-def _json(text, where):
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as e:
-        raise UserError(f"{where}: not valid JSON ({e})") from None
-
-
 def read_table(path):
-    """.csv with a header, or .jsonl -> [(row, dict)]. A csv row with surplus or missing fields is
-    refused: an unquoted comma would cut the caption silently, as in 17 of the 51 rows of DEMO's
-    own prompt file."""
-    if Path(path).suffix.lower() == ".jsonl":
-        rows = [(n, _json(s, f"{path} row {n}")) for n, s in numbered_lines(path, comments=None)]
-        for n, row in rows:
-            if not isinstance(row, dict):
-                raise UserError(f'{path} row {n}: not an object such as {{"prompt": "..."}}')
-        return rows
-    reader, rows = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True), []
+    """.csv or .tsv with a header, .jsonl or .json (a list) of objects -> [(row, dict)].
+
+    A csv row with surplus or missing fields is refused: an unquoted comma would cut the caption
+    silently, as in 17 of the 51 rows of DEMO's own prompt file.
+    """
+    kind = Path(path).suffix.lower()
+    if kind in (".csv", ".tsv"):
+        return _csv_rows(path, "\t" if kind == ".tsv" else ",")
+    if kind == ".json":
+        rows = list(enumerate(_list_file(path, "objects"), 1))
+    else:
+        rows = [(n, parse_json(s, f"{path} row {n}"))
+                for n, s in numbered_lines(path, comments=None)]
+    for n, row in rows:
+        if not isinstance(row, dict):
+            raise UserError(f'{path} row {n}: not an object such as {{"prompt": "..."}}')
+    return rows
+
+
+def _csv_rows(path, delimiter):
+    """read_table() of a .csv or .tsv."""
+    text = io.StringIO(read_text(path), newline="")
+    reader, rows = csv.reader(text, strict=True, delimiter=delimiter), []
     try:
         header = [name.strip() for name in next(reader)]
         if len(set(header)) != len(header):
@@ -828,8 +1054,8 @@ def read_table(path):
         for row in reader:
             if row and len(row) != len(header):
                 raise UserError(f"{path} row {reader.line_num}: {len(row)} fields, the header "
-                                f"{len(header)}; "
-                                'a text with a comma needs "double quotes"')
+                                f"{len(header)}; put a text with a comma in \"double quotes\", or "
+                                "save a .txt with a prompt per line")
             if row:
                 rows.append((reader.line_num, dict(zip(header, row))))
     except csv.Error as e:
@@ -847,17 +1073,38 @@ def field_of(row, keys, where):
         raise UserError(f"{where}: no `{keys[0]}` (nor {', '.join(keys[1:])}), only {found}")
     if not isinstance(row[key], str) or not row[key].strip():
         raise UserError(f"{where}: `{key}` is empty or not a text")
-    return row[key].strip()
+    return check_text(row[key].strip(), f"{where}: `{key}`")
 
 
-def _pairs(path, what):
-    """.txt of `path|||caption` lines -> [(row, path, caption)]."""
-    rows = [(n, [s.strip() for s in line.split("|||")]) for n, line in numbered_lines(path)]
-    for n, parts in rows:
-        if len(parts) != 2 or not all(parts):
-            raise UserError(f"{path} row {n}: wanted {what}|||caption, found "
-                            f"{'|||'.join(parts)[:60]!r}")
-    return [(n, *parts) for n, parts in rows]
+def _bar_rows(path, *names):
+    """.txt of lines such as `path|||caption` -> [(row, path, caption)]; names: of the fields."""
+    rows = [(n, *map(str.strip, line.split("|||"))) for n, line in numbered_lines(path)]
+    for n, *fields in rows:
+        if len(fields) != len(names) or not all(fields):
+            raise UserError(f"{path} row {n}: wanted {'|||'.join(names)}, found "
+                            f"{'|||'.join(fields)[:60]!r}")
+    return rows
+
+
+def listed_path(source, n, text, what, root=None):
+    """The file `text` of row n of a list, a `what`: below `root` if given, else below the list's
+    folder or the working directory. A Path stays as it is. Raises UserError if it is not there."""
+    beside, here = Path(source).parent / text, Path(text)
+    if isinstance(text, Path):
+        path = text
+    elif root:
+        path = Path(root, text)
+    elif not os.path.exists(here):
+        path = beside
+    elif os.path.exists(beside) and not os.path.samefile(beside, here):
+        raise UserError(f"{source} row {n}: {text} is both in the list's folder and in the working "
+                        "directory; --data-root FOLDER says which is meant")
+    else:
+        path = beside if os.path.exists(beside) else here
+    try:
+        return path if os.path.isfile(path) or os.path.isdir(path) else check_file(path, what)
+    except UserError as e:
+        raise UserError(f"{source} row {n}: {e}") from None
 
 
 def _json_prompts(data, path):
@@ -879,21 +1126,39 @@ def _json_prompts(data, path):
     return prompts
 
 
-def read_prompts(path):
-    """-> list of prompts. .txt: a line each, # comments; .csv or .jsonl: `prompt` (or caption,
-    en_caption, prompt_en, text) of each row; .json: see _json_prompts."""
+def read_seeded_prompts(path):
+    """-> [(prompt, seed or None)]. .txt: a line each, # comments, VGen's lines `prompt|seed`;
+    .csv, .tsv or .jsonl: `prompt` (or caption, en_caption, prompt_en, text) of each row; .json: see
+    _json_prompts."""
     kind = Path(path).suffix.lower()
     if kind == ".json":
-        return _json_prompts(_json(_read_text(path), path), path)
-    if kind in (".csv", ".jsonl"):
-        return [field_of(row, PROMPT_KEYS, f"{path} row {n}") for n, row in read_table(path)]
+        prompts = _json_prompts(parse_json(read_text(path), path), path)
+        return [(prompt, None) for prompt in prompts]
+    if kind in TABLES:
+        rows = read_table(path)
+        return [(field_of(row, PROMPT_KEYS, f"{path} row {n}"), None) for n, row in rows]
     if kind != ".txt":
-        raise UserError(f"{path}: prompt files are .txt, .csv, .jsonl or .json")
+        raise UserError(f"{path}: prompt files are .txt, .csv, .tsv, .jsonl or .json")
+    prompts = []
     for n, line in numbered_lines(path):
         if "|||" in line:
             raise UserError(f"{path} row {n}: image|||caption is for image-to-video; keep the "
                             "caption alone")
-    return [line for _, line in numbered_lines(path)]
+        seeded = re.fullmatch(r"(.*\S)\s*\|\s*(-?\d+)", line)
+        prompt, seed = seeded.groups() if seeded else (line, None)
+        try:
+            prompts.append((prompt, seed and SEED(seed)))
+        except ArgumentTypeError as e:
+            raise UserError(f"{path} row {n}: seed {e}") from None
+    return prompts
+
+
+def read_prompts(path):
+    """Prompts of read_seeded_prompts(), for uses without a seed per prompt."""
+    rows = read_seeded_prompts(path)
+    if any(seed is not None for _, seed in rows):
+        warn_once(f"{path}: the seeds after | are not used here")
+    return [prompt for prompt, _ in rows]
 
 
 def prompt_grid(nouns, activities):
@@ -905,96 +1170,266 @@ def prompt_grid(nouns, activities):
 
 
 def read_triples(path):
-    """.txt of lines `clip|||folder|||prompt` -> [(clip, folder, prompt)]."""
-    rows = [(n, [s.strip() for s in line.split("|||")]) for n, line in numbered_lines(path)]
-    for n, parts in rows:
-        if len(parts) != 3 or not all(parts):
-            raise UserError(f"{path} row {n}: wanted clip|||folder of references|||prompt")
-    return [tuple(parts) for _, parts in rows]
+    """.txt of lines `clip|||folder|||prompt` -> [(clip, folder, prompt)]; see listed_path()."""
+    rows = _bar_rows(path, "clip", "folder of references", "prompt")
+    return [(listed_path(path, n, clip, "clip"), listed_path(path, n, folder, "folder"), prompt)
+            for n, clip, folder, prompt in rows]
 
 
-def read_image_prompts(path):
-    """.txt of `image|||caption` lines -> [(image path, caption)]; paths relative to the file, and
-    checked."""
-    rows = [(n, Path(path).parent / image, caption) for n, image, caption in _pairs(path, "image")]
-    for n, image, _ in rows:
-        if not image.is_file():
-            raise UserError(f"{path} row {n}: {image}: no such picture")
-    return [(image, caption) for _, image, caption in rows]
+def read_image_prompts(path, root=None):
+    """.txt of `image|||caption` lines -> [(image path, caption)]; paths: see listed_path()."""
+    return [(listed_path(path, n, image, "picture", root), caption)
+            for n, image, caption in _bar_rows(path, "image", "caption")]
+
+
+# ---- which clips a folder or a list holds
+
+# names of hidden files, and of files that an editor, a browser or a killed writer leaves behind
+TEMPORARY = re.compile(r"^[.~]|~$|\.te?mp(\.|$)|\.(part|crdownload)$", re.IGNORECASE)
+LISTS = ("index.jsonl", *(f"metadata{kind}" for kind in (".csv", ".tsv", ".jsonl")))
+# lists that belong together line by line (CogVideoX, DaS, finetrainers)
+COLUMNS = {"caption": ("prompt.txt", "prompts.txt"), "video": ("videos.txt",),
+           "tracking": ("trackings.txt",), "image": ("images.txt",)}
+
+
+def list_folder(folder, temporary=False):
+    """What is in a folder, in natural order; hidden and temporary files only if asked for."""
+    try:
+        entries = sorted(Path(folder).iterdir(), key=natural_order)
+    except (OSError, ValueError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise UserError(f"{folder}: cannot be read ({reason}); check its name and permissions"
+                        ) from None
+    return [p for p in entries if temporary or not TEMPORARY.search(p.name)]
+
+
+def list_pictures(folder):
+    """Pictures in a folder, in natural order; none is a UserError."""
+    files = [p for p in list_folder(folder) if p.suffix.lower() in IMAGES]
+    if not files:
+        raise UserError(f"{folder}: no pictures in this folder ({', '.join(IMAGES)})")
+    return files
+
+
+def list_clips(source, captions="needed", tracks=False, root=None):
+    """Clips of any source -> (the file or folder that lists them, [(row, clip, caption)]).
+
+    source: a clip; a .csv, .tsv, .jsonl or .json list, WebVid's csv, a .txt of video|||caption
+    lines; or a folder with one of LISTS, with COLUMNS (matched line by line), with videos/ and
+    labels/, or with clips and same-named .txt. captions: "needed"; "found" (None where there is
+    none, and pictures are no clips); "ignored" (all are ""). tracks: rows are (row, clip, tracking
+    video, caption). root: see listed_path(). Two lists in a folder, texts that fit two clips, and
+    clips that are not there are refused; what a folder holds besides is left out with a warning.
+    """
+    source = Path(source)
+    if not os.path.isdir(source):
+        check_file(source, "folder or list of clips")
+    if os.path.isdir(source):
+        rows, source = _folder_rows(source, captions, tracks)
+    elif source.suffix.lower() in VIDEOS and not tracks:
+        rows = _single_clip(source, captions)
+    elif source.suffix.lower() in TABLES:
+        rows = _table_rows(source, captions, tracks)
+    elif source.suffix.lower() == ".txt" and not tracks:
+        rows = _text_rows(source, captions)
+    else:
+        files, lines = (("a folder with prompt.txt, videos.txt and trackings.txt",
+                         "a list with video, tracking, caption") if tracks else
+                        ("a folder", ".txt with video|||caption lines"))
+        raise UserError(f"{source}: wanted {files}, {', '.join(TABLES)}, or {lines}")
+    found = []
+    for n, clip, track, caption in rows:
+        paths = [listed_path(source, n, clip, "clip", root)]
+        if tracks:
+            paths.append(listed_path(source, n, track, "tracking video", root))
+        found.append((n, *paths, "" if captions == "ignored" else caption))
+    if source.name in LISTS or source.name in COLUMNS["video"]:
+        used = [path for row in found for path in row[1:2 + tracks]]
+        _say_left_out(source, used, [source.parent, *(path.parent for path in used)], VIDEOS)
+    return source, found
+
+
+def _say_left_out(source, used, folders, kinds=None):
+    """Warn of what lies in `folders` and is not in `used`; kinds: only files with these endings."""
+    used = set(map(os.path.abspath, used))
+    others = [p for folder in dict.fromkeys(map(os.path.abspath, folders))
+              for p in list_folder(folder, temporary=True)
+              if os.path.abspath(p) not in used and (not kinds or p.suffix.lower() in kinds)]
+    if others:
+        names = ", ".join(p.name for p in others[:3]) + ", ..." * (len(others) > 3)
+        warn_once(f"{source}: files that it does not list or that are no clips are left out "
+                  f"({len(others)}): {names}")
+
+
+def _folder_rows(folder, captions, tracks):
+    """-> [(row, clip, tracking video or None, caption or None)], the list or folder they are of."""
+    entries = list_folder(folder)
+    names = {p.name for p in entries}
+    listed = [name for name in LISTS if name in names]
+    columns = [name for column in COLUMNS.values() for name in column if name in names]
+    clips_here = any(p.suffix.lower() in VIDEOS + IMAGES for p in entries)
+    paired = {*columns} & {*COLUMNS["video"], *COLUMNS["tracking"]}
+    if paired or (columns and (tracks or not clips_here)):
+        listed.append(", ".join(columns))
+    labels = all(os.path.isdir(folder / name) for name in ("videos", "labels"))
+    listed += ["labels/"] * labels + ["clips beside it"] * (labels and clips_here)
+    if len(listed) > 1:
+        raise UserError(f"{folder}: clips are listed twice, in {' and in '.join(listed)}; give the "
+                        "list that counts, or keep only that one")
+    if listed and listed[0] in LISTS:
+        source = folder / listed[0]
+        return _table_rows(source, captions, tracks), source
+    if listed and not labels:
+        return _column_rows(folder, columns, captions, tracks), folder / COLUMNS["video"][0]
+    if tracks:
+        raise UserError(f"{folder}: prompt.txt: no such file; clips with tracking videos need "
+                        "prompt.txt, videos.txt and trackings.txt, or a metadata.csv")
+    clips = folder / "videos" if labels else folder
+    return _clips_beside(clips, folder / "labels" if labels else folder, captions), clips
+
+
+def _column_rows(folder, names, captions, tracks):
+    """_folder_rows() of lists that belong together line by line."""
+    needed = {"video": True, "caption": captions == "needed", "tracking": tracks}
+    columns = {}
+    for column, spellings in COLUMNS.items():
+        found = [name for name in spellings if name in names]
+        if len(found) > 1:
+            raise UserError(f"{folder}: {' and '.join(found)} are both there; keep one")
+        if needed.get(column) and not found:
+            raise UserError(f"{folder}: {spellings[0]}: no such file, but {', '.join(names)}")
+        if found:
+            columns[column] = dict(numbered_lines(folder / found[0], comments=None))
+    if len(set(map(len, columns.values()))) > 1:
+        counts = ", ".join(f"{name} {len(columns[key])}" for key in columns
+                           for name in COLUMNS[key] if name in names)
+        raise UserError(f"{folder}: the lists differ in length ({counts}), but belong together "
+                        "line by line")
+    apart = [n for lines in zip(*columns.values()) for n in lines if n != lines[0]]
+    if apart:
+        raise UserError(f"{folder}: row {apart[0]} of a list is an empty line of another "
+                        f"({', '.join(names)}); they belong together line by line")
+    if "image" in columns:
+        warn_once(f"{folder}/images.txt: is not read; the first frame of a clip is its picture")
+    tracking, caption = (columns.get(column, {}) for column in ("tracking", "caption"))
+    return [(n, clip, tracking.get(n), caption.get(n)) for n, clip in columns["video"].items()]
+
+
+def _table_rows(source, captions, tracks):
+    """_folder_rows() of a .csv, .tsv, .jsonl or .json."""
+    rows = []
+    index = source.name == LISTS[0]  # `video` and others are there what sample.py was given
+    for n, row in read_table(source):
+        where, text = f"{source} row {n}", None
+        if {"videoid", "name", "page_dir"} <= row.keys():  # WebVid
+            row = {"video": f"{row['page_dir']}/{row['videoid']}.mp4", "caption": row["name"]}
+        clip = field_of(row, ("file", "path") if index else VIDEO_KEYS, where)
+        track = field_of(row, TRACK_KEYS, where) if tracks else None
+        if index and captions == "found" and row.get("prompt") == "":
+            text = ""  # a prompt, too
+        elif captions == "needed" or (captions == "found" and any(map(row.get, CAPTION_KEYS))):
+            text = field_of(row, CAPTION_KEYS, where)
+        rows.append((n, clip, track, text))
+    return rows
+
+
+def _text_rows(source, captions):
+    """_folder_rows() of a .txt: video|||caption, or without captions a clip per line."""
+    if captions == "needed":
+        rows = _bar_rows(source, "video", "caption")
+        return [(n, clip, None, caption) for n, clip, caption in rows]
+    rows = [(n, line.partition("|||")) for n, line in numbered_lines(source)]
+    return [(n, clip.strip(), None, caption.strip() or None) for n, (clip, _, caption) in rows]
+
+
+def _single_clip(path, captions):
+    """_folder_rows() of a clip; its caption: of an index.jsonl or a .txt beside it."""
+    index, text = path.parent / LISTS[0], path.with_suffix(".txt")
+    caption = None
+    if captions == "found" and os.path.isfile(index):
+        rows = _table_rows(index, captions, tracks=False)
+        caption = next((row[3] for row in rows if row[1] == path.name), None)
+    elif captions == "needed" or (captions == "found" and os.path.isfile(text)):
+        caption = _caption_file(text, path)
+    return [(1, path, None, caption)]
+
+
+def _caption_file(text, clip):
+    """The caption in a .txt file."""
+    if not os.path.lexists(text):
+        raise UserError(f"{clip}: no caption beside it; write {text.name}, or metadata.csv for all")
+    return check_text(" ".join(read_text(text).split()), text)
+
+
+def _clips_beside(folder, texts, captions):
+    """_folder_rows() of clips, and sub-folders of pictures, with a same-named .txt in `texts`."""
+    normal = partial(unicodedata.normalize, "NFC")  # macOS writes an accent as a letter of its own
+    entries, files = list_folder(folder), {}
+    for p in list_folder(texts):
+        if p.suffix.lower() == ".txt":
+            files.setdefault(normal(p.stem), []).append(p)
+    kinds = VIDEOS + (() if captions == "found" else IMAGES)
+    clips = {p: normal(p.name if os.path.isdir(p) else p.stem) for p in entries
+             if (normal(p.name) in files if os.path.isdir(p) else p.suffix.lower() in kinds)}
+    if not clips and captions == "found" and any(p.suffix.lower() in IMAGES for p in entries):
+        return [(1, folder, None, None)]  # one clip, as pictures
+    if not clips:
+        raise UserError(f"{folder}: no clips in this folder ({', '.join(VIDEOS[:9])} ...)")
+    rows, owner = [], {}
+    for n, (clip, stem) in enumerate(clips.items(), 1):
+        if os.path.isdir(clip):
+            list_pictures(clip)
+        found = files.get(stem, [])
+        if captions != "ignored" and len(found) > 1 or (found and stem in owner):
+            both = [p.name for p in found] if len(found) > 1 else [owner[stem].name, clip.name]
+            raise UserError(f"{folder}: {' and '.join(both)} share a name, so that clips and "
+                            "captions cannot be matched; rename one")
+        owner[stem], caption = clip, None
+        if captions == "needed" or (captions == "found" and found):
+            caption = _caption_file(found[0] if found else texts / f"{stem}.txt", clip)
+        rows.append((n, clip, None, caption))
+    used = [*clips, *(p for stem in owner for p in files.get(stem, []))]
+    _say_left_out(folder, used, [folder, texts])
+    return rows
+
+
+def clips_with_prompts(path, file=None, prompt=None):
+    """Clips to score or to enlarge -> [(clip, prompt or None)].
+
+    The prompts are those of a file (in the order of the clips, or a .json by their names), one for
+    all, or those that list_clips() finds.
+    """
+    rows = list_clips(path, "found")[1]
+    if not file:
+        return [(clip, caption if prompt is None else prompt) for _, clip, caption in rows]
+    prompts, named = read_prompts(file), {}
+    if Path(file).suffix.lower() == ".json":
+        named = parse_json(read_text(file), file)
+        named = named.get("prompts", named) if isinstance(named, dict) else {}
+    if isinstance(named, dict) and any(clip.name in named for _, clip, _ in rows):
+        by_name = dict(zip(named, prompts))
+        prompts = [by_name[clip.name] for _, clip, _ in rows if clip.name in by_name]
+    if len(prompts) != len(rows):
+        raise UserError(f"{file}: {len(prompts)} prompts for {len(rows)} clips")
+    return [(clip, text) for (_, clip, _), text in zip(rows, prompts)]
 
 
 # ---- data sets of clips with captions
 
-def _folder_rows(folder, captions=True):
-    """Clips with a same-named .txt beside them -> [(row, path, caption)]; also sub-folders of
-    pictures."""
-    clips = [p for p in folder.iterdir() if not p.name.startswith(".") and
-             (p.suffix.lower() in VIDEOS + IMAGES
-              or (p.is_dir() and p.with_name(p.name + ".txt").is_file()))]
-    rows = []
-    for n, clip in enumerate(sorted(clips, key=natural_order), 1):
-        text = clip.with_name((clip.name if clip.is_dir() else clip.stem) + ".txt")
-        if not captions:
-            rows.append((n, clip, ""))
-            continue
-        if not text.is_file():
-            raise UserError(f"{clip}: no caption beside it; write {text.name}, or metadata.csv for "
-                            "all")
-        rows.append((n, clip, " ".join(_read_text(text).split())))
-    if not rows:
-        raise UserError(f"{folder}: no clips in this folder ({', '.join(VIDEOS)})")
-    return rows
-
-
-def clip_rows(source, captions=True):
-    """Any source of VideoDataset -> (file that lists the clips, [(row, path, caption)]).
-
-    captions False: none are looked for, all are "".
-    """
-    source = Path(source)
-    if not source.exists():
-        raise UserError(f"{source}: no such folder or list of clips")
-    if source.is_dir():
-        listed = [p for p in (source / "metadata.csv", source / "metadata.jsonl") if p.is_file()]
-        if not listed:
-            return source, _folder_rows(source, captions)
-        source = listed[0]
-    kind = source.suffix.lower()
-    if kind in (".csv", ".jsonl"):
-        table = [(n, row, f"{source} row {n}") for n, row in read_table(source)]
-        rows = [(n, field_of(row, VIDEO_KEYS, w),
-                 field_of(row, CAPTION_KEYS, w) if captions else "")
-                for n, row, w in table]
-    elif kind == ".txt" and not captions:
-        rows = [(n, line.split("|||")[0].strip(), "") for n, line in numbered_lines(source)]
-    elif kind == ".txt":
-        rows = _pairs(source, "video")
-    else:
-        raise UserError(f"{source}: wanted a folder, .csv, .jsonl, or .txt with video|||caption "
-                        "lines")
-    return source, [(n, source.parent / clip, caption) for n, clip, caption in rows]
-
-
-def quick_files():
-    """Before many clips: imageio collects garbage at every close, 0.5 s each when transformers is
-    loaded."""
-    gc.freeze()  # what is here now is no garbage
-    atexit.register(gc.unfreeze)
-
-
 class VideoDataset(torch.utils.data.Dataset):
-    """Items {"video": (3, frames, height, width) in [-1, 1], "text": str, "path": str}. source: a
-    folder (clips with same-named .txt, or a metadata.csv / .jsonl), a .csv with the columns
-    `video,caption` (or path, file, file_name; text, prompt, en_caption), .jsonl with these keys,
-    or .txt with VGen's lines `video|||caption`; paths are relative to the list. The list is
-    checked here, a clip when it is read: a bad one (corrupt, empty, too short, changing size) is
-    named, counted, and replaced by the next row; past 1 % of the rows, and more than one, the run
-    stops. Pictures count as clips when frames == 1. Item (i, number) is row i, its start drawn
-    for `number` alone: a clip that comes again starts elsewhere."""
+    """Items {"video": (3, frames, height, width) in [-1, 1], "text": str, "path": str}. source,
+    root: see list_clips(). The list is checked here, a clip when it is read: a bad one (corrupt,
+    empty, too short, changing size) is named, counted, and replaced by the next row; past 1 % of
+    the rows, and more than one, the run stops. Pictures count as clips when frames == 1. Item (i,
+    number) is row i, its start drawn for `number` alone: a clip that comes again starts
+    elsewhere."""
 
-    def __init__(self, source, frames, height, width, fps=None, seed=0, rows=None, captions=True):
+    def __init__(self, source, frames, height, width, fps=None, seed=0, root=None, rows=None,
+                 captions=True):
         # rows: already read, [(row, path, caption)]
-        self.source, self.rows = clip_rows(source, captions) if rows is None else (source, rows)
+        if rows is None:
+            source, rows = list_clips(source, "needed" if captions else "ignored", root=root)
+        self.source, self.rows = source, rows
         self.frames, self.size, self.fps, self.seed = frames, (height, width), fps, seed
         known = {}
         twice = [n for n, *clip in self.rows if known.setdefault(tuple(clip), n) != n]
@@ -1002,14 +1437,13 @@ class VideoDataset(torch.utils.data.Dataset):
             warn(f"{self.source} row {twice[0]}: clip and caption stand in an earlier row, too "
                  f"({len(twice)} such rows): they count double")
         for n, path, _ in self.rows:
-            if not path.exists():
-                raise UserError(f"{self.source} row {n}: {path}: no such clip")
             if path.suffix.lower() in IMAGES and frames != 1:
                 raise UserError(f"{self.source} row {n}: {path}: a picture is one frame; use "
                                 "--frames 1")
         # in shared memory: the workers of a loader count their bad clips together
-        self.bad = torch.zeros(len(self.rows), dtype=torch.bool).share_memory_()
-        quick_files()
+        self.bad = torch.zeros(len(self.rows), dtype=torch.bool)
+        with suppress(RuntimeError):  # none is left: readers will say so
+            self.bad.share_memory_()
 
     def __len__(self):
         return len(self.rows)
@@ -1052,7 +1486,7 @@ class VideoDataset(torch.utils.data.Dataset):
 
 def _list_file(path, what):
     """A JSON file that holds a list of objects."""
-    rows = _json(_read_text(path), path)
+    rows = parse_json(read_text(path), path)
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: not a list of {what}")
     return rows
@@ -1064,7 +1498,7 @@ def read_clips(folder):
     for i, row in enumerate(_list_file(path, "clips")):
         try:
             clip, caption = row["basic"]["clip_path"], row["misc"]["frame_caption"][0]
-            rows.append((Path(folder, clip), caption))
+            rows.append((Path(folder, clip), check_text(caption, f"{path} row {i}")))
         except (KeyError, IndexError, TypeError):
             raise UserError(f'{path} row {i}: wanted {{"basic": {{"clip_path": ...}}, "misc": '
                             '{"frame_caption": [...]}}') from None
@@ -1084,7 +1518,7 @@ class PairDataset(torch.utils.data.Dataset):
         self.frames, self.size, self.seed = frames, (height, width), seed
         self.rows, self.scores = [], []
         for folder in folders:
-            if not Path(folder).is_dir():
+            if not os.path.isdir(folder):
                 raise UserError(f"{folder}: no such folder of pairs (metadata.json, pair.json and "
                                 "clips)")
             clips, path = read_clips(folder), Path(folder, "pair.json")
@@ -1102,10 +1536,11 @@ class PairDataset(torch.utils.data.Dataset):
         text = text[0] if isinstance(text, list) and text else text
         if not isinstance(text, str):
             raise UserError(f"{where}: frame_caption is no text")
+        check_text(text, where)
         if not isinstance(score, (int, float)) or not 0 < score < float("inf"):
             raise UserError(f"{where}: score {score} is no number above 0")
         for clip in (winner, loser):
-            if not clip.exists():
+            if not os.path.exists(clip):
                 raise UserError(f"{where}: {clip}: no such clip")
         self.rows.append((where, winner, loser, text))
         self.scores.append(float(score))
@@ -1124,10 +1559,10 @@ class PairDataset(torch.utils.data.Dataset):
         try:
             clips = []
             for k, path in enumerate(paths):
-                count, rate, _ = video_info(path)
-                fps = rate / 4 if count > 4 * (self.frames - 1) else None
+                count = video_info(path)[0]
+                stride = 4 if count > 4 * (self.frames - 1) else 1
                 start = generator(self.seed, "clip", number, k)
-                clips.append(read_video(path, self.frames, fps, start, self.size)[0])
+                clips.append(read_video(path, self.frames, None, start, self.size, stride)[0])
         except UserError as e:
             raise UserError(f"{where}: {reason_of(e)}") from None
         return {"video": torch.stack(clips), "text": text, "number": number}
@@ -1146,9 +1581,9 @@ class Few(torch.utils.data.Dataset):
         return self.items[item[0]]
 
 
-def check_dataset(source, frames, height, width, fps=None):
+def check_dataset(source, frames, height, width, fps=None, root=None):
     """Read every clip once, print the bad rows and a summary -> number of bad rows."""
-    dataset, bad = VideoDataset(source, frames, height, width, fps), 0
+    dataset, bad = VideoDataset(source, frames, height, width, fps, 0, root), 0
     for i, (n, _, _) in enumerate(dataset.rows):
         try:
             dataset.load(i, i)
@@ -1168,8 +1603,10 @@ def main(argv=None):
     p.add_argument("--height", type=p.COUNT, default=256, help="pixels")
     p.add_argument("--width", type=p.COUNT, default=256, help="pixels")
     p.add_argument("--fps", type=p.POSITIVE, help="wanted sampling rate (default: every frame)")
+    p.options("data", only=["--data-root"])
     args = p.parse_args(argv)
-    sys.exit(1 if check_dataset(args.check, args.frames, args.height, args.width, args.fps) else 0)
+    size = args.frames, args.height, args.width
+    sys.exit(1 if check_dataset(args.check, *size, args.fps, args.data_root) else 0)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ Differences from the original code (the others: docs/differences/demo.md)
  - Guidance reads the negative prompt by both encoders: --drop-motion trains that (on tiny
    0.1), but does not pull the feature of the negative prompt to the clip's image.
 """
+from common import Parser, Run, UserError, run_command, seed_of, trained  # first: for signals
 import torch
 import torch.nn.functional as F
 
@@ -41,7 +42,6 @@ import data
 import pipeline
 import tinyworld
 from bases import NEGATIVE, base_row, choose_sampling, load_base
-from common import Parser, Run, UserError, run_command, seed_of, trained
 from diffusion import diffusion_loss, randn
 from models import MotionBlock, parallelize, seed_dropout
 
@@ -237,7 +237,8 @@ def main(argv=None):
 def read_clips(args, sampling):
     """-> data set of clips, --data's rows (number, path, caption), evaluation prompts."""
     if args.data:
-        clips = data.VideoDataset(args.data, *sampling.size, args.read_fps, args.seed)
+        clips = data.VideoDataset(
+            args.data, *sampling.size, args.read_fps, args.seed, args.data_root)
         rows, prompts = clips.rows, [clips.rows[0][2]]
     elif base_row(args.base).tiny:
         flawed = base_row(args.base).flawed
@@ -275,8 +276,7 @@ def encode_clips(base, env, video, optical_flow, embed_image):
     video = video.to(env.device)
     encoded = pipeline.encode_clips(base, env, video)
     if optical_flow:
-        side = min(128, *video.shape[3:])
-        encoded["flow"] = data.frame_flow(optical_flow, video, side).cpu()
+        encoded["flow"] = data.frame_flow(optical_flow, video, min(128, *video.shape[3:])).cpu()
     if embed_image:
         encoded["image"] = embed_image(video[:, :, video.shape[2] // 2]).float().cpu()
     return encoded

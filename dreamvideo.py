@@ -32,7 +32,8 @@ the path is decided before the subject, which was learned from still pictures, a
 
 Differences from the original code are in docs/differences/dreamvideo.md.
 """
-from pathlib import Path
+from common import Parser, Run, UserError, run_command, trained  # first: for signals
+import os
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,6 @@ import data
 import pipeline
 import tinyworld
 from bases import base_row, choose_sampling, load_base, read_words
-from common import Parser, Run, UserError, run_command, trained
 from diffusion import diffusion_loss, randn
 from models import Adapter, parallelize, seed_dropout
 from weights import LEARNED
@@ -220,11 +220,12 @@ def read_data(args, sampling):
     row, (frames, *size), measure = base_row(args.base), sampling.size, None
     if not row.tiny and not args.data:
         raise UserError("--data: give a folder or list of pictures (--stage motion: clips)")
-    if args.learned and not Path(args.learned).exists():
+    if args.learned and not os.path.exists(args.learned):
         raise UserError(f"--learned {args.learned}: no such file, nor a run's folder")
     previews = tinyworld.tiny_previews(args.stage != "motion")
     if args.stage == "motion" and args.data:
-        clips = data.VideoDataset(args.data, frames, *size, args.read_fps, args.seed)
+        clips = data.VideoDataset(
+            args.data, frames, *size, args.read_fps, args.seed, args.data_root)
         previews = [(pipeline.frame_picture(clips[0, 0]["video"][:, 0]), clips.rows[0][2])]
     elif args.stage == "motion":
         clips, path = tinyworld.tiny_motion(args.seed, 3, args.motion, frames)
@@ -232,7 +233,7 @@ def read_data(args, sampling):
     else:
         cells = [side // row.vae.factor for side in size] if args.masked_loss else None
         if args.data:
-            subject = read_subject(args.data, size, cells)
+            subject = read_subject(args.data, size, cells, args.data_root)
             previews = [(None, subject[0]["text"])]
         else:
             subject = tinyworld.tiny_subject(args.seed, 4)
@@ -240,26 +241,23 @@ def read_data(args, sampling):
         still = [stand_still(item, args.picture_frames, cells) for item in subject]
         clips = data.Few(still)
     if args.eval_prompts:
-        previews = pipeline.read_image_pairs(args.eval_prompts, row)
+        previews = [line[:2] for line in pipeline.read_image_rows(args.eval_prompts, row)]
     return clips, previews[:args.eval_n], measure
 
 
-def read_subject(source, size, cells=None):
+def read_subject(source, size, cells=None, root=None):
     """Pictures of a subject -> [{"video" (3,1,h,w) in [-1,1], "text", "mask" (1,1,*cells)}]
 
     source: a folder, or a .txt of DreamVideo's lines picture|||caption, {} meaning *.
-    size (h, w) in pixels; cells: in latents, for masks/NAME.png; None: without masks.
+    root: see data.listed_path(). size (h, w) in pixels; cells: in latents, for
+    masks/NAME.png; None: without masks.
     """
-    source = Path(source)
-    if not source.exists():
+    if not os.path.exists(source):
         raise UserError(f"{source}: no such folder or list of pictures")
-    if source.is_dir():
-        files = [p for p in source.iterdir() if p.suffix.lower() in data.IMAGES]
-        rows = [(p, "a *") for p in sorted(files, key=data.natural_order)]
+    if os.path.isdir(source):
+        rows = [(picture, "a *") for picture in data.list_pictures(source)]
     else:
-        rows = data.read_image_prompts(source)
-    if not rows:
-        raise UserError(f"{source}: no pictures in this folder ({', '.join(data.IMAGES)})")
+        rows = data.read_image_prompts(source, root)
     items = []
     for path, text in rows:
         picture = data.open_image(path)

@@ -32,13 +32,13 @@ Differences from the original: its training code is not public; this follows the
  - The scale of gamma_m is ours, chosen to fit the public weights, see motion_factors().
  - The look of a frame is its CLIP embedding alone.
 """
+from common import Parser, Run, run_command, trained  # first: for signals
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
 from bases import choose_sampling, load_base
-from common import Parser, Run, run_command, trained
 from data import clip_frames
 from diffusion import appearance_rows, diffusion_loss, draw_noise
 from models import parallelize, seed_dropout

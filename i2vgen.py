@@ -37,13 +37,13 @@ Differences from the original code (the others: docs/differences/i2vgen.md)
    unconditional branch must have been trained: --drop-text and --drop-image 0.1.
  - CogVideoX: sigma and the image's dropout are drawn per clip, not per batch.
 """
+from common import Parser, Run, UserError, run_command, seed_of, trained  # first: for signals
 import torch
 
 import data
 import pipeline
 import tinyworld
 from bases import base_row, choose_sampling, load_base
-from common import Parser, Run, UserError, run_command, seed_of, trained
 from diffusion import diffusion_loss, offset_noise, randn
 from models import parallelize, seed_dropout
 
@@ -140,7 +140,8 @@ def main(argv=None):
     sampling = choose_sampling(args.base, args, method="i2vgen")
     read_fps = args.read_fps or sampling.fps
     if args.data:
-        clips = data.VideoDataset(args.data, *sampling.size, read_fps, args.seed)
+        clips = data.VideoDataset(
+            args.data, *sampling.size, read_fps, args.seed, args.data_root)
     else:
         clips = tinyworld.TinyWorld(
             TINY_CLIPS[args.scratch], sampling.frames, args.seed, args.motion)

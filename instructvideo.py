@@ -30,6 +30,7 @@ Differences from the original code (the others: docs/differences/instructvideo.m
  - Randomness is keyed by the sample's number, not the clock, so runs repeat and resume
    exactly.
 """
+from common import Parser, Run, UserError, run_command, trained  # first: for signals
 from collections import defaultdict, deque
 from dataclasses import replace
 
@@ -37,7 +38,6 @@ import numpy as np
 import torch
 
 from bases import choose_sampling, load_base
-from common import Parser, Run, UserError, run_command, trained
 from data import read_batches
 from diffusion import ddim_updates, randn
 from models import add_lora, parallelize, start_from_lora
@@ -195,7 +195,7 @@ def main(argv=None):
     data, captions, held_out = read_captioned(args, sampling)
     lora = lora_file(args.lora) if args.lora else None
     run = Run(args, "instructvideo")
-    reward = get_reward(args.reward, run.device, args.reward_weights)
+    reward = get_reward(args.reward, run.device, args.reward_weights, run.out)
     prompts = [*captions, *(prompt for _, prompt in held_out)]
     reward.check(prompts)
 

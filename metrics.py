@@ -11,6 +11,7 @@
 
 Every clip's scores and their means are printed and written to scores.json beside the clips.
 """
+from common import Parser, UserError, run_command, write_atomic  # first: for signals
 import json
 from pathlib import Path
 
@@ -19,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from common import Parser, UserError, run_command, write_atomic
-from data import IMAGES, list_videos, open_image, prompts_of, read_triples, read_video, to_uint8
-from text_encoders import DINO, dino_name
-from weights import load_weights, rename
+from data import (
+    clips_with_prompts, list_pictures, open_image, read_triples, read_video, to_uint8)
+from text_encoders import DINO, dino_name, tokenize
+from weights import hub_weights, load_strict, rename
 
 # ---- features
 
@@ -62,11 +63,15 @@ def clip_towers(weights=None, device="cpu", name="ViT-B-32-quickgelu"):
     net.eval().requires_grad_(False).to(device)
     words = open_clip.get_tokenizer(name)
 
+    def texts(prompts):
+        tokenize(prompts)  # says what is cut
+        return net.encode_text(words(prompts).to(device)).float().cpu()
+
     def images(pictures):
         parts = [torch.stack([prepare(p) for p in pictures[i:i + 32]])
                  for i in range(0, len(pictures), 32)]
         return torch.cat([net.encode_image(part.to(device)).float().cpu() for part in parts])
-    return images, lambda texts: net.encode_text(words(texts).to(device)).float().cpu()
+    return images, texts
 
 
 def dino_tower(weights=None, device="cpu", net=None):
@@ -74,16 +79,8 @@ def dino_tower(weights=None, device="cpu", net=None):
     authors' site.
     """
     from torchvision import transforms  # slow to import
-    if weights is None:
-        try:
-            state = torch.hub.load_state_dict_from_url(DINO_URL, map_location="cpu", progress=False)
-        except Exception as e:  # offline
-            raise UserError(f"cannot get {DINO_URL} ({type(e).__name__}); download it elsewhere "
-                            "and give it with --dino-weights") from None
-    else:
-        state = load_weights(weights)
-    net = net or DINO()
-    net.load_state_dict(rename(state, net, dino_name, weights or DINO_URL))
+    state, net = hub_weights(DINO_URL, weights, "--dino-weights"), net or DINO()
+    load_strict(net, rename(state, net, dino_name, weights or DINO_URL), weights or DINO_URL)
     net.eval().requires_grad_(False).to(device)
     prepare = transforms.Compose([
         transforms.Resize(256, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(224),
@@ -127,28 +124,18 @@ def psnr(a, b):
 def read_rows(args):
     """-> [(clip, folder of references or None, prompt)], all checked."""
     source = Path(args.clips)
-    if source.suffix == ".txt":
-        rows = [(source.parent / clip, source.parent / folder, prompt)
-                for clip, folder, prompt in read_triples(source)]
+    if source.suffix.lower() == ".txt":
+        rows = read_triples(source)
     else:
-        clips = list_videos(source)
-        prompts = prompts_of(clips, args.prompts)
-        if "" in prompts:
-            raise UserError(f"{clips[prompts.index('')]}: no prompt in index.jsonl beside it; give "
-                            "--prompts FILE, a line a clip in the order of their names")
         folder = args.references and Path(args.references)
-        rows = [(clip, folder, prompt) for clip, prompt in zip(clips, prompts)]
-    for clip, folder, _ in rows:
-        if not clip.exists():
-            raise UserError(f"{clip}: no such clip")
-        if folder and not references(folder):
-            raise UserError(f"{folder}: no pictures of the subject there ({', '.join(IMAGES)})")
+        rows = [(clip, folder, prompt) for clip, prompt in clips_with_prompts(source, args.prompts)]
+    for clip, folder, prompt in rows:
+        if prompt is None:
+            raise UserError(f"{clip}: no prompt in index.jsonl beside it; give --prompts FILE, a "
+                            "line a clip in the order of their names")
+        if folder:
+            list_pictures(folder)
     return rows
-
-
-def references(folder):
-    """Picture files in a folder, in order."""
-    return sorted(p for p in folder.glob("*") if p.suffix.lower() in IMAGES)
 
 
 @torch.no_grad()
@@ -176,7 +163,7 @@ def main(argv=None):
         dino = dino_tower(args.dino_weights, args.device)
     for path, folder, prompt in rows:
         frames = [Image.fromarray(frame) for frame in to_uint8(read_video(path)[0])]
-        pictures = [open_image(file) for file in references(folder)] if folder else []
+        pictures = [open_image(file) for file in list_pictures(folder)] if folder else []
         scores.append(score_clip(frames, prompt, pictures, clip, dino))
         print(path.name, " ".join(f"{k} {v:.4f}" for k, v in scores[-1].items()), flush=True)
     names = dict.fromkeys(k for s in scores for k in s)
@@ -184,7 +171,7 @@ def main(argv=None):
     print(f"mean of {len(rows)} clips:", " ".join(f"{k} {v:.4f}" for k, v in mean.items()))
     clips = [dict(clip=str(path), prompt=prompt, **s) for (path, _, prompt), s in zip(rows, scores)]
     text = json.dumps(dict(mean=mean, clips=clips), indent=1)
-    write_atomic(rows[0][0].parent / "scores.json", lambda p: p.write_text(text))
+    write_atomic(rows[0][0].parent / "scores.json", lambda p: p.write_text(text, "utf-8"))
 
 
 if __name__ == "__main__":

@@ -22,9 +22,10 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common import UserError, seed_of
+from common import UserError, is_plain, meet, seed_of
 from weights import (
-    below, load_strict, load_weights, looks_like, lora_format, peft_lora, rename, turbo_lora)
+    bare_keys, below, load_strict, looks_like, lora_format, named_lora, open_weights, rename,
+    turbo_lora)
 
 # ---- layers shared by all networks
 
@@ -1146,38 +1147,56 @@ def turbo_lora_layers(net):
     return rest[:at] + moved + rest[at:]
 
 
+def public_layers(net):
+    """{name of a layer with a weight, in the public files' namings and in ours: ours}."""
+    ours = [n for n, m in net.named_modules() if isinstance(getattr(m, "weight", None), Tensor)]
+    layers = {}
+    if isinstance(net, UNet3D):
+        layers = {videocrafter_name(f"{n}.").removesuffix("."): n for n in ours}
+    if isinstance(net, UNet3D) and not net.cfg.motion_blocks:  # diffusers has no DEMO
+        blocks = net.cfg.num_res_blocks
+        layers |= {unet_diffusers_name(f"{n}.weight", blocks).removesuffix(".weight"): n
+                   for n in ours}
+    return layers | {n: n for n in ours}
+
+
 def lora_pairs(net, lora, path):
     """{layer.lora_A.weight, layer.lora_B.weight: tensor} -> {layer: (A, B)} that fit `net`."""
+    def outer(shape):  # a Linear's (in,) is a 1x1 convolution's (in, 1, 1)
+        return tuple(shape[:1]) + tuple(n for n in shape[1:] if n > 1)
     shapes, pairs = {k: v.shape for k, v in net.state_dict().items()}, {}
     for layer in dict.fromkeys(key.rpartition(".lora_")[0] for key in lora):
         down, up = (lora.get(f"{layer}.lora_{side}.weight") for side in "AB")
         if down is None or up is None or min(down.ndim, up.ndim) < 2:
             raise UserError(f"--lora {path}: {layer} is no pair of matrices A and B")
-        fit = (up.shape[0], *down.shape[1:]) == shapes.get(f"{layer}.weight")
-        if not fit or up.shape[1] != down.shape[0]:
+        shape, rank = shapes.get(f"{layer}.weight", ()), len(down)
+        fit = (up.shape[:1], outer(down.shape[1:])) == (shape[:1], outer(shape[1:]))
+        if not fit or up.shape != (*up.shape[:1], rank, *[1] * (up.ndim - 2)) or not rank:
             raise UserError(f"--lora {path}: the LoRA of {layer} does not fit this network; give "
                             "the base that it was made for")
+        if not (is_plain(down) and is_plain(up)):
+            raise UserError(f"--lora {path}: the LoRA of {layer} is not of finite numbers")
         pairs[layer] = down, up
     return pairs
 
 
 @torch.no_grad()
 def merge_public_lora(net, path, scale=1.0):
-    """Add a LoRA file to the weights: T2V-Turbo's list, peft's format (VADER's), InstructVideo's.
+    """Add a LoRA file of any known format to the weights; see weights.named_lora().
 
     InstructVideo's file also holds the base's weights, which replace the network's. DreamVideo's
     adapters are no LoRA: they fill the network's own and have no scale.
     """
-    state = load_weights(path, lists=True)
-    kind = lora_format(state)
-    if kind == "adapters":
-        return fill_adapters(net, state, path, scale)
-    if kind == "turbo":
+    state, text = open_weights(path)
+    kind, scales = lora_format(state), {}
+    if kind == "named":
+        lora, scales = named_lora(state, text, path, public_layers(net))
+    elif kind == "turbo":
         lora = turbo_lora(state, turbo_lora_layers(net), path)
-    elif kind == "peft":
-        lora, rank, alpha, _ = read_peft_lora(net, path)
-        scale *= alpha / rank
-    elif kind == "instructvideo":
+    elif kind in ("adapters", "instructvideo"):
+        state = bare_keys(state, path)
+        if kind == "adapters":
+            return fill_adapters(net, state, path, scale)
         base = {k: v for k, v in state.items() if "_lora." not in k}
         if base:
             load_strict(net, base, f"--lora {path}")
@@ -1187,7 +1206,8 @@ def merge_public_lora(net, path, scale=1.0):
     modules = dict(net.named_modules())
     for layer, (down, up) in lora_pairs(net, lora, path).items():
         weight = modules[layer].weight
-        weight += (scale * lora_delta(down, up, weight)).to(weight.dtype)
+        factor = scale * scales.get(layer, 1.0)
+        weight += (factor * lora_delta(down, up, weight)).to(weight.dtype)
 
 
 def fill_adapters(net, state, path, scale):
@@ -1196,7 +1216,7 @@ def fill_adapters(net, state, path, scale):
         raise UserError(f"--lora {path}:{scale:g}: DreamVideo's adapters have no scale; leave it "
                         "out")
     ours = {k: v.shape for k, v in net.state_dict().items()}
-    wrong = [k for k, v in state.items() if ours.get(k) != v.shape]
+    wrong = [k for k, v in state.items() if ours.get(k) != v.shape or not is_plain(v)]
     if wrong:
         raise UserError(f"--lora {path}: {len(wrong)} tensors do not fit this network, first "
                         f"{wrong[0]}: DreamVideo's adapters go with --base dreamvideo")
@@ -1204,21 +1224,25 @@ def fill_adapters(net, state, path, scale):
 
 
 def read_peft_lora(net, path, scale=1.0):
-    """A LoRA file of peft's (VADER's), B times `scale` -> tensors, rank, alpha, targets.
+    """A LoRA file, B times `scale` -> tensors, rank, alpha, targets, the last three for add_lora().
 
-    The last three are for add_lora(). The file's layers have the names of the base's public file.
+    All its layers must have one rank. The file's layers have the names of a public file.
     """
-    names = [name for name, _ in net.named_modules()]
-    public = {videocrafter_name(f"{name}.").removesuffix("."): name for name in names}
-    lora, rank, alpha = peft_lora(path, public | {name: name for name in names})
+    lora, scales = named_lora(*open_weights(path), path, public_layers(net))
     pairs, modules = lora_pairs(net, lora, path), dict(net.named_modules())
+    rank = max(len(down) for down, _ in pairs.values())
     for layer, (down, _) in pairs.items():
-        if len(down) != min(rank, *modules[layer].weight.shape[:2]):
+        weight = modules[layer].weight
+        if len(down) != min(rank, *weight.shape[:2]):
             raise UserError(f"--lora {path}: {layer} has rank {len(down)}, others have {rank}")
-    lora = {k: v * scale if ".lora_B." in k else v for k, v in lora.items()}
+        if down.ndim != weight.ndim:
+            raise UserError(f"--lora {path}: {layer} is a convolution, its LoRA is not")
+    common = next(iter(scales.values())) or 1.0
+    for layer, own in scales.items():
+        lora[f"{layer}.lora_B.weight"] = lora[f"{layer}.lora_B.weight"] * (scale * own / common)
     short = list(dict.fromkeys(layer.rpartition(".")[2] for layer in pairs))  # to_q, ...
-    same = {name for name in names if name.rpartition(".")[2] in short} == pairs.keys()
-    return lora, rank, alpha, short if same else list(pairs)
+    same = {n for n in modules if n.rpartition(".")[2] in short} == pairs.keys()
+    return lora, rank, common * rank, short if same else list(pairs)
 
 
 def instructvideo_lora(net, state, path):
@@ -1238,10 +1262,11 @@ def start_from_lora(net, path, scale=1.0):
 
     The base's weights in the file must be the network's own, since a run saves its LoRA alone.
     """
-    state = load_weights(path, lists=True)
+    state, _ = open_weights(path)
     if lora_format(state) != "instructvideo":
         known = "T2V-Turbo's list" if isinstance(state, list) else looks_like(state)
         raise UserError(f"--lora {path}: no LoRA of InstructVideo to start from: {known}")
+    state = bare_keys(state, path)
     ours, lora = net.state_dict(), instructvideo_lora(net, state, path)
     other = lora.keys() ^ {k for k in ours if ".lora_" in k}
     if other:
@@ -1275,6 +1300,7 @@ def parallelize(net, mode, device, offload=False, reshard=True, unused=False):
     """
     if not torch.distributed.is_initialized():
         return net
+    meet()  # a machine may have downloaded for an hour
     if mode == "fsdp":
         from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
         policy = {} if reshard else {"reshard_after_forward": False}

@@ -13,12 +13,11 @@ import torch.nn.functional as F
 
 from bases import base_row
 from common import UserError, append_line, finish, read_lines, write_lines
-from data import (
-    PairDataset, clip_normalize, lucas_kanade, quick_files, raft, read_clips, read_video)
+from data import PairDataset, clip_normalize, lucas_kanade, raft, read_clips, read_video
 from metrics import cosine
-from text_encoders import DINO, dino_name
+from text_encoders import DINO, dino_name, tokenize
 from tinyworld import check_tiny_clips, load_scorer
-from weights import load_weights, rename
+from weights import load_strict, load_weights, rename
 
 # {dimension: (lowest value, highest value, weight)}, as released
 OMNISCORE = {
@@ -192,11 +191,12 @@ def real_dimensions(folder, flow_weights=None, device="cpu"):
     from transformers import AutoTokenizer, CLIPModel
     dino_file, clip_folder, head_file, musiq_file = (Path(folder, name) for name in SCORE_FILES)
     dino = DINO(width=768, heads=12)
-    dino.load_state_dict(rename(load_weights(dino_file), dino, dino_name, dino_file))
+    load_strict(dino, rename(load_weights(dino_file), dino, dino_name, dino_file), dino_file)
     clip = CLIPModel.from_pretrained(clip_folder)
     tokenizer = AutoTokenizer.from_pretrained(clip_folder)
     head = torch.nn.Linear(clip.config.projection_dim, 1)
-    head.load_state_dict(load_weights(head_file))
+    load_strict(head, load_weights(head_file), head_file)
+    load_weights(musiq_file)  # pyiqa would run code in it; this refuses any
     for module in (dino, clip, head):
         module.eval().requires_grad_(False).to(device)
     quality = pyiqa.create_metric("musiq-spaq", device=torch.device(device),
@@ -215,6 +215,7 @@ def real_dimensions(folder, flow_weights=None, device="cpu"):
         mean, std = (small.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
         square = clip_normalize(small[:, :, top:top + side, left:left + side])
         features = clip.visual_projection(clip.vision_model(pixel_values=square).pooler_output)
+        tokenize(prompt)  # says what is cut
         ids = tokenizer([prompt], truncation=True, max_length=77, return_tensors="pt").to(device)
         text = clip.text_projection(clip.text_model(**ids).pooler_output)
         return dict(
@@ -271,7 +272,6 @@ def score_folder(env, folder, score_clip):
     known, own = scored(), Path(folder, f"scores-{env.rank}.jsonl")
     if own.exists():  # a kill may have cut off its last line: the next one would be lost with it
         write_lines(own, read_lines(own))
-    quick_files()
     for path, caption in clips[env.rank::env.world]:
         if path.name not in known:
             video, fps = read_video(path)
@@ -333,7 +333,12 @@ def score_videos(folder, prompts, score_clip):
 
 def saved(folder):
     """Rows of FOLDER/scores.jsonl, {"clip", dimension: value, ..., "total"}."""
-    return read_lines(Path(folder, "scores.jsonl"))
+    path = Path(folder, "scores.jsonl")
+    rows = read_lines(path)
+    for n, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not {"clip", "total"} <= row.keys():
+            raise UserError(f"{path} row {n}: no score of a clip; delete it and run --stage score")
+    return rows
 
 
 def means(rows):

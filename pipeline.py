@@ -15,11 +15,12 @@ from tqdm import tqdm
 
 from bases import Sampling, add_guidance, base_row, latent_shape, load_base
 from common import (
-    Env, UserError, draw_curve, finish, gather_rows, generator, read_lines, seed_of, write_lines)
+    Env, UserError, draw_curve, finish, gather_rows, generator, meet, read_lines, read_text, seed_of,
+    write_lines)
 from data import (
     Mixed, VideoDataset, center_crop_wide, clip_image, contact_sheet, encode_once, image_tensor,
-    open_image, prompt_grid, quick_files, read_batches, read_image_prompts, read_prompts, to_uint8,
-    write_video)
+    open_image, prompt_grid, read_batches, read_image_prompts, read_prompts, read_seeded_prompts,
+    to_uint8, write_video)
 from diffusion import (
     cogvideox_dpm, ddim, ddim_invert, dpmpp_2m, dynamic_guidance, guided, higen, lcm, make_schedule,
     mix_noise, offset_noise, randn, rflow, sr600)
@@ -235,6 +236,7 @@ def generate_split(base, env: Env, prompts, seeds, sampling, batch=8, images=Non
 
     maps: {name: tensor (n, ...)}, each clip's own.
     """
+    meet()  # one of them may still measure what was made before
     # the same number on each process, as FSDP needs it: the last may repeat some
     per = -(-len(prompts) // env.world)
     mine = [i % len(prompts) for i in range(env.rank * per, (env.rank + 1) * per)]
@@ -258,11 +260,10 @@ def generate_folder(base, env: Env, folder, prompts, n, sampling, batch, seed, r
     about = folder / "settings.json"
     wanted = dict(sampling.metadata(), base=base.name, n=n, seed=seed, batch=batch, prompts=prompts)
     wanted = json.dumps(wanted, indent=1)
-    if about.exists() and about.read_text() != wanted:
+    if about.exists() and about.read_text("utf-8") != wanted:
         raise UserError(f"{folder}: its clips were made with other options or prompts: give the "
                         "same, or another --out")
     finish(env, about, lambda: wanted)
-    quick_files()
     jobs = [(f"clips/{i:06d}-{k}.mp4", prompt, f"{seed}-{folder.name}-{i}-{k}")
             for i, prompt in enumerate(prompts) for k in range(n)]
     # whole batches: else a resumed run would differ by rounding
@@ -362,7 +363,7 @@ def read_captioned(args, sampling):
     """Options of instructvideo.py -> clips with captions, the captions, held-out items (None,
     prompt)."""
     if args.data:
-        data = VideoDataset(args.data, *sampling.size, args.read_fps, args.seed)
+        data = VideoDataset(args.data, *sampling.size, args.read_fps, args.seed, args.data_root)
         captions = list(dict.fromkeys(caption for _, _, caption in data.rows))
         prompts = captions
     elif base_row(args.base).tiny:
@@ -578,7 +579,7 @@ class Clips:
             pictures = args.images and frames == 1
             self.parts.append(VideoDataset(
                 args.images if pictures else args.data, frames, *sampling.size[1:], fps, args.seed,
-                captions=captions or pictures))
+                args.data_root, captions=captions or pictures))
         if args.eval_prompts:
             prompts = read_prompts(args.eval_prompts)
         else:
@@ -794,13 +795,13 @@ def noised_first_frame(base, picture, keep, shape, generators):
     return latent * keep.view(-1, 1, 1, 1, 1)
 
 
-def read_image_pairs(path, row, image=None):
-    """A prompt file -> [(image or None, prompt)]: one image for all, or each line's own,
-    image|||prompt."""
-    optional = row.unet.adapter_image_dim and Path(path).is_file()
-    if not image and (row.first_frame or (optional and b"|||" in Path(path).read_bytes())):
-        return read_image_prompts(path)
-    return [(image, prompt) for prompt in read_prompts(path)]
+def read_image_rows(path, row, image=None, root=None):
+    """A prompt file -> [(image or None, prompt, seed or None)]: one image for all, or each line's
+    own, image|||prompt, with paths as listed_path()."""
+    optional = row.unet.adapter_image_dim and "|||" in read_text(path)
+    if not image and (row.first_frame or optional):
+        return [(*pair, None) for pair in read_image_prompts(path, root)]
+    return [(image, prompt, seed) for prompt, seed in read_seeded_prompts(path)]
 
 
 # ---- runs and public adapters
@@ -813,7 +814,7 @@ def load_run(path, tensors, meta, weights, base=None):
     # a run of all weights holds the whole network, whatever it started from
     whole = not meta["rank"]
     base = base or load_base(
-        meta["base"], weights or meta["args"].get("weights"), "cpu", torch.float32,
+        meta["base"], weights, "cpu", torch.float32,
         scratch=bool(whole and meta["args"].get("scratch")), start=whole,
         tracks=meta.get("tracking_blocks", 0), motion=meta["method"] == "demo")
     if meta.get("guidance_dim"):
@@ -826,12 +827,15 @@ def load_run(path, tensors, meta, weights, base=None):
     words = parts.pop("learned")
     base.learn({base.token_of(word): vectors for word, vectors in words.items()}, path)
     for part, state in parts.items():
-        if not state:
-            continue
-        unexpected = modules[part].load_state_dict(state, strict=False).unexpected_keys
-        if unexpected:
-            raise UserError(f"--ckpt {path}: does not fit base {base.name}: unexpected "
-                            f"{unexpected[0]}")
+        ours = modules[part].state_dict() if state and modules[part] else {}
+        wrong = [k for k, v in state.items() if k not in ours or ours[k].shape != v.shape]
+        if part == "net" and meta["rank"]:
+            wrong += [k for k in ours if ".lora_" in k and k not in state]
+        if wrong:
+            raise UserError(f"--ckpt {path}: does not fit base {base.name}: {len(wrong)} tensors "
+                            f"are not its own, missing or of another shape, first {wrong[0]}")
+        if state:
+            modules[part].load_state_dict(state, strict=False)
     merge_lora(base.net)
     base.schedule = make_schedule(**meta["schedule"]) if meta.get("schedule") else base.schedule
     return base

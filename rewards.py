@@ -25,7 +25,10 @@ Differences from the original code
    exp / sum exp.
  - action takes batches and any number of frames.
 """
+from common import (  # first: for signals
+    Parser, UserError, check_file, run_command, setup, steps_saved, warn)
 import importlib.util
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,8 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import Parser, UserError, run_command, setup
-from data import clip_normalize, list_videos, prompts_of, read_video
+from data import clip_normalize, clips_with_prompts, read_video
 from text_encoders import CLIP_L14, CLIPConfig, OpenCLIP, clip_from_hf, tokenize
 from tinyworld import BACKGROUNDS, COLOURS, tiny_raw_quality, tiny_scorer
 from weights import fetch, load_strict, load_weights, local_file
@@ -54,12 +56,14 @@ class Reward:
     judge(pictures, prompts) -> (n,) is what training maximises. Its pictures are frames (n,3,h,w),
     and a clip gets the mean over its frames; with clip=True they are whole clips (n,3,f,h,w).
     plain: like judge, but the score that papers quote, for tables (None: judge itself).
-    check(prompts): raises UserError for a prompt that the reward cannot read.
+    check(prompts): raises UserError for a prompt that the reward cannot read. name: what errors
+    call it.
     """
     judge: Callable
     clip: bool = False
     plain: Callable | None = None
     check: Callable = read_anything
+    name: str = "the reward"
 
     def __call__(self, clips, prompts):
         return self.of_clips(self.judge, clips, prompts)
@@ -75,12 +79,14 @@ class Reward:
             n, pictures = b * f, clips.transpose(1, 2).flatten(0, 1)  # (b f) 3 h w
             prompts = [prompt for prompt in prompts for _ in range(f)]
         out = judge(pictures, prompts)
-        if not isinstance(out, Tensor) or out.shape != (n,):
-            kind = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-            raise UserError(f"the reward returned {kind} for {n} pictures or clips; it must return "
-                            f"a tensor of shape ({n},)")
+        if not isinstance(out, Tensor) or out.shape != (n,) or not out.is_floating_point():
+            kind = type(out).__name__
+            if isinstance(out, Tensor):
+                kind = f"a tensor of {str(out.dtype).removeprefix('torch.')}, {tuple(out.shape)},"
+            raise UserError(f"{self.name} returned {kind} for {n} pictures or clips; it must "
+                            f"return a tensor of floats of shape ({n},)")
         if clips.requires_grad and not out.requires_grad:
-            raise UserError("the reward has no gradient; compute it with torch functions and "
+            raise UserError(f"{self.name} has no gradient; compute it with torch functions and "
                             "without no_grad")
         return out.view(b, -1).mean(1)
 
@@ -659,11 +665,11 @@ WITH_ARGUMENT = {
 }
 
 
-def get_reward(spec, device, weights=None) -> WeightedSum:
+def get_reward(spec, device, weights=None, out=None) -> WeightedSum:
     """`name[=argument][:weight]` or `file.py:function[:weight]`, joined by commas -> their sum.
 
-    weights: folder with the rewards' public files (None: fetch them from their hub). Raises
-    UserError.
+    weights: folder with the rewards' public files (None: fetch them from their hub). out: folder
+    of the run, whose last checkpoint is named if a function of the user's fails. Raises UserError.
     """
     files, parts = Files(device, weights), []
     for text in spec.split(","):
@@ -677,7 +683,7 @@ def get_reward(spec, device, weights=None) -> WeightedSum:
         if not math.isfinite(number):
             raise UserError(f"--reward {text}: weight {weight!r} is no number; write name:weight "
                             "or name=argument:weight")
-        part = users_reward(file + ".py", name) if dot_py else named_reward(name, files)
+        part = users_reward(file + ".py", name, out) if dot_py else named_reward(name, files)
         parts.append((text.removesuffix(f":{weight}") if colon else text, number, part))
     return WeightedSum(parts)
 
@@ -696,24 +702,34 @@ def named_reward(text, files) -> Reward:
     return REWARDS[name](files)
 
 
-def users_reward(file, function) -> Reward:
+def users_reward(file, function, out=None) -> Reward:
     """The user's own function(frames, prompts), or with `clip = True` function(clips, prompts)."""
-    name = f"{file}:{function}"
-    if not Path(file).exists():
-        raise UserError(f"--reward {name}: no file {file}")
-    spec = importlib.util.spec_from_file_location("user_reward", file)
+    name = f"--reward {file}:{function}"
+    spec = importlib.util.spec_from_file_location("user_reward", check_file(file, "reward file"))
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except UserError:
         raise
-    except Exception as e:  # the user's own code may raise anything
-        raise UserError(f"--reward {name}: {file} cannot be imported "
-                        f"({type(e).__name__}: {e})") from e
+    except (Exception, SystemExit) as e:  # the user's own code may raise anything
+        raise UserError(f"{name}: {file} cannot be imported ({type(e).__name__}: {e})") from e
     judge = getattr(module, function, None)
     if not callable(judge):
-        raise UserError(f"--reward {name}: {file} has no function {function}(frames, prompts)")
-    return Reward(judge, clip=bool(getattr(judge, "clip", False)))
+        raise UserError(f"{name}: {file} has no function {function}(frames, prompts)")
+    calls = itertools.count(1)
+
+    def called(pictures, prompts):
+        call = next(calls)
+        try:
+            return judge(pictures, prompts)
+        except (UserError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except (Exception, SystemExit) as e:
+            saved = steps_saved(out)[:1] if out else []
+            last = f"; the last checkpoint is {out}/ckpt-{saved[0]}.safetensors" if saved else ""
+            raise UserError(f"{name}: call {call} ended with {type(e).__name__}: {str(e)[:200]}"
+                            f"{last or '; no checkpoint was saved yet'}") from e
+    return Reward(called, clip=bool(getattr(judge, "clip", False)), name=name)
 
 
 # ---- scoring clips
@@ -781,8 +797,12 @@ def get_args(argv=None):
 
 def main(argv=None):
     args = get_args(argv)
-    files = list_videos(args.video)
-    prompts = prompts_of(files, args.prompts)
+    files, prompts = zip(*clips_with_prompts(args.video, args.prompts))
+    without = [file.name for file, prompt in zip(files, prompts) if prompt is None]
+    if without:
+        warn(f"{len(without)} clips have no prompt ({without[0]} is the first): they are scored "
+             "with an empty one; --prompts FILE gives them")
+    prompts = [prompt or "" for prompt in prompts]
     env = setup(args.device, "fp32")
     reward = get_reward(args.reward, env.device, args.reward_weights)
     reward.check(prompts)

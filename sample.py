@@ -12,7 +12,7 @@
     python sample.py --base tft2v --prompt "a fox in the snow" --then sr600    # enlarged: OUT/sr600
     python sample.py --base tiny-i2v --image a.png --prompt "a red circle growing" --continue 2
     python sample.py --ckpt out/das --image first.png --tracks tracks.mp4 --prompt "a dog"
-    python sample.py --base sr600 --video out/sample       # every clip there, at 720x1280
+    python sample.py --base sr600 --video out/sample       # every clip there, enlarged
     python sample.py --base modelscope-v1.4 --lora instructvideo.pth:0.8 --prompt "a fox"
     python sample.py --ckpt out/identity:500 --ckpt out/motion --prompt "a * turns"
 
@@ -24,7 +24,11 @@ A clip depends on its prompt, its number and --seed alone, not on --batch or the
 processes. Memory: prompts are encoded first, and the text towers are freed before the networks
 move to the GPU. Then --batch 1, --sequential and --decode-chunk 1 help most.
 """
+from common import (  # first: for signals
+    Parser, UserError, check_writable, gather_rows, meet, own_folder, release_folders, run_command,
+    setup, warn, write_atomic, write_lines)
 import json
+import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,19 +39,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 
-from bases import base_row, choose_sampling, load_base, read_words
-from common import (
-    Parser, UserError, check_writable, gather_rows,
-    run_command, setup, write_atomic, write_lines)
+from bases import base_row, choose_sampling, load_base, nearest_side, read_words
 from data import (
-    center_crop_wide, codec_motion, contact_sheet, image_tensor, list_videos, lucas_kanade,
-    open_image, opensora_size, prompts_of, raft, read_map, read_video, video_info, video_maps,
+    center_crop_wide, clips_with_prompts, codec_motion, contact_sheet, image_tensor, is_clip,
+    lucas_kanade, open_image, opensora_size, raft, read_map, read_video, video_info, video_maps,
     write_video)
 from dit import STDiT3Config
 from models import merge_public_lora
 from pipeline import (
     encode_tracks, first_frame_kept, frame_picture, generate_from, invert_clip, load_run,
-    read_image_pairs)
+    read_image_rows)
 from rewards import get_reward, print_scores, score_files
 from text_encoders import CLIPConfig
 from tinyworld import MOTIONS, NEW_MOTIONS, judge_captions, parse, tiny_captions, tiny_pairs
@@ -58,6 +59,7 @@ from weights import LEARNED, load_checkpoint, lora_file, public_files, run_file
 FILE_FLAGS = (
     "image", "tracks", "video", "mask", "depth", "midas", "sketch", "motion_vectors", "style_image",
     "appearance_image", "follow", "flow_weights")
+WINDOW = 32  # frames that SR600 was trained on
 TAKE = "depth", "sketch", "single_sketch", "motion", "local_image", "style"
 
 
@@ -81,9 +83,11 @@ def get_args(argv=None):
     p.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]",
                    help="LoRA or adapter file of T2V-Turbo, VADER, InstructVideo or DreamVideo; "
                         "repeatable")
-    p.add_argument("--prompt", help="one prompt")
-    p.add_argument("--prompts", help="file of prompts: .txt, .csv, .jsonl, .json; with a first "
-                                     "frame: lines image|||caption")
+    p.add_argument("--prompt", type=p.TEXT, help="one prompt")
+    p.add_argument("--prompts", help="file of prompts: .txt (also lines prompt|seed), .csv, "
+                                     ".tsv, .jsonl, .json; with a first frame: lines "
+                                     "image|||caption")
+    p.options("data", only=["--data-root"])
     p.add_argument("--judge", type=p.COUNT, metavar="N",
                    help="tiny bases: sample N random captions (and held-out first frames) and "
                         "judge the clips")
@@ -94,8 +98,10 @@ def get_args(argv=None):
     p.add_argument("--size", metavar="LENGTH,RESOLUTION,ASPECT",
                    help="Open-Sora's sizes by name: 2s to 16s, 144p to 720p, height:width, such as "
                         "4s,240p,9:16")
-    p.add_argument("--save-fps", type=p.COUNT, help="frame rate of the files (default: the base's)")
-    p.add_argument("--suffix", help="text put after every prompt (default: the base's)")
+    p.add_argument("--save-fps", type=p.COUNT,
+                   help="frame rate of the files (default: the base's)")
+    p.add_argument("--suffix", type=p.TEXT, help="text put after every prompt (default: "
+                                                  "the base's)")
     p.add_argument("--dynamic-cfg", choices=("published", "meant", "off"),
                    help="CogVideoX: guidance that grows over the steps, as published or as meant")
     p.add_argument("--motion-cfg", type=p.REAL,
@@ -115,7 +121,7 @@ def get_args(argv=None):
     p.add_argument("--decode-chunk", type=p.COUNT, default=16,
                    help="frames that the autoencoder decodes at a time")
     p.add_argument("--batch", type=p.COUNT, default=4, help="clips generated at a time per process")
-    p.add_argument("--seed", type=p.NATURAL, default=0, help="seed of everything random")
+    p.add_argument("--seed", type=p.SEED, default=0, help="seed of everything random")
     p.set_defaults(out="out/sample")
     args = p.parse_args(argv)
     if not args.base and not args.ckpt:
@@ -124,7 +130,7 @@ def get_args(argv=None):
         raise UserError("--reward-weights: of which reward? give --reward")
     if args.motion and not args.judge:
         raise UserError("--motion: chooses the clips of --judge N; give --judge, or use --prompt")
-    if sum(bool(x) for x in (args.prompt, args.prompts, args.judge)) > 1:
+    if sum(x is not None for x in (args.prompt, args.prompts, args.judge)) > 1:
         raise UserError("give only one of --prompt TEXT, --prompts FILE, --judge N (tiny)")
     return args
 
@@ -182,6 +188,7 @@ def main(argv=None):
                  "save-fps": args.save_fps, **dict(zip(("height", "width"), args.then_size or ()))}
         words = [x for k, v in flags.items() if v is not None for x in (f"--{k}", str(v))]
         play(get_args(["--base", args.then, *words] + ["--sequential"] * args.sequential))
+    release_folders()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -205,6 +212,8 @@ def play(args):
     loras = [lora_file(text) for text in args.lora]
     style = open_image(args.style_image) if args.style_image else None
     env = setup(args.device, args.dtype, args.seed)
+    if env.main:
+        say_changes(args, row, sampling)
     reward = get_reward(args.reward, env.device, args.reward_weights) if args.reward else None
     if reward:
         reward.check([clip.prompt for clip in clips])
@@ -216,6 +225,7 @@ def play(args):
         maps |= taken
     texts = [clip.prompt + sampling.suffix for clip in clips]
     base = build(args, env, runs, loras, texts, sampling)
+    own_folder(args.out)
     mine = list(range(env.rank, len(clips), env.world))
     make_clips(args, env, base, sampling, clips, mine, maps, style, tracks, near)
     scores = {}  # by the clip's number; of the files, as one would look at them
@@ -223,8 +233,7 @@ def play(args):
         files = [Path(args.out, clips[j].file) for j in mine]
         rows = score_files(reward, env.device, files, [clips[j].prompt for j in mine])
         scores = dict(gather_rows(list(zip(mine, rows)), env))
-    if env.world > 1:
-        dist.barrier()
+    meet()
     if env.main:
         report(args, row, base, sampling, clips, scores, tracks)
 
@@ -295,7 +304,8 @@ def check_conditions(args, row, sampling):
             raise UserError(f"--then {args.then}: for a base that enlarges clips, sr600, after one "
                             "that does not")
         public_files(args.then, base_row(args.then), args.then_weights)  # are they there?
-    if not (args.prompt or args.prompts or args.judge or row.unet.super_resolution):
+    told = args.prompt is not None or args.prompts or args.judge
+    if not (told or row.unet.super_resolution):
         raise UserError("give one of --prompt TEXT, --prompts FILE, --judge N (tiny)")
     if row.unet.text_resampler and sampling.frames != row.sample.frames:
         raise UserError(f"--frames {sampling.frames}: HiGen makes clips of {row.sample.frames} "
@@ -316,9 +326,9 @@ def check_files(args, row):
         if value and flag not in takes:
             known = ", ".join(f"--{f.replace('_', '-')}" for f in sorted(takes)) or "words alone"
             raise UserError(f"{option}: this base has no such condition; it takes {known}")
-        if value and not Path(value).exists():
+        if value and not os.path.exists(value):
             raise UserError(f"{option} {value}: no such file")
-    if args.learned and not Path(args.learned).exists():
+    if args.learned and not os.path.exists(args.learned):
         raise UserError(f"--learned {args.learned}: no such file, nor a run's folder")
     if args.learned and not row.tiny and not isinstance(row.text, CLIPConfig):
         raise UserError("--learned: this base's text encoder knows no learned words")
@@ -342,22 +352,30 @@ def check_files(args, row):
 def read_clips(args, row, sampling):
     """-> [Clip] to make, all their files readable."""
     if args.judge:
-        pairs = judged_pairs(args, row, sampling)
+        rows = [(image, prompt, None) for image, prompt in judged_pairs(args, row, sampling)]
     elif row.unet.super_resolution:
-        files = list_videos(args.video)
-        for file in files:
+        rows = [(file, prompt or "", None) for file, prompt
+                in clips_with_prompts(args.video, args.prompts, args.prompt)]
+        for file, _, _ in rows:
             video_info(file)
-        pairs = list(zip(files, prompts_of(files, args.prompts, args.prompt)))
     else:
         image = args.image if row.first_frame else args.appearance_image
-        pairs = [(image, args.prompt)]
-        if not args.prompt:
-            pairs = read_image_pairs(args.prompts, row, image)
-        for picture in dict.fromkeys(picture for picture, _ in pairs if picture):
-            open_image(picture)
-    names = file_names([prompt for _, prompt in pairs], args.n, args.vbench)
-    return [Clip(names[i * args.n + k], prompt, source, f"{args.seed}-{i}-{k}")
-            for i, (source, prompt) in enumerate(pairs) for k in range(args.n)]
+        rows = [(image, args.prompt, None)]
+        if args.prompt is None:
+            rows = read_image_rows(args.prompts, row, image, args.data_root)
+        for picture in dict.fromkeys(picture for picture, _, _ in rows if picture):
+            w, h = open_image(picture).size
+            if row.first_frame and not similar((h, w), sampling.size[1:]):
+                warn(f"{picture}: {w}x{h} pixels are cropped to the shape of {sampling.width}x"
+                     f"{sampling.height}")
+    names = file_names([prompt for _, prompt, _ in rows], args.n, args.vbench)
+    clips = []
+    for i, (source, prompt, seed) in enumerate(rows):
+        # a prompt with its own seed is the clip of --prompt PROMPT --seed SEED
+        start = f"{args.seed}-{i}" if seed is None else f"{seed}-0"
+        clips += [Clip(names[len(clips) + k], prompt, source, f"{start}-{k}")
+                  for k in range(args.n)]
+    return clips
 
 
 def judged_pairs(args, row, sampling):
@@ -428,7 +446,7 @@ def followed(args, row, sampling, device, style=None):
     """
     count, rate, _ = video_info(args.follow)
     stride = max(1, min(round(rate / 3), (count - 1) // max(sampling.frames - 1, 1)))
-    video, size = read_video(args.follow, sampling.frames, rate / stride)[0], sampling.size[1:]
+    video, size = read_video(args.follow, sampling.frames, stride=stride)[0], sampling.size[1:]
     style = frame_picture(video[:, 0]) if "style" in args.take else style
     video = F.interpolate(video.transpose(0, 1), size, mode="bilinear", antialias=True)
     video = video.transpose(0, 1)
@@ -443,16 +461,78 @@ def followed(args, row, sampling, device, style=None):
     return {name: value[None] for name, value in maps.items()}, style
 
 
-def enlarge_clip(path, sampling):
-    """A clip for SR600 -> ((1,3,f,H,W) in [-1,1], its own frames): at most 32; 16 or fewer are
-    doubled."""
-    frames = min(video_info(path)[0], 32)
-    video, _ = read_video(path, frames)
-    if frames <= 16:  # as published: the network was trained on 32
-        video = video.repeat_interleave(2, dim=1)
+def fitting_size(base, sampling, args, shape):
+    """Size (h, w) to which SR600 enlarges a clip of shape (h, w): that of --height and --width, or
+    one of as many pixels in the clip's own shape, as near as the network can."""
     size = sampling.height, sampling.width
-    video = F.interpolate(video.transpose(0, 1).float(), size, mode="bilinear", align_corners=False)
-    return video.transpose(0, 1)[None], frames
+    if args.height or args.width or similar(shape, size):
+        return size
+    tall = (shape[0] / shape[1]) ** 0.5
+    sides = (size[0] * size[1]) ** 0.5 * tall, (size[0] * size[1]) ** 0.5 / tall
+    return tuple(nearest_side(base.name, base.row, side, ideal)
+                 for side, ideal in zip(("height", "width"), sides))
+
+
+def say_changes(args, row, sampling):
+    """Print what a result does not keep of the clips that it is made from: frames, rate, shape."""
+    size = sampling.height, sampling.width
+    for flag in ("tracks", "video", "depth", "sketch", "follow"):
+        path = vars(args)[flag]
+        if not path or row.unet.super_resolution or not is_clip(path):
+            continue
+        count, fps, shape = video_info(path)
+        changes = [f"{sampling.frames} of its {count} frames are used"] * (count != sampling.frames)
+        if abs(fps - sampling.save_fps) > 0.01 * fps:
+            changes.append(f"its {fps:.4g} fps become {sampling.save_fps} (see --save-fps)")
+        if not similar(shape, size):
+            changes.append(f"its {shape[1]}x{shape[0]} pixels are fitted to {size[1]}x{size[0]}")
+        if changes:
+            print(f"--{flag} {path}: {', '.join(changes)}", flush=True)
+
+
+def similar(shape, size):
+    """Do (h, w) and (h, w) differ by less than 2 % in shape? So do 256x448 and 720x1280: as
+    published, the one is squeezed into the other."""
+    return abs(shape[0] * size[1] / (shape[1] * size[0]) - 1) < 0.02
+
+
+def windows(frames):
+    """[(first, end)] of WINDOW frames that cover a clip; the last one overlaps the one before."""
+    starts = [*range(0, frames - WINDOW, WINDOW), max(0, frames - WINDOW)]
+    return [(first, min(frames, first + WINDOW)) for first in starts]
+
+
+def middle(video, size):
+    """(3,f,h,w) -> its middle in the shape of size (h, w); all of it if that is nearly its own."""
+    h, w = video.shape[2:]
+    if similar((h, w), size):
+        return video
+    rows, columns = min(h, round(w * size[0] / size[1])), min(w, round(h * size[1] / size[0]))
+    top, left = (h - rows) // 2, (w - columns) // 2
+    return video[:, :, top:top + rows, left:left + columns]
+
+
+def enlarge_clip(args, env, base, sampling, clip, bar):
+    """SR600 on a whole clip -> (its frames, enlarged (3,f,H,W), and their rate)."""
+    video, fps = read_video(clip.source)
+    n, h, w = video.shape[1:]
+    size, parts, made = fitting_size(base, sampling, args, (h, w)), windows(n), []
+    video = middle(video, size)
+    kept, many = video.shape[2:], len(parts) > 1
+    print(f"{clip.source}: {n} frames at {fps:.4g} fps, {w}x{h}",
+          *([f"cropped to {kept[1]}x{kept[0]}"] if kept != (h, w) else []), end=" ")
+    print(f"-> {size[1]}x{size[0]}", *([f"in {len(parts)} windows of {WINDOW} frames, the last "
+          f"overlaps by {parts[-2][1] - parts[-1][0]}"] if many else []), flush=True)
+    double = 2 if n <= WINDOW // 2 else 1  # as published: the network was trained on WINDOW frames
+    for first, end in parts:
+        part = F.interpolate(video[:, first:end].transpose(0, 1), size, mode="bilinear")
+        part = part.transpose(0, 1).repeat_interleave(double, dim=1)
+        own = replace(sampling, frames=part.shape[1], height=size[0], width=size[1])
+        larger = generate_from(
+            base, env, [clip.prompt], [None], [clip.seed], own, batch=1, progress=bar,
+            sequential=args.sequential, chunk=args.decode_chunk, video=part[None])[0, :, ::double]
+        made.append(larger[:, sum(x.shape[1] for x in made) - first:])  # the new frames
+    return torch.cat(made, dim=1), fps
 
 
 # ---- making clips
@@ -491,25 +571,22 @@ def make_clips(args, env, base, sampling, clips, mine, maps, style, tracks, near
     if args.track_strength is not None:
         maps = maps | {"track_strength": torch.tensor([args.track_strength])}
     bar = env.main and env.device.type == "cuda"
-    enlarges = base.row.unet.super_resolution
-    batch = 1 if enlarges else args.batch
+    batch = 1 if base.row.unet.super_resolution else args.batch
     for i in range(0, len(mine), batch):
-        part, frames = [clips[j] for j in mine[i:i + batch]], None
-        sources = [clip.source for clip in part]
-        if enlarges:
-            options["video"], frames = enlarge_clip(sources[0], sampling)
-            sampling, sources = replace(sampling, frames=options["video"].shape[2]), [None]
-        prompts, seeds = [clip.prompt for clip in part], [clip.seed for clip in part]
-        videos = generate_from(
-            base, env, prompts, sources, seeds, sampling, batch, args.continuations, maps, style,
-            progress=bar, sequential=args.sequential, chunk=args.decode_chunk, **options)
-        if frames is not None and frames < videos.shape[2]:
-            videos = videos[:, :, ::2]  # every frame went in twice
+        part, fps = [clips[j] for j in mine[i:i + batch]], sampling.save_fps
+        if base.row.unet.super_resolution:
+            video, fps = enlarge_clip(args, env, base, sampling, part[0], bar)
+            videos, fps = [video], args.save_fps or fps
+        else:
+            videos = generate_from(
+                base, env, [clip.prompt for clip in part], [clip.source for clip in part],
+                [clip.seed for clip in part], sampling, batch, args.continuations, maps, style,
+                progress=bar, sequential=args.sequential, chunk=args.decode_chunk, **options)
         for clip, video in zip(part, videos):
-            write_video(out / clip.file, video, sampling.save_fps)
+            write_video(out / clip.file, video, fps)
             if tracks is not None:
                 side = beside(clip, tracks, video)
-                write_video(out / "side" / clip.file, side, sampling.save_fps)
+                write_video(out / "side" / clip.file, side, fps)
             if isinstance(clip.source, Image.Image):
                 write_atomic(first_frame_file(args, clip), clip.source.save)
         if env.main:
@@ -534,8 +611,6 @@ def beside(clip, tracks, video):
 def report(args, row, base, sampling, clips, scores, tracks):
     """index.jsonl, sheet.png, the judge's verdict and the table of scores."""
     out, settings = Path(args.out), sampling.metadata()
-    if row.unet.super_resolution:
-        del settings["frames"]  # each clip keeps its own
     adapters = args.ckpt + ([args.learned] if args.learned else []) + args.lora
     given = {flag: vars(args)[flag] for flag in FILE_FLAGS if vars(args)[flag]}
     own = "appearance_image" if row.unet.adapter_image_dim else "video"
@@ -548,6 +623,9 @@ def report(args, row, base, sampling, clips, scores, tracks):
             drawn = isinstance(clip.source, Image.Image)
             line[own] = str(first_frame_file(args, clip) if drawn else clip.source)
         line |= settings | ({"continue": args.continuations} if args.continuations else {})
+        if row.unet.super_resolution:  # each clip keeps its own
+            frames, fps, (h, w) = video_info(out / clip.file)
+            line |= dict(frames=frames, save_fps=fps, height=h, width=w)
         rows.append(line | ({"scores": scores[j]} if scores else {}))
     write_lines(out / "index.jsonl", rows)
 
@@ -563,7 +641,7 @@ def report(args, row, base, sampling, clips, scores, tracks):
             verdict |= first_frame_kept(videos, [image_tensor(clip.source) for clip in clips])
         print("judge:", " ".join(f"{k} {v:.3f}" for k, v in verdict.items()))
         text = json.dumps(dict(clips=len(clips), **settings, **verdict), indent=1)
-        write_atomic(out / "judge.json", lambda p: p.write_text(text))
+        write_atomic(out / "judge.json", lambda p: p.write_text(text, "utf-8"))
     if scores:
         print_scores([scores[j] for j in range(len(clips))])
     print(f"{out}: {len(clips)} clips, sheet.png, index.jsonl")

@@ -35,10 +35,10 @@ Differences from the original code (the others: docs/differences/t2v.md)
    --spatial-lr 0.5 has the intended effect.
  - Noise and dropout are keyed by the sample's number, so runs do not depend on --batch.
 """
+from common import Parser, Run, UserError, run_command, trained  # first: for signals
 import torch
 
 from bases import base_row, choose_sampling, load_base
-from common import Parser, Run, UserError, run_command, trained
 from diffusion import diffusion_loss, draw_noise, make_schedule
 from models import (
     TemporalConv, TemporalTransformer, forget_motion, parallelize, seed_dropout)

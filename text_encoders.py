@@ -16,13 +16,12 @@ the argument `learned` of OpenCLIPText.
 import math
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import UserError
+from common import UserError, check_file, warn, warn_once
 from models import attend
 from weights import below, looks_like
 
@@ -207,7 +206,32 @@ def tokenize(texts, context_length=77):
         import open_clip  # slow to import
     except ImportError:
         raise UserError("tokenizing prompts needs open_clip: pip install open_clip_torch") from None
-    return open_clip.tokenize(texts, context_length=context_length)
+    texts = [texts] if isinstance(texts, str) else texts
+    ids, lost = open_clip.tokenize(texts, context_length=context_length), {}
+    for text, row in zip(texts, ids):
+        if row[-1] != 0:  # no padding: it fits exactly or was cut
+            tokenizer = open_clip.tokenizer._tokenizer
+            lost[text] = tokenizer.decode(tokenizer.encode(text)[context_length - 2:]).strip()
+    say_cut(lost, len(texts), context_length)
+    return ids
+
+
+lengths_said = set()  # of encoders that have cut a text in this run
+
+
+def say_cut(lost, of, length):
+    """Warn, once per run, that texts are longer than an encoder reads.
+
+    lost: {text: the end of it that is not read}; of: number of texts; length: in tokens.
+    """
+    lost = {text: end for text, end in lost.items() if end}
+    if lost and length not in lengths_said:
+        lengths_said.add(length)
+        text, end = next(iter(lost.items()))
+        end = end if len(end) <= 200 else f"{end[:100]} ... {end[-100:]}"
+        warn(f"{len(lost)} of {of} prompt(s) are longer than the {length} tokens that the text "
+             f"encoder reads: {text[:60]!r} ... is read without its end, {end!r}; shorten it "
+             "(said once)")
 
 
 # ---- textual inversion: a word whose embedding is learned from pictures
@@ -224,6 +248,10 @@ def insert_vectors(ids, embedded, placeholder, vectors):
     place = torch.arange(n, device=ids.device).expand(b, n).contiguous()
     source = torch.searchsorted(ends, place, right=True)
     copy = place - F.pad(ends, (1, 0)).gather(1, source)
+    last = ((ids != 0) * place).amax(1, keepdim=True)  # before the padding
+    if (ends.gather(1, last) > n).any():
+        warn_once(f"a prompt with a learned word of {len(vectors)} vectors is longer than the {n} "
+                  "tokens that the text encoder reads: its end is not read")
     ids = ids.gather(1, source)
     embedded = embedded.gather(1, source[..., None].expand_as(embedded))
     learned = (ids == placeholder)[..., None]
@@ -385,15 +413,20 @@ def t5_tokenizer(path, length):
         from sentencepiece import SentencePieceProcessor
     except ImportError:
         raise UserError("T5's tokenizer needs sentencepiece: pip install sentencepiece") from None
-    if not Path(path).exists():
-        raise UserError(f"{path}: no such file; it should be the base's tokenizer/spiece.model")
-    pieces = SentencePieceProcessor(model_file=str(path))
+    check_file(path, "tokenizer/spiece.model of the base")
+    try:
+        pieces = SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as e:
+        raise UserError(f"{path}: not a model of sentencepiece ({str(e)[:80]})") from None
 
     def tokenize(texts):
-        ids = torch.zeros(len(texts), length, dtype=torch.long)
+        ids, lost = torch.zeros(len(texts), length, dtype=torch.long), {}
         for row, text in zip(ids, texts):
-            tokens = [*pieces.encode(text)[:length - 1], 1]
+            tokens = pieces.encode(text)
+            lost[text] = pieces.decode(tokens[length - 1:])
+            tokens = [*tokens[:length - 1], 1]
             row[:len(tokens)] = torch.tensor(tokens)
+        say_cut(lost, len(texts), length)
         return ids
     return tokenize
 

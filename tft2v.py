@@ -32,10 +32,10 @@ Differences from the original: its training code is not public; this follows the
  - The dropout rate of the image embedding is our choice, see see_image().
  - A coin with --image-share decides whether a batch is images or clips.
 """
+from common import Parser, Run, UserError, run_command, trained  # first: for signals
 import torch
 
 from bases import choose_sampling, load_base
-from common import Parser, Run, UserError, run_command, trained
 from data import clip_frames
 from diffusion import draw_noise
 from models import forget_motion, parallelize, seed_dropout

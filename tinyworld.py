@@ -13,6 +13,7 @@ is hacked.
     python tinyworld.py --train autoencoder      # trains the autoencoder in assets/tiny.safetensors
     python tinyworld.py --train autoencoder --flawed --steps 800    # goes on, on flawed clips, too
 """
+from common import Parser, UserError, run_command  # first: for signals
 import copy
 import time
 from dataclasses import dataclass, replace
@@ -26,7 +27,6 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from common import Parser, UserError, run_command
 from data import Few, to_uint8
 from text_encoders import Transformer, insert_vectors
 from tracks import dense_colours, draw_tracks, to_video

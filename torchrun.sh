@@ -12,6 +12,8 @@
 #   ./torchrun.sh sample.py --ckpt out/vader --prompts prompts.txt --n 4
 # (the -- below: torchrun would take our --n for the beginning of its own --nnodes)
 set -euo pipefail
+# a cluster's warning, too, is passed on to the processes: they save and leave
+export TORCHELASTIC_SIGNALS_TO_HANDLE=${TORCHELASTIC_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}
 GPUS=$(nvidia-smi -L 2>/dev/null | wc -l || true)
 NPROC=${NPROC:-$(( GPUS > 0 ? GPUS : 1 ))}
 if [ "${NODES:-1}" -gt 1 ]; then

@@ -21,6 +21,7 @@ depth), x and y in pixels; a depth of 0 means no point.
 import argparse
 import copy
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -33,12 +34,12 @@ from torch import nn
 from tqdm import tqdm
 
 from common import (
-    Parser, UserError, batch_indices, check_writable, gather_rows, seed_of, setup, warn,
-    write_atomic)
+    Parser, UserError, batch_indices, check_writable, gather_rows, meet, own_folder, read_text,
+    release_folders, seed_of, setup, warn, write_atomic)
 from data import (
-    IMAGES, VIDEOS, VideoDataset, center_crop_wide, clip_rows, contact_sheet, cover_and_crop,
-    field_of, load, natural_order, numbered_lines, open_image, raft, read_image, read_table,
-    read_video, reason_of, video_info, write_video)
+    IMAGES, TABLES, VIDEOS, VideoDataset, center_crop_wide, contact_sheet, cover_and_crop,
+    list_clips, list_folder, load, open_image, raft, read_array, read_image, read_video, reason_of,
+    video_info, write_video)
 from weights import load_weights, rename
 
 # ---- commands: what moves, from which frame to which
@@ -356,10 +357,14 @@ def users_tracker(name):
 def checked_tracks(xy, visible, frames, where):
     """What a tracker or a file gave -> float32 (f,n,2 or 3), bool (f,n); other shapes are
     refused."""
-    xy = np.asarray(xy, dtype=np.float32)
+    try:
+        xy = np.asarray(xy, dtype=np.float32)
+        visible = None if visible is None else np.asarray(visible).astype(bool)
+    except (ValueError, TypeError, RuntimeError) as e:  # rows of different lengths, words
+        raise UserError(f"{where}: tracks are no arrays of numbers ({reason_of(e)})") from None
     if xy.ndim != 3 or xy.shape[0] != frames or xy.shape[2] not in (2, 3) or not xy.shape[1]:
         raise UserError(f"{where}: tracks of shape {xy.shape}; expected ({frames}, points, 2 or 3)")
-    visible = np.ones(xy.shape[:2], bool) if visible is None else np.asarray(visible).astype(bool)
+    visible = np.ones(xy.shape[:2], bool) if visible is None else visible
     if visible.shape != xy.shape[:2]:
         raise UserError(f"{where}: visibility of shape {visible.shape}; expected {xy.shape[:2]}")
     return xy, visible & np.isfinite(xy).all(-1)
@@ -503,23 +508,6 @@ def midas_name(key):
 
 # ---- files: arrays, depth, masks, poses, meshes
 
-def read_array(path, name, optional=()):
-    """.npy -> its array; .npz -> array `name`, and those of `optional` or None. -> list of
-    arrays."""
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        content = np.load(path)
-        content = {name: content} if isinstance(content, np.ndarray) else dict(content)
-        arrays = [None if content.get(k) is None else np.asarray(content[k], dtype=np.float64)
-                  for k in (name, *optional)]
-    except Exception as e:  # zip, pickle, text
-        raise UserError(f"{path}: not a .npy or .npz file of numbers ({reason_of(e)})") from None
-    if arrays[0] is None:
-        raise UserError(f"{path}: holds no array {name!r}, only {', '.join(content)}")
-    return arrays
-
-
 def read_depth(path, size):
     """.npy of depth, larger is farther, (h,w) or (f,h,w) -> (1 or f, h, w) of `size`, cropped as
     the clip is.
@@ -527,7 +515,7 @@ def read_depth(path, size):
     By nearest neighbour: no points between near and far. A value that is not finite or not above 0
     is no point.
     """
-    depth, = read_array(path, "depth")
+    depth = read_array(path, "depth")["depth"].astype(np.float64)
     depth = depth[None] if depth.ndim == 2 else depth
     if depth.ndim != 3:
         raise UserError(f"--depth {path}: shape {depth.shape}; expected (height, width) or "
@@ -554,21 +542,23 @@ def read_poses(path, frames):
     (f,4,4)."""
     if Path(path).suffix.lower() == ".txt":
         try:
-            poses = np.loadtxt(path, ndmin=2)
-        except (OSError, ValueError) as e:
+            poses = np.loadtxt(read_text(path).splitlines(), ndmin=2)
+        except ValueError as e:
             raise UserError(f"{path}: not a text file of 12 or 16 numbers per line ({reason_of(e)})"
                             ) from None
     else:
-        poses, = read_array(path, "extrinsics")
-    if poses.ndim < 2 or poses[0].size not in (12, 16):
+        poses = read_array(path, "extrinsics")["extrinsics"].astype(np.float64)
+    if poses.ndim < 2 or not poses.size or poses[0].size not in (12, 16):
         raise UserError(f"{path}: shape {poses.shape}; expected (frames, 3 or 4, 4): "
                         "world-to-camera matrices")
     if len(poses) < frames:
         raise UserError(f"{path}: {len(poses)} poses for {frames} frames")
     poses = poses[:frames].reshape(frames, -1, 4)
     turn = poses[:, :3, :3]
-    if not np.allclose(turn @ np.swapaxes(turn, 1, 2), np.eye(3), atol=1e-2):
-        raise UserError(f"{path}: the left 3 x 3 part of a pose is no rotation")
+    if not (np.isfinite(poses).all()
+            and np.allclose(turn @ np.swapaxes(turn, 1, 2), np.eye(3), atol=1e-2)):
+        raise UserError(f"{path}: the left 3 x 3 part of a pose is no rotation, or a "
+                        "number is not finite")
     return np.concatenate([poses[:, :3], np.tile([[[0.0, 0, 0, 1]]], (frames, 1, 1))], axis=1)
 
 
@@ -577,12 +567,15 @@ def read_mesh(path):
     -> vertices, faces."""
     path = Path(path)
     if not path.is_dir():
-        vertices, faces = read_array(path, "vertices", ["faces"])
-        if faces is None or vertices.ndim != 3 or faces.ndim != 2:
+        arrays = read_array(path, "vertices")
+        vertices, faces = arrays["vertices"].astype(np.float64), arrays.get("faces", np.zeros(0))
+        if vertices.ndim != 3 or faces.ndim != 2 or (vertices.shape[2], faces.shape[1]) != (3, 3):
             raise UserError(f"{path}: expected the arrays vertices (frames, v, 3) and faces (t, 3)")
+        if not (np.isfinite(vertices).all() and np.isfinite(faces).all()):
+            raise UserError(f"{path}: vertices or faces are NaN or infinite")
         faces = faces.astype(int)
     else:
-        parts = [_read_obj(p) for p in sorted(path.glob("*.obj"), key=natural_order)]
+        parts = [_read_obj(p) for p in list_folder(path) if p.suffix == ".obj"]
         if any(len(v) != len(parts[0][0]) for v, _ in parts):
             raise UserError(f"{path}: all .obj files need the same number of vertices")
         vertices, faces = np.stack([v for v, _ in parts]), parts[0][1]
@@ -595,7 +588,7 @@ def _read_obj(path):
     """Vertices (v,3) and triangles (t,3) of a Wavefront file; polygons become fans."""
     vertices, faces = [], []
     try:
-        for line in path.read_text().splitlines():
+        for line in read_text(path).splitlines():
             kind, *fields = line.split() or [""]
             if kind == "v":
                 vertices.append([float(x) for x in fields[:3]])
@@ -603,10 +596,11 @@ def _read_obj(path):
                 corners = [int(x.split("/")[0]) for x in fields]
                 corners = [i - 1 if i > 0 else len(vertices) + i for i in corners]
                 faces += [(corners[0], a, b) for a, b in zip(corners[1:], corners[2:])]
-    except (OSError, ValueError) as e:
+        vertices = np.array(vertices, dtype=np.float64).reshape(-1, 3)
+        faces = np.array(faces, dtype=int).reshape(-1, 3)
+    except (OSError, ValueError, OverflowError) as e:
         raise UserError(f"{path}: not a .obj file ({reason_of(e)})") from None
-    vertices = np.array(vertices, dtype=np.float64).reshape(-1, 3)
-    return vertices, np.array(faces, dtype=int).reshape(-1, 3)
+    return vertices, faces
 
 
 # ---- meshes
@@ -671,51 +665,10 @@ def _edge(p, q, x, y):
 
 # ---- data sets: clips with tracking videos
 
-def track_rows(source):
-    """-> (file that lists the clips, [(row, clip, its tracking video, caption)]).
-
-    source: a folder in DaS's layout (prompt.txt, videos.txt, trackings.txt, matched line by
-    line), a .csv or .jsonl with video, tracking and caption, or a folder with such a metadata
-    file.
-    """
-    if not source:
-        raise UserError("--data: give a folder with prompt.txt, videos.txt, trackings.txt, a csv "
-                        "or a jsonl")
-    source = Path(source)
-    if not source.exists():
-        raise UserError(f"--data {source}: no such folder or list of clips")
-    if source.is_dir():
-        listed = [p for p in (source / "metadata.csv", source / "metadata.jsonl") if p.is_file()]
-        if not listed:
-            return _published_rows(source)
-        source = listed[0]
-    if source.suffix.lower() not in (".csv", ".jsonl"):
-        raise UserError(f"--data {source}: wanted a folder with prompt.txt, videos.txt and "
-                        "trackings.txt, or a .csv or .jsonl with video, tracking, caption")
-    rows, keys = [], (("video", "path"), ("tracking", "tracks"), ("caption", "prompt", "text"))
-    for n, row in read_table(source):
-        video, track, text = (field_of(row, k, f"{source} row {n}") for k in keys)
-        rows.append((n, source.parent / video, source.parent / track, text))
-    return source, rows
-
-
-def _published_rows(folder):
-    """track_rows() of DaS's own layout."""
-    lists = [folder / name for name in ("prompt.txt", "videos.txt", "trackings.txt")]
-    columns = [numbered_lines(p, comments=None) for p in lists]
-    if len({len(c) for c in columns}) != 1:
-        counts = ", ".join(f"{p.name} {len(c)}" for p, c in zip(lists, columns))
-        raise UserError(f"{folder}: the lists differ in length ({counts}), but belong together "
-                        "line by line")
-    rows = [(n, folder / video, folder / track, text)
-            for (_, text), (n, video), (_, track) in zip(*columns)]
-    return lists[1], rows
-
-
 class TrackDataset(VideoDataset):
     """Items {"video", "tracks": (3, frames, height, width) in [-1, 1], "text"}.
 
-    Frames are evenly spaced over the whole clip. rows: those of track_rows() to read at one size; a
+    Frames are evenly spaced over the whole clip. rows: those of list_clips() to read at one size; a
     bad clip is replaced by another of these rows.
     """
 
@@ -723,20 +676,17 @@ class TrackDataset(VideoDataset):
         clips = [(n, video, text) for n, video, _, text in rows]
         super().__init__(source, frames, height, width, seed=seed, rows=clips)
         self.tracks = [track for _, _, track, _ in rows]
-        for n, _, track, _ in rows:
-            if not track.exists():
-                raise UserError(f"{source} row {n}: {track}: no such tracking video")
 
     def load(self, row, number):
         _, path, text = self.rows[row]
         track = self.tracks[row]
-        (count, rate, _), (tracked, track_rate, _) = video_info(path), video_info(track)
+        count, tracked = video_info(path)[0], video_info(track)[0]
         if count != tracked:
             raise UserError(f"{path}: {count} frames, but its tracking video {track.name} has "
                             f"{tracked}")
         stride = max(1, count // self.frames)
-        video, tracks = (read_video(p, self.frames, r / stride, size=self.size)[0]
-                         for p, r in ((path, rate), (track, track_rate)))
+        video, tracks = (read_video(p, self.frames, size=self.size, stride=stride)[0]
+                         for p in (path, track))
         return {"video": video, "tracks": tracks, "text": text}
 
     def advice(self):
@@ -755,14 +705,17 @@ class TrackDataset(VideoDataset):
         return parts
 
 
-def in_buckets(source, buckets, seed=0):
+def in_buckets(source, buckets, seed=0, root=None):
     """A list of clips -> a TrackDataset for each of `buckets` (frames, height, width) that gets
     any.
 
     A clip goes to the longest bucket that it fills (a too short one to the shortest: it counts as
     bad when it is read), and of these to the one nearest in size.
     """
-    source, rows = track_rows(source)
+    if not source:
+        raise UserError("--data: give a folder with prompt.txt, videos.txt, trackings.txt, a csv "
+                        "or a jsonl")
+    source, rows = list_clips(source, tracks=True, root=root)
     parts = {bucket: [] for bucket in sorted(buckets)}
     for row in rows:
         try:
@@ -862,6 +815,7 @@ def get_args(argv=None):
     p = Parser(__doc__)
     p.add_argument("--make-tracks", required=True, metavar="SOURCE",
                    help="picture, clip, tracks, mesh or list of clips, see above")
+    p.options("data", only=["--data-root"])
     p.add_argument("--out", default="out/tracks", help="folder to write")
     p.add_argument("--frames", type=p.COUNT, default=49,
                    help="frames of a tracking video, evenly spaced over a clip")
@@ -924,11 +878,13 @@ def checked(args):
 def kind_of(source):
     """What --make-tracks is given: image, clip, tracks, mesh or clips."""
     path = Path(source)
-    if not path.exists():
+    if not os.path.exists(path):
         raise UserError(f"--make-tracks {source}: no such file or folder")
-    lists = {".csv", ".jsonl", ".txt"}
+    if os.path.isdir(path / "videos"):
+        return "clips"
+    lists = {*TABLES, ".txt"}
     if path.is_dir():
-        suffixes = {p.suffix.lower() for p in path.iterdir()}
+        suffixes = {p.suffix.lower() for p in list_folder(path)}
         kinds = {"mesh": {".obj"}, "clips": {*VIDEOS} | lists, "clip": {*IMAGES}}
     else:
         suffixes = {path.suffix.lower()}
@@ -981,12 +937,12 @@ def read_camera_path(args):
 
 def even_frames(path, frames, size):
     """`frames` of a clip, evenly spaced from its first -> (3,f,h,w) in [-1,1], their rate."""
-    count, rate, _ = video_info(path)
+    count = video_info(path)[0]
     if count < frames:
         fitting = f"--frames {(count - 1) // 8 * 8 + 1}" if count > 8 else "a longer clip"
         raise UserError(f"{path}: {count} frames instead of {frames}; try {fitting}")
     stride = (count - 1) // max(1, frames - 1) or 1
-    return read_video(path, frames, rate / stride, size=size)
+    return read_video(path, frames, size=size, stride=stride)
 
 
 def read_tracks(args, kind, path, video, tracker):
@@ -996,9 +952,9 @@ def read_tracks(args, kind, path, video, tracker):
         if not isinstance(result, tuple | list) or len(result) != 2:
             raise UserError(f"--tracker {args.tracker}: gave no pair (xy, visible)")
         return checked_tracks(*result, args.frames, f"--tracker {args.tracker}")
-    xy, = read_array(path, "tracks")
-    if len(xy) < args.frames:
-        raise UserError(f"{path}: {len(xy)} frames instead of {args.frames}")
+    xy = read_array(path, "tracks")["tracks"].astype(np.float64)
+    if not xy.ndim or len(xy) < args.frames:
+        raise UserError(f"{path}: {len(np.atleast_1d(xy))} frames instead of {args.frames}")
     return checked_tracks(xy[:args.frames], None, args.frames, path)
 
 
@@ -1117,12 +1073,14 @@ def make(args):
             tracker = flow_tracker(args, env.device)
         if args.depth_model:
             estimate = depth_estimator(args.depth_model, env.device)
+        own_folder(args.out)
         if kind == "clips":
             make_dataset(args, env, tracker, estimate)
         else:
             make_one(args, kind, tracker, estimate)
+    meet()
+    release_folders()
     if dist.is_initialized():
-        dist.barrier()
         dist.destroy_process_group()
 
 
@@ -1161,7 +1119,7 @@ def make_dataset(args, env, tracker, estimate):
     out.
     """
     out = Path(args.out)
-    source, rows = clip_rows(args.make_tracks)
+    source, rows = list_clips(args.make_tracks, root=args.data_root)
     mine, kept = rows[env.rank::env.world], []
     for n, path, text in tqdm(mine, "tracking clips", disable=not env.main, mininterval=5):
         names = f"videos/{n:05d}.mp4", f"tracking/{n:05d}_tracking.mp4"
@@ -1188,4 +1146,4 @@ def make_dataset(args, env, tracker, estimate):
 
 def write_list(path, lines):
     """A text file with these lines."""
-    write_atomic(path, lambda p: p.write_text("".join(f"{line}\n" for line in lines)))
+    write_atomic(path, lambda p: p.write_text("".join(f"{line}\n" for line in lines), "utf-8"))

@@ -37,10 +37,10 @@ Differences from the original code (the others: docs/differences/vader.md)
  - Dropout is off during the rollout, as in sampling.
  - First frames, --continue and rewards over time are in the paper but not in its code.
 """
+from common import Parser, Run, UserError, run_command, trained  # first: for signals
 import torch
 
 from bases import choose_sampling, load_base, read_lora
-from common import Parser, Run, UserError, run_command, trained
 from diffusion import randn
 from models import add_lora, parallelize
 from pipeline import (
@@ -284,8 +284,8 @@ def check_lengths(args, sampling):
 def read_rewards(args, run, prompts):
     """-> the reward to climb and the one to watch (or None), both of which can read the
     prompts."""
-    reward = get_reward(args.reward, run.device, args.reward_weights)
-    watch = get_reward(args.watch, run.device, args.reward_weights) if args.watch else None
+    reward = get_reward(args.reward, run.device, args.reward_weights, run.out)
+    watch = get_reward(args.watch, run.device, args.reward_weights, run.out) if args.watch else None
     for asked in filter(None, (reward, watch)):
         asked.check(prompts)
     if reward.clip and args.decode not in ("all", "alt"):

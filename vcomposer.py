@@ -31,10 +31,10 @@ and VGen's network.
    vectors, in the middle of every 16x16 pixels; without --flow-weights it is left out.
  - Masks are not trained, nor depth on real clips (the tiny world knows its own).
 """
+from common import Parser, Run, run_command, trained  # first: for signals
 import torch
 
 from bases import choose_sampling, load_base
-from common import Parser, Run, run_command, trained
 from data import clip_frames, lucas_kanade, raft, video_maps
 from diffusion import diffusion_loss, draw_noise
 from models import parallelize, seed_dropout

@@ -25,6 +25,7 @@ Differences from the original code (the others: docs/differences/videodpo.md)
  - One logistic term per video. (Released: one per latent column.)
  - No dropout in the network. (Released: with it policy and reference differ from the start.)
 """
+from common import Parser, Run, generator, run_command, trained, warn  # first: for signals
 import argparse
 from functools import partial
 
@@ -33,7 +34,6 @@ import torch.nn.functional as F
 
 import omniscore
 from bases import choose_sampling, load_base
-from common import Parser, Run, generator, run_command, trained, warn
 from diffusion import noised, randn
 from models import add_lora, frozen_copy, parallelize, without_lora
 from pipeline import (
@@ -74,7 +74,7 @@ def get_args(argv=None):
                    help="one step t and one noise for both clips of a pair (released: two)")
     p.add_argument("--max-step", type=p.SHARE, default=1.0,
                    help="noisiest step to train on, as a share of all steps")
-    p.options("data", without=("--data", "--read-fps", "--cache-latents"))
+    p.options("data", only=("--workers", "--drop-text"))
     p.options("optimisation lora machine evaluation run")
     return p.parse(argv, PAPER, {"tiny": TINY})
 
@@ -176,6 +176,7 @@ def main(argv=None):
         base.remember([*texts, sampling.negative], run.env)  # then the text tower goes
 
     # each clip, score and pair depends on its own number alone, and what is there is kept
+    run.own()
     for folder, texts in prompts.items():
         if "generate" in stages:
             generate_folder(base, run.env, folder, texts, args.samples, sampling,

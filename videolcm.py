@@ -38,6 +38,7 @@ Differences from the original code (the others: docs/differences/videolcm.md)
    and 6 to 16 here.
  - Teacher and target have no dropout. (There they stay in training mode, an oversight.)
 """
+from common import Parser, Run, UserError, run_command, seed_of, trained  # first: for signals
 from dataclasses import replace
 from functools import partial
 
@@ -49,7 +50,6 @@ import pipeline
 import rewards
 import tinyworld
 from bases import add_guidance, base_row, choose_sampling, load_base
-from common import Parser, Run, UserError, run_command, seed_of, trained
 from diffusion import consistency, guided, randn
 
 GUIDANCE_DIM = 256  # numbers that tell the student the scale, as in T2V-Turbo
@@ -185,7 +185,7 @@ def main(argv=None):
     run = Run(args, "videolcm")
     reward = None
     if args.reward:
-        reward = rewards.get_reward(args.reward, run.device, args.reward_weights)
+        reward = rewards.get_reward(args.reward, run.device, args.reward_weights, run.out)
         reward.check([*captions, *prompts])
 
     dtype = run.dtype if args.rank else torch.float32  # what trains is kept in fp32
@@ -236,7 +236,8 @@ def main(argv=None):
 def read_clips(args, sampling):
     """-> the data set of clips, its rows (tiny: none), the prompts of the previews."""
     if args.data:
-        clips = data.VideoDataset(args.data, *sampling.size, args.read_fps, args.seed)
+        clips = data.VideoDataset(
+            args.data, *sampling.size, args.read_fps, args.seed, args.data_root)
         rows, prompts = clips.rows, [clips.rows[0][2]]
     else:
         clips = tinyworld.TinyWorld(

@@ -4,17 +4,21 @@ This file is independent of the networks: each network's file defines the map fr
 ours and passes it in.
 """
 import json
-import struct
+import math
+import os
+import re
 import zipfile
 from pathlib import Path
 from urllib.parse import quote
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from common import UserError, check_file, crc32, steps_saved, warn, write_atomic
+from common import (
+    UserError, check_file, crc32, is_a, is_finite, is_plain, json_object, known_fields, read_meta,
+    read_text, steps_saved, warn, write_atomic)
 
 # ---- our own checkpoints
 
@@ -57,10 +61,11 @@ def load_checkpoint(path):
     if "nanovideo" not in text:
         raise UserError(f"--ckpt {path}: not a nanovideo checkpoint ({looks_like(tensors)}); "
                         "public weights go to --weights, public LoRA files to --lora")
-    try:
-        return tensors, json.loads(text["nanovideo"])
-    except ValueError:
-        raise UserError(f"--ckpt {path}: its metadata is corrupt") from None
+    bad = next((k for k, v in tensors.items() if not is_plain(v)), None)
+    if bad:
+        raise UserError(f"{file}: {bad} is not a tensor of finite numbers; the run had diverged, "
+                        "or the file is damaged")
+    return tensors, read_meta(json_object(text["nanovideo"], file), file)
 
 
 # before the keys of a run's tensors that are not the network's
@@ -82,13 +87,45 @@ def run_parts(tensors) -> dict:
 
 # ---- reading weight files
 
+NOT_WEIGHTS = {  # how a file begins -> what it is and what to do
+    b"version https://git-lfs": "a Git LFS pointer, not the file: git lfs pull, or download it",
+    b"<": "a web page, not the file: the download needs a login, or another address",
+    b"{": "JSON text, not weights: an error message, or a config",
+    b"GGUF": "GGUF (quantized for llama.cpp): take the safetensors file",
+    b"\x89HDF": "HDF5 (Keras): take the PyTorch file",
+    b"\x1f\x8b": "packed by gzip: unpack it", b"7z\xbc\xaf": "packed by 7-Zip: unpack it",
+    b"Rar!": "packed by RAR: unpack it", b"\x93NUMPY": "a NumPy array, not weights",
+    b"\0\0\0\0\0\0\0\0": "zeros at its start: the download was not finished"}
+
+
+def kind_of(path):
+    """"safetensors" or "torch", by the file's content, whatever its name; UserError for others."""
+    path = Path(path)
+    if os.path.isfile(os.path.join(path, ".metadata")):
+        raise UserError(f"{path}: a folder of torch.distributed.checkpoint: convert it with python "
+                        "-m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE")
+    with check_file(path).open("rb") as file:
+        start = file.read(64)
+    if not start:
+        raise UserError(f"{path}: empty; the download failed: fetch it again")
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 10 ** 9:
+        return "safetensors"
+    for mark, what in NOT_WEIGHTS.items():
+        if start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(mark):
+            raise UserError(f"{path}: {what}")
+    if start.startswith((b"PK\x03\x04", b"\x80")):
+        return "torch"
+    return "safetensors" if path.suffix == ".safetensors" else "torch"
+
+
 def load_safetensors(path):
     """-> ({key: tensor on the CPU}, metadata)."""
+    check_file(path)
     try:
         with safe_open(path, "pt") as f:
             return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
-    except (SafetensorError, OSError, struct.error) as e:
-        raise UserError(f"{path}: not a whole safetensors file ({e}); "
+    except Exception as e:  # its own error, or a type that this PyTorch lacks
+        raise UserError(f"{path}: not a whole safetensors file ({str(e)[:100]}); "
                         "a download or copy was cut off: fetch it again") from e
 
 
@@ -108,63 +145,164 @@ def load_pickle(path, allow=(), shells=False):
     allow: classes that the file may hold besides tensors. shells: replace all others by a Shell,
     such as Lightning's callbacks in Stable Diffusion's files.
     """
+    allow = list(allow)
     try:
-        allow = list(allow)
-        if shells and zipfile.is_zipfile(path):
-            unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-            allow += [(Shell, name) for name in unsafe]
-        with torch.serialization.safe_globals(allow):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        # of a path, torch would go by the suffix
+        with check_file(path).open("rb") as file:
+            if zipfile.is_zipfile(file):
+                infos = zipfile.ZipFile(file).infolist()
+                if any(info.compress_type for info in infos):  # torch never does
+                    raise ValueError("a compressed archive")
+                if not any(info.filename.endswith("data.pkl") for info in infos):
+                    raise ValueError("a zip archive of other things")
+                file.seek(0)
+                if shells:
+                    unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+                    allow += [(Shell, name) for name in unsafe]
+            file.seek(0)
+            with torch.serialization.safe_globals(allow):
+                return torch.load(file, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except Exception as e:  # zip, pickle and EOF errors alike mean one thing to the user
+        reason = (str(e) or repr(e)).splitlines()[0][:100]
         raise UserError(f"{path}: not a whole PyTorch file, or not one of plain tensors "
-                        f"({str(e).splitlines()[0][:100]}); fetch it again") from e
+                        f"({reason}); fetch it again") from e
+
+
+def open_weights(path):
+    """A weight file -> ({key: tensor} as it is in the file, or a list of tensors; metadata).
+
+    Of a file in shards, give the index (*.index.json). What holds the tensors is taken out of its
+    wrappers, an averaged copy (EMA) before the plain one.
+    """
+    path = Path(path)
+    if path.name.endswith(".json") and ".index." in path.name:
+        state = {}
+        for shard in shards_of(path):
+            state |= open_weights(path.parent / shard)[0]
+        return state, {}
+    state, text = load_safetensors(path) if kind_of(path) == "safetensors" else (
+        load_pickle(path, shells=True), {})
+    if not isinstance(state, list):
+        state = unwrap(state, path)
+    for key, value in state.items() if isinstance(state, dict) else enumerate(state):
+        if isinstance(value, Tensor) and (value.layout != torch.strided or value.is_meta
+                                          or value.nbytes > value.untyped_storage().nbytes()):
+            raise UserError(f"{path}: {key} is not a tensor whose numbers are all in the file")
+    return state, text
+
+
+AVERAGED = ("ema", "ema_state_dict", "state_dict_ema", "ema_model", "model_ema", "params_ema")
+WRAPPERS = ("state_dict", "unet_state_dict", "model_state_dict", "module", "model", "net",
+            "network", "unet", "transformer", "generator", "params", "weights")
+
+
+def tensors_in(value, depth=4) -> int:
+    """How many tensors a dictionary holds, in dictionaries within it, too."""
+    if isinstance(value, dict) and depth:
+        return sum(tensors_in(part, depth - 1) for part in value.values())
+    return int(isinstance(value, Tensor))
+
+
+def unwrap(state, path) -> dict:
+    """{"state_dict": {key: tensor} ...} in any depth -> {key: tensor}; says which part it takes."""
+    for _ in range(8):  # a hostile file may hold itself
+        if not isinstance(state, dict):
+            raise UserError(f"{path}: holds no tensors but a {type(state).__name__}")
+        sizes = {k: tensors_in(v) for k, v in state.items() if isinstance(v, dict)}
+        parts = [k for k in (*AVERAGED, *WRAPPERS) if sizes.get(k)]
+        if not parts and not any(isinstance(v, Tensor) for v in state.values()):
+            parts = [k for k in sizes if sizes[k]]
+            if len(parts) > 1:
+                raise UserError(f"{path}: holds several parts ({', '.join(map(str, parts[:8]))}); "
+                                "save the one that is wanted alone")
+        if not parts:
+            break
+        # an average may have been kept of a few tensors only
+        whole = [k for k in parts if 2 * sizes[k] >= max(sizes[k] for k in parts)]
+        if len(parts) > 1:
+            warn(f"{path}: holds {', '.join(map(str, parts))}; {whole[0]} is taken")
+        state = state[whole[0]]
+    tensors = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    if not tensors:
+        first = ", ".join(str(k)[:60] for k in list(state)[:5])
+        raise UserError(f"{path}: holds no tensors (its first keys: {first})")
+    return tensors
+
+
+# what training, compilers, trainers and other programs put before every key, or within keys
+OUTER = ("module.", "_forward_module.", "model.diffusion_model.", "diffusion_model.", "model.",
+         "net.", "network.", "unet.", "transformer.", "generator.", "ema_model.", "ema.")
+INNER = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
+def bare_keys(state, path) -> dict:
+    """{key: tensor} without the wrappers of OUTER that all keys carry, and without those of INNER.
+
+    Of keys "ema_model.x" and "online_model.x" the average is taken.
+    """
+    bare = {INNER.sub("", k): v for k, v in state.items()}
+    while bare:
+        prefix = next((p for p in OUTER if all(k.startswith(p) for k in bare)), None)
+        if prefix is None:
+            break
+        bare = {k.removeprefix(prefix): v for k, v in bare.items()}
+    if len(bare) < len(state):
+        raise UserError(f"{path}: two keys differ by a wrapper only, such as _orig_mod.")
+    for prefix, other in (("ema_model.", "online_model."), ("ema.", "model."), ("ema.", "net.")):
+        both = [k for k in bare if k.startswith(prefix) and other + k[len(prefix):] in bare]
+        if both:
+            warn(f"{path}: holds {other}* and {prefix}*; {prefix}* is taken")
+            return bare_keys({k.removeprefix(prefix): bare[k] for k in both}, path)
+    return bare
 
 
 def load_weights(path, lists=False) -> dict:
-    """A weight file (.safetensors, .pt, .pth, .bin, .ckpt) -> {key: tensor}, without wrappers.
+    """A weight file (.safetensors, .pt, .pth, .bin, .ckpt, by its content) -> {key: tensor}, the
+    keys without wrappers.
 
     Of a file in shards, give the index (*.index.json). lists: return a list of tensors as it is.
     """
-    path = check_file(path)
-    if path.name.endswith(".index.json"):
-        shards = [load_weights(path.parent / shard) for shard in shards_of(path)]
-        return {k: v for shard in shards for k, v in shard.items()}
-    if path.suffix == ".safetensors":
-        state = load_safetensors(path)[0]
-    else:
-        state = load_pickle(path, shells=True)
-    if isinstance(state, list) and lists:
-        return state
-    if isinstance(state, list):
+    state, _ = open_weights(path)
+    if isinstance(state, list) and not lists:
         raise UserError(f"{path}: a list of {len(state)} tensors without names, like T2V-Turbo's "
                         "LoRA")
-    inner = state
-    while isinstance(inner, dict):
-        state = inner
-        wrappers = ("state_dict", "unet_state_dict", "module", "model")
-        inner = next((state[k] for k in wrappers if isinstance(state.get(k), dict)), None)
-    if not isinstance(state, dict):
-        raise UserError(f"{path}: holds no tensors but a {type(state).__name__}")
-    if not any(isinstance(v, Tensor) for v in state.values()):
-        first = ", ".join(map(str, list(state)[:5]))
-        raise UserError(f"{path}: holds no tensors (its first keys: {first})")
-    # DDP and DeepSpeed put their own names before every key
-    return {k.removeprefix("module.").removeprefix("_forward_module."): v
-            for k, v in state.items() if isinstance(v, Tensor)}
+    return state if isinstance(state, list) else bare_keys(state, path)
+
+
+def config_file(path) -> dict:
+    """A JSON file that comes with weights."""
+    return json_object(read_text(path), path)
 
 
 def shards_of(index):
-    """The index of a file in shards (*.index.json) -> names of the shards."""
-    try:
-        return sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{index}: not an index of a file in shards") from None
+    """The index of a file in shards (*.index.json) -> names of the shards, files beside it."""
+    names = config_file(Path(index)).get("weight_map")
+    names = list(names.values()) if isinstance(names, dict) else []
+    if not names or not all(isinstance(n, str) and n == Path(n).name for n in names):
+        raise UserError(f"{index}: not an index of a file in shards, which names files beside it")
+    return sorted(set(names))
 
 
-def below(state, prefix):
-    """The tensors whose keys start with `prefix`, without it; `state` itself if there are none."""
-    cut = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    return cut or state
+# where a file of several parts has them: ComfyUI's, Stable Diffusion's, diffusers' names
+PARTS = {
+    "net": ("model.diffusion_model.", "diffusion_model.", "unet.", "transformer."),
+    "vae": ("first_stage_model.", "vae."),
+    "text": ("cond_stage_model.model.", "cond_stage_model.transformer.",
+             "text_encoders.clip_h.transformer.", "text_encoders.t5xxl.transformer.",
+             "text_encoder."),
+    "image": ("image_encoder.", "clip_vision.")}
+
+
+def below(state, *prefixes):
+    """The tensors whose keys start with the first of `prefixes` that occurs, without it; `state`
+    itself if none does."""
+    for prefix in prefixes:
+        cut = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        if cut:
+            return cut
+    return state
 
 
 def replace_part(path, part, state):
@@ -217,10 +355,15 @@ def looks_like(state) -> str:
 
 def load_strict(net, state, name):
     """load_state_dict() with a one-line error: what the file appears to be, the first faults."""
-    want = {k: v.shape for k, v in net.state_dict().items()}
+    want = net.state_dict()
+    both = [k for k in want if k in state]
+    real = [k for k in both if want[k].is_floating_point()]
     faults = {"missing": [k for k in want if k not in state],
               "unexpected": [k for k in state if k not in want],
-              "of another shape": [k for k in want if k in state and want[k] != state[k].shape]}
+              "of another shape": [k for k in both if want[k].shape != state[k].shape],
+              "of whole numbers": [k for k in real if not state[k].is_floating_point()]}
+    faults["with NaN or infinity"] = [] if any(faults.values()) else [
+        k for k in real if not (state[k].is_meta or is_finite(state[k]))]
     if any(faults.values()):
         counts = "; ".join(f"{len(keys)} {fault}, first {keys[0]}"
                            for fault, keys in faults.items() if keys)
@@ -249,25 +392,107 @@ def rename(state, net, name_of, source):
 
 # ---- LoRA files -> {our layer + ".lora_A.weight" or ".lora_B.weight": tensor}
 
+# what a folder of peft, of diffusers or of ours calls it
+LORA_NAMES = ("adapter_model.safetensors", "adapter_model.bin", "ckpt.safetensors",
+              "pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin")
+
+
 def lora_file(text):
-    """--lora FILE or FILE:SCALE -> (path, scale); the file is there."""
+    """--lora FILE or FILE:SCALE -> (path, scale); the file is there. FILE may be its folder."""
     path, _, scale = text.rpartition(":")
     try:
         path, scale = (path, float(scale)) if path else (text, 1.0)
     except ValueError:  # the colon is part of the name
         path, scale = text, 1.0
-    if not Path(path).is_file():
-        raise UserError(f"--lora {path}: no such file")
-    return Path(path), scale
+    if not math.isfinite(scale):
+        raise UserError(f"--lora {text}: the scale {scale} is no number")
+    inside = [Path(path, name) for name in LORA_NAMES if os.path.isfile(os.path.join(path, name))]
+    return check_file(inside[0] if inside else path), scale
+
+
+# a key's tail: peft's .lora_A.weight and .lora_A.default.weight, kohya's .lora_down.weight,
+# diffusers' .lora.down.weight, .lora_linear_layer.down.weight, .processor.to_q_lora.down.weight
+LORA_TAIL = re.compile(r"(.+?)[._]lora(?:_linear_layer|_layer)?[._](A|B|down|up)"
+                       r"(?:\.(?!weight$|bias$)\w+)?(?:\.weight)?")
+LORA_SIDES = {"A": "A", "down": "A", "B": "B", "up": "B"}
+# what programs put before a layer's name; kohya's has "_" for every "."
+LORA_HEAD = re.compile(
+    r"(base_model|diffusion_model|model|module|_forward_module|unet|transformer|net|"
+    r"lora_unet|lora_transformer|lora|lycoris)[._]|_")
+LORA_FORMATS = {"lora_unet_": "kohya's", "lora_te": "kohya's", "lycoris_": "LyCORIS's",
+                "base_model.model.": "peft's", "diffusion_model.": "ComfyUI's",
+                ".lora.": "old diffusers'", ".processor.": "old diffusers'",
+                "unet.": "diffusers'", "transformer.": "diffusers'", "text_encoder": "diffusers'",
+                ".lora_A": "peft's", ".lora_down": "kohya's", ".lora_up": "kohya's"}
+NOT_LORA = {  # a part of a key -> what only looks like LoRA
+    "magnitude_vector": "DoRA", "dora_scale": "DoRA", "hada_w": "LoHa", "lokr_w": "LoKr",
+    "lora_mid": "LoRA with a middle matrix (CP decomposition)", "lora_embedding": "LoRA of words",
+    "vera_lambda": "VeRA", "ia3_l": "IA3", "oft_": "OFT", "modules_to_save": "whole layers",
+    ".diff": "differences of weights", "diff_b": "differences of biases", ".bias": "biases",
+    "bias_": "biases", "w_norm": "norms", "b_norm": "norms", "on_input": "IA3"}
 
 
 def lora_format(state):
-    """Format of a LoRA file that load_weights() read: "turbo", "peft", ... or None."""
+    """Format of a LoRA file that open_weights() read: "turbo", "named", ... or None."""
     if isinstance(state, list):
         return "turbo"
-    marks = {"_adapter.": "adapters", ".lora_A.weight": "peft",
-             "_lora.down_linear": "instructvideo"}
-    return next((kind for mark, kind in marks.items() if any(mark in k for k in state)), None)
+    if any("_lora.down_linear" in k for k in state):
+        return "instructvideo"
+    marks = [m for m in NOT_LORA if m not in (".bias", "bias_", ".diff")]
+    if any(LORA_TAIL.fullmatch(k) or any(m in k for m in marks) for k in state):
+        return "named"
+    return "adapters" if any("_adapter." in k for k in state) else None
+
+
+def find_layer(name, layers):
+    """A layer as some program names it -> ours, or None. layers: {name of a layer: ours}."""
+    name = INNER.sub("", name.replace(".processor.", "."))
+    while name not in layers and f"{name}.0" not in layers:  # diffusers' to_out is ours .0
+        head = LORA_HEAD.match(name)
+        if not head:
+            return None
+        name = name[head.end():]
+    return layers.get(name) or layers[f"{name}.0"]
+
+
+def named_lora(state, text, path, layers):
+    """A LoRA of any program but T2V-Turbo's and InstructVideo's -> ({our layer + ".lora_A.weight"
+    or ".lora_B.weight": tensor in float32}, {our layer: scale}).
+
+    state, text: open_weights(path); layers {public name: ours}.
+    """
+    flat = {name.replace(".", "_"): ours for name, ours in layers.items()}
+    layers, source = flat | layers, f"--lora {path}"
+    lora, names, alphas, strange = {}, {}, {}, []
+    kind = next((v for k, v in LORA_FORMATS.items() if any(k in key for key in state)), "bare")
+    for key, value in state.items():
+        tail = LORA_TAIL.fullmatch(key)
+        if not (tail or key.endswith(".alpha")):
+            what = next((what for mark, what in NOT_LORA.items() if mark in key), "a whole tensor")
+            raise UserError(f"{source}: {key} is of {what}, which is not supported: merge it into "
+                            "its base with the program that made it")
+        name = tail[1] if tail else key.removesuffix(".alpha")
+        ours = find_layer(name, layers)
+        if ours is None:
+            strange.append(name)
+        elif tail is None:
+            alphas[ours] = value
+        else:
+            ours_key = f"{ours}.lora_{LORA_SIDES[tail[2]]}.weight"
+            if ours_key in lora:
+                raise UserError(f"{source}: holds two LoRA of {ours} (such as {key}); save one")
+            names[ours] = name
+            lora[ours_key] = value.float() if value.is_floating_point() else value
+    if strange:
+        first, *more = dict.fromkeys(strange)
+        others = f", nor do {len(more)} more, such as {', '.join(more[:3])}" if more else ""
+        raise UserError(f"{source}: a LoRA file in {kind} names: {first} belongs to no layer of "
+                        f"this network{others}; give the base that it was made for")
+    if not lora:
+        raise UserError(f"{source}: holds no matrices of a LoRA")
+    downs = {ours: lora.get(f"{ours}.lora_A.weight") for ours in names}
+    ranks = {ours: len(down) for ours, down in downs.items() if down is not None and down.ndim}
+    return lora, lora_scales(path, text, state, names, ranks, alphas)
 
 
 def turbo_lora(tensors, layers, path):
@@ -279,33 +504,122 @@ def turbo_lora(tensors, layers, path):
     return lora | {f"{layer}.lora_B.weight": up for layer, up in zip(layers, tensors[::2])}
 
 
-def peft_lora(path, layers):
-    """A LoRA file of peft's, such as VADER's -> (tensors in float32, rank, alpha).
+# fields of adapter_config.json that are read here, and those that change nothing
+CONFIG_FIELDS = dict(
+    peft_type=("LORA",), r=(int, 1, 10 ** 6), lora_alpha=(float, -1e6, 1e6), use_rslora=bool,
+    bias=("none",))
+CONFIG_READ = {*CONFIG_FIELDS, "rank_pattern", "alpha_pattern", "target_modules",
+               "exclude_modules", "layers_to_transform", "init_lora_weights"}
+CONFIG_IDLE = {
+    "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying",
+    "ephemeral_gpu_offload", "eva_config", "inference_mode", "layers_pattern", "loftq_config",
+    "lora_dropout", "megatron_core", "parent_library", "peft_version", "qalora_group_size",
+    "revision", "runtime_config", "task_type"}
 
-    layers {public name: our name}; peft's and the pipeline's prefixes are cut off. alpha comes
-    from the adapter_config.json beside the file, else it is 8, peft's default (VADER's files do
-    not tell it).
-    """
-    state = below(below(load_weights(path), "base_model.model."), "model.diffusion_model.")
-    lora, ranks = {}, {}
-    for key, value in state.items():
-        layer, _, kind = key.rpartition(".lora_")
-        if kind not in ("A.weight", "B.weight") or layer not in layers:
-            raise UserError(f"--lora {path}: {key} belongs to no layer of this network: "
-                            f"{looks_like(state)}")
-        lora[f"{layers[layer]}.lora_{kind}"] = value.float()
-        if kind == "A.weight" and value.ndim:
-            ranks[layer] = len(value)
-    text = load_safetensors(path)[1] if Path(path).suffix == ".safetensors" else {}
-    config, alpha = Path(path).parent / "adapter_config.json", 8.0
+
+def lora_config(path, text):
+    """The config of a LoRA file and where it stands: adapter_config.json beside it, or metadata
+    of diffusers or kohya in it. None: there is none."""
+    beside = Path(path).parent / "adapter_config.json"
+    if os.path.lexists(beside):
+        return config_file(beside), beside
+    source = f"--lora {path}: its metadata"
+    if "lora_adapter_metadata" in text:  # {"transformer.r": 4, "text_encoder.r": 4 ...}
+        config = json_object(text["lora_adapter_metadata"], source)
+        return {k.rpartition(".")[2]: v for k, v in config.items()
+                if not k.startswith("text_encoder")}, source
     try:
-        if "nanovideo" in text:  # of one of our runs
-            alpha = float(json.loads(text["nanovideo"])["alpha"])
-        elif config.is_file():
-            alpha = float(json.loads(config.read_text())["lora_alpha"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"--lora {path}: no alpha in its metadata or in {config.name}") from None
-    return lora, max(ranks.values(), default=0), alpha
+        config = dict(r=int(text["ss_network_dim"]), lora_alpha=float(text["ss_network_alpha"]))
+    except (KeyError, ValueError):  # none, or "Dynamic"
+        return None, source
+    return config, source
+
+
+def check_config(config, source):
+    """Refuse a config with a field that changes the result and is not read here."""
+    for name, value in config.items():
+        if name not in CONFIG_READ | CONFIG_IDLE and value not in (None, False, [], {}, "", "none"):
+            raise UserError(f"{source}: {name} = {str(value)[:60]} is not supported: merge the "
+                            "LoRA into its base with the program that made it")
+    known_fields({k: config.get(k) for k in CONFIG_FIELDS}, CONFIG_FIELDS, source)
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start not in ("gaussian", "eva", "orthogonal"):
+        raise UserError(f"{source}: init_lora_weights = {start[:60]} changes the base, too, which "
+                        "is not supported: convert it to plain LoRA with peft")
+    for name in ("r", "lora_alpha"):
+        if config.get(name) is None:
+            raise UserError(f"{source}: has no {name}, so the scale is unknown; add it")
+
+
+def pattern_value(config, field, layer, default, source):
+    """rank_pattern or alpha_pattern {end of a layer's name: number} at `layer`."""
+    patterns = config.get(field) or {}
+    if not is_a(patterns, dict) or not is_a(list(patterns.values()), [(float, -1e6, 1e6)]):
+        raise UserError(f"{source}: {field} is not {{layer: number}}")
+    for name, value in patterns.items():
+        if not re.fullmatch(r"[\w.-]+", name):  # a hostile one takes for ever to match
+            raise UserError(f"{source}: {field} has {name[:60]!r}: regular expressions are not "
+                            "supported: write the layers' names")
+        if f".{layer}".endswith(f".{name}"):
+            return value
+    return default
+
+
+def check_selected(config, layer, source):
+    """Refuse a file with a layer that its config leaves out: peft would not apply it."""
+    wanted, left_out = (config.get(k) for k in ("target_modules", "exclude_modules"))
+    ends = [[isinstance(x, str) and f".{layer}".endswith(f".{x}") for x in names]
+            for names in (wanted, left_out) if isinstance(names, list) and names]
+    blocks = config.get("layers_to_transform")
+    blocks = blocks if isinstance(blocks, list) or blocks is None else [blocks]
+    number = re.search(r"[._](\d+)[._]", layer)
+    faults = {"target_modules": isinstance(wanted, list) and wanted and not any(ends[0]),
+              "exclude_modules": isinstance(left_out, list) and left_out and any(ends[-1]),
+              "layers_to_transform": blocks and number and int(number[1]) not in blocks}
+    for field, fault in faults.items():
+        if fault:
+            raise UserError(f"{source}: {field} leaves out {layer}, which the file holds; they do "
+                            "not belong together")
+
+
+def lora_scales(path, text, state, names, ranks, alphas):
+    """{our layer: factor of its B A}: alpha / rank, of the layer's own alpha, else the config's.
+
+    names {our layer: the file's}; ranks {our layer: rank}; alphas {our layer: tensor}.
+    """
+    config, source = lora_config(path, text)
+    plain, scales = 1.0, {}
+    if "nanovideo" in text:  # one of our runs: a narrow layer has a smaller rank, the same scale
+        meta = read_meta(json_object(text["nanovideo"], source), source)
+        if not meta["rank"]:
+            raise UserError(f"{source} is of whole weights, not of a LoRA")
+        config, plain = None, meta["alpha"] / meta["rank"]
+    elif config is not None:
+        check_config(config, source)
+    for ours, rank in ranks.items():
+        scales[ours] = plain
+        layer = names[ours].removeprefix("base_model.model.")
+        if config is not None:
+            check_selected(config, layer, source)
+        if ours in alphas:
+            alpha = alphas[ours]
+            if alpha.numel() != 1 or not math.isfinite(alpha.item()) or not rank:
+                raise UserError(f"--lora {path}: the alpha of {layer} is not one number")
+            scales[ours] = alpha.item() / rank
+        elif config is not None:
+            r = pattern_value(config, "rank_pattern", layer, config["r"], source)
+            if r != rank:
+                raise UserError(f"{source}: says rank {r} of {layer}, which has {rank}; it belongs "
+                                "to another file")
+            alpha = pattern_value(config, "alpha_pattern", layer, config["lora_alpha"], source)
+            scales[ours] = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+    known = config is not None or "nanovideo" in text or ranks.keys() <= alphas.keys()
+    if not known and kind_of(path) == "torch" and all(k.startswith("base_model.") for k in state):
+        warn(f"--lora {path}: tells no alpha; 8 is taken, peft's default, as VADER's files need")
+        return {ours: 8 / rank if rank else 1.0 for ours, rank in ranks.items()}
+    if not known:
+        warn(f"--lora {path}: tells no alpha; scale 1 is taken (alpha = rank)")
+    return scales
 
 
 def export_peft(run, folder, public_name):
@@ -328,7 +642,7 @@ def export_peft(run, folder, public_name):
         target_modules=list(ranks), bias="none", lora_dropout=0.0, inference_mode=True)
     text = json.dumps(config, indent=1)
     write_atomic(Path(folder, "adapter_model.safetensors"), lambda p: save_file(named, p))
-    write_atomic(Path(folder, "adapter_config.json"), lambda p: p.write_text(text))
+    write_atomic(Path(folder, "adapter_config.json"), lambda p: p.write_text(text, "utf-8"))
 
 
 # ---- DreamVideo's files: words of a textual inversion, adapters
@@ -347,7 +661,7 @@ def read_learned(path, token_of) -> dict:
         if not words:
             raise UserError(f"--learned {path}: a run without a word; give one of dreamvideo.py "
                             "--stage token")
-    elif path.suffix == ".safetensors":
+    elif kind_of(path) == "safetensors":
         words = load_safetensors(path)[0]
     else:
         # published files hold an nn.ParameterDict: a dictionary of tensors, but a class when
@@ -357,12 +671,16 @@ def read_learned(path, token_of) -> dict:
         words, ids = words["string_to_param"], words.get("string_to_token", {})
     if isinstance(words, nn.ParameterDict):  # its keys() needs an attribute that old files lack
         words = dict(words.named_parameters())
-    if not (isinstance(words, dict) and words
-            and all(isinstance(v, Tensor) and 1 <= v.ndim <= 2 for v in words.values())):
+    if not (isinstance(words, dict) and words and isinstance(ids, dict)
+            and all(isinstance(k, str) and is_plain(v) and 1 <= v.ndim <= 2 and v.numel()
+                    for k, v in words.items())):
         raise UserError(f"{path}: not a file of textual inversion: wanted string_to_param, or "
                         "{word: tensor}")
-    return {int(ids[word]) if word in ids else token_of(word):
-            vectors.detach().reshape(-1, vectors.shape[-1]) for word, vectors in words.items()}
+    try:
+        return {int(ids[word]) if word in ids else token_of(word):
+                vectors.detach().reshape(-1, vectors.shape[-1]) for word, vectors in words.items()}
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(f"{path}: its string_to_token is not {{word: number}}") from None
 
 
 def save_word(path, word, token, vectors):
@@ -382,8 +700,10 @@ def export_dreamvideo(run, folder, token_of):
         raise UserError(f"--ckpt {run}: a run of {meta['method']}; only dreamvideo.py's have "
                         "adapters")
     parts, step = run_parts(tensors), meta["step"]
-    if meta["stage"] == "token":
-        (word, vectors), = parts["learned"].items()
+    if meta.get("stage") == "token":
+        word, vectors = next(iter(parts["learned"].items()), ("", None))
+        if not word.isprintable() or "/" in word or not 0 < len(word) < 100:
+            raise UserError(f"--ckpt {run}: its word {word[:60]!r} cannot be part of a file's name")
         path = Path(folder, f"text_embedding_of_{word}_{step:07d}.pth")
         save_word(path, word, token_of(meta["base"], word), vectors)
     else:
@@ -413,17 +733,21 @@ def public_files(name, row, weights, start=False):
     root = Path(weights)
     if not root.exists():
         raise UserError(f"--weights {weights}: no such folder")
+    first = next(iter(row.files.values()))
+    if root.is_file() and not first.keys() & {"tokenizer", "lora"}:
+        return dict.fromkeys(first, root)  # all parts in one file, as in ComfyUI's
     if root.is_file():
         expected = ", ".join(names_of(row, next(iter(row.files))))
         raise UserError(f"--weights {weights}: give the folder that holds {expected}")
     found = {layout: {part: local_file(root, url) for part, url in files.items()}
              for layout, files in row.files.items() if start or layout != START}
-    layout = max(found, key=lambda k: sum(path is not None for path in found[k].values()))
-    for part, path in found[layout].items():
-        if path is None:
-            expected, missing = ", ".join(names_of(row, layout)), name_of(row.files[layout][part])
-            raise UserError(f"--weights {weights}: {missing} is missing for {name}; expected "
-                            f"{expected}")
+    missing = {layout: list(dict.fromkeys(name_of(row.files[layout][part])
+                                          for part, path in files.items() if path is None))
+               for layout, files in found.items()}
+    layout = min(missing, key=lambda k: len(missing[k]))  # the nearest
+    if missing[layout]:
+        raise UserError(f"--weights {weights}: {', '.join(missing[layout])} is missing for {name}; "
+                        f"expected {', '.join(names_of(row, layout))}")
     return found[layout]
 
 
@@ -437,18 +761,29 @@ def names_of(row, layout):
     return list(dict.fromkeys(name_of(url) for url in row.files[layout].values()))
 
 
+WEIGHT_SUFFIXES = ".safetensors", ".bin", ".pth", ".ckpt", ".pt"
+
+
 def local_file(root, url):
     """The file of "hub:repo:file" below `root`, or None.
 
-    It may stand in a folder named after its repository (two repositories may use the same name). In
-    diffusers layout the index of a file in shards will do, and .bin for .safetensors.
+    It may stand in a folder named after its repository (two repositories may use the same name).
+    Its index will do if it is in shards, the same name in another format, and if there is none in
+    full precision, one in half: NAME.fp16.safetensors, NAME.safetensors.index.fp16.json.
     """
     _, repo, file = url.split(":", 2)
-    names = [Path(file), Path(f"{file}.index.json")]
-    if names[0].suffix == ".safetensors":
-        names += [names[0].with_suffix(".bin"), names[0].with_name("pytorch_model.bin")]
     folders = (root / repo.split("/")[-1], root)
-    return next((f / name for f in folders for name in names if (f / name).is_file()), None)
+    file = Path(file)
+    stems = [file.stem] + ["pytorch_model"] * (file.suffix == ".safetensors")
+    ends = [file.suffix]
+    if file.suffix in WEIGHT_SUFFIXES:  # not a tokenizer
+        ends += [end for end in WEIGHT_SUFFIXES if end != file.suffix]
+    names = [f"{stem}{half}{end}{index}" for half in ("", ".fp16", ".bf16") for stem in stems
+             for end in ends for index in ("", ".index.json")]
+    names += [f"{stem}{end}.index{half}.json" for half in (".fp16", ".bf16") for stem in stems
+              for end in ends]
+    paths = (folder / file.with_name(name) for folder in folders for name in names)
+    return next((path for path in paths if path.is_file()), None)
 
 
 def fetch(url, name, flag="--base", option="--weights"):
@@ -475,12 +810,26 @@ def fetch(url, name, flag="--base", option="--weights"):
 
 def fetch_github(repo, file):
     """A file of a GitHub repository's main branch -> its copy in torch.hub's folder."""
-    local = Path(torch.hub.get_dir(), "checkpoints", Path(file).name)
+    return fetch_address(f"https://github.com/{repo}/raw/main/{quote(file)}")
+
+
+def fetch_address(url):
+    """A file of the web -> its copy in torch.hub's folder, downloaded if need be."""
+    local = Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
     if not local.exists():
         local.parent.mkdir(parents=True, exist_ok=True)
-        address = f"https://github.com/{repo}/raw/main/{quote(file)}"
-        torch.hub.download_url_to_file(address, local, progress=False)
+        torch.hub.download_url_to_file(url, local, progress=False)
     return local
+
+
+def hub_weights(url, path, option):
+    """The tensors of `path`, or if it is None those of `url`; `option` can give the file."""
+    try:
+        local = path or fetch_address(url)
+    except Exception as e:  # offline, or no such file any more
+        raise UserError(f"cannot get {url} ({type(e).__name__}); download it elsewhere and give "
+                        f"it with {option}") from None
+    return load_weights(local)
 
 
 def fetch_huggingface(repo, file):

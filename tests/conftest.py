@@ -19,11 +19,12 @@ def same_seed():
 @pytest.fixture
 def message():
     """call -> the one-line message of the UserError that it must raise."""
-    from common import UserError
+    from common import UserError, release_folders
 
     def run(call, *args, **kw):
         with pytest.raises(UserError) as e:
             call(*args, **kw)
+        release_folders()  # as run_command() does
         text = str(e.value)
         assert text and "\n" not in text
         return text

@@ -1,6 +1,7 @@
 """VideoComposer's conditions made from a video, and SR600 after any base."""
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from test_t2v import CLIPS, real
 import bases
 import data
 import diffusion
+import hub
 import pipeline
 import sample
 
@@ -96,7 +98,6 @@ def test_longer_and_larger_weights_of_tft2v():
 @pytest.mark.parametrize("base", ["tft2v-32", "tiny"])
 def test_enlarged_afterwards(base, public, tmp_path, monkeypatch):
     folder = [] if base == "tiny" else ["--weights", public(base)[0], "--frames", "3"]
-    monkeypatch.setattr("gc.collect", lambda *args: 0)
     plain = diffusion.sr600
     monkeypatch.setattr(pipeline, "sr600", lambda *a, **k: plain(*a, **k, inversion_steps=1))
     sample.main(["--base", base, *folder, "--prompt", "a red circle", "--sample-steps", "2", "--n", "2",
@@ -108,6 +109,52 @@ def test_enlarged_afterwards(base, public, tmp_path, monkeypatch):
     assert {r["base"] for r in large} == {"sr600"} and Path(large[1]["video"]).name == "0001.mp4"
     frames, fps, size = data.video_info(tmp_path / "sr600" / "0001.mp4")
     assert (frames, fps, size) == (data.video_info(tmp_path / "0001.mp4")[0], small[0]["save_fps"], (8, 12))
+
+
+@pytest.mark.parametrize("frames, cuts", [(1, [(0, 1)]), (16, [(0, 16)]), (32, [(0, 32)]), (33, [(0, 32), (1, 33)]),
+                                          (60, [(0, 32), (28, 60)]), (64, [(0, 32), (32, 64)]),
+                                          (70, [(0, 32), (32, 64), (38, 70)])])
+def test_a_long_clip_is_enlarged_whole(frames, cuts, monkeypatch, tmp_path, capfd):
+    """In windows; rate, frames and shape come back. The network is left out."""
+    assert sample.windows(frames) == cuts
+    hub.small(monkeypatch, "sr600")
+    level = torch.arange(frames) / 40 - 0.9
+    clip = tmp_path / "a.mp4"
+    data.write_video(clip, level.view(1, -1, 1, 1).expand(3, frames, 48, 64), 24000 / 1001)
+    monkeypatch.setattr(sample, "generate_from", lambda *a, video, **k: video)
+    args = sample.get_args(["--base", "sr600", "--video", str(clip)])
+    base = SimpleNamespace(name="sr600", row=bases.base_row("sr600"))
+    source = SimpleNamespace(source=clip, prompt="", seed="0")
+    video, fps = sample.enlarge_clip(args, None, base, base.row.sample, source, False)
+    assert video.shape == (3, frames, 16, 24) and fps == pytest.approx(24000 / 1001)
+    torch.testing.assert_close(video.mean((0, 2, 3)), level, atol=0.02, rtol=0)
+    said = capfd.readouterr().out
+    assert f"{frames} frames at 23.98 fps, 64x48 cropped to 64x43 -> 24x16" in said
+    assert (f"in {len(cuts)} windows" in said) == (len(cuts) > 1)
+
+
+@pytest.mark.parametrize("shape, size", [((256, 448), (720, 1280)), ((720, 1280), (720, 1280)), ((480, 640), (848, 1088)),
+                                         ((1920, 1080), (1296, 704)), ((512, 512), (976, 960))])
+def test_size_of_an_enlarged_clip(shape, size):
+    """In the clip's own shape, with about the pixels of 720x1280; what is asked for wins."""
+    base = SimpleNamespace(name="sr600", row=bases.base_row("sr600"))
+    free, asked = (sample.get_args(["--base", "sr600", *flags]) for flags in ([], ["--width", "640"]))
+    found = sample.fitting_size(base, base.row.sample, free, shape)
+    assert bases.latent_shape("sr600", 32, *found) and found == size
+    assert sample.fitting_size(base, base.row.sample, asked, shape) == (720, 1280)
+
+
+def test_what_a_source_loses_is_said(tmp_path, capfd):
+    """Frames, rate and shape that the result does not keep."""
+    data.write_video(tmp_path / "a.mp4", torch.zeros(3, 30, 32, 64), 24)
+    args = sample.get_args(["--base", "tiny", "--follow", str(tmp_path / "a.mp4"), "--take", "sketch"])
+    row = bases.base_row("tiny")
+    sample.say_changes(args, row, row.sample)
+    said = capfd.readouterr().out
+    assert all(x in said for x in ("--follow", "8 of its 30 frames", "24 fps become", "64x32", "32x32")), said
+    data.write_video(tmp_path / "a.mp4", torch.zeros(3, *row.sample.size), row.sample.save_fps)
+    sample.say_changes(args, row, row.sample)
+    assert not capfd.readouterr().out
 
 
 def test_sketch_is_where_it_is_steep():

@@ -250,7 +250,7 @@ def test_trains_resumes_and_samples(name, more, small, tmp_path):
     Image.new("RGB", (30, 20), (9, 99, 9)).save(tmp_path / "first.png")
     image = ["--image", str(tmp_path / "first.png")] if bases.BASES[name].first_frame else []
     sample.main(["--ckpt", str(tmp_path / "run"), *image, "--tracks", str(tmp_path / "data/tracking/0.mp4"),
-                 "--prompt", "a red ball", "--out", str(tmp_path / "s")])
+                 "--weights", args[3], "--prompt", "a red ball", "--out", str(tmp_path / "s")])
     assert video_info(tmp_path / "s" / "side" / "0000.mp4")[2][1] == 3 * bases.BASES[name].sample.width
 
 

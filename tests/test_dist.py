@@ -71,6 +71,7 @@ def test_five_steps_of_many_processes_equal_one(method, processes, parallel, one
     assert relative(many, one(method), "weights") < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_fsdp_of_frozen_half_precision_and_trained_float32(dtype, tmp_path):
     state = launch(2, tmp_path, *VADER, "--dtype", dtype, "--parallel", "fsdp", "--steps", "3")

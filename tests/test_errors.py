@@ -37,7 +37,7 @@ def test_unknown_names_list_the_choices(message, tmp_path):
     assert "it runs on tiny, tiny-i2v" in message(vader.main, ["--base", "das", "--prompts", prompts, *out])
     text = vader_error(message, "--reward", "nope", *out)
     assert "brightness" in text and "my_file.py:function" in text
-    assert "no file" in vader_error(message, "--reward", "nope.py:fn", *out)
+    assert "no such reward file" in vader_error(message, "--reward", "nope.py:fn", *out)
     assert "last-K" in vader_error(message, "--backprop", "first", *out)
     assert "1..5" in vader_error(message, "--backprop", "last-11", *out)
     assert "0..7" in vader_error(message, "--decode", "8", *out)

@@ -21,7 +21,7 @@ import text_encoders
 import tracks
 from bases import load_base
 from data import read_video, video_info, write_video
-from models import merge_public_lora
+from models import merge_public_lora, read_peft_lora
 
 PROMPT = ["--prompt", "a fox in the snow"]
 
@@ -163,7 +163,8 @@ def test_lora_files_that_do_not_fit(words, tensors, public, tmp_path, message):
     base = load_base("modelscope", public("modelscope")[0])
     block = "middle_block.1.transformer_blocks.0."
     torch.save({block + key: torch.zeros(shape) for key, shape in tensors.items()}, tmp_path / "lora.pt")
-    assert words in message(merge_public_lora, base.net, tmp_path / "lora.pt")
+    read = read_peft_lora if "others" in words else merge_public_lora  # ranks may differ to be merged
+    assert words in message(read, base.net, tmp_path / "lora.pt")
 
 
 # ---- sampling, from files to files
@@ -172,7 +173,6 @@ def test_lora_files_that_do_not_fit(words, tensors, public, tmp_path, message):
 def play(monkeypatch, public, tmp_path):
     """play(base, *args) -> (clips before they are written, rows of index.jsonl); the files are looked at."""
     monkeypatch.setattr(pipeline, "sr600", partial(diffusion.sr600, inversion_steps=2))
-    monkeypatch.setattr("gc.collect", lambda *args: 0)  # imageio does at every close: 0.4 s each time here
 
     def run(name, *args):
         folder, _ = public(name)

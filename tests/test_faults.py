@@ -12,7 +12,7 @@ import common
 import diffusion
 import sample
 from common import Log, UserError, using_average
-from data import list_videos, read_video
+from data import list_clips, read_video
 from diffusion import higen, make_schedule, randn
 
 TINY = ["--base", "tiny", "--sample-steps", "2"]
@@ -55,7 +55,7 @@ def test_higen_draws_each_clip_from_its_own_generator():
 
 def test_what_goes_with_clips_is_not_taken_for_clips(tmp_path):
     sample.main(["--base", "tiny-i2v", "--sample-steps", "1", "--judge", "2", "--out", str(tmp_path)])
-    assert [clip.name for clip in list_videos(tmp_path)] == ["0000.mp4", "0001.mp4"]
+    assert [clip.name for _, clip, _ in list_clips(tmp_path, "found")[1]] == ["0000.mp4", "0001.mp4"]
     assert sorted(p.name for p in (tmp_path / "first").iterdir()) == ["0000.png", "0001.png"]
     assert rows_of(tmp_path)[0]["image"] == str(tmp_path / "first" / "0000.png")
     assert not list(tmp_path.glob("*-side.mp4")) and read_video(tmp_path / "0000.mp4")[0].shape[1] == 8

@@ -181,7 +181,7 @@ def test_trains_resumes_and_samples(name, rank, small, tmp_path):
     assert all((".lora_" in k) == (rank == "2") for k in tensors)
     Image.new("RGB", (30, 20), (9, 99, 9)).save(tmp_path / "first.png")
     sample.main(["--ckpt", str(tmp_path / "run"), "--image", str(tmp_path / "first.png"), "--prompt",
-                 "a red ball", "--continue", "1", "--out", str(tmp_path / "s")])
+                 "a red ball", "--weights", args[3], "--continue", "1", "--out", str(tmp_path / "s")])
     frames = bases.BASES[name].sample.frames
     assert video_info(tmp_path / "s" / "0000.mp4")[0] == 2 * frames - 1
 
@@ -257,7 +257,7 @@ def test_starts_from_modelscope(small, message, tmp_path):
     i2vgen.main([*args, "--rank", "0"])
     Image.new("RGB", (30, 20)).save(tmp_path / "first.png")
     sample.main(["--ckpt", str(tmp_path / "run"), "--image", str(tmp_path / "first.png"), "--prompt",
-                 "a ball", "--out", str(tmp_path / "s")])
+                 "a ball", "--weights", str(folder), "--out", str(tmp_path / "s")])
 
 
 @pytest.mark.skipif(not CLIPS.is_dir(), reason="the real clips are not here")

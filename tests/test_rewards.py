@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 import rewards
 import sample
-from data import list_videos, write_video
+from data import list_clips, write_video
 from rewards import get_reward, score
 from text_encoders import CLIP_L14, CLIPConfig, OpenCLIP, clip_from_hf, tokenize
 from tinyworld import COLOURS, MOTIONS, judge, render, tiny_scene
@@ -175,7 +175,7 @@ def test_check_asks_every_part(message):
     ("nice", "--reward nice: unknown; choose from"), ("size:a", "weight 'a' is no number"),
     ("size:nan", "weight 'nan'"), ("size=3", "size takes no argument"), ("size,,tiny", "unknown"),
     ("remove-colour", "choose a colour from red"), ("remove-colour=gray", "choose a colour"),
-    ("hps=v3", "choose v2.0 or v2.1"), ("clip=B", "choose ViT-L-14"), ("none.py:fn:2", "no file none.py"),
+    ("hps=v3", "choose v2.0 or v2.1"), ("clip=B", "choose ViT-L-14"), ("none.py:fn:2", "none.py: no such reward file"),
     ("add-object=", "write add-object=OBJECT"), ("remove-object=cup@dino", "grounding-dino-tiny"),
     ("hps", "cannot get HPS_v2.1_compressed.pt of huggingface.co repository xswu/HPSv2"),
     ("remove-object=book", "cannot get huggingface.co repository hustvl/yolos-base"),
@@ -466,15 +466,19 @@ def test_a_folder_with_an_index_has_no_other_clips(tmp_path, capsys):
     assert "0001.mp4 size" in capsys.readouterr().out
 
 
-def test_list_videos(tmp_path):
+def test_the_index_decides(tmp_path, message):
+    def names():
+        return [clip.name for _, clip, _ in list_clips(tmp_path, "found")[1]]
     for name in ("10.mp4", "9.mp4", "c.mp4"):
         (tmp_path / name).touch()
-    names = [clip.name for clip in list_videos(tmp_path)]
-    assert names == ["9.mp4", "10.mp4", "c.mp4"]
-    rows = [{"file": "c.mp4"}, {"file": "gone.mp4"}, {"file": "../c.mp4"}, {"file": ["9.mp4"]}, {}, 1, None,
-            {"file": "9.mp4"}, {"file": "9.mp4"}]
-    (tmp_path / "index.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{broken")
-    assert [clip.name for clip in list_videos(tmp_path)] == ["c.mp4", "9.mp4"]
-    (tmp_path / "index.jsonl").write_text('{"file": "of another folder.mp4"}\n')
-    assert [clip.name for clip in list_videos(tmp_path)] == names
-    assert list_videos(tmp_path / "c.mp4") == [tmp_path / "c.mp4"]
+    assert names() == ["9.mp4", "10.mp4", "c.mp4"]
+    index = tmp_path / "index.jsonl"
+    index.write_text('{"file": "c.mp4", "video": "9.mp4", "prompt": ""}\n{"file": "9.mp4", "prompt": "a dog"}\n')
+    assert names() == ["c.mp4", "9.mp4"]  # not `video`, which the clip was made from
+    assert [row[2] for row in list_clips(tmp_path, "found")[1]] == ["", "a dog"]
+    assert list_clips(tmp_path / "9.mp4", "found")[1] == [(1, tmp_path / "9.mp4", "a dog")]
+    assert list_clips(tmp_path / "10.mp4", "found")[1] == [(1, tmp_path / "10.mp4", None)]
+    for text, words in (('{"file": "gone.mp4"}', "row 1: ", ), ('{"file": ["9.mp4"]}', "not a text"), ("1", "object"),
+                        ("{broken", "not valid JSON"), ("{}", "no `file`"), ('{"a": ' * 5000, "nested too deeply")):
+        index.write_text(f"{text}\n")
+        assert words in message(list_clips, tmp_path, "found")

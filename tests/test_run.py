@@ -68,7 +68,8 @@ def empty(file):
     file.write_bytes(b"")
 
 
-@pytest.mark.parametrize("harm", [cut, flip, empty, Path.unlink])
+@pytest.mark.parametrize("harm", [
+    flip, *(pytest.param(harm, marks=pytest.mark.slow) for harm in (cut, empty, Path.unlink))])
 def test_a_harmed_state_is_named_and_the_one_before_it_taken(harm, whole, tmp_path, capsys):
     train(tmp_path, 3)
     harm(tmp_path / "state.pt")
@@ -91,7 +92,8 @@ def test_no_whole_state_is_an_error(message, tmp_path):
     assert before == {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
 
 
-@pytest.mark.parametrize("harm", [cut, flip, empty])
+@pytest.mark.parametrize("harm", [
+    cut, *(pytest.param(harm, marks=pytest.mark.slow) for harm in (flip, empty))])
 def test_a_harmed_checkpoint_is_named_and_the_one_before_it_taken(harm, message, tmp_path, capsys):
     train(tmp_path, 2)
     good = {k: v.clone() for k, v in load_file(tmp_path / "ckpt.safetensors").items()}  # not memory-mapped
@@ -245,7 +247,7 @@ def test_gradients_are_clipped_together():
     torch.testing.assert_close(a.grad, torch.tensor([0.6, 0]))
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("dtype", [pytest.param("bf16", marks=pytest.mark.slow), "fp16"])
 def test_half_precision(dtype, tmp_path):
     train(tmp_path, 3, "--dtype", dtype)
     state = load_pickle(tmp_path / "state.pt")
@@ -275,6 +277,7 @@ def test_other_errors_pass():
         raise RuntimeError("shape of memory")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method, more", [(t2v, ARGS), (vader, [
     "--base", "tiny", "--batch", "2", "--sample-steps", "3", "--eval-n", "1", "--backprop", "last-2",
     "--sweep", "0"])])
@@ -295,6 +298,7 @@ def test_offload_changes_nothing_but_where_things_wait(method, more, tmp_path):
 
 # ---- latents encoded once
 
+@pytest.mark.slow
 def test_latents_are_encoded_once(tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "TinyWorld", lambda n, *more, **options: tinyworld.TinyWorld(
         70, *more, **options))

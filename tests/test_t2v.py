@@ -31,6 +31,10 @@ QUICK = ["--batch", "1", "--no-cache-latents", "--preview-every", "0", "--warmup
          "--eval-n", "1", "--sample-steps", "1"]
 TINY = {t2v: "tiny", tft2v: "tiny", higen: "tiny-higen", vcomposer: "tiny-vcomposer"}
 by_name = pytest.mark.parametrize("method", TINY, ids=lambda method: method.__name__)
+# t2v in the default suite, all in the slow one
+mostly_slow = pytest.mark.parametrize(
+    "method", [t2v, *(pytest.param(m, marks=pytest.mark.slow) for m in (tft2v, higen, vcomposer))],
+    ids=lambda method: method.__name__)
 
 
 def train(method, out, *args, shown=False):
@@ -69,7 +73,7 @@ def product(out):
     return state, load_checkpoint(out)[0], log
 
 
-@by_name
+@mostly_slow
 def test_resuming_an_almost_finished_and_a_finished_run(method, tmp_path, few_clips, monkeypatch):
     """Bit for bit; a finished one is left as it was, and evaluated again."""
     monkeypatch.setattr(higen, "fit_resampler", lambda base: None)
@@ -96,7 +100,7 @@ def test_resuming_an_almost_finished_and_a_finished_run(method, tmp_path, few_cl
     assert (tmp_path / "whole" / "before" / "0000.mp4").exists()
 
 
-@by_name
+@mostly_slow
 def test_batches_do_not_matter(method, tmp_path, monkeypatch):
     """Dropout and every other draw are a sample's own, also where blocks are recomputed."""
     row = bases.BASES[TINY[method]]

@@ -123,6 +123,7 @@ def test_clips_it_is_trained_on():
     assert (clips[4:].diff(dim=2).abs().amax((1, 3, 4)) > 0.1).any(1).all()  # the wild ones move
 
 
+@pytest.mark.slow
 def test_training_writes_the_part(assets):
     path = assets / f"{NAME}.safetensors"
     before = load_weights(path)
@@ -135,6 +136,7 @@ def test_training_writes_the_part(assets):
     assert {k.split(".")[1] for k in after if not torch.equal(after[k], again[k])} == {"decoder"}
 
 
+@pytest.mark.slow
 @needs_asset
 def test_shipped_autoencoder():
     """Held-out clips come back as they were: of the tiny world, on wild paths, tracking videos."""

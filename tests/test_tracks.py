@@ -509,6 +509,7 @@ def test_of_a_folder_of_clips(place, capsys):
     assert (place / "out/tracking/00001_tracking.mp4").stat().st_mtime_ns == stamp  # kept
 
 
+@pytest.mark.slow
 def test_processes_share_the_clips_of_a_data_set(place):
     """Two processes make the data set that one makes: each clip once, none lost, the lists in order."""
     for i in range(5):

@@ -30,7 +30,7 @@ import text_encoders
 import videodpo
 from bases import choose_sampling, load_base
 from common import Env, generator, read_lines
-from data import PairDataset, quick_files, write_video
+from data import PairDataset, write_video
 from diffusion import make_schedule, noised, randn
 from models import add_lora, frozen_copy, without_lora
 from omniscore import OMNISCORE_TINY, clip_scorer, tiny_dimensions, total_score
@@ -60,7 +60,6 @@ def release(folder, n=4, frames=8, score=True, seed=0):
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory):
-    quick_files()
     return release(tmp_path_factory.mktemp("released"))
 
 
@@ -442,7 +441,8 @@ def test_resume_equals_the_uninterrupted_run(options, released, tmp_path):
     assert read_lines(tmp_path / "whole" / "log.jsonl") == rows[0]
 
 
-@pytest.mark.parametrize("options", [["--rank", "0"], ["--rank", "4"]])
+@pytest.mark.parametrize("options", [
+    ["--rank", "0"], pytest.param(["--rank", "4"], marks=pytest.mark.slow)])
 def test_policy_and_reference_are_equal_before_training_in_bf16(options, released, tmp_path, capfd):
     """Their norms, too: beta is 5000. Blocks are recomputed, so the policy runs as on a GPU."""
     train(released, tmp_path / "run", 2, *options, "--dtype", "bf16", "--grad-ckpt", "--batch", "1")
@@ -478,6 +478,7 @@ def first_scores(folder):
     return [scores[i] for i in data.batch_indices(4, 0, 2, 0)]
 
 
+@pytest.mark.slow
 def test_accumulation_equals_a_large_batch_and_noise_is_shared_on_demand(released, tmp_path):
     def first(name, *more):
         out = str(tmp_path / name)

@@ -209,7 +209,9 @@ def test_lora_without_updates_is_the_base(tmp_path):
     assert all(".lora_" in k for k in load_file(tmp_path / "lora/ckpt.safetensors"))
 
 
-@pytest.mark.parametrize("more", [[], ["--rank", "4", "--cfg-range", "1", "2", "--reward", "redness,size"]])
+@pytest.mark.parametrize("more", [
+    pytest.param([], marks=pytest.mark.slow),
+    ["--rank", "4", "--cfg-range", "1", "2", "--reward", "redness,size"]])
 def test_resume_equals_the_uninterrupted_run(more, tmp_path):
     run(tmp_path / "whole", 3, *more)
     run(tmp_path / "parts", 2, *more)
@@ -219,6 +221,7 @@ def test_resume_equals_the_uninterrupted_run(more, tmp_path):
     assert len(log) == 3 and ("reward" in log[0]) == bool(more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ema", ["0.95", "0"])
 def test_resuming_a_finished_run_changes_nothing(ema, tmp_path):
     """Nor is it trained on: only the evaluation at its end is made again."""
@@ -229,12 +232,14 @@ def test_resuming_a_finished_run_changes_nothing(ema, tmp_path):
     assert files(tmp_path, *kinds) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["step-2", "after"])
 def test_resuming_an_almost_finished_run(when, tmp_path, monkeypatch):
     """Killed in the evaluation after its second of three updates, or in the one at the end."""
     check_kill_in_evaluation(videolcm, run, when, tmp_path, monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ema, name", [("0", "student"), ("0.75", "target")])
 def test_what_is_previewed_is_what_is_saved(ema, name, tmp_path):
     """The target, which with --ema 0 is the student: sample.py makes the clips of the previews from it."""
@@ -254,6 +259,7 @@ def test_what_is_previewed_is_what_is_saved(ema, name, tmp_path):
     assert (data.read_video(tmp_path / "made.mp4")[0] - clips[1]).abs().max() < 0.02
 
 
+@pytest.mark.slow
 def test_accumulation_changes_nothing(tmp_path):
     states = []
     for batch, accum in ((2, 1), (1, 2)):
@@ -293,7 +299,9 @@ def clips(tmp_path):
 NAMES = [name for name, row in bases.BASES.items() if "videolcm" in row.methods and row.files]
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("modelscope-v")])
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=[] if name == "modelscope" else pytest.mark.slow)
+    for name in NAMES if not name.startswith("modelscope-v")])
 def test_one_step_of_a_public_base(name, public, clips, monkeypatch, tmp_path):
     folder, _ = public(name)
     args = ["--base", name, "--weights", folder, "--data", clips, "--steps", "1", "--batch", "1", "--accum",
@@ -309,6 +317,7 @@ def test_one_step_of_a_public_base(name, public, clips, monkeypatch, tmp_path):
     assert read_lines(tmp_path / "s" / "index.jsonl")[0]["sampler"] == "lcm"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CLIPS, reason="the real clips are not there")
 def test_real_clips(public, tmp_path):
     """16 frames of two real clips, encoded once, at small width."""
