@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from bases import Sampling, add_guidance, base_row, latent_shape, load_base
 from common import (
-    Env, UserError, draw_curve, finish, gather_rows, generator, meet, read_lines, read_text, seed_of,
-    write_lines)
+    Env, UserError, draw_curve, finish, gather_rows, generator, meet, read_lines, read_text,
+    seed_of, write_lines)
 from data import (
     Mixed, VideoDataset, center_crop_wide, clip_image, contact_sheet, encode_once, image_tensor,
     open_image, prompt_grid, read_batches, read_image_prompts, read_prompts, read_seeded_prompts,
