@@ -239,7 +239,7 @@ BASES = {
         millions=1.8, methods=("tft2v", *TEXT_TO_VIDEO)),
     "tiny-clean": Row(
         "tiny, trained on clips without flaws; what customises and controls starts from it",
-        TINY_NET, **TINY, millions=1.8, methods=("t2v", "tft2v", "videolcm")),
+        TINY_NET, **TINY, millions=1.8, methods=("t2v", "tft2v", "vader", "videolcm")),
     # I2VGen-XL's network and conditions. Words have 32 numbers, not 64, to make room for the layers
     # that read the image: the file stays below 4 MB.
     "tiny-i2v": Row(

@@ -70,7 +70,7 @@ TINY_PROMPTLESS = dict(steps=30, lr=3e-4, sample_steps=10)
 PRESETS = {
     "videocrafter2": VIDEOCRAFTER2, "opensora": OPENSORA, "modelscope": MODELSCOPE,
     "modelscope-v1.4": MODELSCOPE, "modelscope-v1.5": MODELSCOPE,
-    "tiny": TINY, "tiny-i2v": TINY_I2V, "tiny-cogvideox": TINY_I2V}
+    "tiny": TINY, "tiny-clean": TINY, "tiny-i2v": TINY_I2V, "tiny-cogvideox": TINY_I2V}
 
 
 def get_args(argv=None):
@@ -103,7 +103,7 @@ def get_args(argv=None):
     reward, presets = p.parse_known_args(argv)[0].reward, PRESETS
     promptless = reward not in (None, "tiny")
     if promptless:
-        presets = PRESETS | {"tiny": TINY | TINY_PROMPTLESS}
+        presets = PRESETS | dict.fromkeys(("tiny", "tiny-clean"), TINY | TINY_PROMPTLESS)
     args = p.parse(argv, PAPER, presets)
     if args.rank < 1:
         raise UserError("--rank 0: VADER trains LoRA weights; give a rank of 1 or more")
@@ -114,7 +114,7 @@ def get_args(argv=None):
 
 def changed_defaults(args):
     """What the log must say where --reward changed other defaults (TINY_PROMPTLESS), or None."""
-    if args.base != "tiny" or args.reward == "tiny":
+    if args.base not in ("tiny", "tiny-clean") or args.reward == "tiny":
         return None
     flags = [f"--{k.replace('_', '-')} {v}" for k, v in TINY_PROMPTLESS.items()]
     return f"--reward {args.reward}: defaults for rewards other than tiny: {', '.join(flags)}"
