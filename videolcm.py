@@ -18,8 +18,8 @@ instead of 2 x 50. T2V-Turbo (Li et al., arXiv 2405.18750) adds
     --cfg-range   w is drawn per clip and given to the student: --cfg still works
     --reward      L - E r(decode(f(x_t, t; theta)), text), a reward of the jump (eq. 13)
 
-    python videolcm.py --base tiny                        # 2 CPU cores, minutes
-    python videolcm.py --base tiny --rank 16 --lr 1e-3 --reward tiny:0.1
+    python videolcm.py --base tiny-clean                  # 2 CPU cores, minutes
+    python videolcm.py --base tiny-clean --rank 16 --lr 1e-3 --reward tiny:0.1
     torchrun --nproc_per_node=4 videolcm.py --weights W --data clips.csv --parallel fsdp
     python videolcm.py --base videocrafter2 --weights W --data clips.csv --reward hps
     python videolcm.py ... --resume                       # continue, bit for bit
