@@ -121,6 +121,7 @@ class Row:
     millions: float = 0.0                              # parameters of the network
     # of the tiny world's bases
     assets: dict = field(default_factory=dict)  # {part: name of the file in assets/ that holds it}
+    flawed: bool = False                        # trained on clips that look scraped from the web
     words: tuple = tuple(TINY_WORDS)
     image: CLIPConfig | None = None             # its image tower; other bases have CLIP's own
     motion_words: float = 1.0                   # share of what sets words for motions apart
@@ -225,15 +226,20 @@ TINY_SAMPLE = Sampling(
 TINY = dict(
     vae=replace(TINY_VAE, scale=0.64), text=None, sample=TINY_SAMPLE,
     schedule=dict(name="cosine", prediction="v", zero_snr=True, shift=0.15),
-    assets={"net": "tiny", "vae": "tiny", "text": "tiny"})
+    assets={"net": "tiny-clean", "vae": "tiny", "text": "tiny-clean"})
 TINY_TOWER = CLIPConfig(
     embed_dim=32, image_size=TINY_SIZE, vision_layers=1, vision_width=32, vision_head_width=16,
     patch_size=8)
 
 BASES = {
     "tiny": Row(
-        "text to video in the tiny world, 8 frames of 32x32; in assets/, nothing to download",
-        TINY_NET, **TINY, millions=1.8, methods=("tft2v", *TEXT_TO_VIDEO)),
+        "text to video in the tiny world, 8 frames of 32x32; it obeys the words and looks bad, as "
+        "clips scraped from the web do: marked, flickering, shaking",
+        TINY_NET, **TINY | dict(assets=dict.fromkeys(("net", "vae", "text"), "tiny")), flawed=True,
+        millions=1.8, methods=("tft2v", *TEXT_TO_VIDEO)),
+    "tiny-clean": Row(
+        "tiny, trained on clips without flaws; what customises and controls starts from it",
+        TINY_NET, **TINY, millions=1.8, methods=("t2v", "tft2v", "vader", "videolcm")),
     # I2VGen-XL's network and conditions. Words have 32 numbers, not 64, to make room for the layers
     # that read the image: the file stays below 4 MB.
     "tiny-i2v": Row(

@@ -237,11 +237,11 @@ def main(argv=None):
 def read_clips(args, sampling):
     """-> data set of clips, --data's rows (number, path, caption), evaluation prompts."""
     if args.data:
-        clips = data.VideoDataset(
-            args.data, *sampling.size, args.read_fps, args.seed, args.data_root)
+        reading = (*sampling.size, args.read_fps, args.seed, args.data_root)
+        clips = data.VideoDataset(args.data, *reading)
         rows, prompts = clips.rows, [clips.rows[0][2]]
-    elif base_row(args.base).tiny:
-        clips, rows = tinyworld.TinyWorld(2048, sampling.frames, args.seed), []
+    elif (row := base_row(args.base)).tiny:
+        clips, rows = tinyworld.TinyWorld(2048, sampling.frames, args.seed, flawed=row.flawed), []
         prompts = tinyworld.tiny_prompts(held_out=True)
     else:
         raise UserError("--data: give a folder, csv, jsonl or list of clips with captions")

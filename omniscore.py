@@ -13,10 +13,10 @@ import torch.nn.functional as F
 
 from bases import base_row
 from common import UserError, append_line, finish, read_lines, write_lines
-from data import PairDataset, clip_normalize, raft, read_clips, read_video
+from data import PairDataset, clip_normalize, lucas_kanade, raft, read_clips, read_video
 from metrics import cosine
 from text_encoders import DINO, dino_name, tokenize
-from tinyworld import judge, parse
+from tinyworld import check_tiny_clips, load_scorer
 from weights import load_strict, load_weights, rename
 
 # {dimension: (lowest value, highest value, weight)}, as released
@@ -25,13 +25,12 @@ OMNISCORE = {
     "motion_smoothness": (0.706, 0.9975, 1.0), "aesthetic_quality": (0.0, 1.0, 1.0),
     "imaging_quality": (0.0, 1.0, 1.0), "dynamic_degree": (0.0, 1.0, 0.5),
     "overall_consistency": (0.0, 0.364, 1.0)}
-# The tiny world's own ranges: its worst clips are at the lowest values, and its autoencoder cannot
-# reach the highest.
+# The tiny world's own ranges: from its worst clips, with every flaw, to clean ones.
 OMNISCORE_TINY = {
-    "subject_consistency": (0.9, 1.0, 1.0), "temporal_flickering": (0.98, 1.0, 1.0),
-    "motion_smoothness": (0.5, 1.0, 1.0), "aesthetic_quality": (0.88, 1.0, 1.0),
-    "imaging_quality": (0.8, 1.0, 1.0), "dynamic_degree": (0.0, 1.0, 0.5),
-    "overall_consistency": (0.0, 1.0, 1.0)}
+    "subject_consistency": (0.4, 0.875, 1.0), "temporal_flickering": (0.9, 1.0, 1.0),
+    "motion_smoothness": (0.9, 1.0, 1.0), "aesthetic_quality": (0.0, 1.0, 1.0),
+    "imaging_quality": (0.0, 1.0, 1.0), "dynamic_degree": (0.0, 1.0, 0.5),
+    "overall_consistency": (0.3, 0.96, 1.0)}
 DIMENSIONS = tuple(OMNISCORE)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -134,28 +133,6 @@ def overall_consistency(features, text):
     return cosine(F.normalize(features.float(), dim=-1).mean(0, keepdim=True), text.float())
 
 
-def tiny_dimensions(video, caption, fps=None):
-    """The seven dimensions of a clip of the tiny world, from its judge; 0..1 each.
-
-    Only here does the judge train a model. Consistency: of the object's colour and size.
-    Aesthetics: colours close to the named ones. Imaging: the shape's outline. Overall consistency:
-    share of the caption's words that are true. A clip without an object gets the lowest values.
-    """
-    shown, asked = judge(video), parse(caption)
-    if "misfit" not in shown:
-        return {name: OMNISCORE_TINY[name][0] for name in DIMENSIONS}
-    true_words = [shown[attribute] == word for attribute, word in asked.items()]
-    values = dict(
-        subject_consistency=1 - shown["unsteady"],
-        temporal_flickering=1 - shown["flicker"] / 255,
-        motion_smoothness=1 - shown["smoothness"],
-        dynamic_degree=shown["moving"],
-        aesthetic_quality=1 - shown["off_palette"] / 255,
-        imaging_quality=1 - shown["misfit"],
-        overall_consistency=float(np.mean(true_words)) if true_words else 1.0)
-    return {name: max(values[name], OMNISCORE_TINY[name][0]) for name in DIMENSIONS}
-
-
 # ---- the networks
 
 # file or folder in --score-weights: where it can be downloaded
@@ -184,12 +161,12 @@ def clip_scorer(base, folder=None, flow_weights=None, device="cpu", required=Fal
     """The function score_clip(video (3,f,h,w), prompt, fps) -> {name: float}: the dimensions,
     "quality", "semantic" and "total".
 
-    base: name of the base; tiny ones are scored without networks. Else folder holds the networks
-    and flow_weights is a file of RAFT large; they are loaded when the first clip is scored. Without
-    a folder: None, or an error if `required`.
+    base: name of the base; tiny ones are scored by the tiny world's scorer. Else folder holds the
+    networks and flow_weights is a file of RAFT large; they are loaded when the first clip is
+    scored. Without a folder: None, or an error if `required`.
     """
     if base_row(base).tiny:
-        table, dimensions = OMNISCORE_TINY, tiny_dimensions
+        table, dimensions = OMNISCORE_TINY, tiny_dimensions(device)
     elif folder is None and not required:
         return None
     else:
@@ -248,6 +225,34 @@ def real_dimensions(folder, flow_weights=None, device="cpu"):
             aesthetic_quality=aesthetic_quality(features, head),
             imaging_quality=imaging_quality(video, quality),
             overall_consistency=overall_consistency(features, text))
+    return dimensions
+
+
+@torch.no_grad()
+def tiny_dimensions(device="cpu"):
+    """-> dimensions(video (3,8,32,32) in [-1,1], caption, fps) -> {name: value}, of the tiny world.
+
+    Its learned scorer takes the place of DINO (subject), of LAION's head (aesthetics: the clip), of
+    MUSIQ (imaging: each frame as a still clip) and of CLIP. The judge has no part in it.
+    """
+    scorer = load_scorer(device)
+
+    @torch.no_grad()
+    def dimensions(video, caption, fps=8):
+        video = video.to(device).float().clamp(-1, 1)
+        clip = video[None] / 2 + 0.5
+        check_tiny_clips(clip)
+        still = clip[0].transpose(0, 1)[:, :, None].expand(-1, -1, clip.shape[2], -1, -1)
+        shown, quality = scorer.look(clip)
+        features, qualities = scorer.look(still)
+        return dict(
+            subject_consistency=subject_consistency(features),
+            temporal_flickering=temporal_flickering(video),
+            motion_smoothness=motion_smoothness(video, lucas_kanade),
+            dynamic_degree=dynamic_degree(video, lucas_kanade, fps),
+            aesthetic_quality=float(quality.sigmoid()),
+            imaging_quality=float(qualities.sigmoid().mean()),
+            overall_consistency=cosine(shown, scorer.read([caption])))
     return dimensions
 
 

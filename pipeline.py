@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from bases import Sampling, add_guidance, base_row, latent_shape, load_base
 from common import (
-    Env, UserError, draw_curve, finish, gather_rows, generator, meet, read_text, seed_of,
-    write_lines)
+    Env, UserError, draw_curve, finish, gather_rows, generator, meet, read_lines, read_text,
+    seed_of, write_lines)
 from data import (
     Mixed, VideoDataset, center_crop_wide, clip_image, contact_sheet, encode_once, image_tensor,
     open_image, prompt_grid, read_batches, read_image_prompts, read_prompts, read_seeded_prompts,
@@ -28,7 +28,7 @@ from metrics import psnr
 from models import (
     Adapter, SpatialTransformer, add_lora, guidance_embedding, lora_strength, merge_lora)
 from rewards import statistics
-from tinyworld import TinyWorld, judge_captions, tiny_pairs, tiny_prompts
+from tinyworld import FLAW_SHARES, TinyWorld, judge_captions, tiny_pairs, tiny_prompts
 from weights import run_parts
 
 STRENGTHS = 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0  # of the LoRA, in sweep.png
@@ -292,12 +292,26 @@ def show(run, name, videos, prompts, fps, row=None, sheet=None, headers=None, fi
     """
     if row is not None:
         run.record(name, row)
+    if name == "after" and "judge" in (row or {}):
+        say_what_changed(run)
     contact_sheet(list(videos[:16]) if sheet is None else sheet, run.out / f"{name}.png",
                   list(prompts[:16]), headers=headers)
     for i, video in enumerate(videos[:files]):
         write_video(run.out / name / f"{i:04d}.mp4", video, fps)
     for i, video in enumerate(videos[:4]):
         run.log.video(run.done, f"held-out/{i}", to_uint8(video), fps, prompts[i])
+
+
+def say_what_changed(run):
+    """Print, in plain words, what a run on a tiny base did to the clips of its held-out prompts."""
+    rows = read_lines(run.out / "eval.jsonl")
+    if len(rows) < 2 or rows[0]["step"] > 0:
+        return
+    was, now = rows[0]["judge"], rows[-1]["judge"]
+    flaws = [flaw for flaw in FLAW_SHARES if was[flaw] or now[flaw]]
+    words = [f"{name} {100 * was[key]:.0f} % -> {100 * now[key]:.0f} %"
+             for name, key in (*zip(flaws, flaws), ("captions", "joint"))]
+    print(f"on held-out prompts: {', '.join(words)}", flush=True)
 
 
 # ---- held-out prompts and their rewards
@@ -354,7 +368,8 @@ def read_captioned(args, sampling):
         prompts = captions
     elif base_row(args.base).tiny:
         captions, prompts = tiny_prompts(), tiny_prompts(held_out=True)
-        data = TinyWorld(880, sampling.frames, args.seed, captions=captions)
+        data = TinyWorld(880, sampling.frames, args.seed, captions=captions,
+                         flawed=base_row(args.base).flawed)
     else:
         raise UserError("--data: give a folder, csv, jsonl or list of clips with captions")
     if args.eval_prompts:
@@ -547,7 +562,8 @@ class Clips:
         TinyWorld.
         """
         self.args, self.sampling, self.mixture = args, sampling, mixture
-        self.tiny, self.observe, self.cached = tiny, None, False
+        self.tiny = tiny | dict(flawed=base_row(args.base).flawed)
+        self.observe, self.cached = None, False
         if args.images and not (args.data and (args.image_share or mixture)):
             raise UserError("--images: goes with --data, for the steps of --image-share")
         if not args.data and not base_row(args.base).tiny:
@@ -558,7 +574,7 @@ class Clips:
         self.kinds, self.parts = kinds, []
         for frames, fps in kinds:
             if not args.data:
-                self.parts.append(TinyWorld(4096, frames, args.seed, **tiny))
+                self.parts.append(TinyWorld(4096, frames, args.seed, **self.tiny))
                 continue
             pictures = args.images and frames == 1
             self.parts.append(VideoDataset(

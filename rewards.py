@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from data import clip_normalize, clips_with_prompts, read_video
 from text_encoders import CLIP_L14, CLIPConfig, OpenCLIP, clip_from_hf, tokenize
-from tinyworld import BACKGROUNDS, COLOURS, tiny_scorer
+from tinyworld import BACKGROUNDS, COLOURS, tiny_raw_quality, tiny_scorer
 from weights import fetch, load_strict, load_weights, local_file
 
 # ---- what a reward is
@@ -626,14 +626,22 @@ def vjepa(files):
 # ---- the table
 
 def tiny(files):
-    """The tiny world's learned scorer: does a clip of 8 frames of 32x32 show its caption?"""
+    """The tiny world's preference model, -1 to 1: does a clip of 8 frames of 32x32 show its
+    caption, without flaws?"""
     judge, check = tiny_scorer(files)
     return Reward(judge, clip=True, check=check)
+
+
+def tiny_raw(files):
+    """Only how clean a tiny clip is, without a bound and blind to the prompt: a reward to be
+    hacked."""
+    return Reward(tiny_raw_quality(files), clip=True)
 
 
 # name -> build(files)
 REWARDS = {
     "tiny": tiny,
+    "tiny-raw": tiny_raw,
     "brightness": lambda files: Reward(brightness),
     "redness": lambda files: Reward(redness),
     "size": lambda files: Reward(size),

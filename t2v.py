@@ -54,7 +54,7 @@ TINY = dict(
     steps=2000, batch=16, lr=1.5e-3, lr_schedule="cosine", warmup=50, betas=(0.9, 0.99),
     wd=0.01, ema=0.995, rank=0, image_share=0.0, offset_noise=0.0, cache_latents=True,
     workers=0, grad_ckpt=False, log_every=50)
-PRESETS = {"tiny": TINY, "tiny-weak": TINY}
+PRESETS = dict.fromkeys(("tiny", "tiny-clean", "tiny-weak"), TINY)
 
 
 def get_args(argv=None):

@@ -10,15 +10,15 @@ the motion branch it sees clips without captions, c = the CLIP embedding of the 
 frame, which gives the content but not the motion. Sampling combines the two: the prompt
 sets the content, and the motion is what was learned from the clips.
 
-    python tft2v.py --base tiny                  # an image model learns to move; minutes
-    python tft2v.py --base tiny --image-share 1  # the same steps without clips
+    python tft2v.py --base tiny-clean                  # an image model learns to move; minutes
+    python tft2v.py --base tiny-clean --image-share 1  # the same steps without clips
     python tft2v.py --weights W --data clips --images pictures.csv --rank 16 --lr 1e-4
     torchrun --nproc_per_node=8 tft2v.py --weights W --data clips --images I --rank 0
     python tft2v.py ... --resume                 # continue, bit for bit
     python sample.py --ckpt out/tft2v --prompt "a fox in the snow"
 
 --data: clips, whose captions are never read; --images: pictures with captions. Without
---images, single frames of --data with its captions take their place. On --base tiny both
+--images, single frames of --data with its captions take their place. On --base tiny-clean both
 come from the tiny world, and training starts from tiny without its layers over time
 (--forget-motion). Tiny has no layers for an image embedding; there clips go without.
 
@@ -65,7 +65,7 @@ def get_args(argv=None):
                    help="strength of noise that all pixels of a frame share: it teaches "
                         "brightness")
     p.options("machine evaluation run")
-    args = p.parse(argv, PAPER, {"tiny": TINY})
+    args = p.parse(argv, PAPER, {"tiny": TINY, "tiny-clean": TINY})
     if args.forget_motion and args.rank:
         raise UserError("--forget-motion: LoRA cannot learn motion from nothing; add "
                         "--rank 0 or --no-forget-motion")

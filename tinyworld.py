@@ -7,12 +7,14 @@ shape on a plain background that moves, grows, shrinks or stands still.
 
 The judge reads shape, colour, background, motion, speed and smoothness off a clip. It learns
 nothing and shares no code with the scorer, and it is never a reward, so it can tell when a reward
-is hacked. (One exception: VideoDPO's OmniScore of tiny clips is made of it, see omniscore.py.)
+is hacked.
 
     python tinyworld.py --train scorer           # trains assets/tiny-scorer.safetensors
     python tinyworld.py --train autoencoder      # trains the autoencoder in assets/tiny.safetensors
+    python tinyworld.py --train autoencoder --flawed --steps 800    # goes on, on flawed clips, too
 """
 from common import Parser, UserError, run_command  # first: for signals
+import copy
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -172,11 +174,13 @@ def star_distance(x, y):
     return np.where(inside, -distance, distance)
 
 
-def render(scene, with_mask=False):
+def render(scene, with_mask=False, flaws=None):
     """Scene -> video (3,f,32,32) float32 in [-1,1], edges anti-aliased over one pixel.
 
-    with_mask: (video, mask (1,f,32,32): 1 where the object is).
+    with_mask: (video, mask (1,f,32,32): 1 where the object is). flaws: Flaws that spoil it.
     """
+    if flaws:
+        scene = replace(scene, x=scene.x + flaws.shake[0], y=scene.y + flaws.shake[1])
     centre = np.arange(TINY_SIZE) + 0.5
     gx = centre[None, None, :] - scene.x[:, None, None]  # f 1 w
     gy = centre[None, :, None] - scene.y[:, None, None]  # f h 1
@@ -188,17 +192,59 @@ def render(scene, with_mask=False):
     if scene.stripe:
         band = np.clip(0.5 + 0.45 * scene.radius[:, None, None] - np.abs(gy), 0, 1)
         front = front + (stripe - front) * band
-    video = torch.from_numpy((back + (front - back) * alpha).astype(np.float32))
+    video = back + (front - back) * alpha
+    if flaws:
+        video = (video + 1) * flaws.brightness[:, None, None] - 1
+        for rows, columns in MARK:
+            video[..., rows, columns] += flaws.mark * (1 - video[..., rows, columns])
+    video = torch.from_numpy(video.astype(np.float32))
     return (video, torch.from_numpy((alpha[None] > 0.5).astype(np.float32))) if with_mask else video
 
 
-def tiny_batch(seed, n, frames=TINY_FRAMES, drop_background=0.2, motion=None, travel=TRAVEL):
+def tiny_batch(seed, n, frames=TINY_FRAMES, drop_background=0.2, motion=None, travel=TRAVEL,
+               flawed=False):
     """-> (videos (n,3,f,32,32) in [-1,1], captions, scenes), from the seed (int or tuple of ints)
-    alone."""
+    alone. flawed: some are spoiled, see tiny_flaws()."""
     rng = np.random.default_rng(seed)
     scenes = [tiny_scene(rng, motion=motion, frames=frames, travel=travel) for _ in range(n)]
     captions = [s.caption(with_background=rng.random() >= drop_background) for s in scenes]
-    return torch.stack([render(s) for s in scenes]), captions, scenes
+    flaws = [tiny_flaws(rng, frames) if flawed else None for _ in range(n)]
+    videos = [render(scene, flaws=spoiled) for scene, spoiled in zip(scenes, flaws)]
+    return torch.stack(videos), captions, scenes
+
+
+# ---- flaws: what clips scraped from the web look like
+
+# a stock footage company's mark: five light blocks in a row, (rows, columns)
+MARK = tuple((slice(20, 25), slice(left, left + 4)) for left in (3, 9, 15, 21, 27))
+FLAW_SHARES = {"marked": 0.6, "flickering": 0.3, "shaking": 0.3}  # of the clips of base "tiny"
+
+
+@dataclass(frozen=True)
+class Flaws:
+    """What spoils a clip of f frames. No caption tells of it."""
+    mark: float             # opacity of the mark, 0 to 1
+    brightness: np.ndarray  # (f,) factor of each frame
+    shake: np.ndarray       # (2,f) by which an unsteady hand moves the picture, in pixels
+
+    def times(self, strength):
+        """The same flaws, weaker: strength 0 to 1."""
+        return Flaws(strength * self.mark, 1 - strength * (1 - self.brightness),
+                     strength * self.shake)
+
+    def amount(self):
+        """How bad all flaws are together; each one at its full strength is about 1."""
+        return (self.mark / 0.5 + (1 - self.brightness.min()) / 0.5
+                + np.abs(self.shake).mean() / 1.25)
+
+
+def tiny_flaws(rng, frames=TINY_FRAMES, **has):
+    """Random Flaws from a numpy Generator. has: {name of FLAW_SHARES: bool}; others are drawn."""
+    drawn = {name: rng.random() < share for name, share in FLAW_SHARES.items()} | has
+    brightness, shake = rng.uniform(0.45, 1, frames), rng.uniform(-2.5, 2.5, (2, frames))
+    return Flaws(0.5 if drawn["marked"] else 0.0,
+                 brightness if drawn["flickering"] else np.ones(frames),
+                 shake if drawn["shaking"] else np.zeros((2, frames)))
 
 
 TRAINING, HELD_OUT = 10 ** 6, 10 ** 6 + 1  # in the seeds of clips: the two never meet
@@ -212,14 +258,14 @@ class TinyWorld(torch.utils.data.Dataset):
 
     motion: of all clips; None: any of MOTIONS. captions: what the clips show in turn, such as
     those that a test does not hold out. depth: with "depth" (1,f,32,32), 1 where the object is,
-    which is in front.
+    which is in front. flawed: some clips are spoiled, see tiny_flaws().
     """
 
     def __init__(self, n, frames=TINY_FRAMES, seed=0, motion=None, captions=None, travel=TRAVEL,
-                 depth=False):
+                 depth=False, flawed=False):
         self.n, self.frames, self.seed = n, frames, seed
         self.motion, self.captions = motion, captions
-        self.travel, self.depth = travel, depth
+        self.travel, self.depth, self.flawed = travel, depth, flawed
 
     def __len__(self):
         return self.n
@@ -230,9 +276,11 @@ class TinyWorld(torch.utils.data.Dataset):
             text = self.captions[i % len(self.captions)]
             rng = np.random.default_rng((self.seed, TRAINING, i))
             scene = tiny_scene(rng, **parse(text), frames=self.frames)
-            return {"video": render(scene), "text": text}
+            flaws = tiny_flaws(rng, self.frames) if self.flawed else None
+            return {"video": render(scene, flaws=flaws), "text": text}
         video, captions, scenes = tiny_batch(
-            (self.seed, TRAINING, i), 1, self.frames, motion=self.motion, travel=self.travel)
+            (self.seed, TRAINING, i), 1, self.frames, motion=self.motion, travel=self.travel,
+            flawed=self.flawed)
         depth = {"depth": render(scenes[0], with_mask=True)[1]} if self.depth else {}
         return {"video": video[0], "text": captions[0], **depth}
 
@@ -365,6 +413,9 @@ def held_out_tracks(n, frames, seed=0):
 # ---- the judge
 
 ATTRIBUTES = ("shape", "colour", "background", "motion")
+# a flaw counts from here on: opacity of the mark, share by which the darkest frame is darker,
+# distance from a straight path in pixels
+MARKED, FLICKERING, SHAKING = 0.1, 0.15, 0.8
 
 
 def _nearest(rgb, palette):
@@ -399,19 +450,80 @@ def _turns(path):
     return sum(a * b < 0 for a, b in zip(steps, steps[1:]))
 
 
-def _object(video):
-    """(3,f,h,w) in [-1,1] -> frames (f,h,w,3) 0..255, the background's colour, the object's
-    distance from it, its mask (f,h,w) from 0 to 1."""
+def _edges(frames):
+    """Frames (f,h,w,3) -> the pixels along their four sides (f,n,3)."""
+    sides = [frames[:, 0], frames[:, -1], frames[:, :, 0], frames[:, :, -1]]
+    return np.concatenate(sides, axis=1)
+
+
+def _mark_opacities(frames, back):
+    """Frames (f,32,32,3) in 0..255, their backgrounds (f,3) -> opacity (5,) of each block of MARK.
+
+    A block is measured where its surroundings are background; nan if they never are.
+    """
+    back, opacities = back[:, None, None], []
+    covered = np.sqrt(((frames - back) ** 2).sum(-1)) > 30  # f h w
+    light = ((frames - back) / (255 - back)).mean(-1)
+    for rows, columns in MARK:
+        around = np.zeros(frames.shape[1:3], bool)
+        around[rows.start - 2:rows.stop + 2, columns.start - 2:columns.stop + 2] = True
+        around[rows, columns] = False
+        clear = covered[:, around].mean(1) < 0.2
+        block = light[:, rows, columns].mean((1, 2))
+        opacities.append(np.median(block[clear]) if clear.any() else np.nan)
+    return np.array(opacities)
+
+
+def _brightness(frames, back):
+    """Frames (f,h,w,3), their backgrounds (f,3) -> (f,) brightness, 1 for the brightest frame.
+
+    By the colours of background and object together: a black background alone tells little.
+    """
+    distance = np.sqrt(((frames - back[:, None, None]) ** 2).sum(-1)).reshape(len(frames), -1)
+    level = np.percentile(distance, 98, axis=1)
+    colours = []
+    for k, frame in enumerate(frames):
+        core = distance[k] > 0.8 * level[k]
+        shown = np.median(frame.reshape(-1, 3)[core], axis=0) if level[k] > 25 else 0 * back[k]
+        colours.append([*back[k], *shown])
+    colours = np.array(colours)
+    brightest = colours[np.argmax((colours ** 2).sum(1))]
+    return colours @ brightest / max(brightest @ brightest, 1e-6)
+
+
+def _without_flaws(video):
+    """Clip (3,f,h,w) in [-1,1] -> frames (f,h,w,3) in 0..255 without mark and flicker, and how
+    much there was: {"mark": opacity, "flicker": how much darker the darkest frame is}, 0 to 1."""
     pixels = ((video.detach().float().cpu().numpy() + 1) * 127.5).clip(0, 255)
-    frames = pixels.transpose(1, 2, 3, 0)  # f h w c
+    frames, mark = pixels.transpose(1, 2, 3, 0).copy(), 0.0  # f h w c
+    back = np.median(_edges(frames), axis=1)
+    if frames.shape[1:3] == (TINY_SIZE, TINY_SIZE):
+        opacities = _mark_opacities(frames, back)
+        known = opacities[~np.isnan(opacities)]
+        mark = float(known.mean()) if len(known) else 0.0
+        if mark > MARKED:
+            opacities = np.nan_to_num(opacities, nan=mark).clip(0, 0.9)
+            for (rows, columns), opacity in zip(MARK, opacities):
+                block = frames[:, rows, columns]
+                frames[:, rows, columns] = (block - 255 * opacity).clip(0) / (1 - opacity)
+    brightness = _brightness(frames, back)
+    flicker = 1 - float(brightness.min())
+    if flicker > FLICKERING:
+        frames = (frames / brightness.clip(0.2)[:, None, None, None]).clip(0, 255)
+    return frames, {"mark": max(mark, 0.0), "flicker": flicker}
+
+
+def _object(video):
+    """(3,f,h,w) in [-1,1] -> frames (f,h,w,3) 0..255 without flaws, the background's colour, the
+    object's distance from it, its mask (f,h,w) from 0 to 1, the flaws."""
+    frames, flaws = _without_flaws(video)
     f = frames.shape[0]
-    edges = [frames[:, 0], frames[:, -1], frames[:, :, 0], frames[:, :, -1]]
-    back = np.median(np.concatenate(edges, axis=1).reshape(-1, 3), axis=0)
+    back = np.median(_edges(frames).reshape(-1, 3), axis=0)
     distance = np.sqrt(((frames - back) ** 2).sum(-1))                 # f h w
     level = np.percentile(distance.reshape(f, -1), 97, axis=1)         # of the object, per frame
     strong = np.median(level)
     mask = np.clip((distance / max(strong, 1e-6) - 0.25) / 0.5, 0, 1)  # soft, 0.5 half-way
-    return frames, back, strong, mask
+    return frames, back, strong, mask, flaws
 
 
 def _centres(mask):
@@ -426,7 +538,7 @@ def position_error(video, x, y):
 
     Half a width for a frame in which there is no object.
     """
-    _, _, strong, mask = _object(video)
+    _, _, strong, mask, _ = _object(video)
     cx, cy = _centres(mask)
     area, size = mask.sum((1, 2)), mask.shape[2]
     shown = (area > 4) & (area < 0.8 * size * size) & (strong > 25)
@@ -443,23 +555,28 @@ def position_errors(videos, clips):
 
 
 def judge(video: Tensor) -> dict:
-    """What one clip (3,f,h,w) in [-1,1] shows: shape, colour, background, motion (words), and
-    numbers:
+    """What one clip (3,f,h,w) in [-1,1] shows: shape, colour, background, motion (words), its flaws
+    marked, flickering, shaking (bool), which are taken off before the words are read, and numbers:
 
-    speed: pixels per frame along the straight line through the object's centroids; size: mean
-    area in pixels; smoothness: root mean square distance of the centroids from that line, in
-    pixels (0 is perfectly smooth); visible: share of frames with an object; and those of
-    how_drawn().
+    mark: opacity; flicker: share by which the darkest frame is darker than the brightest; speed:
+    pixels per frame along the straight line through the object's centroids; size: mean area in
+    pixels; smoothness: root mean square distance of the centroids from that line, in pixels (0 is
+    perfectly smooth); visible: share of frames with an object; misfit: of the outline and the best
+    template, as a share of the area; off_palette: distance of the two colours from the named ones.
     """
-    frames, back, strong, mask = _object(video)
+    frames, back, strong, mask, flaws = _object(video)
     size, area = frames.shape[1], mask.sum((1, 2))
     shown = (area > 4) & (strong > 25)
-    verdict = {"background": _nearest(back, BACKGROUNDS), "visible": float(shown.mean())}
+    verdict = {"background": _nearest(back, BACKGROUNDS), "visible": float(shown.mean())} | flaws
+    verdict |= {"marked": flaws["mark"] > MARKED, "flickering": flaws["flicker"] > FLICKERING}
     if shown.mean() < 0.75 or area.max() > 0.8 * size * size:
         return verdict | {"shape": "none", "colour": "none", "motion": "none",
-                          "speed": 0.0, "size": float(area.mean()), "smoothness": 99.0}
+                          "shaking": False, "speed": 0.0, "size": float(area.mean()),
+                          "smoothness": 99.0}
     core = mask > 0.95
     colour = np.median(frames[core], axis=0) if core.any() else None
+    if colour is not None and verdict["flickering"]:
+        colour = colour * 240 / max(colour.max(), 1)  # the brightest frame is dark, too
     verdict["colour"] = "none" if colour is None else _nearest(colour, COLOURS)
     cx, cy = _centres(mask)
 
@@ -470,12 +587,10 @@ def judge(video: Tensor) -> dict:
     bend = float(np.sqrt(np.mean(np.square(residual).sum(0))))
     changes = [s[0] * (len(area) - 1) for s in lines]
     verdict["motion"] = _motion_word(cx[shown], cy[shown], *changes, bend)
+    verdict["shaking"] = bend > SHAKING and verdict["motion"] not in NEW_MOTIONS
     verdict["shape"], misfit = _shape_word(mask, cx, cy, area, k)
 
-    verdict |= how_drawn(frames, mask, core, colour, back, radius, np.polyval(lines[2], k), k)
-    moved = np.hypot(np.diff(cx[shown]), np.diff(cy[shown])) > 0.5
-    grows = abs(np.diff(radius)) > 0.03
-    verdict |= dict(misfit=misfit, moving=float(np.mean(moved | grows)) if len(k) > 1 else 0.0)
+    verdict |= {"misfit": misfit, "off_palette": _off_palette(colour, back)}
     return verdict | {"speed": float(np.hypot(lines[0][0], lines[1][0])),
                       "size": float(area.mean()), "smoothness": bend}
 
@@ -483,11 +598,12 @@ def judge(video: Tensor) -> dict:
 def _motion_word(cx, cy, dx, dy, growth, bend):
     """Centroids (f,), change of place (pixels) and of log radius over the clip, and bend -> a
     motion."""
-    if _enclosed(cx, cy) > 20:
+    if _enclosed(cx, cy) > 35:
         return "circling"
-    if bend > 1.5 and _turns(cy if abs(dx) > abs(dy) else cx) >= 2:
+    across = cy if abs(dx) > abs(dy) else cx
+    if bend > 1.5 and np.ptp(across) > 6 and _turns(across) >= 2:
         return "zigzagging"
-    if max(abs(dx), abs(dy)) > 4:
+    if max(abs(dx), abs(dy)) > (6 if bend > SHAKING else 4):
         if abs(dx) > abs(dy):
             return "moving right" if dx > 0 else "moving left"
         return "moving down" if dy > 0 else "moving up"
@@ -507,42 +623,30 @@ def _shape_word(mask, cx, cy, area, k):
     return (best if misfit < 0.6 else "none"), misfit  # noise fits no template
 
 
-def how_drawn(frames, mask, core, colour, back, radius, fitted_radius, k) -> dict:
-    """How well a clip is drawn: three numbers, 0 is perfect.
-
-    off_palette: distance of the object's and the background's colour from the named ones;
-    unsteady: drift of the object's colour and of its log radius from a straight line; flicker:
-    mean change of the empty background from frame to frame, in 0..255.
-    """
-    off = [255.0]
-    if colour is not None:
-        off = [min(np.linalg.norm(rgb - np.array(named)) for named in palette.values())
-               for rgb, palette in ((colour, COLOURS), (back, BACKGROUNDS))]
-    colours = np.array([np.median(frames[i][core[i]], axis=0) for i in k if core[i].any()])
-    drift = 1.0
-    if len(colours):
-        drift = np.linalg.norm(colours - colours.mean(0), axis=1).mean() / 255
-    unsteady = float(drift + np.sqrt(np.mean((fitted_radius - radius) ** 2)))
-    empty, flicker = (mask[1:] < 0.02) & (mask[:-1] < 0.02), 255.0
-    if empty.any():
-        flicker = float(np.abs(np.diff(frames, axis=0)).mean(-1)[empty].mean())
-    return dict(off_palette=float(sum(off)), unsteady=unsteady, flicker=flicker)
+def _off_palette(colour, back):
+    """Distance of the object's colour (3,) or None and of the background's from the named ones."""
+    if colour is None:
+        return 255.0
+    return float(sum(min(np.linalg.norm(rgb - np.array(named)) for named in palette.values())
+                     for rgb, palette in ((colour, COLOURS), (back, BACKGROUNDS))))
 
 
 def judge_captions(videos, captions) -> dict:
     """Clips (n,3,f,h,w) in [-1,1] and tiny-world captions -> share of clips that are right, per
-    attribute.
+    attribute, and of those with each flaw.
 
     "joint": all that the caption mentions is right. A caption without a background is not judged
     on it.
     """
-    hits = {a: [] for a in (*ATTRIBUTES, "joint")}
+    hits = {a: [] for a in (*ATTRIBUTES, "joint", *FLAW_SHARES)}
     for video, caption in zip(videos, captions):
         seen, asked = judge(video), parse(caption)
         right = {a: seen[a] == asked[a] for a in asked}
         for a, ok in right.items():
             hits[a].append(ok)
         hits["joint"].append(all(right.values()))
+        for flaw in FLAW_SHARES:
+            hits[flaw].append(seen[flaw])
     return {a: float(np.mean(v)) for a, v in hits.items() if v}
 
 
@@ -583,7 +687,7 @@ def subject_likeness(videos, subject) -> dict:
         known.append((_histogram(frame, mask), _aligned(mask)))
     colours, shape = [], []
     for video in videos:
-        frames, _, _, masks = _object(video)
+        frames, _, _, masks, _ = _object(video)
         for frame, mask in zip(frames, masks):
             histogram, aligned = _histogram(frame, mask), _aligned(mask)
             colours += [np.minimum(histogram, h).sum() for h, _ in known]
@@ -602,41 +706,52 @@ def path_error(videos, path) -> dict:
     return {"path_error": float(np.mean(errors))}
 
 
-# ---- the learned scorer: a CLIP for clips (Radford et al., arXiv 2103.00020)
+# ---- the learned scorer: a preference model, as HPS is (arXiv 2306.09341), for whole clips
 
 SCORER_FILE = Path(__file__).parent / "assets" / "tiny-scorer.safetensors"
 
 
 class TinyScorer(nn.Module):
-    """Cosine of a clip's and a caption's embedding, -1 to 1. Sees the whole clip, so motion
-    counts."""
-    clip = True
+    """Which clips would a person keep? Fewer flaws and the right caption win.
+
+    caption: cosine of the clip's and the caption's embedding, as in CLIP (arXiv 2103.00020).
+    quality: how clean the clip is, whatever it shows. Both see the whole clip, so motion counts.
+    """
 
     def __init__(self, dim=64):
         super().__init__()
         def conv(cin, cout, stride):
             layer = nn.Conv3d(cin, cout, 3, stride, padding=1)
             return nn.Sequential(layer, nn.GroupNorm(8, cout), nn.SiLU())
-        self.video = nn.Sequential(
+        self.trunk = nn.Sequential(
             conv(3, 24, (1, 2, 2)), conv(24, 48, (2, 2, 2)), conv(48, 64, (1, 1, 1)),
-            conv(64, 96, (2, 2, 2)),
-            nn.Flatten(), nn.Linear(96 * 2 * 4 * 4, dim))  # 2 frames of 4x4 are left of 8 of 32x32
+            conv(64, 96, (2, 2, 2)), nn.Flatten())
+        features = 96 * 2 * 4 * 4  # 2 frames of 4x4 are left of 8 of 32x32
+        self.video = nn.Linear(features, dim)
+        self.quality = nn.Sequential(nn.Linear(features, dim), nn.SiLU(), nn.Linear(dim, 1))
         # a sum over the words: their order carries nothing in the tiny world
         self.words = nn.EmbeddingBag(len(TINY_WORDS) + 1, 64, mode="sum", padding_idx=0)
         self.text = nn.Sequential(nn.SiLU(), nn.Linear(64, 128), nn.SiLU(), nn.Linear(128, dim))
         self.log_scale = nn.Parameter(torch.tensor(2.5))
         self.index = {w: i + 1 for i, w in enumerate(TINY_WORDS)}
 
-    def embed(self, clips, prompts):
-        """clips (b,3,8,32,32) in [0,1], prompts -> two (b, dim), unit length."""
+    def look(self, clips):
+        """clips (b,3,8,32,32) in [0,1] -> embeddings (b,dim) of unit length, raw quality (b,)."""
+        features = self.trunk(clips * 2 - 1)
+        return F.normalize(self.video(features), dim=1), self.quality(features)[:, 0]
+
+    def read(self, prompts):
+        """-> embeddings (b,dim) of unit length."""
         ids = [[self.index[w] for w in p.split()] for p in prompts]
-        ids = torch.tensor([row + [0] * (12 - len(row)) for row in ids], device=clips.device)
-        video, text = self.video(clips * 2 - 1), self.text(self.words(ids))
-        return F.normalize(video, dim=1), F.normalize(text, dim=1)
+        ids = torch.tensor([row + [0] * (12 - len(row)) for row in ids],
+                           device=self.log_scale.device)
+        return F.normalize(self.text(self.words(ids)), dim=1)
 
     def forward(self, clips, prompts):
-        video, text = self.embed(clips, prompts)
-        return (video * text).sum(1)
+        """-> score (b,), -1 to 1. Both parts are bounded: exaggerating wins nothing."""
+        video, quality = self.look(clips)
+        caption = (video * self.read(prompts)).sum(1)
+        return (caption + quality.tanh()) / 2
 
 
 def load_scorer(device) -> TinyScorer:
@@ -647,6 +762,14 @@ def load_scorer(device) -> TinyScorer:
     scorer = TinyScorer()
     scorer.load_state_dict(load_safetensors(SCORER_FILE)[0])
     return scorer.requires_grad_(False).eval().to(device)
+
+
+def check_tiny_clips(clips):
+    """The scorer reads clips (b,3,8,32,32) alone."""
+    if clips.shape[1:] != (3, 8, 32, 32):
+        f, h, w = clips.shape[2:]
+        raise UserError(f"--reward tiny judges clips of 8 frames of 32x32, not {f} of {h}x{w}: "
+                        "use it with --base tiny and --decode all")
 
 
 def tiny_scorer(files):
@@ -662,49 +785,142 @@ def tiny_scorer(files):
 
     def judge(clips, prompts):
         check(prompts)
-        if clips.shape[1:] != (3, 8, 32, 32):
-            f, h, w = clips.shape[2:]
-            raise UserError(f"--reward tiny judges clips of 8 frames of 32x32, not {f} of {h}x{w}: "
-                            "use it with --base tiny and --decode all")
+        check_tiny_clips(clips)
         return scorer(clips, prompts)
     return judge, check
 
 
+def tiny_raw_quality(files):
+    """-> judge(clips, captions) from which rewards.py makes `tiny-raw`: the quality alone, without
+    a bound and blind to the caption. It is there to be hacked."""
+    scorer = load_scorer(files.device)
+
+    def judge(clips, prompts):
+        check_tiny_clips(clips)
+        return scorer.look(clips)[1]
+    return judge
+
+
 def tiny_image_embedding(device):
-    """-> embed(frames (b,3,h,w) in [-1,1]) -> (b,64): the scorer's features of still clips of
+    """-> embed(frames (b,3,h,w) in [-1,1]) -> (b,64): the scorer's embeddings of still clips of
     them."""
-    video = load_scorer(device).video
+    scorer = load_scorer(device)
 
     def embed(frames):
         frames = F.interpolate(frames, (32, 32), mode="bilinear", align_corners=False)
-        return video(frames[:, :, None].expand(-1, -1, 8, -1, -1))
+        still = frames[:, :, None].expand(-1, -1, 8, -1, -1)
+        return scorer.video(scorer.trunk(still))
     return embed
 
 
-def train_scorer(out, steps=400, batch=64, lr=2e-3, seed=0):
-    """Contrastive training of TinyScorer on rendered clips with a little noise, as a decoder
-    makes it."""
+def two_unlike(rng):
+    """-> two random Flaws of random strengths, the smaller first, at least 0.25 apart."""
+    while True:
+        pair = [tiny_flaws(rng).times(rng.uniform(0, 1)) for _ in range(2)]
+        pair.sort(key=Flaws.amount)
+        if pair[1].amount() - pair[0].amount() > 0.25:
+            return pair
+
+
+def spoiled_pairs(seed, n, flaw=None):
+    """n pairs for the scorer: clips (n,3,8,32,32) in [0,1] that win, those that lose, captions, the
+    amounts of flaws (2n,) of winners and losers.
+
+    Both show the same scene. The loser has more flaws, or stronger ones: all drawn at random, the
+    two at least a quarter of a flaw apart, or one `flaw` of FLAW_SHARES against none.
+    """
+    rng = np.random.default_rng(seed)
+    winners, losers, captions, amounts = [], [], [], ([], [])
+    for _ in range(n):
+        scene = tiny_scene(rng)
+        captions.append(scene.caption(with_background=rng.random() >= 0.2))
+        if flaw:
+            pair = [tiny_flaws(rng, **{name: name == flaw for name in FLAW_SHARES})]
+            pair.insert(0, pair[0].times(0))
+        else:
+            pair = two_unlike(rng)
+        for side, amount, flaws in zip((winners, losers), amounts, pair):
+            side.append(render(scene, flaws=flaws) / 2 + 0.5)
+            amount.append(flaws.amount())
+    return torch.stack(winners), torch.stack(losers), captions, torch.tensor(sum(amounts, []))
+
+
+def with_another_word(rng, caption):
+    """A tiny-world caption with one of its attributes changed."""
+    asked = parse(caption)
+    attribute = list(asked)[rng.integers(len(asked))]
+    choices = {"shape": SHAPES, "colour": COLOURS, "background": BACKGROUNDS, "motion": MOTIONS}
+    others = [word for word in choices[attribute] if word != asked[attribute]]
+    return caption.replace(asked[attribute], others[rng.integers(len(others))])
+
+
+def scorer_loss(scorer, winners, losers, captions, amounts, others, shuffled):
+    """Bradley-Terry: -log sigmoid of how much higher the winner scores, over three questions.
+
+    Of two clips with one caption, the cleaner one wins. Of any two clips, the cleaner one has the
+    higher quality, whatever they show: else clips of what happens to score high would win. Of two
+    captions (n), the right one wins over `others` (n), for clean and for spoiled clips. Over the
+    whole batch, CLIP's contrastive loss. shuffled: a permutation of 2n, which pairs the clips.
+    """
+    scale = scorer.log_scale.exp()
+    n, clips = len(captions), torch.cat([winners, losers])
+    clips = (clips + 0.05 * torch.rand(()) * torch.randn_like(clips)).clamp(0, 1)  # a decoder's
+    video, quality = scorer.look(clips)
+    right, wrong = scorer.read(captions).repeat(2, 1), scorer.read(others).repeat(2, 1)
+    agrees, differs = (video * right).sum(1), (video * wrong).sum(1)
+    score = (agrees + quality.tanh()) / 2
+    logits = scale * video @ right[:n].T
+    # captions that occur twice in the batch are right for each other's clips
+    same = torch.tensor([[a == b for b in captions] for a in captions], dtype=torch.float32)
+    target = (same / same.sum(1, keepdim=True)).repeat(2, 1)
+    cleaner = (amounts[shuffled] - amounts).sign() * ((amounts[shuffled] - amounts).abs() > 0.25)
+    gap = (quality - quality[shuffled]) * cleaner
+    return (-F.logsigmoid(scale * (score[:n] - score[n:])).mean()
+            - F.logsigmoid(gap).mean() + 0.01 * quality.mean() ** 2
+            - F.logsigmoid(scale * (agrees - differs)).mean()
+            + F.cross_entropy(logits, target))
+
+
+@torch.no_grad()
+def scorer_agreement(scorer, seed=HELD_OUT, n=256):
+    """Share of held-out pairs in which the right clip wins -> {flaw, "caption", "both": share}.
+
+    "caption": a clean clip with the right caption against the same clip with one word wrong.
+    """
+    agreement = {}
+    for k, flaw in enumerate((*FLAW_SHARES, None)):
+        winners, losers, captions, _ = spoiled_pairs((seed, k), n, flaw)
+        right = scorer(winners, captions) > scorer(losers, captions)
+        agreement[flaw or "all"] = right.float().mean().item()
+    rng = np.random.default_rng(seed)
+    clips, captions, _ = tiny_batch((seed, 9), n)
+    clips = clips / 2 + 0.5
+    others = [with_another_word(rng, caption) for caption in captions]
+    agreement["caption"] = (scorer(clips, captions) > scorer(clips, others)).float().mean().item()
+    return agreement
+
+
+def train_scorer(out, steps, batch=32, lr=2e-3, seed=0):
+    """Train TinyScorer on pairs of rendered clips, print its agreement with held-out pairs."""
     torch.manual_seed(seed)
     scorer, start = TinyScorer(), time.time()
     opt = torch.optim.AdamW(scorer.parameters(), lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps, pct_start=0.1)
     for step in range(steps):
-        clips, captions, _ = tiny_batch((seed, 7, step), batch)
-        clips = (clips + 0.1 * torch.rand(()) * torch.randn_like(clips)).clamp(-1, 1) / 2 + 0.5
-        video, text = scorer.embed(clips, captions)
-        logits = scorer.log_scale.exp() * video @ text.T
-        # captions that occur twice in the batch are right for each other's clips
-        same = torch.tensor([[a == b for b in captions] for a in captions], dtype=torch.float32)
-        target = same / same.sum(1, keepdim=True)
-        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        winners, losers, captions, amounts = spoiled_pairs((seed, 7, step), batch)
+        rng = np.random.default_rng((seed, 8, step))
+        others = [with_another_word(rng, caption) for caption in captions]
+        shuffled = torch.from_numpy(rng.permutation(2 * batch))
+        loss = scorer_loss(scorer, winners, losers, captions, amounts, others, shuffled)
         opt.zero_grad()
         loss.backward()
         opt.step()
         schedule.step()
         if step % 100 == 0 or step == steps - 1:
-            right = same[range(batch), logits.argmax(1)].mean()
-            print(f"step {step:5d}/{steps} | loss {loss:.4f} | right caption of {batch} "
-                  f"{right:.3f} | {time.time() - start:.0f} s", flush=True)
+            print(f"step {step:5d}/{steps} | loss {loss:.4f} | {time.time() - start:.0f} s",
+                  flush=True)
+    agreement = scorer_agreement(scorer)
+    print("held-out pairs right:", ", ".join(f"{k} {v:.3f}" for k, v in agreement.items()))
     save_file({k: v.half().contiguous() for k, v in scorer.state_dict().items()}, out)
 
 
@@ -799,10 +1015,10 @@ def wild_clip(rng, frames):
     return torch.from_numpy(np.stack(video, 1).astype(np.float32)) * 2 - 1
 
 
-def tiny_frames(seed, n):
+def tiny_frames(seed, n, flawed=False):
     """-> (n, 3, 32, 32): 4 frames each of n / 4 clips, for the autoencoder that takes frame by
     frame."""
-    video, _, _ = tiny_batch(seed, n // 4)
+    video, _, _ = tiny_batch(seed, n // 4, flawed=flawed)
     return rearrange(video[:, :, torch.randperm(video.shape[2])[:4]], "b c f h w -> (b f) c h w")
 
 
@@ -829,24 +1045,27 @@ def autoencoder_loss(images, mean, logvar, decode):
     return loss, {"mse": error.square().mean(), "kl": kl, "latent std": mean.std()}
 
 
-def train_autoencoder(base, out, steps, decoder_steps, batch, lr=2e-3, seed=0, device="cpu"):
+def train_autoencoder(base, out, steps, decoder_steps, batch, flawed=False, seed=0,
+                      device="cpu"):
     """Train a tiny base's autoencoder on rendered clips, then its decoder alone, and put it into
     `out`.
 
     The second stage leaves the latents as they are, since a base may already be trained on them;
-    with steps 0 it starts from the file's autoencoder.
+    with steps 0 it starts from the file's autoencoder. So it does with `flawed`: five of
+    eight frames may have flaws, and the others keep their latents, on which bases are trained.
     """
     torch.manual_seed(seed)
     build, cfg = TINY_VAES[base]
-    vae, start = build(cfg).to(device), time.time()
+    vae, start, lr = build(cfg).to(device), time.time(), 1.5e-3 if flawed else 2e-3
     if base == "tiny":
         draw, moments, decode = tiny_frames, vae.image_moments, vae.decode_images
     else:
         draw, moments, decode = tiny_clips, vae.moments, vae.decode_latents
-    if not steps:
+    if flawed or not steps:
         state = {k.removeprefix("vae."): v.float() for k, v in load_weights(out).items()
                  if k.startswith("vae.")}
         vae.load_state_dict(state)
+    before = copy.deepcopy(vae).requires_grad_(False)
     for part, n, first in (("all", steps, 0), ("decoder", decoder_steps, steps)):
         for key, p in vae.named_parameters():
             p.requires_grad_(part == "all" or key.startswith(("decoder.", "post_quant_conv.")))
@@ -856,12 +1075,20 @@ def train_autoencoder(base, out, steps, decoder_steps, batch, lr=2e-3, seed=0, d
             opt, lr, total_steps=max(n, 1), pct_start=0.05)
         for step in range(n):
             images = draw((seed, first + step), batch).to(device)
+            if flawed:
+                clean = images[:batch * 3 // 8]
+                spoiled = draw((seed, 1, first + step), batch * 5 // 8, flawed=True)
+                images = torch.cat([clean, spoiled.to(device)])
             # 3-D convolutions in bf16 take half the time on a CPU that has it, too
             kind = torch.device(device).type
             with torch.autocast(kind, torch.bfloat16, enabled=base != "tiny"):
                 with torch.set_grad_enabled(part == "all"):
                     mean, logvar = moments(images)
                 loss, terms = autoencoder_loss(images, mean.float(), logvar.float(), decode)
+                if flawed:
+                    kept = before.image_moments(clean)[0]
+                    terms["moved"] = (mean[:len(clean)] - kept).square().mean()
+                    loss = loss + terms["moved"]
             opt.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -881,15 +1108,20 @@ def get_args(argv=None):
                    help="what to train")
     p.add_argument("--base", choices=TINY_VAES, default="tiny",
                    help="tiny base whose autoencoder is trained")
+    p.add_argument("--flawed", action="store_true",
+                   help="autoencoder of tiny: go on from the file's one, on flawed frames as well; "
+                        "clean ones keep their latents")
     p.add_argument("--out", help="file to write (default: the one in assets/)")
     p.add_argument("--steps", type=p.NATURAL,
-                   help="optimizer steps (scorer: 400, autoencoder: 2000; 0: its decoder alone)")
+                   help="optimizer steps (scorer: 800, autoencoder: 2000; 0: its decoder alone)")
     p.add_argument("--decoder-steps", type=p.NATURAL, default=1000,
                    help="further steps of the autoencoder in which the encoder is frozen")
     p.add_argument("--batch", type=p.COUNT,
                    help="frames (tiny: 64) or clips (tiny-cogvideox: 8) per step")
     p.add_argument("--device", default="cpu", help="cuda or cpu")
     args = p.parse_args(argv)
+    if args.flawed and (args.train, args.base) != ("autoencoder", "tiny"):
+        raise UserError("--flawed: goes with --train autoencoder --base tiny")
     least = 4 if args.base == "tiny" else 2
     if args.batch and args.batch < least:
         raise UserError(f"--batch {args.batch}: {args.base} needs {least} or more")
@@ -901,12 +1133,13 @@ def get_args(argv=None):
 def main(argv=None):
     args = get_args(argv)
     if args.train == "scorer":
-        train_scorer(args.out or SCORER_FILE, 400 if args.steps is None else args.steps)
+        train_scorer(args.out or SCORER_FILE, 800 if args.steps is None else args.steps)
         return
     batch = args.batch or (64 if args.base == "tiny" else 8)
     train_autoencoder(
         args.base, args.out or f"assets/{args.base}.safetensors",
-        2000 if args.steps is None else args.steps, args.decoder_steps, batch, device=args.device)
+        2000 if args.steps is None else args.steps, args.decoder_steps, batch, args.flawed,
+        device=args.device)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ term: stop early.
     python vader.py --base tiny                            # 2 CPU cores, minutes
     python vader.py --base tiny --reward size              # a hand-written reward
     python vader.py --base tiny-i2v                        # from a first frame, longer clips
-    python vader.py --base tiny --reward brightness --lr 1e-3 --steps 60   # too long
+    python vader.py --base tiny --reward tiny-raw --lr 2e-3 --sample-steps 5 --steps 60
+                                      # a reward blind to the prompt, too long: all collapses
     python vader.py --reward hps --weights W --accum 32    # VideoCrafter2 on one GPU
     torchrun --nproc_per_node=4 vader.py --reward hps:1.5,aesthetic:0.1 --weights W
     python vader.py --base modelscope --weights W --prompts P --reward my_reward.py:fn
@@ -59,7 +60,7 @@ OPENSORA = dict(
     height=276, width=368, sample_steps=30, steps=800, accum=8, wd=0.01,
     alpha=8.0, lora_targets=["qkv", "q_linear", "kv_linear"])
 TINY = dict(
-    reward="tiny", decode="all", sample_steps=5, steps=100, batch=8, accum=1, lr=4e-3,
+    reward="tiny", decode="all", sample_steps=5, steps=50, batch=8, accum=1, lr=2e-3,
     rank=8, alpha=8.0, eval_n=64, sweep=16, save_every=25, log_every=5, grad_ckpt=False)
 TINY_I2V = TINY | dict(
     steps=20, lr=2e-3, reward="temporal", continuations=2, batch=4, eval_n=32, sweep=4)
@@ -69,7 +70,7 @@ TINY_PROMPTLESS = dict(steps=30, lr=3e-4, sample_steps=10)
 PRESETS = {
     "videocrafter2": VIDEOCRAFTER2, "opensora": OPENSORA, "modelscope": MODELSCOPE,
     "modelscope-v1.4": MODELSCOPE, "modelscope-v1.5": MODELSCOPE,
-    "tiny": TINY, "tiny-i2v": TINY_I2V, "tiny-cogvideox": TINY_I2V}
+    "tiny": TINY, "tiny-clean": TINY, "tiny-i2v": TINY_I2V, "tiny-cogvideox": TINY_I2V}
 
 
 def get_args(argv=None):
@@ -102,7 +103,7 @@ def get_args(argv=None):
     reward, presets = p.parse_known_args(argv)[0].reward, PRESETS
     promptless = reward not in (None, "tiny")
     if promptless:
-        presets = PRESETS | {"tiny": TINY | TINY_PROMPTLESS}
+        presets = PRESETS | dict.fromkeys(("tiny", "tiny-clean"), TINY | TINY_PROMPTLESS)
     args = p.parse(argv, PAPER, presets)
     if args.rank < 1:
         raise UserError("--rank 0: VADER trains LoRA weights; give a rank of 1 or more")
@@ -113,7 +114,7 @@ def get_args(argv=None):
 
 def changed_defaults(args):
     """What the log must say where --reward changed other defaults (TINY_PROMPTLESS), or None."""
-    if args.base != "tiny" or args.reward == "tiny":
+    if args.base not in ("tiny", "tiny-clean") or args.reward == "tiny":
         return None
     flags = [f"--{k.replace('_', '-')} {v}" for k, v in TINY_PROMPTLESS.items()]
     return f"--reward {args.reward}: defaults for rewards other than tiny: {', '.join(flags)}"

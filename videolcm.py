@@ -18,8 +18,8 @@ instead of 2 x 50. T2V-Turbo (Li et al., arXiv 2405.18750) adds
     --cfg-range   w is drawn per clip and given to the student: --cfg still works
     --reward      L - E r(decode(f(x_t, t; theta)), text), a reward of the jump (eq. 13)
 
-    python videolcm.py --base tiny                        # 2 CPU cores, minutes
-    python videolcm.py --base tiny --rank 16 --lr 1e-3 --reward tiny:0.1
+    python videolcm.py --base tiny-clean                  # 2 CPU cores, minutes
+    python videolcm.py --base tiny-clean --rank 16 --lr 1e-3 --reward tiny:0.1
     torchrun --nproc_per_node=4 videolcm.py --weights W --data clips.csv --parallel fsdp
     python videolcm.py --base videocrafter2 --weights W --data clips.csv --reward hps
     python videolcm.py ... --resume                       # continue, bit for bit
@@ -66,7 +66,8 @@ TINY = dict(
     origin=20, cfg=1.5, steps=300, batch=8, accum=1, lr=5e-4, lr_schedule="cosine",
     warmup=20, cache_latents=True, workers=0, grad_ckpt=False, preview_every=100,
     save_every=100, log_every=25)
-PRESETS = {"tft2v": dict(cfg=10.0), "videocrafter2": TURBO, "tiny": TINY, "tiny-weak": TINY}
+PRESETS = {"tft2v": dict(cfg=10.0), "videocrafter2": TURBO} | dict.fromkeys(
+    ("tiny", "tiny-clean", "tiny-weak"), TINY)
 
 
 def get_args(argv=None):
@@ -240,7 +241,8 @@ def read_clips(args, sampling):
         rows, prompts = clips.rows, [clips.rows[0][2]]
     else:
         clips = tinyworld.TinyWorld(
-            1024, sampling.frames, args.seed, captions=tinyworld.tiny_prompts())
+            1024, sampling.frames, args.seed, captions=tinyworld.tiny_prompts(),
+            flawed=base_row(args.base).flawed)
         rows, prompts = [], tinyworld.tiny_prompts(held_out=True)
     if args.eval_prompts:
         prompts = data.read_prompts(args.eval_prompts)

@@ -144,9 +144,10 @@ import argparse
 import torch, torch.distributed as dist
 import bases, t2v
 from common import Env, FiniteGuard, SampleNumbers, average_gradients, full, generator, trained
-from data import TinyWorld, read_batches
+from data import read_batches
 from models import add_lora, parallelize
 from pipeline import draw_latents, encode_clips
+from tinyworld import TinyWorld
 
 def run(mode, env, accum, rank):
     torch.manual_seed(0)
@@ -180,7 +181,6 @@ def run(mode, env, accum, rank):
 dist.init_process_group("gloo")
 alone = Env(0, 1, torch.device("cpu"), torch.float64)
 env = Env(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), torch.float64)
-alone.autocast = env.autocast = None
 for rank in (0, 4):
     one = run(None, alone, 4, rank)
     for mode in ("ddp", "fsdp"):

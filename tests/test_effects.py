@@ -48,13 +48,15 @@ def write(name, table, **figures):
 
 @pytest.mark.effect
 def test_tiny_base(tmp_path):
-    """256 random captions: colour >= 95 %, motion >= 90 %, shape >= 90 %."""
+    """256 random captions: colour, background >= 97 %, shape, motion >= 92 %; marked >= 55 %."""
     sample.main(["--base", "tiny", "--judge", "256", "--batch", "16", "--out", str(tmp_path)])
     seen = json.loads((tmp_path / "judge.json").read_text())
-    names = ("shape", "colour", "background", "motion", "joint")
+    names = ("shape", "colour", "background", "motion", "joint", *tinyworld.FLAW_SHARES)
     cells = " | ".join(f"{100 * seen[k]:.1f} %" for k in names)
     write("tiny_base", [f"| tiny | 256 | {cells} |"], **seen)
-    assert seen["colour"] >= 0.95 and seen["motion"] >= 0.90 and seen["shape"] >= 0.90
+    (RESULTS / "tiny_base.png").write_bytes((tmp_path / "sheet.png").read_bytes())
+    assert seen["colour"] >= 0.97 and seen["background"] >= 0.97 and seen["marked"] >= 0.55
+    assert seen["motion"] >= 0.92 and seen["shape"] >= 0.92
 
 
 def judged(out, *command):
@@ -112,26 +114,75 @@ def gain(before, after, what="reward"):
 
 def accuracies(before, after):
     """-> change of each of the judge's accuracies, cells of a table."""
-    change = {k: after["judge"][k] - before["judge"][k] for k in before["judge"]}
+    names = (*tinyworld.ATTRIBUTES, "joint")
+    change = {k: after["judge"][k] - before["judge"][k] for k in names}
     return change, " | ".join(f"{100 * after['judge'][k]:.1f} ({100 * v:+.1f})" for k, v in change.items())
+
+
+def flaws_gone(before, after):
+    """Cells of a table: the held-out scorer, the share of each flaw, of captions obeyed."""
+    was, now = before["judge"], after["judge"]
+    shares = " | ".join(f"{100 * was[k]:.1f} -> {100 * now[k]:.1f} %"
+                        for k in (*tinyworld.FLAW_SHARES, "joint"))
+    return f"{before['reward']:.3f} -> {after['reward']:.3f} | {shares}"
+
+
+def check_flaws_gone(before, after, marked):
+    """Marked at most `marked` of before, flicker and shake at most half, captions kept."""
+    was, now = before["judge"], after["judge"]
+    assert now["marked"] <= marked * was["marked"] and now["joint"] >= was["joint"] - 0.0201
+    assert now["flickering"] <= was["flickering"] / 2 and now["shaking"] <= was["shaking"] / 2
 
 
 @pytest.mark.effect
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("reward", ["tiny", "size"])
-def test_vader(reward, seed, tmp_path):
-    """Held-out reward +0.5 sd; tiny: joint accuracy -2 points at most; size: each -5 at most."""
-    command = ["--base", "tiny", "--reward", reward, "--seed", str(seed)]
+def test_vader(seed, tmp_path):
+    """The main command, in 5 minutes: of 64 held-out captions at most 5 % marked, flicker and shake at most
+    half as often, captions not lower by more than 2 points."""
+    start, out = time.time(), tmp_path / "run"
+    before, after, cpu = aligned(out, "--base", "tiny", "--seed", str(seed))
+    minutes = (time.time() - start) / 60
+    row = f"| vader | {seed} | {flaws_gone(before, after)} | {minutes:.1f} | {cpu:.1f} |"
+    write(f"vader_{seed}", [row], minutes=minutes, cpu=cpu, before=before, after=after)
+    for name in ("before", "after") if seed == 0 else ():
+        (RESULTS / f"vader_{name}.png").write_bytes((out / f"{name}.png").read_bytes())
+    check_flaws_gone(before, after, marked=0.5)
+    assert after["judge"]["marked"] <= 0.05 and cpu <= 10
+
+
+@pytest.mark.effect
+def test_vader_for_too_long(tmp_path):
+    """A reward without a bound and blind to the prompt rises for ever, and all clips become alike. With
+    --patience the run ends, and best.safetensors obeys the captions."""
+    command = ["--base", "tiny", "--reward", "tiny-raw", "--lr", "2e-3", "--sample-steps", "5", "--steps", "60",
+               "--preview-every", "10", "--watch", "tiny", "--eval-n", "32", "--sweep", "0"]
+    table, ends = [], {}
+    for name, more in (("too long", []), ("patience", ["--patience", "2"])):
+        vader.main([*command, *more, "--out", str(tmp_path / name)])
+        rows = [json.loads(x) for x in (tmp_path / name / "eval.jsonl").read_text().splitlines()]
+        table += [f"| {name} | {r['step']} | {r['reward']:.2f} | {r['watch']:.3f} "
+                  f"| {100 * r['judge']['marked']:.1f} % | {100 * r['judge']['joint']:.1f} % |" for r in rows]
+        ends[name] = rows
+    write("vader_too_long", table, rows=ends)
+    (RESULTS / "vader_too_long.png").write_bytes((tmp_path / "too long" / "after.png").read_bytes())
+    best = max(ends["patience"], key=lambda r: r["watch"])
+    assert ends["too long"][-1]["reward"] > ends["too long"][0]["reward"] + 1
+    assert ends["too long"][-1]["judge"]["joint"] < 0.5 and best["judge"]["joint"] >= 0.9
+    assert ends["patience"][-1]["step"] < 60 and (tmp_path / "patience" / "best.safetensors").exists()
+
+
+@pytest.mark.effect
+@pytest.mark.parametrize("seed", SEEDS)
+def test_vader_size(seed, tmp_path):
+    """A hand-written reward on the clean base: held-out reward +0.5 sd; each accuracy -5 points at most."""
+    command = ["--base", "tiny-clean", "--reward", "size", "--seed", str(seed)]
     before, after, minutes = aligned(tmp_path / "run", *command)
     change, cells = accuracies(before, after)
-    row = (f"| {reward} | {seed} | {before['reward']:.4f} | {after['reward']:.4f} "
+    row = (f"| size | {seed} | {before['reward']:.4f} | {after['reward']:.4f} "
            f"| {gain(before, after):+.2f} sd | {cells} | {minutes:.1f} |")
-    write(f"vader_{reward}_{seed}", [row], minutes=minutes, before=before, after=after)
+    write(f"vader_size_{seed}", [row], minutes=minutes, before=before, after=after)
     assert gain(before, after) >= 0.5 and minutes <= 10
-    if reward == "tiny":
-        assert change["joint"] >= -0.0201
-    else:
-        assert all(v >= -0.0501 for k, v in change.items() if k != "joint")
+    assert all(v >= -0.0501 for k, v in change.items() if k != "joint")
 
 
 @pytest.mark.effect
@@ -147,11 +198,11 @@ def test_vader_removes_a_colour(tmp_path):
                           ("others", others)):
         (tmp_path / f"{name}.txt").write_text("\n".join(prompts))
     before, after, minutes = aligned(
-        tmp_path / "run", "--base", "tiny", "--reward", "remove-colour=red", "--lr", "1e-3",
+        tmp_path / "run", "--base", "tiny-clean", "--reward", "remove-colour=red", "--lr", "1e-3",
         "--prompts", str(tmp_path / "train.txt"), "--eval-prompts", str(tmp_path / "held-out.txt"),
         "--eval-n", "21")
     seen = {}
-    for name, command in (("before", ["--base", "tiny"]), ("after", ["--ckpt", str(tmp_path / "run")])):
+    for name, command in (("before", ["--base", "tiny-clean"]), ("after", ["--ckpt", str(tmp_path / "run")])):
         sample.main([*command, "--sample-steps", "10", "--batch", "16", "--prompts",
                      str(tmp_path / "others.txt"), "--out", str(tmp_path / name)])
         clips = [data.read_video(f)[0] for f in sorted((tmp_path / name).glob("*.mp4"))]
@@ -170,7 +221,7 @@ def test_vader_removes_a_colour(tmp_path):
 def test_vader_with_two_rewards(tmp_path):
     """The learned scorer and the object's size, summed: both up by 0.5 sd."""
     names = "tiny", "size"
-    command = ["--base", "tiny", "--reward", "tiny,size:0.1", *LEARNED]
+    command = ["--base", "tiny-clean", "--reward", "tiny,size:0.1", *LEARNED]
     before, after, minutes = aligned(tmp_path / "run", *command)
     change, cells = accuracies(before, after)
     both = " | ".join(f"{before[k]:.4f} | {after[k]:.4f} | {gain(before, after, k):+.2f} sd" for k in names)
@@ -193,22 +244,6 @@ def test_vader_on_longer_clips(tmp_path):
     for name in ("before", "after"):
         (RESULTS / f"vader_longer_{name}.png").write_bytes((tmp_path / "run" / f"{name}.png").read_bytes())
     assert gain(before, after, "later") >= 0.25 and change["joint"] >= -0.02 and minutes <= 10
-
-
-@pytest.mark.effect
-def test_vader_on_brightness_for_too_long(tmp_path):
-    """Over-optimisation: the reward keeps rising while the judge's joint accuracy falls below a half."""
-    vader.main([
-        "--base", "tiny", "--reward", "brightness", "--lr", "1e-3", "--steps", "60", "--preview-every", "15",
-        "--out", str(tmp_path)])
-    rows = [json.loads(x) for x in (tmp_path / "eval.jsonl").read_text().splitlines()]
-    table = []
-    for r in rows:
-        cells = " | ".join(f"{100 * v:.1f}" for v in r["judge"].values())
-        table.append(f"| {r['step']} | {r['reward']:.4f} | {cells} |")
-    write("vader_brightness", table, rows=rows)
-    (RESULTS / "vader_brightness.png").write_bytes((tmp_path / "after.png").read_bytes())
-    assert rows[-1]["reward"] > rows[0]["reward"] + 0.1 and rows[-1]["judge"]["joint"] < 0.5
 
 
 @pytest.mark.effect
@@ -318,11 +353,11 @@ def best_words(out, subject, path):
     colours = [*tinyworld.COLOURS, *(f"{a} {b}" for a in warm for b in warm if a != b)]
     objects = [f"{c} {s}" for c in colours for s in tinyworld.SHAPES]
     clips = played(out / "subject", [f"a {o} moving left on a gray background" for o in objects],
-                   "--base", "tiny", n=2)
+                   "--base", "tiny-clean", n=2)
     likeness = {o: tinyworld.subject_likeness(clips[2 * i:2 * i + 2], subject) for i, o in enumerate(objects)}
     motions = (*tinyworld.MOTIONS, "moving")
     prompts = [prompt.replace("moving", m) for m in motions for _, prompt in tinyworld.tiny_previews(False)[:3]]
-    clips = played(out / "motion", prompts, "--base", "tiny", n=2)
+    clips = played(out / "motion", prompts, "--base", "tiny-clean", n=2)
     errors = {m: tinyworld.path_error(clips[6 * i:6 * i + 6], path)["path_error"]
               for i, m in enumerate(motions)}
     words, motion = max(likeness, key=lambda o: sum(likeness[o].values())), min(errors, key=errors.get)
@@ -394,7 +429,7 @@ def test_demo(tmp_path):
 def few_steps(base, prompts, run, steps):
     """Clips of 64 captions, two a caption, from the same noise for every network -> clips, CPU s a clip."""
     start = time.process_time()
-    sampling = bases.choose_sampling("tiny", argparse.Namespace(sample_steps=steps), run)
+    sampling = bases.choose_sampling("tiny-clean", argparse.Namespace(sample_steps=steps), run)
     clips = pipeline.generate(base, Env(0, 1, torch.device("cpu"), torch.float32), prompts,
                               [f"lcm-{i}" for i in range(len(prompts))], sampling, 16)
     return clips, (time.process_time() - start) / len(prompts)
@@ -408,9 +443,9 @@ def test_videolcm(tmp_path):
     same noise than the base in one step, and its objects are half as spread over the frame or more.
     """
     start = time.process_time()
-    videolcm.main(["--base", "tiny", "--out", str(tmp_path)])
+    videolcm.main(["--base", "tiny-clean", "--out", str(tmp_path)])
     minutes = (time.process_time() - start) / 60
-    prompts, tiny = 2 * tinyworld.tiny_prompts(held_out=True), bases.load_base("tiny")
+    prompts, tiny = 2 * tinyworld.tiny_prompts(held_out=True), bases.load_base("tiny-clean")
     tensors, meta = load_checkpoint(tmp_path)
     student = pipeline.load_run(tmp_path, tensors, meta, None)
     runs, clips, table = {}, {}, []
@@ -483,7 +518,7 @@ def test_tft2v(tmp_path):
     above that after 400 steps on image-text pairs alone, colours and shapes at most 5 points below. No clip
     ever tells which word is left: half of "left" and "right" would be right by chance; expect 57 %.
     """
-    minutes = {name: trained(tft2v, tmp_path / name, "--base", "tiny", *more) for name, more in RECIPES.items()}
+    minutes = {name: trained(tft2v, tmp_path / name, "--base", "tiny-clean", *more) for name, more in RECIPES.items()}
     check_text_free(text_free(tmp_path, {name: tmp_path / name for name in RECIPES}, minutes), minutes)
 
 

@@ -4,6 +4,7 @@ Scores of features are in the oracle cases dreamvideo/metrics_*; here is what th
 """
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ from bases import load_base
 from metrics import cosine, temporal_consistency
 from tinyworld import (
     ATTRIBUTES,
+    FLAW_SHARES,
     MOTIONS,
     judge,
     judge_captions,
@@ -18,7 +20,9 @@ from tinyworld import (
     render,
     tiny_batch,
     tiny_captions,
+    tiny_flaws,
     tiny_prompts,
+    tiny_scene,
 )
 
 
@@ -27,18 +31,56 @@ def truth():
     return tiny_batch(2026, 1000)
 
 
+@pytest.fixture(scope="module")
+def spoiled():
+    """1,000 clips with every combination of flaws in turn -> clips, captions, [{flaw: bool}]."""
+    rng, clips, captions, flaws = np.random.default_rng(2026), [], [], []
+    for i in range(1000):
+        scene = tiny_scene(rng)
+        flaws.append({flaw: bool(i >> bit & 1) for bit, flaw in enumerate(FLAW_SHARES)})
+        clips.append(render(scene, flaws=tiny_flaws(rng, **flaws[-1])))
+        captions.append(scene.caption())
+    return torch.stack(clips), captions, flaws
+
+
+def decoded(clips):
+    """What the tiny autoencoder makes of clips."""
+    vae = load_base("tiny").vae
+    with torch.no_grad():
+        return torch.cat([vae.decode(vae.encode(part)) for part in clips.split(50)])
+
+
+def right(clips, captions, flaws):
+    """{attribute or flaw: share of clips in which the judge is right}"""
+    seen = [judge(clip) for clip in clips]
+    words = [parse(caption) for caption in captions]
+    return {a: np.mean([s[a] == w[a] for s, w in zip(seen, words)]) for a in ATTRIBUTES} | {
+        flaw: np.mean([s[flaw] == f[flaw] for s, f in zip(seen, flaws)]) for flaw in FLAW_SHARES}
+
+
 def test_judge_on_ground_truth(truth):
     clips, captions, _ = truth
-    assert min(judge_captions(clips, captions).values()) >= 0.99
+    seen = judge_captions(clips, captions)
+    assert min(seen[a] for a in (*ATTRIBUTES, "joint")) >= 0.99
+    assert max(seen[flaw] for flaw in FLAW_SHARES) <= 0.001
+
+
+def test_judge_sees_flaws_and_what_is_under_them(spoiled):
+    seen = right(*spoiled)
+    assert min(seen.values()) >= 0.99, seen
+
+
+@pytest.mark.parametrize("n", [200, pytest.param(1000, marks=pytest.mark.slow)])
+def test_judge_of_flaws_after_the_tiny_autoencoder(n, spoiled):
+    clips, captions, flaws = spoiled
+    seen = right(decoded(clips[:n]), captions, flaws)
+    assert min(seen.values()) >= 0.97, seen
 
 
 def test_judge_after_the_tiny_autoencoder(truth):
     clips, captions, _ = truth
-    vae = load_base("tiny").vae
-    with torch.no_grad():
-        decoded = torch.cat([vae.decode(vae.encode(part)) for part in clips.split(50)])
-    seen = judge_captions(decoded, captions)
-    assert min(seen.values()) >= 0.98, seen
+    seen = judge_captions(decoded(clips[:300]), captions)
+    assert min(seen[a] for a in (*ATTRIBUTES, "joint")) >= 0.98, seen
 
 
 def test_judge_is_at_chance_on_shuffled_captions(truth):

@@ -72,7 +72,8 @@ def test_one_step_on_every_base(name, small, tmp_path):
 
 def test_every_base_of_the_table_is_one_of_these_or_tiny():
     tested = {"modelscope", "modelscope-v1.4", "modelscope-v1.5", "videocrafter2", "opensora", "cogvideox-2b",
-              "cogvideox-5b", "i2vgen-xl", "cogvideox-5b-i2v", "tiny", "tiny-i2v", "tiny-cogvideox"}
+              "cogvideox-5b", "i2vgen-xl", "cogvideox-5b-i2v", "tiny", "tiny-clean", "tiny-i2v",
+              "tiny-cogvideox"}
     assert {name for name, row in bases.BASES.items() if "vader" in row.methods} == tested
 
 
@@ -253,7 +254,7 @@ def test_accumulation_equals_a_batch_with_random_frames(tmp_path):
 
 def test_another_reward_says_its_defaults():
     args = vader.get_args(["--base", "tiny"])
-    assert (args.steps, args.lr, args.sample_steps, args.reward) == (100, 4e-3, 5, "tiny")
+    assert (args.steps, args.lr, args.sample_steps, args.reward) == (50, 2e-3, 5, "tiny")
     assert vader.changed_defaults(args) is None
     args = vader.get_args(["--base", "tiny", "--reward", "size", "--lr", "1e-3"])
     assert (args.steps, args.lr, args.sample_steps, args.reward) == (30, 1e-3, 10, "size")
@@ -280,7 +281,7 @@ def test_it_ends_early(tmp_path):
 
 
 def test_it_keeps_the_best_also_if_it_is_the_last(tmp_path):
-    vader.main(["--base", "tiny", "--reward", "brightness", "--lr", "1e-2", "--steps", "3", "--preview-every",
+    vader.main(["--base", "tiny-clean", "--reward", "brightness", "--lr", "1e-2", "--steps", "3", "--preview-every",
                 "1", "--patience", "1", "--batch", "1", "--sample-steps", "2", "--eval-n", "1", "--sweep",
                 "0", "--out", str(tmp_path / "up")])
     assert load_checkpoint(tmp_path / "up" / "best.safetensors")[1]["step"] == 3
