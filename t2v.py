@@ -11,7 +11,7 @@ train on single images, which keeps frames sharp. Part of the noise is constant 
 frame. With --ema, a moving average of the weights is saved.
 
     python t2v.py --base tiny --steps 50                 # fine-tune; a minute on a CPU
-    python t2v.py --base tiny --scratch                  # how assets/tiny was trained
+    python t2v.py --base tiny-clean --scratch            # how assets/tiny-clean was trained
     python t2v.py --weights W --data clips.csv --rank 16 --lr 1e-4        # LoRA, one GPU
     torchrun --nproc_per_node=8 t2v.py --weights W --data clips.csv --rank 0 --mixture
     torchrun --nproc_per_node=4 t2v.py ... --rank 0 --parallel fsdp

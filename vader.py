@@ -60,7 +60,7 @@ OPENSORA = dict(
     height=276, width=368, sample_steps=30, steps=800, accum=8, wd=0.01,
     alpha=8.0, lora_targets=["qkv", "q_linear", "kv_linear"])
 TINY = dict(
-    reward="tiny", decode="all", sample_steps=5, steps=50, batch=8, accum=1, lr=2e-3,
+    reward="tiny", decode="all", sample_steps=5, steps=40, batch=8, accum=1, lr=2e-3,
     rank=8, alpha=8.0, eval_n=64, sweep=16, save_every=25, log_every=5, grad_ckpt=False)
 TINY_I2V = TINY | dict(
     steps=20, lr=2e-3, reward="temporal", continuations=2, batch=4, eval_n=32, sweep=4)

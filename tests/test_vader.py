@@ -254,7 +254,7 @@ def test_accumulation_equals_a_batch_with_random_frames(tmp_path):
 
 def test_another_reward_says_its_defaults():
     args = vader.get_args(["--base", "tiny"])
-    assert (args.steps, args.lr, args.sample_steps, args.reward) == (50, 2e-3, 5, "tiny")
+    assert (args.steps, args.lr, args.sample_steps, args.reward) == (40, 2e-3, 5, "tiny")
     assert vader.changed_defaults(args) is None
     args = vader.get_args(["--base", "tiny", "--reward", "size", "--lr", "1e-3"])
     assert (args.steps, args.lr, args.sample_steps, args.reward) == (30, 1e-3, 10, "size")
