@@ -106,8 +106,8 @@ def check_folder(path):
         with os.scandir(os.path.join(path, ".")):
             pass
     except PermissionError:
-        raise UserError(f"{path}: no permission: this folder, or one above, may not be listed and "
-                        "entered (chmod u+rx allows both)") from None
+        raise UserError(f"{path}: cannot be read (Permission denied): no permission to list and "
+                        "enter this folder or one above (chmod u+rx gives both)") from None
     except (OSError, ValueError):  # no folder: whoever opens it says so
         pass
 
@@ -486,6 +486,7 @@ def _number(kind, low, high, words):
 
 COUNT = _number(int, 1, 10 ** 9, "a whole number of 1 or more")
 NATURAL = _number(int, 0, 10 ** 15, "a whole number of 0 or more")
+RATE = _number(int, 1, 1000, "a whole number from 1 to 1000")
 REAL = _number(float, -1e9, 1e9, "a number")
 POSITIVE = _number(float, 1e-12, 1e9, "a number above 0")
 UNSIGNED = _number(float, 0, 1e9, "a number of 0 or more")
@@ -622,7 +623,7 @@ class Parser(argparse.ArgumentParser):
     COUNT, NATURAL, REAL = staticmethod(COUNT), staticmethod(NATURAL), staticmethod(REAL)
     POSITIVE, UNSIGNED = staticmethod(POSITIVE), staticmethod(UNSIGNED)
     SHARE, DECAY, BACKPROP = staticmethod(SHARE), staticmethod(DECAY), staticmethod(backprop)
-    SEED, TEXT = staticmethod(SEED), staticmethod(prompt_text)
+    SEED, TEXT, RATE = staticmethod(SEED), staticmethod(prompt_text), staticmethod(RATE)
     YES_NO = YES_NO
 
     def __init__(self, doc):

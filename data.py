@@ -1094,22 +1094,17 @@ def listed_path(source, n, text, what, root=None):
     """The file `text` of row n of a list, a `what`: below `root` if given, else below the list's
     folder or the working directory. A Path stays as it is. Raises UserError if it is not there.
 
-    Windows' \\ counts as /; an accent may be written as a letter of its own, as macOS does."""
-    text = text.replace("\\", "/") if isinstance(text, str) else text
-    beside, here = Path(source).parent / text, Path(text)
-    if isinstance(text, Path):
-        path = text
-    elif root:
-        path = Path(root, text)
-    elif not os.path.exists(here):
-        path = beside
-    elif os.path.exists(beside) and not os.path.samefile(beside, here):
+    Where no file is spelt so, other spellings are tried: macOS writes an accent as a letter of its
+    own, Windows \\ for /."""
+    places, found = [Path(root)] if root else [Path(source).parent, Path()], []
+    places, name = ([Path()], str(text)) if isinstance(text, Path) else (places, text)
+    accents = (unicodedata.normalize(form, name) for form in ("NFC", "NFD"))
+    for spelling in (name, *accents, name.replace("\\", "/")):
+        found = found or [p / spelling for p in places if os.path.exists(p / spelling)]
+    if len(found) > 1 and not os.path.samefile(*found):
         raise UserError(f"{source} row {n}: {text} is both in the list's folder and in the working "
                         "directory; --data-root FOLDER says which is meant")
-    else:
-        path = beside if os.path.exists(beside) else here
-    spellings = (Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD"))
-    path = next((p for p in (path, *spellings) if os.path.exists(p)), path)
+    path = found[0] if found else places[0] / name
     try:
         return path if os.path.isfile(path) or os.path.isdir(path) else check_file(path, what)
     except UserError as e:

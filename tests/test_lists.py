@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import data
 import metrics
 import rewards
 import sample
+import weights
 from bases import base_row
 from common import generator, setup
 from data import TABLES, VIDEOS, clips_with_prompts, list_clips, read_prompts, read_seeded_prompts
@@ -185,6 +187,20 @@ def test_every_ending_and_its_case(tmp_path):
     assert len(rows(tmp_path, "found")) == len(VIDEOS) == len(set(VIDEOS))
 
 
+def test_a_folder_that_may_be_listed_but_not_entered(message):
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as folder:  # below tmp_path, only its owner may enter
+        fill(Path(folder), **LAYOUTS["same names"])
+        os.chmod(folder, 0o444)
+        try:
+            os.seteuid(user or 65534)
+            for read in (list_clips, data.list_pictures, weights.load_checkpoint, weights.lora_file, common.check_writable):
+                assert "no permission to list and enter" in message(read, folder)
+        finally:
+            os.seteuid(user)
+            os.chmod(folder, 0o755)
+
+
 def test_a_name_of_a_file_and_of_a_number(tmp_path):
     fill(tmp_path, **{name: "" for name in ("10.mp4", "9.mp4", "09.mp4", "a.mp4", "a1.mp4")})
     assert [name for name, _ in rows(tmp_path, "found")] == ["09.mp4", "9.mp4", "10.mp4", "a1.mp4", "a.mp4"]
@@ -193,6 +209,12 @@ def test_a_name_of_a_file_and_of_a_number(tmp_path):
 def test_accents_of_two_kinds(tmp_path):
     assert rows(fill(tmp_path, **{"\u00e9.mp4": "", "e\u0301.txt": "one"})) == [("\u00e9.mp4", "one")]
     assert rows(fill(tmp_path, **{"list.csv": "video,caption\ne\u0301.mp4,one"}) / "list.csv") == [("\u00e9.mp4", "one")]
+
+
+def test_a_backslash_in_a_name(tmp_path):
+    """Such a file is found before Windows' paths are thought of."""
+    fill(tmp_path, **{"x\\a.mp4": "", "x/a.mp4": "", "metadata.csv": "video,caption\nx\\a.mp4,one"})
+    assert rows(tmp_path) == [("x\\a.mp4", "one")]
 
 
 def test_ambiguous_paths(tmp_path, monkeypatch, message):
