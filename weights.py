@@ -758,7 +758,9 @@ def public_files(name, row, weights, start=False):
     if not root.exists():
         raise UserError(f"--weights {weights}: no such folder")
     first = next(iter(row.files.values()))
-    if root.is_file() and not first.keys() & {"tokenizer", "lora"}:
+    layouts = [[Path(name).name for name in names_of(row, layout)] for layout in row.files]
+    one_part = any(len(names) > 1 and root.name in names for names in layouts)
+    if root.is_file() and not one_part and not first.keys() & {"tokenizer", "lora"}:
         return dict.fromkeys(first, root)  # all parts in one file, as in ComfyUI's
     if root.is_file():
         expected = ", ".join(names_of(row, next(iter(row.files))))

@@ -202,7 +202,7 @@ BAD = [
     ("sample", f"{TINY} --ckpt cut", "not a whole safetensors file"),
     ("sample", "--base tiny-i2v --prompt a --ckpt run", "was trained on base tiny, not tiny-i2v"),
     ("sample", "--base modelscope --prompt a --weights none", "--weights none: no such folder"),
-    ("sample", "--base modelscope --prompt a --weights empty", "text2video_pytorch_model.pth is missing"),
+    ("sample", "--base modelscope --prompt a --weights empty", "is missing for modelscope"),
     ("sample", "--base modelscope --prompt a", "give its folder with --weights"),
     ("sample", f"{TINY} --weights empty", "has its weights in assets/"),
     ("sample", f"{TINY} --lora none.pt", "none.pt: no such file"),

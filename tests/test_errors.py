@@ -179,7 +179,7 @@ def picture(folder, name="a.png"):
     ("vcomposer", ["--image", "BROKEN"], "not a readable picture"),
     ("vcomposer", ["--depth", "ARRAY"], "5 frame(s) instead of 16"),
     ("vcomposer", ["--motion-vectors", "ARRAY"], "expected 2 channel(s)"),
-    ("vcomposer", ["--motion-vectors", "OBJECTS"], "not a .npy file of numbers"),
+    ("vcomposer", ["--motion-vectors", "OBJECTS"], "not of numbers"),
     ("vcomposer", ["--midas", "PICTURE"], "estimate with --depth"),
     ("vcomposer", ["--midas", "nowhere.pth", "--depth", "ARRAY"], "nowhere.pth: no such file"),
     ("vcomposer", ["--midas", "PICTURE", "--depth", "ARRAY"], "array.npy"),
