@@ -383,6 +383,19 @@ def test_arrays(content, words, message, tmp_path):
         assert "a.npy" in message(reader, tmp_path / "a.npy")
 
 
+@pytest.mark.parametrize("text, words", [
+    (None, "wanted .obj files"), ("v nan 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3", "NaN"), ("v 0 0 0\nf 1 2 3", "a vertex that is not there")])
+def test_meshes(text, words, message, tmp_path):
+    if text:
+        (tmp_path / "a.OBJ").write_text(text)
+    assert words in message(tracks.read_mesh, tmp_path)
+
+
+def test_a_mirror_is_no_pose(message, tmp_path):
+    np.save(tmp_path / "a.npy", np.tile(np.diag([-1.0, 1, 1, 1]), (2, 1, 1)))
+    assert "no rotation" in message(tracks.read_poses, tmp_path / "a.npy", 2)
+
+
 def test_a_bomb_of_zeros(message, tmp_path, monkeypatch):
     np.savez_compressed(tmp_path / "a.npz", depth=np.zeros((64, 64, 64), np.uint8))
     monkeypatch.setenv("NANOVIDEO_ARRAY_LIMIT", "0.0004")
