@@ -186,8 +186,8 @@ def json_object(text, source) -> dict:
 
 # ---- the schema of what comes with weights
 
-# {field: what it may be}: (type, least, most), a tuple of words, a type, [type of a list's items],
-# or the schema of a dictionary. Nothing here names code or a file.
+# {field: what it may be}: (type, least, most), a tuple of words, a type, [what all items of a list
+# may be], [what each of several items may be], or the schema of a dictionary. Nothing here names code or a file.
 SAMPLERS = ("ddim", "lcm", "dpmpp", "dpm", "rflow", "higen", "sr600")
 SAMPLE_FIELDS = dict(
     frames=(int, 1, 10 ** 4), height=(int, 1, 16384), width=(int, 1, 16384),
@@ -201,7 +201,8 @@ SAMPLE_FIELDS = dict(
 SCHEDULE_FIELDS = dict(
     name=("linear_sd", "linear_sd_shifted", "cosine", "logsnr_cosine_interp"),
     prediction=("eps", "v", "x0"), zero_snr=bool, shift=(float, 1e-6, 1e6),
-    divisor=(float, 1e-6, 1e6), scale=[float])
+    divisor=(float, 1e-6, 1e6),
+    scale=[(float, 1e-3, 1e3), (float, 1e-3, 1e3), (int, 1, 10 ** 4)])
 # what a resumed run may not change; the number of processes, --batch and --accum may
 SAME = dict(
     base=str, stage=str, rank=(int, 0, 10 ** 6), alpha=(float, 1e-12, 1e9), lora_targets=[str],
@@ -214,7 +215,10 @@ META_FIELDS = dict(
 def is_a(value, allowed) -> bool:
     """Is an untrusted value what one field of a schema allows?"""
     if isinstance(allowed, list):
-        return isinstance(value, (list, tuple)) and all(is_a(x, allowed[0]) for x in value)
+        if not isinstance(value, (list, tuple)):
+            return False
+        kinds = allowed * len(value) if len(allowed) == 1 else allowed
+        return len(kinds) == len(value) and all(map(is_a, value, kinds))
     if isinstance(allowed, type):
         numbers = (int, float) if allowed is float else allowed
         fits = isinstance(value, numbers) and (allowed is bool or not isinstance(value, bool))

@@ -63,6 +63,8 @@ def load_checkpoint(path):
     if "nanovideo" not in text:
         raise UserError(f"--ckpt {path}: not a nanovideo checkpoint ({looks_like(tensors)}); "
                         "public weights go to --weights, public LoRA files to --lora")
+    if not tensors:
+        raise UserError(f"{file}: holds no tensors; the file is damaged")
     bad = next((k for k, v in tensors.items() if not is_plain(v)), None)
     if bad:
         raise UserError(f"{file}: {bad} is not a tensor of finite numbers; the run had diverged, "

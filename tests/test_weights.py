@@ -295,7 +295,8 @@ def meta(**changes):
     (dict(step=-1), "step"), (dict(step="3"), "step"), (dict(base=None), "no base"), (dict(rank=4), "no alpha"),
     (dict(sample=3), "sample"), (dict(sample={"frames": 10 ** 12}), "frames"), (dict(sample={"sampler": "x.py:f"}), "sampler"),
     (dict(sample={"cfg": float("nan")}), "cfg"), (dict(schedule={"name": "os"}), "schedule"), (dict(lora_targets="q"), "lora_t"),
-    (dict(sample={"negative": "\ud83d"}), "negative"), (dict(rank=True), "rank"), (dict(tracking_blocks=1e3), "tracking"), (dict(args={"scratch": "yes"}), "scratch")])
+    (dict(sample={"negative": "\ud83d"}), "negative"), (dict(schedule={"scale": [1.0, 0.7, 400, 1]}), "scale"),
+    (dict(schedule={"scale": []}), "scale"), (dict(schedule={"scale": [1, 0.7, 0.5]}), "scale"), (dict(rank=True), "rank"), (dict(tracking_blocks=1e3), "tracking"), (dict(args={"scratch": "yes"}), "scratch")])
 def test_metadata_of_a_run(changes, words, message):
     assert words in message(common.read_meta, meta(**changes), "ckpt")
 
@@ -315,6 +316,9 @@ def test_metadata_that_is_no_dictionary(message, tmp_path):
         save_file(A, tmp_path / "ckpt.safetensors", {"nanovideo": text})
         assert "ckpt.safetensors" in message(weights.load_checkpoint, tmp_path)
         assert "ckpt.safetensors" in message(common.step_of, tmp_path / "ckpt.safetensors")
+    save_file({}, tmp_path / "ckpt.safetensors", {"nanovideo": json.dumps(meta())})
+    assert "holds no tensors" in message(weights.load_checkpoint, tmp_path)
+    assert "no branch for tracking" in message(bases.base_row, "tiny", 3)  # of a run's metadata
     save_file({"a": torch.tensor([torch.inf])}, tmp_path / "ckpt.safetensors", {"nanovideo": json.dumps(meta())})
     assert "finite" in message(weights.load_checkpoint, tmp_path)
 
