@@ -187,7 +187,8 @@ def json_object(text, source) -> dict:
 # ---- the schema of what comes with weights
 
 # {field: what it may be}: (type, least, most), a tuple of words, a type, [what all items of a list
-# may be], [what each of several items may be], or the schema of a dictionary. Nothing here names code or a file.
+# may be], [what each of several items may be], or the schema of a dictionary. Nothing here names
+# code or a file.
 SAMPLERS = ("ddim", "lcm", "dpmpp", "dpm", "rflow", "higen", "sr600")
 SAMPLE_FIELDS = dict(
     frames=(int, 1, 10 ** 4), height=(int, 1, 16384), width=(int, 1, 16384),
