@@ -197,7 +197,7 @@ def open_weights(path):
     return state, text
 
 
-AVERAGED = re.compile(r"(^|[^a-z])ema([^a-z]|$)", re.IGNORECASE)
+AVERAGED = re.compile(r"(^|[^a-z])(ema|swa|averaged?)([^a-z]|$)", re.IGNORECASE)
 WRAPPERS = ("state_dict", "unet_state_dict", "model_state_dict", "module", "model", "net",
             "network", "unet", "transformer", "generator", "params", "weights")
 
@@ -242,23 +242,26 @@ def unwrap(state, path) -> dict:
 
 # what training, compilers, trainers and other programs put before every key, or within keys
 OUTER = ("module.", "_forward_module.", "model.diffusion_model.", "diffusion_model.", "model.",
-         "net.", "network.", "unet.", "transformer.", "generator.", "ema_model.", "ema.")
+         "net.", "network.", "unet.", "transformer.", "generator.", "ema_model.", "ema.",
+         "_module.", "student.", "denoiser.", "dit.", "backbone.", "pipe.", "pipeline.")
 INNER = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 def bare_keys(state, path) -> dict:
     """{key: tensor} without the wrappers of OUTER that all keys carry, and without those of INNER.
 
-    Of keys "ema_model.x" and "online_model.x" the average is taken.
+    Counters beside wrapped keys (AveragedModel's n_averaged) are dropped. Of keys "ema_model.x" and
+    "online_model.x" the average is taken.
     """
     bare = {INNER.sub("", k): v for k, v in state.items()}
-    while bare:
-        prefix = next((p for p in OUTER if all(k.startswith(p) for k in bare)), None)
-        if prefix is None:
-            break
-        bare = {k.removeprefix(prefix): v for k, v in bare.items()}
     if len(bare) < len(state):
         raise UserError(f"{path}: two keys differ by a wrapper only, such as _orig_mod.")
+    while bare:
+        keys = [k for k, v in bare.items() if v.ndim] or list(bare)
+        prefix = next((p for p in OUTER if all(k.startswith(p) for k in keys)), None)
+        if prefix is None:
+            break
+        bare = {k.removeprefix(prefix): v for k, v in bare.items() if k.startswith(prefix)}
     for prefix, other in (("ema_model.", "online_model."), ("ema_model.", "model."),
                           ("ema.", "model."), ("ema.", "net.")):
         both = [k for k in bare if k.startswith(prefix) and other + k[len(prefix):] in bare]

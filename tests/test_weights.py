@@ -202,7 +202,8 @@ WRAPPED = [
                                           "step": torch.tensor(3)},
     {"module": A, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}, "step": 3},
     {"unet": {"a.weight": torch.zeros(2)}, "ema_unet": A}, {"generator": {"a.weight": torch.zeros(2)}, "generator_EMA": A},
-    {"model": A, "ema_optimizer": {"a": torch.zeros(2)}}, {"model.a.weight": torch.zeros(2), "ema_model.a.weight": A["a.weight"]},
+    {"module.a.weight": A["a.weight"], "n_averaged": torch.tensor(3)}, {"model": {"a.weight": torch.zeros(2)}, "swa_model": A},
+    {"pipe.dit._module.a.weight": A["a.weight"]}, {"model": A, "ema_optimizer": {"a": torch.zeros(2)}}, {"model.a.weight": torch.zeros(2), "ema_model.a.weight": A["a.weight"]},
     {"transformer": {"_orig_mod.a._checkpoint_wrapped_module.weight": A["a.weight"]}}]
 
 
