@@ -420,6 +420,8 @@ def base_row(name, tracks=0) -> Row:
     row = BASES[name]
     if not tracks:
         return row
+    if not isinstance(row.net, CogVideoXConfig):
+        raise UserError(f"--tracking-blocks {tracks}: {name} has no branch for tracking videos")
     layers, own = row.net.num_layers, row.net.tracking_blocks
     if not 0 < tracks <= layers:
         raise UserError(f"--tracking-blocks {tracks}: {name} has {layers} blocks to copy")

@@ -38,7 +38,14 @@ class UserError(Exception):
     """A mistake by the user, reported in one line that says what is wrong and what to do."""
 
     def __init__(self, message):
-        super().__init__(" ".join(str(message).split("\n")))
+        super().__init__(one_line(message))
+
+
+def one_line(text) -> str:
+    """`text` without what a hostile name could do to a terminal: control characters, endless
+    length."""
+    text = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", str(text))
+    return text if len(text) <= 2000 else f"{text[:1500]} ... {text[-400:]}"
 
 
 def run_command(main, *memory_options):
@@ -50,8 +57,8 @@ def run_command(main, *memory_options):
     try:
         with memory_advice(*memory_options), lost_process():
             main()
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr, flush=True)
+    except (UserError, PermissionError) as e:
+        print(f"error: {one_line(e)}", file=sys.stderr, flush=True)
         sys.exit(1)
     finally:
         release_folders()
@@ -60,7 +67,7 @@ def run_command(main, *memory_options):
 def warn(message):
     """Print a warning on stderr, from one process of a run only."""
     if MAIN:
-        print(f"warning: {message}", file=sys.stderr, flush=True)
+        print(f"warning: {one_line(message)}", file=sys.stderr, flush=True)
 
 
 @cache
@@ -93,22 +100,49 @@ def check_file(path, what="file") -> Path:
     return path
 
 
-TEXT_MB = 1000  # largest list or JSON file that is read, in MB
+def check_folder(path):
+    """Raise UserError if the user may not list and enter a folder, or not reach `path`."""
+    try:
+        with os.scandir(os.path.join(path, ".")):
+            pass
+    except PermissionError:
+        raise UserError(f"{path}: cannot be read (Permission denied): no permission to list and "
+                        "enter this folder or one above (chmod u+rx gives both)") from None
+    except (OSError, ValueError):  # no folder: whoever opens it says so
+        pass
+
+
+def check_limit(kind, amount, usual, what):
+    """Refuse `what`, a sentence's beginning, if its `amount` is over the usual limit of a kind.
+
+    The environment variable NANOVIDEO_<KIND>_LIMIT=2 allows twice as much.
+    """
+    name = f"NANOVIDEO_{kind}_LIMIT"
+    try:
+        factor = float(os.environ.get(name, 1))
+    except ValueError:
+        factor = math.nan
+    if not factor > 0:
+        raise UserError(f"{name}={os.environ[name]}: not a number above 0; 2 allows twice the "
+                        "usual size")
+    if amount > factor * usual:
+        raise UserError(f"{what}; {name}={math.ceil(amount / usual)} in the environment allows it")
+
+
+TEXT_BYTES = 1e9  # largest list or JSON file that is read
 
 
 def read_text(path, what="file") -> str:
     """The text of a user's file: UTF-8 in every locale, with or without a byte order mark.
 
-    Raises UserError if it is not such a text, is empty, or is larger than TEXT_MB (the variable
-    NANOVIDEO_TEXT_MB raises that).
+    Raises UserError if it is not such a text, is empty, or is larger than TEXT_BYTES.
     """
     path = check_file(path, what)
-    limit = float(os.environ.get("NANOVIDEO_TEXT_MB", TEXT_MB))
-    if path.stat().st_size > limit * 1e6:
-        raise UserError(f"{path}: a text of over {limit:g} MB; if it is meant, set the variable "
-                        "NANOVIDEO_TEXT_MB to a higher limit")
+    size = path.stat().st_size
+    check_limit("TEXT", size, TEXT_BYTES, f"{path}: a text of {size / 1e6:.0f} MB")
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        # joined files have a mark within
+        text = path.read_bytes().decode("utf-8").replace("\ufeff", "")
     except UnicodeDecodeError as e:
         raise UserError(f"{path}: not UTF-8 text (byte {e.start}); save it as UTF-8") from None
     if not text.strip():
@@ -130,9 +164,12 @@ def parse_json(text, where):
         raise UserError(f"{where}: not valid JSON ({e})") from None
 
 
+NO_TEXT = re.compile("[\0\ud800-\udfff]")
+
+
 def check_text(text, where) -> str:
     """`text`, unless it holds a NUL or half a character, which tokenizers and files refuse."""
-    wrong = re.search("[\0\ud800-\udfff]", text)
+    wrong = NO_TEXT.search(text)
     if wrong:
         raise UserError(f"{where}: character {wrong.start() + 1} is U+{ord(wrong[0]):04X}, no "
                         "character of a text; remove it")
@@ -149,8 +186,9 @@ def json_object(text, source) -> dict:
 
 # ---- the schema of what comes with weights
 
-# {field: what it may be}: (type, least, most), a tuple of words, a type, [type of a list's items],
-# or the schema of a dictionary. Nothing here names code or a file.
+# {field: what it may be}: (type, least, most), a tuple of words, a type, [what all items of a list
+# may be], [what each of several items may be], or the schema of a dictionary. Nothing here names
+# code or a file.
 SAMPLERS = ("ddim", "lcm", "dpmpp", "dpm", "rflow", "higen", "sr600")
 SAMPLE_FIELDS = dict(
     frames=(int, 1, 10 ** 4), height=(int, 1, 16384), width=(int, 1, 16384),
@@ -164,7 +202,8 @@ SAMPLE_FIELDS = dict(
 SCHEDULE_FIELDS = dict(
     name=("linear_sd", "linear_sd_shifted", "cosine", "logsnr_cosine_interp"),
     prediction=("eps", "v", "x0"), zero_snr=bool, shift=(float, 1e-6, 1e6),
-    divisor=(float, 1e-6, 1e6), scale=[float])
+    divisor=(float, 1e-6, 1e6),
+    scale=[(float, 1e-3, 1e3), (float, 1e-3, 1e3), (int, 1, 10 ** 4)])
 # what a resumed run may not change; the number of processes, --batch and --accum may
 SAME = dict(
     base=str, stage=str, rank=(int, 0, 10 ** 6), alpha=(float, 1e-12, 1e9), lora_targets=[str],
@@ -177,10 +216,14 @@ META_FIELDS = dict(
 def is_a(value, allowed) -> bool:
     """Is an untrusted value what one field of a schema allows?"""
     if isinstance(allowed, list):
-        return isinstance(value, (list, tuple)) and all(is_a(x, allowed[0]) for x in value)
+        if not isinstance(value, (list, tuple)):
+            return False
+        kinds = allowed * len(value) if len(allowed) == 1 else allowed
+        return len(kinds) == len(value) and all(map(is_a, value, kinds))
     if isinstance(allowed, type):
         numbers = (int, float) if allowed is float else allowed
-        return isinstance(value, numbers) and (allowed is bool or not isinstance(value, bool))
+        fits = isinstance(value, numbers) and (allowed is bool or not isinstance(value, bool))
+        return fits and not (allowed is str and NO_TEXT.search(value))
     if isinstance(allowed[0], type):
         kind, low, high = allowed
         return is_a(value, kind) and low <= value <= high
@@ -448,6 +491,7 @@ def _number(kind, low, high, words):
 
 COUNT = _number(int, 1, 10 ** 9, "a whole number of 1 or more")
 NATURAL = _number(int, 0, 10 ** 15, "a whole number of 0 or more")
+RATE = _number(int, 1, 1000, "a whole number from 1 to 1000")
 REAL = _number(float, -1e9, 1e9, "a number")
 POSITIVE = _number(float, 1e-12, 1e9, "a number above 0")
 UNSIGNED = _number(float, 0, 1e9, "a number of 0 or more")
@@ -584,7 +628,7 @@ class Parser(argparse.ArgumentParser):
     COUNT, NATURAL, REAL = staticmethod(COUNT), staticmethod(NATURAL), staticmethod(REAL)
     POSITIVE, UNSIGNED = staticmethod(POSITIVE), staticmethod(UNSIGNED)
     SHARE, DECAY, BACKPROP = staticmethod(SHARE), staticmethod(DECAY), staticmethod(backprop)
-    SEED, TEXT = staticmethod(SEED), staticmethod(prompt_text)
+    SEED, TEXT, RATE = staticmethod(SEED), staticmethod(prompt_text), staticmethod(RATE)
     YES_NO = YES_NO
 
     def __init__(self, doc):
@@ -1197,6 +1241,7 @@ def check_writable(folder):
     """Refuse, before any work and without leaving a trace, an --out in which nothing can be
     written or in which another run is at work."""
     folder = Path(folder)
+    check_folder(folder)
     try:
         nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     except OSError as e:

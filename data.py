@@ -4,8 +4,8 @@
 the bad ones.
 """
 from common import (  # first: for signals
-    SEED, Parser, UserError, batch_indices, check_file, check_text, generator, meet, parse_json,
-    read_text, run_command, seed_of, warn, warn_once, write_atomic)
+    SEED, Parser, UserError, batch_indices, check_file, check_folder, check_limit, check_text,
+    generator, meet, parse_json, read_text, run_command, seed_of, warn, warn_once, write_atomic)
 import atexit
 import csv
 import io
@@ -217,7 +217,7 @@ def encode_once(folder, data, encode, about, env, workers=0):
 VIDEOS = tuple(
     ".mp4 .m4v .mov .qt .avi .divx .mkv .webm .gif .apng .mpg .mpeg .mpe .mpv .m1v .m2v .ts .mts "
     ".m2t .m2ts .vob .wmv .asf .flv .f4v .3gp .3g2 .ogv .ogg .ogm .mxf .nut .dv .mjpeg .mjpg .y4m "
-    ".rm .rmvb .amv .wtv .ivf".split())
+    ".rm .rmvb .amv .wtv .ivf .h264 .264 .h265 .265 .hevc".split())
 IMAGES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff")
 Image.MAX_IMAGE_PIXELS = None  # check_size() says what may be opened
 FAR = 300         # frames ahead from which a film is searched by time
@@ -261,19 +261,13 @@ def opensora_size(length="2s", resolution="240p", aspect="9:16"):
 
 def check_size(path, width, height, frames=1):
     """Refuse pictures and clips that would fill the memory, when read or when scaled to cover a
-    frame. MEDIA_LIMIT=2 (environment) allows twice as much."""
+    frame."""
     if max(width, height) > NARROW * min(width, height):
         raise UserError(f"{path}: {width}x{height} pixels, one side is over {NARROW} times the "
                         "other; crop it")
-    try:
-        factor = float(os.environ.get("MEDIA_LIMIT", 1))
-    except ValueError:
-        raise UserError("MEDIA_LIMIT: not a number; 2 allows clips of twice the size") from None
-    area = width * height
-    over = max(area / FRAME_PIXELS, area * frames / CLIP_PIXELS)
-    if over > factor:
-        raise UserError(f"{path}: {frames} frame(s) of {width}x{height} pixels are too large; "
-                        f"MEDIA_LIMIT={math.ceil(over)} in the environment allows it")
+    over = width * height * max(1 / FRAME_PIXELS, frames / CLIP_PIXELS)
+    check_limit("MEDIA", over, 1, f"{path}: {frames} frame(s) of {width}x{height} pixels are too "
+                "large")
 
 
 def resize_crop(video, size):
@@ -533,6 +527,12 @@ def natural_order(path):
     return parts, path.name  # 1.png and 01.png, too, have an order
 
 
+def _is_gif(path):
+    """By its content: a video may be called .gif."""
+    with open(path, "rb") as file:
+        return file.read(3) == b"GIF"
+
+
 def _gif_timeline(path, image):
     """-> (stored frame of each shown frame, fps). Writers merge equal neighbours into one longer
     frame, so a stored frame stands for as many as its duration holds."""
@@ -724,7 +724,7 @@ def _opened(path, exact=False):
                 return np.array(open_image(files[i]))
             times = [i / FOLDER_FPS for i in range(len(files))]
             yield times, FOLDER_FPS, get(0).shape[:2], get
-        elif path.suffix.lower() == ".gif":
+        elif _is_gif(path):
             with Image.open(path) as image:
                 timeline, fps = _gif_timeline(path, image)
 
@@ -824,7 +824,7 @@ def codec_motion(video):
     return maps
 
 
-ARRAY_MILLIONS = 250  # largest array, or archive of arrays, in millions of numbers
+ARRAY_NUMBERS = 250e6  # in the largest array, or archive of arrays
 
 
 def array_header(file, length, source) -> int:
@@ -847,7 +847,6 @@ def read_array(path, name) -> dict:
     Arrays hold numbers or booleans. Nothing is allocated before the header was checked.
     """
     path, count = check_file(path), 0
-    limit = float(os.environ.get("NANOVIDEO_ARRAY_MILLIONS", ARRAY_MILLIONS))
     try:
         archive = zipfile.is_zipfile(path)
         with zipfile.ZipFile(path) if archive else path.open("rb") as file:
@@ -856,9 +855,7 @@ def read_array(path, name) -> dict:
             for member in file.infolist() if archive else ():
                 with file.open(member) as part:
                     count += array_header(part, member.file_size, f"{path}: {member.filename}")
-        if count > limit * 1e6:
-            raise UserError(f"{path}: {count / 1e6:.0f} million numbers; the limit is {limit:g} "
-                            "(NANOVIDEO_ARRAY_MILLIONS=N in the environment raises it)")
+        check_limit("ARRAY", count, ARRAY_NUMBERS, f"{path}: {count / 1e6:.0f} million numbers")
         content = np.load(path)
         arrays = dict(content) if archive else {name: content}
     except UserError:
@@ -907,6 +904,8 @@ def write_video(path, video, fps=8):
     frames, kind = to_uint8(video), Path(path).suffix.lower()
     if kind not in (".mp4", ".gif"):
         raise UserError(f"{path}: videos are written as .mp4 or .gif")
+    if not 0.001 <= fps <= 1000:  # a player of such an mp4 shows nothing
+        raise UserError(f"{path}: {fps:g} fps; files are written at 0.001 to 1000")
 
     def gif(tmp):
         # A gif counts in 1/100 s: rounding the end of each frame, not its length, keeps the mean
@@ -1031,7 +1030,7 @@ def read_table(path):
     """
     kind = Path(path).suffix.lower()
     if kind in (".csv", ".tsv"):
-        return _csv_rows(path, "\t" if kind == ".tsv" else ",")
+        return _csv_rows(path)
     if kind == ".json":
         rows = list(enumerate(_list_file(path, "objects"), 1))
     else:
@@ -1043,15 +1042,19 @@ def read_table(path):
     return rows
 
 
-def _csv_rows(path, delimiter):
-    """read_table() of a .csv or .tsv."""
-    text = io.StringIO(read_text(path), newline="")
-    reader, rows = csv.reader(text, strict=True, delimiter=delimiter), []
+def _csv_rows(path):
+    """read_table() of a .csv or .tsv; fields are parted by what parts the header's: tab, comma, or
+    the semicolon of Excel in many countries."""
+    text = read_text(path)
+    parted = next((mark for mark in "\t,;" if mark in text.lstrip().splitlines()[0]), ",")
+    text = io.StringIO(text, newline="")
+    reader, rows = csv.reader(text, strict=True, delimiter=parted), []
     try:
         header = [name.strip() for name in next(reader)]
         if len(set(header)) != len(header):
             raise UserError(f"{path} row 1: a column name stands twice ({', '.join(header)})")
         for row in reader:
+            row = row if any(map(str.strip, row)) else []  # Excel's empty rows
             if row and len(row) != len(header):
                 raise UserError(f"{path} row {reader.line_num}: {len(row)} fields, the header "
                                 f"{len(header)}; put a text with a comma in \"double quotes\", or "
@@ -1059,7 +1062,8 @@ def _csv_rows(path, delimiter):
             if row:
                 rows.append((reader.line_num, dict(zip(header, row))))
     except csv.Error as e:
-        raise UserError(f"{path} row {reader.line_num}: not valid csv ({e})") from None
+        raise UserError(f"{path} row {reader.line_num}: not valid csv ({e}); a quote within quotes "
+                        "is doubled") from None
     if not rows:
         raise UserError(f"{path}: a header without rows")
     return rows
@@ -1088,19 +1092,19 @@ def _bar_rows(path, *names):
 
 def listed_path(source, n, text, what, root=None):
     """The file `text` of row n of a list, a `what`: below `root` if given, else below the list's
-    folder or the working directory. A Path stays as it is. Raises UserError if it is not there."""
-    beside, here = Path(source).parent / text, Path(text)
-    if isinstance(text, Path):
-        path = text
-    elif root:
-        path = Path(root, text)
-    elif not os.path.exists(here):
-        path = beside
-    elif os.path.exists(beside) and not os.path.samefile(beside, here):
+    folder or the working directory. A Path stays as it is. Raises UserError if it is not there.
+
+    Where no file is spelt so, other spellings are tried: macOS writes an accent as a letter of its
+    own, Windows \\ for /."""
+    places, found = [Path(root)] if root else [Path(source).parent, Path()], []
+    places, name = ([Path()], str(text)) if isinstance(text, Path) else (places, text)
+    accents = (unicodedata.normalize(form, name) for form in ("NFC", "NFD"))
+    for spelling in (name, *accents, name.replace("\\", "/")):
+        found = found or [p / spelling for p in places if os.path.exists(p / spelling)]
+    if len(found) > 1 and not os.path.samefile(*found):
         raise UserError(f"{source} row {n}: {text} is both in the list's folder and in the working "
                         "directory; --data-root FOLDER says which is meant")
-    else:
-        path = beside if os.path.exists(beside) else here
+    path = found[0] if found else places[0] / name
     try:
         return path if os.path.isfile(path) or os.path.isdir(path) else check_file(path, what)
     except UserError as e:
@@ -1126,28 +1130,37 @@ def _json_prompts(data, path):
     return prompts
 
 
+def _seeded_line(n, line, path):
+    """A line `prompt` or `prompt|seed` -> (row n, prompt, seed or "")."""
+    if "|||" in line:
+        raise UserError(f"{path} row {n}: image|||caption is for image-to-video; keep the "
+                        "caption alone")
+    seeded = re.fullmatch(r"(.*\S)\s*\|\s*(-?\d+)", line)
+    return n, *(seeded.groups() if seeded else (line, ""))
+
+
 def read_seeded_prompts(path):
     """-> [(prompt, seed or None)]. .txt: a line each, # comments, VGen's lines `prompt|seed`;
-    .csv, .tsv or .jsonl: `prompt` (or caption, en_caption, prompt_en, text) of each row; .json: see
-    _json_prompts."""
+    .csv, .tsv or .jsonl: `prompt` (or caption, en_caption, prompt_en, text) and `seed` of each row;
+    .json: see _json_prompts."""
     kind = Path(path).suffix.lower()
     if kind == ".json":
         prompts = _json_prompts(parse_json(read_text(path), path), path)
         return [(prompt, None) for prompt in prompts]
     if kind in TABLES:
-        rows = read_table(path)
-        return [(field_of(row, PROMPT_KEYS, f"{path} row {n}"), None) for n, row in rows]
-    if kind != ".txt":
+        rows = [(n, field_of(row, PROMPT_KEYS, f"{path} row {n}"), str(row.get("seed") or ""))
+                for n, row in read_table(path)]
+    elif kind == ".txt":
+        rows = [_seeded_line(n, line, path) for n, line in numbered_lines(path)]
+    else:
         raise UserError(f"{path}: prompt files are .txt, .csv, .tsv, .jsonl or .json")
     prompts = []
-    for n, line in numbered_lines(path):
-        if "|||" in line:
-            raise UserError(f"{path} row {n}: image|||caption is for image-to-video; keep the "
-                            "caption alone")
-        seeded = re.fullmatch(r"(.*\S)\s*\|\s*(-?\d+)", line)
-        prompt, seed = seeded.groups() if seeded else (line, None)
+    for n, prompt, seed in rows:
+        if not seed or re.fullmatch(r"\d+(-\d+)+", seed):  # none, or that of a clip of index.jsonl
+            prompts.append((prompt, None))
+            continue
         try:
-            prompts.append((prompt, seed and SEED(seed)))
+            prompts.append((prompt, SEED(seed)))
         except ArgumentTypeError as e:
             raise UserError(f"{path} row {n}: seed {e}") from None
     return prompts
@@ -1157,7 +1170,7 @@ def read_prompts(path):
     """Prompts of read_seeded_prompts(), for uses without a seed per prompt."""
     rows = read_seeded_prompts(path)
     if any(seed is not None for _, seed in rows):
-        warn_once(f"{path}: the seeds after | are not used here")
+        warn_once(f"{path}: its seeds are not used here")
     return [prompt for prompt, _ in rows]
 
 
@@ -1194,6 +1207,7 @@ COLUMNS = {"caption": ("prompt.txt", "prompts.txt"), "video": ("videos.txt",),
 
 def list_folder(folder, temporary=False):
     """What is in a folder, in natural order; hidden and temporary files only if asked for."""
+    check_folder(folder)
     try:
         entries = sorted(Path(folder).iterdir(), key=natural_order)
     except (OSError, ValueError) as e:
@@ -1488,7 +1502,7 @@ def _list_file(path, what):
     """A JSON file that holds a list of objects."""
     rows = parse_json(read_text(path), path)
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path}: not a list of {what}")
+        raise UserError(f"{path}: not a list of {what}; wanted [{{...}}, ...]")
     return rows
 
 

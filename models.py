@@ -22,7 +22,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common import UserError, is_plain, meet, seed_of
+from common import UserError, is_finite, is_plain, meet, seed_of
 from weights import (
     bare_keys, below, load_strict, looks_like, lora_format, named_lora, open_weights, rename,
     turbo_lora)
@@ -1208,6 +1208,8 @@ def merge_public_lora(net, path, scale=1.0):
         weight = modules[layer].weight
         factor = scale * scales.get(layer, 1.0)
         weight += (factor * lora_delta(down, up, weight)).to(weight.dtype)
+        if not is_finite(weight):
+            raise UserError(f"--lora {path}: {layer} is too large with it (scale {factor:g})")
 
 
 def fill_adapters(net, state, path, scale):

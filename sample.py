@@ -98,7 +98,7 @@ def get_args(argv=None):
     p.add_argument("--size", metavar="LENGTH,RESOLUTION,ASPECT",
                    help="Open-Sora's sizes by name: 2s to 16s, 144p to 720p, height:width, such as "
                         "4s,240p,9:16")
-    p.add_argument("--save-fps", type=p.COUNT,
+    p.add_argument("--save-fps", type=p.RATE,
                    help="frame rate of the files (default: the base's)")
     p.add_argument("--suffix", type=p.TEXT, help="text put after every prompt (default: "
                                                   "the base's)")

@@ -556,8 +556,9 @@ def read_poses(path, frames):
     poses = poses[:frames].reshape(frames, -1, 4)
     turn = poses[:, :3, :3]
     if not (np.isfinite(poses).all()
-            and np.allclose(turn @ np.swapaxes(turn, 1, 2), np.eye(3), atol=1e-2)):
-        raise UserError(f"{path}: the left 3 x 3 part of a pose is no rotation, or a "
+            and np.allclose(turn @ np.swapaxes(turn, 1, 2), np.eye(3), atol=1e-2)
+            and (np.linalg.det(turn) > 0).all()):
+        raise UserError(f"{path}: the left 3 x 3 part of a pose is no rotation (or a mirror), or a "
                         "number is not finite")
     return np.concatenate([poses[:, :3], np.tile([[[0.0, 0, 0, 1]]], (frames, 1, 1))], axis=1)
 
@@ -571,14 +572,14 @@ def read_mesh(path):
         vertices, faces = arrays["vertices"].astype(np.float64), arrays.get("faces", np.zeros(0))
         if vertices.ndim != 3 or faces.ndim != 2 or (vertices.shape[2], faces.shape[1]) != (3, 3):
             raise UserError(f"{path}: expected the arrays vertices (frames, v, 3) and faces (t, 3)")
-        if not (np.isfinite(vertices).all() and np.isfinite(faces).all()):
-            raise UserError(f"{path}: vertices or faces are NaN or infinite")
-        faces = faces.astype(int)
     else:
-        parts = [_read_obj(p) for p in list_folder(path) if p.suffix == ".obj"]
-        if any(len(v) != len(parts[0][0]) for v, _ in parts):
-            raise UserError(f"{path}: all .obj files need the same number of vertices")
+        parts = [_read_obj(p) for p in list_folder(path) if p.suffix.lower() == ".obj"]
+        if len({len(v) for v, _ in parts}) != 1:
+            raise UserError(f"{path}: wanted .obj files, all with the same number of vertices")
         vertices, faces = np.stack([v for v, _ in parts]), parts[0][1]
+    if not (np.isfinite(vertices).all() and np.isfinite(faces).all()):
+        raise UserError(f"{path}: vertices or faces are NaN or infinite")
+    faces = faces.astype(int)
     if not len(faces) or faces.min() < 0 or faces.max() >= vertices.shape[1]:
         raise UserError(f"{path}: a face names a vertex that is not there, or there are no faces")
     return vertices, faces

@@ -17,14 +17,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common import (
-    UserError, check_file, crc32, is_a, is_finite, is_plain, json_object, known_fields, read_meta,
-    read_text, steps_saved, warn, write_atomic)
+    UserError, check_file, check_folder, crc32, is_a, is_finite, is_plain, json_object,
+    known_fields, read_meta, read_text, steps_saved, warn, write_atomic)
 
 # ---- our own checkpoints
 
 def run_file(text):
     """--ckpt FOLDER, or FOLDER:STEP for a step that --keep kept -> what load_checkpoint() takes."""
     folder, _, step = text.rpartition(":")
+    check_folder(folder)
     if not folder or not step.isdigit() or Path(text).exists():
         return Path(text)
     file = Path(folder, f"ckpt-{step}.safetensors")
@@ -41,6 +42,7 @@ def load_checkpoint(path):
     is read.
     """
     path = Path(path)
+    check_folder(path)
     files = [path]
     if path.is_dir():
         names = ["ckpt.safetensors", *(f"ckpt-{k}.safetensors" for k in steps_saved(path))]
@@ -61,6 +63,8 @@ def load_checkpoint(path):
     if "nanovideo" not in text:
         raise UserError(f"--ckpt {path}: not a nanovideo checkpoint ({looks_like(tensors)}); "
                         "public weights go to --weights, public LoRA files to --lora")
+    if not tensors:
+        raise UserError(f"{file}: holds no tensors; the file is damaged")
     bad = next((k for k, v in tensors.items() if not is_plain(v)), None)
     if bad:
         raise UserError(f"{file}: {bad} is not a tensor of finite numbers; the run had diverged, "
@@ -193,7 +197,7 @@ def open_weights(path):
     return state, text
 
 
-AVERAGED = ("ema", "ema_state_dict", "state_dict_ema", "ema_model", "model_ema", "params_ema")
+AVERAGED = re.compile(r"(^|[^a-z])(ema|swa|averaged?)([^a-z]|$)", re.IGNORECASE)
 WRAPPERS = ("state_dict", "unet_state_dict", "model_state_dict", "module", "model", "net",
             "network", "unet", "transformer", "generator", "params", "weights")
 
@@ -211,7 +215,9 @@ def unwrap(state, path) -> dict:
         if not isinstance(state, dict):
             raise UserError(f"{path}: holds no tensors but a {type(state).__name__}")
         sizes = {k: tensors_in(v) for k, v in state.items() if isinstance(v, dict)}
-        parts = [k for k in (*AVERAGED, *WRAPPERS) if sizes.get(k)]
+        held = [k for k in sizes if sizes[k] and "optim" not in str(k)]
+        parts = [k for k in held if AVERAGED.search(str(k))]
+        parts += [k for k in WRAPPERS if sizes.get(k) and k not in parts]
         if not parts and not any(isinstance(v, Tensor) for v in state.values()):
             parts = [k for k in sizes if sizes[k]]
             if len(parts) > 1:
@@ -221,10 +227,13 @@ def unwrap(state, path) -> dict:
             break
         # an average may have been kept of a few tensors only
         whole = [k for k in parts if 2 * sizes[k] >= max(sizes[k] for k in parts)]
-        if len(parts) > 1:
-            warn(f"{path}: holds {', '.join(map(str, parts))}; {whole[0]} is taken")
+        if len(held) > 1:
+            warn(f"{path}: holds {', '.join(map(str, held))}; {whole[0]} is taken")
         state = state[whole[0]]
-    tensors = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    named = {k: v for k, v in state.items() if isinstance(k, str)}
+    tensors = {k: v for k, v in named.items() if isinstance(v, Tensor)}
+    tensors |= {k: torch.tensor(v) for k, v in named.items()  # of a LoRA
+                if k.endswith(".alpha") and is_a(v, (float, -1e9, 1e9))}
     if not tensors:
         first = ", ".join(str(k)[:60] for k in list(state)[:5])
         raise UserError(f"{path}: holds no tensors (its first keys: {first})")
@@ -233,24 +242,28 @@ def unwrap(state, path) -> dict:
 
 # what training, compilers, trainers and other programs put before every key, or within keys
 OUTER = ("module.", "_forward_module.", "model.diffusion_model.", "diffusion_model.", "model.",
-         "net.", "network.", "unet.", "transformer.", "generator.", "ema_model.", "ema.")
+         "net.", "network.", "unet.", "transformer.", "generator.", "ema_model.", "ema.",
+         "_module.", "student.", "denoiser.", "dit.", "backbone.", "pipe.", "pipeline.")
 INNER = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 def bare_keys(state, path) -> dict:
     """{key: tensor} without the wrappers of OUTER that all keys carry, and without those of INNER.
 
-    Of keys "ema_model.x" and "online_model.x" the average is taken.
+    Counters beside wrapped keys (AveragedModel's n_averaged) are dropped. Of keys "ema_model.x" and
+    "online_model.x" the average is taken.
     """
     bare = {INNER.sub("", k): v for k, v in state.items()}
-    while bare:
-        prefix = next((p for p in OUTER if all(k.startswith(p) for k in bare)), None)
-        if prefix is None:
-            break
-        bare = {k.removeprefix(prefix): v for k, v in bare.items()}
     if len(bare) < len(state):
         raise UserError(f"{path}: two keys differ by a wrapper only, such as _orig_mod.")
-    for prefix, other in (("ema_model.", "online_model."), ("ema.", "model."), ("ema.", "net.")):
+    while bare:
+        keys = [k for k, v in bare.items() if v.ndim] or list(bare)
+        prefix = next((p for p in OUTER if all(k.startswith(p) for k in keys)), None)
+        if prefix is None:
+            break
+        bare = {k.removeprefix(prefix): v for k, v in bare.items() if k.startswith(prefix)}
+    for prefix, other in (("ema_model.", "online_model."), ("ema_model.", "model."),
+                          ("ema.", "model."), ("ema.", "net.")):
         both = [k for k in bare if k.startswith(prefix) and other + k[len(prefix):] in bare]
         if both:
             warn(f"{path}: holds {other}* and {prefix}*; {prefix}* is taken")
@@ -280,7 +293,8 @@ def shards_of(index):
     """The index of a file in shards (*.index.json) -> names of the shards, files beside it."""
     names = config_file(Path(index)).get("weight_map")
     names = list(names.values()) if isinstance(names, dict) else []
-    if not names or not all(isinstance(n, str) and n == Path(n).name for n in names):
+    if not names or not all(isinstance(n, str) and n == Path(n).name and not n.endswith(".json")
+                            for n in names):
         raise UserError(f"{index}: not an index of a file in shards, which names files beside it")
     return sorted(set(names))
 
@@ -406,6 +420,7 @@ def lora_file(text):
         path, scale = text, 1.0
     if not math.isfinite(scale):
         raise UserError(f"--lora {text}: the scale {scale} is no number")
+    check_folder(path)
     inside = [Path(path, name) for name in LORA_NAMES if os.path.isfile(os.path.join(path, name))]
     return check_file(inside[0] if inside else path), scale
 
@@ -419,6 +434,7 @@ LORA_SIDES = {"A": "A", "down": "A", "B": "B", "up": "B"}
 LORA_HEAD = re.compile(
     r"(base_model|diffusion_model|model|module|_forward_module|unet|transformer|net|"
     r"lora_unet|lora_transformer|lora|lycoris)[._]|_")
+TEXT_LORA = re.compile(r"lora_te\d*_|(base_model\.model\.)?(text_encoder|te)(_?\d)?\.")
 LORA_FORMATS = {"lora_unet_": "kohya's", "lora_te": "kohya's", "lycoris_": "LyCORIS's",
                 "base_model.model.": "peft's", "diffusion_model.": "ComfyUI's",
                 ".lora.": "old diffusers'", ".processor.": "old diffusers'",
@@ -463,7 +479,7 @@ def named_lora(state, text, path, layers):
     """
     flat = {name.replace(".", "_"): ours for name, ours in layers.items()}
     layers, source = flat | layers, f"--lora {path}"
-    lora, names, alphas, strange = {}, {}, {}, []
+    lora, names, alphas, strange, texts = {}, {}, {}, [], []
     kind = next((v for k, v in LORA_FORMATS.items() if any(k in key for key in state)), "bare")
     for key, value in state.items():
         tail = LORA_TAIL.fullmatch(key)
@@ -473,7 +489,9 @@ def named_lora(state, text, path, layers):
                             "its base with the program that made it")
         name = tail[1] if tail else key.removesuffix(".alpha")
         ours = find_layer(name, layers)
-        if ours is None:
+        if ours is None and TEXT_LORA.match(name):
+            texts.append(name)
+        elif ours is None:
             strange.append(name)
         elif tail is None:
             alphas[ours] = value
@@ -489,7 +507,11 @@ def named_lora(state, text, path, layers):
         raise UserError(f"{source}: a LoRA file in {kind} names: {first} belongs to no layer of "
                         f"this network{others}; give the base that it was made for")
     if not lora:
-        raise UserError(f"{source}: holds no matrices of a LoRA")
+        of = " but those of the text encoder" if texts else ""
+        raise UserError(f"{source}: holds no matrices of a LoRA of the network{of}")
+    if texts:
+        warn(f"{source}: a LoRA file in {kind} names: what it has for the text encoder is left out "
+             f"(such as {texts[0]}), so prompts may have less effect than its author saw")
     downs = {ours: lora.get(f"{ours}.lora_A.weight") for ours in names}
     ranks = {ours: len(down) for ours, down in downs.items() if down is not None and down.ndim}
     return lora, lora_scales(path, text, state, names, ranks, alphas)
@@ -526,8 +548,9 @@ def lora_config(path, text):
     source = f"--lora {path}: its metadata"
     if "lora_adapter_metadata" in text:  # {"transformer.r": 4, "text_encoder.r": 4 ...}
         config = json_object(text["lora_adapter_metadata"], source)
-        return {k.rpartition(".")[2]: v for k, v in config.items()
-                if not k.startswith("text_encoder")}, source
+        head = next((h for h in ("transformer.", "unet.") if any(k.startswith(h) for k in config)),
+                    "")
+        return {k.removeprefix(head): v for k, v in config.items() if k.startswith(head)}, source
     try:
         config = dict(r=int(text["ss_network_dim"]), lora_alpha=float(text["ss_network_alpha"]))
     except (KeyError, ValueError):  # none, or "Dynamic"
@@ -603,7 +626,8 @@ def lora_scales(path, text, state, names, ranks, alphas):
             check_selected(config, layer, source)
         if ours in alphas:
             alpha = alphas[ours]
-            if alpha.numel() != 1 or not math.isfinite(alpha.item()) or not rank:
+            if (alpha.numel() != 1 or alpha.is_complex() or not math.isfinite(alpha.item())
+                    or not rank):
                 raise UserError(f"--lora {path}: the alpha of {layer} is not one number")
             scales[ours] = alpha.item() / rank
         elif config is not None:
@@ -613,6 +637,9 @@ def lora_scales(path, text, state, names, ranks, alphas):
                                 "to another file")
             alpha = pattern_value(config, "alpha_pattern", layer, config["lora_alpha"], source)
             scales[ours] = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+        if scales[ours] == 0:
+            raise UserError(f"--lora {path}: the alpha of {layer} is 0, so the LoRA would do "
+                            "nothing; give the alpha that it was trained with")
     known = config is not None or "nanovideo" in text or ranks.keys() <= alphas.keys()
     if not known and kind_of(path) == "torch" and all(k.startswith("base_model.") for k in state):
         warn(f"--lora {path}: tells no alpha; 8 is taken, peft's default, as VADER's files need")
@@ -654,6 +681,7 @@ def read_learned(path, token_of) -> dict:
     plain {word: (N, width) or (width,)}; token_of(word) -> id, where the file does not tell it.
     """
     path, ids = Path(path), {}
+    check_folder(path)
     if not path.exists():
         raise UserError(f"{path}: no such file of textual inversion")
     if path.is_dir():
@@ -731,10 +759,13 @@ def public_files(name, row, weights, start=False):
     if weights is None:
         return {part: fetch(url, name) for part, url in next(iter(row.files.values())).items()}
     root = Path(weights)
+    check_folder(root)
     if not root.exists():
         raise UserError(f"--weights {weights}: no such folder")
     first = next(iter(row.files.values()))
-    if root.is_file() and not first.keys() & {"tokenizer", "lora"}:
+    layouts = [[Path(name).name for name in names_of(row, layout)] for layout in row.files]
+    one_part = any(len(names) > 1 and root.name in names for names in layouts)
+    if root.is_file() and not one_part and not first.keys() & {"tokenizer", "lora"}:
         return dict.fromkeys(first, root)  # all parts in one file, as in ComfyUI's
     if root.is_file():
         expected = ", ".join(names_of(row, next(iter(row.files))))

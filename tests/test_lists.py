@@ -6,10 +6,11 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import common
@@ -17,9 +18,11 @@ import data
 import metrics
 import rewards
 import sample
+import weights
 from bases import base_row
-from common import UserError, generator, setup
+from common import generator, setup
 from data import TABLES, VIDEOS, clips_with_prompts, list_clips, read_prompts, read_seeded_prompts
+from hostile import MANY, cases  # noqa: F401
 from text_encoders import t5_tokenizer, tokenize
 
 ROOT = Path(__file__).parent.parent
@@ -61,6 +64,10 @@ LAYOUTS = {
     "csv": {**CLIPS, "metadata.csv": "video,caption\na.mp4,one\nb.mp4,two"},
     "tsv": {**CLIPS, "metadata.tsv": "\ufefffile_name\ttext\r\na.mp4\tone\r\nb.mp4\ttwo\r\n"},
     "index.jsonl": {**CLIPS, "index.jsonl": '{"file": "a.mp4", "prompt": "one"}\n{"file": "b.mp4", "prompt": "two"}'},
+    "Excel's": {**CLIPS, "metadata.csv": "\ufeffvideo;caption\r\na.mp4;one\r\n;\r\nb.mp4;two\r\n;\r\n"},
+    "tabs in a .csv": {**CLIPS, "metadata.csv": "video\tcaption\na.mp4\tone\nb.mp4\ttwo"},
+    "Windows' paths": {**BELOW, "videos.txt": "videos\\a.mp4\r\nvideos\\b.mp4\r\n", "prompts.txt": "one\r\ntwo\r\n"},
+    "two joined lists": {**CLIPS, "metadata.csv": "\ufeffvideo,caption\na.mp4,\ufeffone\nb.mp4,two"},
     "old Mac's line ends": {**PAIRED, "prompt.txt": "one\rtwo\r"},
 }
 
@@ -115,7 +122,7 @@ REFUSED = {
     "nested JSON": ({"metadata.jsonl": "[" * 100000}, "row 1: not valid JSON (nested too deeply)"),
     "a huge number": ({"metadata.jsonl": '{"video": ' + "9" * 5000 + "}"}, "row 1: not valid JSON"),
     "a key twice": ({"a.mp4": "", "metadata.jsonl": '{"video": "a.mp4", "caption": "x", "caption": "y"}'}, "same key twice"),
-    "semicolons": ({"metadata.csv": "video;caption\na.mp4;one"}, "no `video`"),
+    "a backslash before a quote": ({"metadata.csv": 'video,caption\na.mp4,"a \\"big\\" cat"'}, "row 2: not valid csv"),
 }
 
 
@@ -180,6 +187,20 @@ def test_every_ending_and_its_case(tmp_path):
     assert len(rows(tmp_path, "found")) == len(VIDEOS) == len(set(VIDEOS))
 
 
+def test_a_folder_that_may_be_listed_but_not_entered(message):
+    user = os.geteuid()
+    with tempfile.TemporaryDirectory() as folder:  # below tmp_path, only its owner may enter
+        fill(Path(folder), **LAYOUTS["same names"])
+        os.chmod(folder, 0o444)
+        try:
+            os.seteuid(user or 65534)
+            for read in (list_clips, data.list_pictures, weights.load_checkpoint, weights.lora_file, common.check_writable):
+                assert "no permission to list and enter" in message(read, folder)
+        finally:
+            os.seteuid(user)
+            os.chmod(folder, 0o755)
+
+
 def test_a_name_of_a_file_and_of_a_number(tmp_path):
     fill(tmp_path, **{name: "" for name in ("10.mp4", "9.mp4", "09.mp4", "a.mp4", "a1.mp4")})
     assert [name for name, _ in rows(tmp_path, "found")] == ["09.mp4", "9.mp4", "10.mp4", "a1.mp4", "a.mp4"]
@@ -187,6 +208,13 @@ def test_a_name_of_a_file_and_of_a_number(tmp_path):
 
 def test_accents_of_two_kinds(tmp_path):
     assert rows(fill(tmp_path, **{"\u00e9.mp4": "", "e\u0301.txt": "one"})) == [("\u00e9.mp4", "one")]
+    assert rows(fill(tmp_path, **{"list.csv": "video,caption\ne\u0301.mp4,one"}) / "list.csv") == [("\u00e9.mp4", "one")]
+
+
+def test_a_backslash_in_a_name(tmp_path):
+    """Such a file is found before Windows' paths are thought of."""
+    fill(tmp_path, **{"x\\a.mp4": "", "x/a.mp4": "", "metadata.csv": "video,caption\nx\\a.mp4,one"})
+    assert rows(tmp_path) == [("x\\a.mp4", "one")]
 
 
 def test_ambiguous_paths(tmp_path, monkeypatch, message):
@@ -218,7 +246,7 @@ def test_seeds(tmp_path, message, capfd):
     file = fill(tmp_path, **{"a.txt": f"a cat|{2 ** 64 - 1}\na dog | 0\na | b\na fox\n"}) / "a.txt"
     assert read_seeded_prompts(file) == [("a cat", 2 ** 64 - 1), ("a dog", 0), ("a | b", None), ("a fox", None)]
     assert read_prompts(file) == ["a cat", "a dog", "a | b", "a fox"]
-    assert "seeds after | are not used here" in capfd.readouterr().err
+    assert "its seeds are not used here" in capfd.readouterr().err
     for seed in (2 ** 64, -1):
         file.write_text(f"a fox\na cat|{seed}\n")
         assert f"a.txt row 2: seed '{seed}' is not a whole number from 0 to 2^64 - 1" in message(read_prompts, file)
@@ -228,6 +256,15 @@ def test_seeds(tmp_path, message, capfd):
              for more in (["--prompts", str(file)], ["--prompt", "a red circle"])]
     assert seeds == [[f"{2 ** 64 - 1}-0-0", f"{2 ** 64 - 1}-1-0"], [f"{2 ** 64 - 1}-0-0"]]  # the first: the same clip
     assert setup("cpu", seed=2 ** 64 - 1).rank == 0 and generator(2 ** 64 - 1)
+
+
+def test_seeds_in_a_column(tmp_path, message):
+    fill(tmp_path, **{"a.csv": "prompt,seed\na cat,7\na dog,\n", "b.jsonl": '{"prompt": "a cat", "seed": 7}\n{"prompt": "a dog", "seed": "0-1-0"}',
+                      "c.csv": "prompt,seed\na cat,some"})
+    assert read_seeded_prompts(tmp_path / "a.csv") == read_seeded_prompts(tmp_path / "b.jsonl") == [("a cat", 7), ("a dog", None)]
+    assert "c.csv row 2: seed 'some' is not" in message(read_prompts, tmp_path / "c.csv")
+    fill(tmp_path, **{"d.txt": "a cat|" + "9" * 10 ** 6})
+    assert len(message(read_prompts, tmp_path / "d.txt")) < 2000
 
 
 def test_an_empty_prompt_is_a_prompt(tmp_path, message, capfd):
@@ -273,8 +310,11 @@ def test_what_an_encoder_does_not_read_is_said_once(tmp_path, capfd):
 
 def test_a_text_too_large(tmp_path, message, monkeypatch):
     file = fill(tmp_path, **{"a.txt": "a cat\n" * 1000}) / "a.txt"
-    monkeypatch.setenv("NANOVIDEO_TEXT_MB", "0.001")
-    assert "NANOVIDEO_TEXT_MB" in message(read_prompts, file)
+    monkeypatch.setenv("NANOVIDEO_TEXT_LIMIT", "0.000001")
+    assert "a.txt: a text of 0 MB; NANOVIDEO_TEXT_LIMIT=" in message(read_prompts, file)
+    for wrong in ("much", "nan", "-1", ""):
+        monkeypatch.setenv("NANOVIDEO_TEXT_LIMIT", wrong)
+        assert f"NANOVIDEO_TEXT_LIMIT={wrong}: not a number" in message(read_prompts, file)
 
 
 def test_utf8_in_an_ascii_locale(tmp_path):
@@ -295,15 +335,15 @@ NAMES = st.sampled_from([*data.LISTS, "list.csv", "list.json", "list.txt", "vide
 
 
 @pytest.mark.slow
-@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+@MANY
 @given(files=st.dictionaries(NAMES, PIECES, max_size=5), captions=st.sampled_from(["needed", "found", "ignored"]), tracks=st.booleans())
-def test_any_folder(files, captions, tracks, tmp_path_factory):
-    """2,000 folders of any lists: rows whose clips are there, or one line."""
-    folder = fill(tmp_path_factory.mktemp("any"), **{name: "".join(text) for name, text in files.items()})
+def test_any_folder(cases, files, captions, tracks):  # noqa: F811
+    """Folders of any lists: rows whose clips are there, or one line."""
+    folder = fill(cases.fresh(), **{name: "".join(text) for name, text in files.items()})
+
+    def read(source):
+        for row in list_clips(source, captions, tracks)[1]:
+            assert row[1].exists() and (captions != "needed" or row[-1])
     for source in (folder, *folder.glob("*.*")):
         if source.suffix in (*TABLES, ".txt", "") or source.is_dir():
-            try:
-                for row in list_clips(source, captions, tracks)[1]:
-                    assert row[1].exists() and (captions != "needed" or row[-1])
-            except UserError as e:
-                assert str(e) and "\n" not in str(e) and str(folder) in str(e)
+            cases.check(lambda: read(source), str(folder))
