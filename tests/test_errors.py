@@ -34,7 +34,7 @@ def test_unknown_names_list_the_choices(message, tmp_path):
     assert ", ".join(bases.BASES) in message(sample.main, ["--base", "nope", "--prompt", "a"])
     prompts = str(prompt_file(tmp_path))
     assert ", ".join(bases.BASES) in message(vader.main, ["--base", "nope", "--prompts", prompts, *out])
-    assert "it runs on tiny, tiny-i2v" in message(vader.main, ["--base", "das", "--prompts", prompts, *out])
+    assert "it runs on tiny, tiny-clean, tiny-i2v" in message(vader.main, ["--base", "das", "--prompts", prompts, *out])
     text = vader_error(message, "--reward", "nope", *out)
     assert "brightness" in text and "my_file.py:function" in text
     assert "no such reward file" in vader_error(message, "--reward", "nope.py:fn", *out)
@@ -150,7 +150,7 @@ def test_missing_files(message, public, tmp_path):
             (tmp_path / file.name).symlink_to(file)
     text = message(load_base, "demo", tmp_path)
     assert "motion_encoder.pth is missing for demo" in text
-    assert "these are not its weights (it looks like DEMO)" in message(load_base, "demo", tmp_path / "demo.pth")
+    assert "folder that holds demo.pth" in message(load_base, "demo", tmp_path / "demo.pth")
     assert "assets/" in message(load_base, "tiny", tmp_path)
 
 
