@@ -118,7 +118,7 @@ def test_new_adapters_change_nothing_and_can_learn(base, monkeypatch):
     """As loaded all zeros; after prepare() only `up` is, in the layers of the stage and in all others."""
     args = dreamvideo.get_args(["--base", base, "--stage", "motion"])
     assert args.base == "tiny-dreamvideo"
-    plain, adapted = bases.load_base("tiny"), bases.load_base(args.base)
+    plain, adapted = bases.load_base("tiny-clean"), bases.load_base(args.base)
     state = {k: v for k, v in adapted.net.state_dict().items() if "_adapter." in k}
     assert state and not any(v.any() for v in state.values())
     inputs = torch.randn(1, 4, 8, 8, 8), torch.tensor([500]), plain.encode_text(["a red circle"])

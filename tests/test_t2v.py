@@ -320,7 +320,7 @@ def test_which_maps_are_seen():
 
 
 def test_maps_start_as_nothing_and_can_be_dropped_for_one_sample():
-    plain, base = load_base("tiny").net, load_base("tiny-vcomposer")
+    plain, base = load_base("tiny-clean").net, load_base("tiny-vcomposer")
     x, text, t = torch.randn(2, 4, 8, 8, 8), torch.randn(2, 10, 64), torch.tensor([500, 20])
     depth = torch.rand(2, 1, 8, 32, 32)
     with torch.no_grad():
