@@ -62,7 +62,7 @@ def test_vader_leaves_what_it_promises_and_sample_plays_it(tmp_path):
     assert any(v.abs().max() > 0 for k, v in tensors.items() if "lora_B" in k)
     rows = [json.loads(x) for x in (tmp_path / "run" / "eval.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == [0, 1, 2]
-    assert set(rows[0]["judge"]) == {"shape", "colour", "background", "motion", "joint"}
+    assert set(rows[0]["judge"]) == {*tinyworld.ATTRIBUTES, "joint", *tinyworld.FLAW_SHARES}
     assert rows[0]["reward"] != rows[2]["reward"]
 
     sample.main(["--ckpt", str(tmp_path / "run"), "--prompt", "a red circle moving left", "--n", "2",
