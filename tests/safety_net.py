@@ -7,9 +7,9 @@
 Kept are a run's log, the names and shapes in its checkpoint, and what the latents of sample.py's
 first clip are like. A number may be off by 1e-5 of itself, or of a thousandth of the largest in its
 series. Record and check on one kind of processor. When options change, edit CASES, keep the json.
-Recorded before the redesign. It keys dropout by sample, so cases with dropout in the network were
-recorded without dropout (WITHOUT_DROPOUT). It encodes tiny clips one by one, as the old das.py did
-not: das-data was recorded with that changed.
+Recorded anew when the tiny bases got other weights (assets/tiny.safetensors, the scorer). The code
+before agreed with records of the code before the redesign; for that, cases with dropout in the
+network run without it (WITHOUT_DROPOUT), since dropout is keyed by sample now.
 """
 import hashlib
 import importlib
