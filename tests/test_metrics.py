@@ -79,7 +79,7 @@ def test_judge_of_flaws_after_the_tiny_autoencoder(n, spoiled):
 
 def test_judge_after_the_tiny_autoencoder(truth):
     clips, captions, _ = truth
-    seen = judge_captions(decoded(clips[:300]), captions)
+    seen = judge_captions(decoded(clips[:150]), captions)
     assert min(seen[a] for a in (*ATTRIBUTES, "joint")) >= 0.98, seen
 
 

@@ -107,6 +107,7 @@ def test_a_harmed_checkpoint_is_named_and_the_one_before_it_taken(harm, message,
     assert "ckpt-1.safetensors" in message(sample.main, ["--ckpt", str(tmp_path), "--prompt", "a red circle"])
 
 
+@pytest.mark.slow
 def test_a_log_whose_last_line_was_cut_off(whole, tmp_path):
     train(tmp_path, 2)
     with open(tmp_path / "log.jsonl", "a") as f:

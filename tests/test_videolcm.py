@@ -172,6 +172,7 @@ def test_leaves_what_it_promises_and_sample_plays_it(tmp_path, monkeypatch):
     assert (row["sampler"], row["sample_steps"], row["spacing"], row["origin"]) == ("lcm", 4, "even", 20)
 
 
+@pytest.mark.slow
 def test_the_scale_is_an_input(tmp_path, monkeypatch):
     """--cfg-range: each sample has its own scale, which the student is told; so is sample.py's."""
     told, embed = [], models.guidance_embedding
@@ -200,6 +201,7 @@ def test_the_scale_is_an_input(tmp_path, monkeypatch):
         assert (clips[0] - clips[1]).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_lora_without_updates_is_the_base(tmp_path):
     """The teacher is the base, and the target starts there: branches that count nothing change nothing."""
     run(tmp_path / "lora", 1, "--rank", "4", "--lr", "1e-9")
