@@ -660,7 +660,10 @@ class Parser(argparse.ArgumentParser):
         self.set_defaults(**defaults)
         base = self.parse_known_args(argv)[0].base
         self.set_defaults(**(presets or {}).get(base, {}))
-        return self.parse_args(argv)
+        args = self.parse_args(argv)
+        if "data_root" in known and args.data_root and not args.data:
+            raise UserError("--data-root: where the paths in --data start; give --data, too")
+        return args
 
 
 def lr_at(step, args):

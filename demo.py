@@ -237,11 +237,11 @@ def main(argv=None):
 def read_clips(args, sampling):
     """-> data set of clips, --data's rows (number, path, caption), evaluation prompts."""
     if args.data:
-        reading = (*sampling.size, args.read_fps, args.seed, args.data_root)
-        clips = data.VideoDataset(args.data, *reading)
+        clips = pipeline.open_data(args, sampling.size)
         rows, prompts = clips.rows, [clips.rows[0][2]]
-    elif (row := base_row(args.base)).tiny:
-        clips, rows = tinyworld.TinyWorld(2048, sampling.frames, args.seed, flawed=row.flawed), []
+    elif base_row(args.base).tiny:
+        flawed = base_row(args.base).flawed
+        clips, rows = tinyworld.TinyWorld(2048, sampling.frames, args.seed, flawed=flawed), []
         prompts = tinyworld.tiny_prompts(held_out=True)
     else:
         raise UserError("--data: give a folder, csv, jsonl or list of clips with captions")

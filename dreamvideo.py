@@ -224,8 +224,7 @@ def read_data(args, sampling):
         raise UserError(f"--learned {args.learned}: no such file, nor a run's folder")
     previews = tinyworld.tiny_previews(args.stage != "motion")
     if args.stage == "motion" and args.data:
-        clips = data.VideoDataset(
-            args.data, frames, *size, args.read_fps, args.seed, args.data_root)
+        clips = pipeline.open_data(args, sampling.size)
         previews = [(pipeline.frame_picture(clips[0, 0]["video"][:, 0]), clips.rows[0][2])]
     elif args.stage == "motion":
         clips, path = tinyworld.tiny_motion(args.seed, 3, args.motion, frames)

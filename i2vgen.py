@@ -140,8 +140,7 @@ def main(argv=None):
     sampling = choose_sampling(args.base, args, method="i2vgen")
     read_fps = args.read_fps or sampling.fps
     if args.data:
-        clips = data.VideoDataset(
-            args.data, *sampling.size, read_fps, args.seed, args.data_root)
+        clips = pipeline.open_data(args, sampling.size, read_fps)
     else:
         clips = tinyworld.TinyWorld(
             TINY_CLIPS[args.scratch], sampling.frames, args.seed, args.motion)

@@ -359,11 +359,16 @@ def read_items(args, sampling, continuations=0):
     return items, held_out[:args.eval_n]
 
 
+def open_data(args, size, fps=None) -> VideoDataset:
+    """--data as clips of `size` (frames, height, width), read at --read-fps or at `fps`."""
+    return VideoDataset(args.data, *size, fps or args.read_fps, args.seed, args.data_root)
+
+
 def read_captioned(args, sampling):
     """Options of instructvideo.py -> clips with captions, the captions, held-out items (None,
     prompt)."""
     if args.data:
-        data = VideoDataset(args.data, *sampling.size, args.read_fps, args.seed, args.data_root)
+        data = open_data(args, sampling.size)
         captions = list(dict.fromkeys(caption for _, _, caption in data.rows))
         prompts = captions
     elif base_row(args.base).tiny:

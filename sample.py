@@ -128,6 +128,8 @@ def get_args(argv=None):
         raise UserError("give --base NAME or --ckpt FOLDER")
     if args.reward_weights and not args.reward:
         raise UserError("--reward-weights: of which reward? give --reward")
+    if args.data_root and not args.prompts:
+        raise UserError("--data-root: where the paths in --prompts start; give --prompts, too")
     if args.motion and not args.judge:
         raise UserError("--motion: chooses the clips of --judge N; give --judge, or use --prompt")
     if sum(x is not None for x in (args.prompt, args.prompts, args.judge)) > 1:

@@ -236,8 +236,7 @@ def main(argv=None):
 def read_clips(args, sampling):
     """-> the data set of clips, its rows (tiny: none), the prompts of the previews."""
     if args.data:
-        clips = data.VideoDataset(
-            args.data, *sampling.size, args.read_fps, args.seed, args.data_root)
+        clips = pipeline.open_data(args, sampling.size)
         rows, prompts = clips.rows, [clips.rows[0][2]]
     else:
         clips = tinyworld.TinyWorld(

@@ -51,6 +51,12 @@ def prompt_file(folder, text="a cat\n"):
     return folder / "prompts.txt"
 
 
+def test_data_root_needs_a_list(message, tmp_path):
+    root = ["--base", "tiny", "--data-root", str(tmp_path), "--out", str(tmp_path)]
+    assert "give --data" in message(t2v.main, root)
+    assert "give --prompts" in message(sample.main, [*root, "--prompt", "a red circle"])
+
+
 def test_prompts(message, tmp_path):
     assert "nowhere.txt" in vader_error(message, "--prompts", "nowhere.txt", "--out", str(tmp_path))
     empty = str(prompt_file(tmp_path, "# only a comment\n"))
