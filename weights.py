@@ -795,6 +795,7 @@ def names_of(row, layout):
     return list(dict.fromkeys(name_of(url) for url in row.files[layout].values()))
 
 
+PRECISIONS = "bf16", "fp16", "fp32"  # at the end of ComfyUI's names
 WEIGHT_SUFFIXES = ".safetensors", ".bin", ".pth", ".ckpt", ".pt"
 
 
@@ -803,12 +804,19 @@ def local_file(root, url):
 
     It may stand in a folder named after its repository (two repositories may use the same name).
     Its index will do if it is in shards, the same name in another format, and if there is none in
-    full precision, one in half: NAME.fp16.safetensors, NAME.safetensors.index.fp16.json.
+    full precision, one in half: NAME.fp16.safetensors, NAME.safetensors.index.fp16.json. ComfyUI's
+    files may be in its own folder models/, and in another precision: NAME_fp16 for NAME_bf16.
     """
     _, repo, file = url.split(":", 2)
     folders = (root / repo.split("/")[-1], root)
+    if file.startswith("split_files/"):
+        file = file.removeprefix("split_files/")
+        folders = [place / sub for place in folders for sub in ("split_files", ".")]
     file = Path(file)
     stems = [file.stem] + ["pytorch_model"] * (file.suffix == ".safetensors")
+    name, _, precision = file.stem.rpartition("_")
+    if precision in PRECISIONS:
+        stems = [f"{name}_{p}" for p in (precision, *PRECISIONS)]
     ends = [file.suffix]
     if file.suffix in WEIGHT_SUFFIXES:  # not a tokenizer
         ends += [end for end in WEIGHT_SUFFIXES if end != file.suffix]
