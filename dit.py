@@ -178,7 +178,7 @@ class STDiT3(nn.Module):
             for layer in (block.attn.proj, block.cross_attn.proj, block.mlp.fc2):
                 zero_init(layer)
 
-    def blocks(self):
+    def units(self):
         """The modules that FSDP shards one by one."""
         return [*self.spatial_blocks, *self.temporal_blocks]
 
@@ -442,7 +442,7 @@ class CogVideoX(nn.Module):
             self.combine_linears = nn.ModuleList(zero_init(nn.Linear(dim, dim)) for _ in copies)
             self.initial_combine_linear = zero_init(nn.Linear(dim, dim))
 
-    def blocks(self):
+    def units(self):
         """The modules that FSDP shards one by one."""
         return [m for m in self.modules() if isinstance(m, CogVideoXBlock)]
 

@@ -747,7 +747,7 @@ class UNet3D(nn.Module):
         if cfg.pooled_text:
             self.pooled_text = nn.Linear(cfg.context_dim, emb_dim)
 
-    def blocks(self):
+    def units(self):
         """The modules that FSDP shards one by one."""
         kinds = (ResBlock, SpatialTransformer, TemporalTransformer, Downsample, Upsample)
         return [m for m in self.modules() if isinstance(m, kinds)]
@@ -1308,7 +1308,7 @@ def parallelize(net, mode, device, offload=False, reshard=True, unused=False):
         policy = {} if reshard else {"reshard_after_forward": False}
         if offload:
             policy["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
-        for block in net.blocks():
+        for block in net.units():
             fully_shard(block, **policy)
         return fully_shard(net, **policy)
     devices = [device.index] if device.type == "cuda" else None

@@ -126,7 +126,7 @@ class OpenCLIPText(nn.Module):
             self.text_projection = nn.Parameter(w ** -0.5 * torch.randn(w, cfg.embed_dim))
             self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # of CLIP's loss
 
-    def blocks(self):
+    def units(self):
         """The modules to shard one by one (models.parallelize)."""
         return list(self.transformer.resblocks)
 
