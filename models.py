@@ -29,14 +29,17 @@ from weights import (
 
 # ---- layers shared by all networks
 
-def sinusoidal(t, dim):
-    """t (b,) -> (b, dim) float32: cosines, then sines, of 10000^(-k / half) t, k < half."""
+def sinusoidal(t, dim, dtype=torch.float32):
+    """t (...) -> (..., dim) float32: cosines, then sines, of 10000^(-k / half) t, k < half.
+
+    dtype: of the angles.
+    """
     half = dim // 2
-    k = torch.arange(half, device=t.device, dtype=torch.float32)
+    k = torch.arange(half, device=t.device, dtype=dtype)
     # rounded as in the originals: another order of the factors shifts angles by up to 6e-5
     freq = torch.exp(-math.log(10000) * k / half)
-    angle = t.float()[:, None] * freq
-    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+    angle = t.to(dtype)[..., None] * freq
+    return torch.cat([angle.cos(), angle.sin()], dim=-1).float()
 
 
 def guidance_embedding(w, dim=256):
@@ -203,14 +206,30 @@ class GEGLU(nn.Module):
         return value.mul_(torch.ops.aten.gelu_(gate))  # in place: the network's largest tensors
 
 
+def tanh_gelu(h):
+    gelu = F.gelu if torch.is_grad_enabled() else torch.ops.aten.gelu_
+    return gelu(h, approximate="tanh")
+
+
 class GELU(nn.Module):
     def __init__(self, dim, inner):
         super().__init__()
         self.proj = nn.Linear(dim, inner)
 
     def act(self, h):
-        gelu = F.gelu if torch.is_grad_enabled() else torch.ops.aten.gelu_
-        return gelu(h, approximate="tanh")
+        return tanh_gelu(h)
+
+
+def feed_forward(x, proj, act, last):
+    """last(act(proj(x))), x (..., d); what lies between is a transformer's largest tensor.
+
+    A backward pass computes act() again. Without one, a CPU takes a part of the tokens at a time.
+    """
+    if x.device.type != "cpu" or torch.is_grad_enabled():
+        return lean(lambda h: last(act(h)), proj(x), x.shape[-1])
+    rows = max(512, 2 ** 21 // proj.out_features)  # their activations fit into the cache
+    pieces = x.flatten(0, -2).split(rows)
+    return torch.cat([last(act(proj(p))) for p in pieces]).view(x.shape)
 
 
 class FeedForward(nn.Module):
@@ -221,11 +240,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x):
         first, _, last = self.net
-        if x.device.type != "cpu" or torch.is_grad_enabled():
-            return lean(lambda h: last(first.act(h)), first.proj(x), x.shape[-1])
-        rows = max(512, 2 ** 21 // first.proj.out_features)  # their activations fit into the cache
-        pieces = x.flatten(0, -2).split(rows)
-        return torch.cat([last(first.act(first.proj(p))) for p in pieces]).view(x.shape)
+        return feed_forward(x, first.proj, first.act, last)
 
 
 class Adapter(nn.Module):
@@ -1150,7 +1165,7 @@ def turbo_lora_layers(net):
 def public_layers(net):
     """{name of a layer with a weight, in the public files' namings and in ours: ours}."""
     ours = [n for n, m in net.named_modules() if isinstance(getattr(m, "weight", None), Tensor)]
-    layers = {}
+    layers = {net.public_layer(n): n for n in ours} if hasattr(net, "public_layer") else {}
     if isinstance(net, UNet3D):
         layers = {videocrafter_name(f"{n}.").removesuffix("."): n for n in ours}
     if isinstance(net, UNet3D) and not net.cfg.motion_blocks:  # diffusers has no DEMO

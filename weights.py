@@ -444,8 +444,10 @@ NOT_LORA = {  # a part of a key -> what only looks like LoRA
     "magnitude_vector": "DoRA", "dora_scale": "DoRA", "hada_w": "LoHa", "lokr_w": "LoKr",
     "lora_mid": "LoRA with a middle matrix (CP decomposition)", "lora_embedding": "LoRA of words",
     "vera_lambda": "VeRA", "ia3_l": "IA3", "oft_": "OFT", "modules_to_save": "whole layers",
-    ".diff": "differences of weights", "diff_b": "differences of biases", ".bias": "biases",
-    "bias_": "biases", "w_norm": "norms", "b_norm": "norms", "on_input": "IA3"}
+    "diff_": "differences of other kinds", ".bias": "biases", "bias_": "biases",
+    "w_norm": "norms", "b_norm": "norms", "on_input": "IA3"}
+# beside a LoRA: what is added to a layer's parameter, a difference of two networks
+DIFFERENCES = {".diff": "weight", ".diff_b": "bias"}
 
 
 def lora_format(state):
@@ -473,26 +475,29 @@ def find_layer(name, layers):
 
 def named_lora(state, text, path, layers):
     """A LoRA of any program but T2V-Turbo's and InstructVideo's -> ({our layer + ".lora_A.weight"
-    or ".lora_B.weight": tensor in float32}, {our layer: scale}).
+    or ".lora_B.weight": tensor in float32}, {our layer: scale}, {our parameter: tensor to add}).
 
     state, text: open_weights(path); layers {public name: ours}.
     """
     flat = {name.replace(".", "_"): ours for name, ours in layers.items()}
     layers, source = flat | layers, f"--lora {path}"
-    lora, names, alphas, strange, texts = {}, {}, {}, [], []
+    lora, names, alphas, differences, strange, texts = {}, {}, {}, {}, [], []
     kind = next((v for k, v in LORA_FORMATS.items() if any(k in key for key in state)), "bare")
     for key, value in state.items():
-        tail = LORA_TAIL.fullmatch(key)
-        if not (tail or key.endswith(".alpha")):
+        tail, (bare, dot, end) = LORA_TAIL.fullmatch(key), key.rpartition(".")
+        parameter = DIFFERENCES.get(dot + end)
+        if not (tail or parameter or end == "alpha"):
             what = next((what for mark, what in NOT_LORA.items() if mark in key), "a whole tensor")
             raise UserError(f"{source}: {key} is of {what}, which is not supported: merge it into "
                             "its base with the program that made it")
-        name = tail[1] if tail else key.removesuffix(".alpha")
+        name = tail[1] if tail else bare
         ours = find_layer(name, layers)
         if ours is None and TEXT_LORA.match(name):
             texts.append(name)
         elif ours is None:
             strange.append(name)
+        elif parameter:
+            differences[f"{ours}.{parameter}"] = value
         elif tail is None:
             alphas[ours] = value
         else:
@@ -514,7 +519,7 @@ def named_lora(state, text, path, layers):
              f"(such as {texts[0]}), so prompts may have less effect than its author saw")
     downs = {ours: lora.get(f"{ours}.lora_A.weight") for ours in names}
     ranks = {ours: len(down) for ours, down in downs.items() if down is not None and down.ndim}
-    return lora, lora_scales(path, text, state, names, ranks, alphas)
+    return lora, lora_scales(path, text, state, names, ranks, alphas), differences
 
 
 def turbo_lora(tensors, layers, path):
