@@ -183,6 +183,10 @@ class STDiT3(nn.Module):
             for layer in (block.attn.proj, block.cross_attn.proj, block.mlp.fc2):
                 zero_init(layer)
 
+    def namings(self):
+        """Functions from our keys to those of other public files."""
+        return []
+
     def units(self):
         """The modules that FSDP shards one by one."""
         return [*self.spatial_blocks, *self.temporal_blocks]
@@ -447,6 +451,10 @@ class CogVideoX(nn.Module):
             self.combine_linears = nn.ModuleList(zero_init(nn.Linear(dim, dim)) for _ in copies)
             self.initial_combine_linear = zero_init(nn.Linear(dim, dim))
 
+    def namings(self):
+        """Functions from our keys to those of other public files."""
+        return []
+
     def units(self):
         """The modules that FSDP shards one by one."""
         return [m for m in self.modules() if isinstance(m, CogVideoXBlock)]
@@ -699,6 +707,10 @@ class Wan(nn.Module):
         for layer in (*self.text_embedding[::2], *self.time_embedding[::2]):
             nn.init.normal_(layer.weight, std=0.02)
         nn.init.zeros_(self.head.head.weight)
+
+    def namings(self):
+        """Functions from our keys to those of other public files."""
+        return [wan_diffusers_name]
 
     def units(self):
         """The modules that FSDP shards one by one."""

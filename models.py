@@ -15,6 +15,7 @@ import math
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -762,6 +763,12 @@ class UNet3D(nn.Module):
         if cfg.pooled_text:
             self.pooled_text = nn.Linear(cfg.context_dim, emb_dim)
 
+    def namings(self):
+        """Functions from our keys to those of other public files."""
+        diffusers = partial(unet_diffusers_name, num_res_blocks=self.cfg.num_res_blocks)
+        # diffusers has no DEMO
+        return [videocrafter_name] if self.cfg.motion_blocks else [videocrafter_name, diffusers]
+
     def units(self):
         """The modules that FSDP shards one by one."""
         kinds = (ResBlock, SpatialTransformer, TemporalTransformer, Downsample, Upsample)
@@ -1165,13 +1172,8 @@ def turbo_lora_layers(net):
 def public_layers(net):
     """{name of a layer with a weight, in the public files' namings and in ours: ours}."""
     ours = [n for n, m in net.named_modules() if isinstance(getattr(m, "weight", None), Tensor)]
-    layers = {net.public_layer(n): n for n in ours} if hasattr(net, "public_layer") else {}
-    if isinstance(net, UNet3D):
-        layers = {videocrafter_name(f"{n}.").removesuffix("."): n for n in ours}
-    if isinstance(net, UNet3D) and not net.cfg.motion_blocks:  # diffusers has no DEMO
-        blocks = net.cfg.num_res_blocks
-        layers |= {unet_diffusers_name(f"{n}.weight", blocks).removesuffix(".weight"): n
-                   for n in ours}
+    layers = {name_of(f"{n}.weight").removesuffix(".weight"): n
+              for name_of in net.namings() for n in ours}
     return layers | {n: n for n in ours}
 
 
@@ -1205,7 +1207,8 @@ def merge_public_lora(net, path, scale=1.0):
     state, text = open_weights(path)
     kind, scales = lora_format(state), {}
     if kind == "named":
-        lora, scales = named_lora(state, text, path, public_layers(net))
+        lora, scales, differences = named_lora(state, text, path, public_layers(net))
+        add_differences(net, differences, path, scale)
     elif kind == "turbo":
         lora = turbo_lora(state, turbo_lora_layers(net), path)
     elif kind in ("adapters", "instructvideo"):
@@ -1227,6 +1230,18 @@ def merge_public_lora(net, path, scale=1.0):
             raise UserError(f"--lora {path}: {layer} is too large with it (scale {factor:g})")
 
 
+@torch.no_grad()
+def add_differences(net, differences, path, scale):
+    """{our parameter: tensor} of a LoRA file, such as biases: add them, `scale` times."""
+    parameters = dict(net.named_parameters())
+    for key, value in differences.items():
+        own = parameters.get(key)
+        if own is None or own.shape != value.shape or not is_plain(value):
+            raise UserError(f"--lora {path}: the differences of {key} do not fit this network; "
+                            "give the base that it was made for")
+        own += (scale * value.float()).to(own.dtype)
+
+
 def fill_adapters(net, state, path, scale):
     """A file of DreamVideo's, {key: tensor} of the subject's or the motion's adapters -> net."""
     if scale != 1:
@@ -1245,7 +1260,11 @@ def read_peft_lora(net, path, scale=1.0):
 
     All its layers must have one rank. The file's layers have the names of a public file.
     """
-    lora, scales = named_lora(*open_weights(path), path, public_layers(net))
+    lora, scales, differences = named_lora(*open_weights(path), path, public_layers(net))
+    extra = next((k for k, v in differences.items() if v.any()), None)
+    if extra:
+        raise UserError(f"--lora {path}: holds differences beside the LoRA (such as that of "
+                        f"{extra}), which a run does not train; start from a file without them")
     pairs, modules = lora_pairs(net, lora, path), dict(net.named_modules())
     rank = max(len(down) for down, _ in pairs.values())
     for layer, (down, _) in pairs.items():

@@ -32,7 +32,7 @@ SKIP = {"last": 0, "penultimate": 1}  # choice of features -> number of last blo
 @dataclass(frozen=True)
 class CLIPConfig:
     """Sizes of the two towers; the defaults are ViT-H-14's."""
-    embed_dim: int = 1024           # of both outputs; 0: without what follows the blocks, only tokens
+    embed_dim: int = 1024           # of both outputs; 0: no projections, only tokens
     # image tower
     image_size: int = 224
     vision_layers: int = 32
@@ -472,7 +472,7 @@ def clean_text(text):
 
 
 def t5_tokenizer(path, length, clean=None):
-    """T5's or UMT5's public spiece.model or tokenizer.json -> fn(list of str): ids (b, length) long.
+    """T5's or UMT5's spiece.model or tokenizer.json -> fn(list of str): ids (b, length) long.
 
     Ids are [words, 1, 0 ...]; a longer text is cut before the 1. clean: what is done to a text
     first (Wan: clean_text).
