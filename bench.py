@@ -335,7 +335,7 @@ def denoiser(case, env):
     if case.args.side == "peer":
         return peer_network(case, env)
     net = built(lambda: network(case.row), env)
-    for block in net.blocks() if case.args.compile else ():
+    for block in net.units() if case.args.compile else ():
         block.compile(fullgraph=True)
     return net, net
 

@@ -329,6 +329,13 @@ def clip_frames(frames, size=224):
     return clip_normalize(torch.stack(pictures) / 2 + 0.5)
 
 
+def clip_square(images, size=224):
+    """(n,3,h,w) in [-1,1] -> (n,3,size,size) as Wan2.1 prepares pictures for CLIP: squeezed into a
+    square by PyTorch's bicubic without antialiasing."""
+    images = F.interpolate(images, (size, size), mode="bicubic", align_corners=False)
+    return clip_normalize(images / 2 + 0.5)
+
+
 def clip_image(image, crop, size=(224, 224)):
     """Pillow image -> (3, *size), what the image tower of I2VGen-XL and DreamVideo reads.
 

@@ -283,7 +283,7 @@ def encode_clips(base, env, video, optical_flow, embed_image):
 
 def train_motion(base, first, dtype):
     """Train motion blocks and the motion encoder, from block `first` on (0: all of it)."""
-    encoder, blocks = base.motion_encoder, base.motion_encoder.blocks()
+    encoder, blocks = base.motion_encoder, base.motion_encoder.units()
     if first >= len(blocks):
         raise UserError(f"--encoder-from {first}: the motion encoder has the blocks "
                         f"0..{len(blocks) - 1}")

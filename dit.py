@@ -1,9 +1,11 @@
-"""Video transformers: Open-Sora 1.2's STDiT3, and CogVideoX with Diffusion as Shader's branch.
+"""Video transformers: Open-Sora 1.2's STDiT3, CogVideoX with Diffusion as Shader's branch, Wan.
 
 CogVideoX (arXiv 2408.06072) makes video from text or from an image; the branch of Diffusion as
-Shader (2501.03847), which follows a tracking video, is an option. Parameter names are those of the
+Shader (2501.03847), which follows a tracking video, is an option. Wan (2503.20314) is one class
+for all sizes of Wan2.1 and Wan2.2, from text or from images. Parameter names are those of the
 public checkpoints. Videos and latents are `b c f h w`. Inside, tokens are `b f s d` (STDiT3; s
-counts the patches of a frame) or one sequence of text and video (CogVideoX).
+counts the patches of a frame), one sequence of text and video (CogVideoX) or `b k m d` (Wan; the m
+tokens of a group have one timestep).
 """
 from dataclasses import dataclass
 
@@ -12,7 +14,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from models import GELU, FeedForward, attend, rotate, run_block, sinusoidal, zero_init
+from common import UserError
+from models import (
+    GELU, FeedForward, attend, feed_forward, rotate, run_block, sinusoidal, tanh_gelu, zero_init)
+from weights import below, rename
 
 # ---- STDiT3: Open-Sora 1.2's transformer over space and time (github.com/hpcaitech/Open-Sora)
 
@@ -178,7 +183,11 @@ class STDiT3(nn.Module):
             for layer in (block.attn.proj, block.cross_attn.proj, block.mlp.fc2):
                 zero_init(layer)
 
-    def blocks(self):
+    def namings(self):
+        """Functions from our keys to those of other public files."""
+        return []
+
+    def units(self):
         """The modules that FSDP shards one by one."""
         return [*self.spatial_blocks, *self.temporal_blocks]
 
@@ -442,7 +451,11 @@ class CogVideoX(nn.Module):
             self.combine_linears = nn.ModuleList(zero_init(nn.Linear(dim, dim)) for _ in copies)
             self.initial_combine_linear = zero_init(nn.Linear(dim, dim))
 
-    def blocks(self):
+    def namings(self):
+        """Functions from our keys to those of other public files."""
+        return []
+
+    def units(self):
         """The modules that FSDP shards one by one."""
         return [m for m in self.modules() if isinstance(m, CogVideoXBlock)]
 
@@ -530,3 +543,283 @@ def cogvideox_state(state, net, source):
     """Public weights -> CogVideoX's. Diffusion as Shader may start from CogVideoX-5B-I2V's file."""
     started = not net.cfg.tracking_blocks or any(k.startswith("combine_linears.") for k in state)
     return state if started else with_tracks(state, net)
+
+
+# ---- Wan2.1 and Wan2.2 (arXiv 2503.20314, github.com/Wan-Video)
+
+@dataclass(frozen=True)
+class WanConfig:
+    """Defaults: Wan2.1-T2V-1.3B, 1,419 M parameters.
+
+    T2V-14B, and each expert of T2V-A14B: dim=5120, ffn_dim=13824, heads=40, num_layers=40.
+    I2V-A14B: in_channels=36, too. I2V-14B: image_dim=1280, too. FLF2V-14B: image_positions=514,
+    too. TI2V-5B: in_channels=out_channels=48, dim=3072, ffn_dim=14336, heads=24.
+    """
+    in_channels: int = 16     # I2V: 36, the noisy latents, 4 of the mask, those of the image
+    out_channels: int = 16
+    dim: int = 1536
+    ffn_dim: int = 8960
+    heads: int = 12
+    num_layers: int = 30
+    freq_dim: int = 256       # sinusoids of the timestep
+    text_dim: int = 4096      # of UMT5
+    text_length: int = 512
+    image_dim: int = 0        # width of CLIP's tokens; 0: there is no image branch
+    image_positions: int = 0  # tokens of two images (FLF2V), which get learned positions; 0: none
+
+
+def wan_rope(f, h, w, head_dim, device=None):
+    """cos, sin (f h w, head_dim / 2) float32 of rotary positions: of time, then row, then column.
+
+    Rows and columns have head_dim // 6 pairs of channels each, time has the rest.
+    """
+    def angle(n, pairs):
+        step = 10000 ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
+        return torch.outer(torch.arange(n, dtype=torch.float64), step)
+    pairs = head_dim // 6
+    angles = angle(f, head_dim // 2 - 2 * pairs), angle(h, pairs), angle(w, pairs)
+    return tuple(spread(*(wave(a).float().to(device) for a in angles))
+                 for wave in (torch.cos, torch.sin))
+
+
+class Linear32(nn.Linear):
+    """A Linear computed in float32, whatever the types of weights and x, autocast or not."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight.float(), self.bias.float())
+
+
+class LayerNorm32(nn.LayerNorm):
+    """LayerNorm with weights, computed in float32, whatever the types of weights and x."""
+
+    def forward(self, x):
+        shape, weight, bias = self.normalized_shape, self.weight.float(), self.bias.float()
+        return F.layer_norm(x.float(), shape, weight, bias, self.eps)
+
+
+class WanSelfAttention(nn.Module):
+    """q and k are normalised over all heads together, then rotated to their positions."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = (RMSNorm(dim, eps=1e-6) for _ in range(2))
+
+    def forward(self, x, rope):
+        """x (b,n,dim), rope: cos, sin (n,d/2) -> (b,n,dim)."""
+        q, k = self.norm_q(self.q(x)), self.norm_k(self.k(x))
+        q, k = (rotate(y.unflatten(-1, (self.heads, -1)), *rope).flatten(2) for y in (q, k))
+        return self.o(attend(q, k, self.v(x), self.heads))
+
+
+class WanCrossAttention(WanSelfAttention):
+    """Attention to the text and, with its own keys and values, to the image tokens of CLIP."""
+
+    def __init__(self, dim, heads, image):
+        super().__init__(dim, heads)
+        if image:
+            self.k_img, self.v_img = nn.Linear(dim, dim), nn.Linear(dim, dim)
+            self.norm_k_img = RMSNorm(dim, eps=1e-6)
+
+    def forward(self, x, text, image):
+        """x (b,n,dim), text (b,m,dim), image (b,k,dim) or None -> (b,n,dim)."""
+        q = self.norm_q(self.q(x))
+        out = attend(q, self.norm_k(self.k(text)), self.v(text), self.heads)
+        if image is not None:
+            out = out + attend(q, self.norm_k_img(self.k_img(image)), self.v_img(image), self.heads)
+        return self.o(out)
+
+
+class WanBlock(nn.Module):
+    """Self-attention, cross-attention, MLP. Residual stream, norms and modulation are float32."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.modulation = nn.Parameter(torch.randn(1, 6, cfg.dim) / cfg.dim ** 0.5)
+        self.self_attn = WanSelfAttention(cfg.dim, cfg.heads)
+        self.norm3 = LayerNorm32(cfg.dim, eps=1e-6)
+        self.cross_attn = WanCrossAttention(cfg.dim, cfg.heads, image=cfg.image_dim > 0)
+        self.ffn = nn.Sequential(
+            nn.Linear(cfg.dim, cfg.ffn_dim), nn.GELU("tanh"), nn.Linear(cfg.ffn_dim, cfg.dim))
+
+    def forward(self, x, six, text, image, rope):
+        """x (b,k,m,dim), six (b,k,6,dim), both float32; text, image, rope: see above -> like x."""
+        proj, _, last = self.ffn
+        table = (self.modulation.float() + six).unsqueeze(3)  # b k 6 1 dim
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = table.unbind(2)
+
+        def tokens(h):  # in the type of the weights, as one sequence
+            return h.to(proj.weight.dtype).flatten(1, 2)
+        h = self.self_attn(tokens(modulate(x, shift_a, scale_a)), rope)
+        x = torch.addcmul(x, gate_a, h.view(x.shape))
+        x = x + self.cross_attn(tokens(self.norm3(x)), text, image).view(x.shape)
+        h = feed_forward(tokens(modulate(x, shift_m, scale_m)), proj, tanh_gelu, last)
+        return torch.addcmul(x, gate_m, h.view(x.shape))
+
+
+class WanHead(nn.Module):
+    def __init__(self, dim, cout):
+        super().__init__()
+        self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim ** 0.5)
+        self.head = Linear32(dim, cout)
+
+    def forward(self, x, emb):
+        """x (b,k,m,dim), emb (b,k,dim): of the timestep -> (b,k,m,cout)."""
+        table = (self.modulation.float() + emb.unsqueeze(2)).unsqueeze(3)  # b k 2 1 dim
+        return self.head(modulate(x, *table.unbind(2)))
+
+
+class Wan(nn.Module):
+    """Wan2.1-T2V-1.3B by default; flow matching, any size and length."""
+
+    def __init__(self, cfg=WanConfig()):
+        super().__init__()
+        self.cfg = cfg
+        self.grad_ckpt = False  # recompute each block in the backward pass
+        dim, patch = cfg.dim, (1, PATCH, PATCH)
+        self.patch_embedding = nn.Conv3d(cfg.in_channels, dim, patch, stride=patch)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(cfg.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
+        self.time_embedding = nn.Sequential(
+            Linear32(cfg.freq_dim, dim), nn.SiLU(), Linear32(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), Linear32(dim, 6 * dim))
+        if cfg.image_dim:
+            self.img_emb = nn.Module()
+            self.img_emb.proj = nn.Sequential(
+                nn.LayerNorm(cfg.image_dim), nn.Linear(cfg.image_dim, cfg.image_dim), nn.GELU(),
+                nn.Linear(cfg.image_dim, dim), nn.LayerNorm(dim))
+        if cfg.image_positions:
+            table = torch.zeros(1, cfg.image_positions, cfg.image_dim)
+            self.img_emb.emb_pos = nn.Parameter(table)
+        self.blocks = nn.ModuleList(WanBlock(cfg) for _ in range(cfg.num_layers))
+        self.head = WanHead(dim, cfg.out_channels * PATCH ** 2)
+        self.init_weights()
+
+    def init_weights(self):
+        """As published, for training from scratch."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embedding.weight.view(self.cfg.dim, -1))
+        for layer in (*self.text_embedding[::2], *self.time_embedding[::2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        nn.init.zeros_(self.head.head.weight)
+
+    def namings(self):
+        """Functions from our keys to those of other public files."""
+        return [wan_diffusers_name]
+
+    def units(self):
+        """The modules that FSDP shards one by one."""
+        return list(self.blocks)
+
+    def check(self, x, t, text, image):
+        """Assert that sizes and conditions fit; the command line was checked by latent_shape()."""
+        cfg, (c, f, h, w) = self.cfg, x.shape[1:]
+        assert c == cfg.in_channels, (
+            f"{c} channels of latents, with first_frame, instead of {cfg.in_channels}")
+        assert h % PATCH == w % PATCH == 0, f"latents of {h}x{w}: not multiples of {PATCH}"
+        assert t.ndim == 1 or t.shape[1] in (1, f, f * h * w // PATCH ** 2), (
+            f"{t.shape[1]} timesteps per sample: give one, one per latent frame or per token")
+        assert text.shape[1] <= cfg.text_length, f"{text.shape[1]} text tokens are too many"
+        assert (image is not None) == (cfg.image_dim > 0), "image: for the image branch, always"
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor, first_frame=None, image=None) -> Tensor:
+        """x (b,c,f,h,w) noisy latents, t (b,), (b,f) or (b,f h/2 w/2) in 0..1000, fractions
+        allowed: a timestep per sample, latent frame or token; text (b,n,d) of UMT5, rows behind
+        the prompt zero -> the velocity noise - x0, like x, float32.
+
+        Conditions: first_frame (b,e,f,h,w): what stands beside x (I2V: 4 channels of mask, then 16
+        of the image's latents); image (b,k,e): tokens of CLIP (Wan2.1's I2V, FLF2V).
+        """
+        if first_frame is not None:
+            x = torch.cat([x, first_frame.to(x)], dim=1)
+        self.check(x, t, text, image)
+        cfg, (f, h, w) = self.cfg, x.shape[2:]
+        dtype = self.patch_embedding.weight.dtype
+        exact = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
+        t = t.view(len(t), -1)  # b k
+        emb = self.time_embedding(sinusoidal(t, cfg.freq_dim, exact))  # b k dim
+        six = self.time_projection(emb).unflatten(-1, (6, cfg.dim))
+        # the zeros are not masked: their tokens, made of biases alone, are attended to
+        text = F.pad(text.to(dtype), (0, 0, 0, cfg.text_length - text.shape[1]))
+        text = self.text_embedding(text)
+        if image is not None:
+            image = image.to(dtype)
+            image = image + self.img_emb.emb_pos if cfg.image_positions else image
+            image = self.img_emb.proj(image)
+        rope = wan_rope(f, h // PATCH, w // PATCH, cfg.dim // cfg.heads, x.device)
+
+        x = rearrange(self.patch_embedding(x.to(dtype)), "b d f h w -> b (f h w) d")
+        x = x.float().unflatten(1, (t.shape[1], -1))  # b k m dim
+        for block in self.blocks:
+            x = run_block(block, x, six, text, image, rope, recompute=self.grad_ckpt)
+        x = self.head(x, emb).flatten(1, 2)
+        return rearrange(x, "b (f h w) (p q c) -> b c f (h p) (w q)",
+                         f=f, h=h // PATCH, p=PATCH, q=PATCH)
+
+
+WAN_DIFFUSERS = {
+    "time_embedding.0.": "condition_embedder.time_embedder.linear_1.",
+    "time_embedding.2.": "condition_embedder.time_embedder.linear_2.",
+    "time_projection.1.": "condition_embedder.time_proj.",
+    "text_embedding.0.": "condition_embedder.text_embedder.linear_1.",
+    "text_embedding.2.": "condition_embedder.text_embedder.linear_2.",
+    "img_emb.proj.0.": "condition_embedder.image_embedder.norm1.",
+    "img_emb.proj.1.": "condition_embedder.image_embedder.ff.net.0.proj.",
+    "img_emb.proj.3.": "condition_embedder.image_embedder.ff.net.2.",
+    "img_emb.proj.4.": "condition_embedder.image_embedder.norm2.",
+    "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed",
+    "head.head.": "proj_out.", "head.modulation": "scale_shift_table",
+    "modulation": "scale_shift_table",
+    ".self_attn.": ".attn1.", ".cross_attn.": ".attn2.", ".norm3.": ".norm2.",
+    ".q.": ".to_q.", ".k.": ".to_k.", ".v.": ".to_v.", ".o.": ".to_out.0.",
+    ".k_img.": ".add_k_proj.", ".v_img.": ".add_v_proj.", ".norm_k_img.": ".norm_added_k.",
+    ".ffn.0.": ".ffn.net.0.proj.", ".ffn.2.": ".ffn.net.2."}
+
+
+def wan_diffusers_name(key):
+    """Key of Wan -> that of diffusers' WanTransformer3DModel."""
+    for ours, theirs in WAN_DIFFUSERS.items():
+        key = key.replace(ours, theirs)
+    return key
+
+
+WAN_NAMES = {  # (dim, in_channels, image branch)
+    (1536, 16, ""): "Wan2.1-T2V-1.3B",
+    (5120, 16, ""): "Wan2.1-T2V-14B or Wan2.2-T2V-A14B",
+    (5120, 36, "CLIP"): "Wan2.1-I2V-14B",
+    (5120, 36, "CLIP of two images"): "Wan2.1-FLF2V-14B",
+    (5120, 36, ""): "Wan2.2-I2V-A14B",
+    (3072, 48, ""): "Wan2.2-TI2V-5B"}
+
+
+def wan_variant(state):
+    """Which Wan has these weights, original or diffusers' keys, in words."""
+    dim, channels = state["patch_embedding.weight"].shape[:2]
+    image = "CLIP" if any("k_img." in k or "add_k_proj." in k for k in state) else ""
+    if any("emb_pos" in k or "image_embedder.pos_embed" in k for k in state):
+        image = "CLIP of two images"
+    own = f"a Wan of width {dim} and {channels} channels"
+    own += f", with an image branch ({image})" if image else ", without an image branch"
+    return WAN_NAMES.get((dim, channels, image), own)
+
+
+def wan_state(state, net, source):
+    """Public weights -> Wan's: with the original's keys (ComfyUI's too) or diffusers'."""
+    state = below(state, "model.diffusion_model.")
+    diffusers = "condition_embedder.time_proj.weight" in state
+    known = diffusers or "time_projection.1.weight" in state
+    if known and state.get("patch_embedding.weight", torch.empty(0)).ndim == 5:
+        theirs, ours = wan_variant(state), wan_variant(net.state_dict())
+        if theirs != ours:
+            raise UserError(f"{source}: these are weights of {theirs}, this network is {ours}; "
+                            "give the --base that the file belongs to")
+    if diffusers:
+        # in the files of diffusers' I2V; no code reads it
+        state = {k: v for k, v in state.items() if ".norm_added_q." not in k}
+        return rename(state, net, wan_diffusers_name, source)
+    return state

@@ -15,6 +15,7 @@ import math
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -29,14 +30,17 @@ from weights import (
 
 # ---- layers shared by all networks
 
-def sinusoidal(t, dim):
-    """t (b,) -> (b, dim) float32: cosines, then sines, of 10000^(-k / half) t, k < half."""
+def sinusoidal(t, dim, dtype=torch.float32):
+    """t (...) -> (..., dim) float32: cosines, then sines, of 10000^(-k / half) t, k < half.
+
+    dtype: of the angles.
+    """
     half = dim // 2
-    k = torch.arange(half, device=t.device, dtype=torch.float32)
+    k = torch.arange(half, device=t.device, dtype=dtype)
     # rounded as in the originals: another order of the factors shifts angles by up to 6e-5
     freq = torch.exp(-math.log(10000) * k / half)
-    angle = t.float()[:, None] * freq
-    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+    angle = t.to(dtype)[..., None] * freq
+    return torch.cat([angle.cos(), angle.sin()], dim=-1).float()
 
 
 def guidance_embedding(w, dim=256):
@@ -203,14 +207,30 @@ class GEGLU(nn.Module):
         return value.mul_(torch.ops.aten.gelu_(gate))  # in place: the network's largest tensors
 
 
+def tanh_gelu(h):
+    gelu = F.gelu if torch.is_grad_enabled() else torch.ops.aten.gelu_
+    return gelu(h, approximate="tanh")
+
+
 class GELU(nn.Module):
     def __init__(self, dim, inner):
         super().__init__()
         self.proj = nn.Linear(dim, inner)
 
     def act(self, h):
-        gelu = F.gelu if torch.is_grad_enabled() else torch.ops.aten.gelu_
-        return gelu(h, approximate="tanh")
+        return tanh_gelu(h)
+
+
+def feed_forward(x, proj, act, last):
+    """last(act(proj(x))), x (..., d); what lies between is a transformer's largest tensor.
+
+    A backward pass computes act() again. Without one, a CPU takes a part of the tokens at a time.
+    """
+    if x.device.type != "cpu" or torch.is_grad_enabled():
+        return lean(lambda h: last(act(h)), proj(x), x.shape[-1])
+    rows = max(512, 2 ** 21 // proj.out_features)  # their activations fit into the cache
+    pieces = x.flatten(0, -2).split(rows)
+    return torch.cat([last(act(proj(p))) for p in pieces]).view(x.shape)
 
 
 class FeedForward(nn.Module):
@@ -221,11 +241,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x):
         first, _, last = self.net
-        if x.device.type != "cpu" or torch.is_grad_enabled():
-            return lean(lambda h: last(first.act(h)), first.proj(x), x.shape[-1])
-        rows = max(512, 2 ** 21 // first.proj.out_features)  # their activations fit into the cache
-        pieces = x.flatten(0, -2).split(rows)
-        return torch.cat([last(first.act(first.proj(p))) for p in pieces]).view(x.shape)
+        return feed_forward(x, first.proj, first.act, last)
 
 
 class Adapter(nn.Module):
@@ -747,7 +763,13 @@ class UNet3D(nn.Module):
         if cfg.pooled_text:
             self.pooled_text = nn.Linear(cfg.context_dim, emb_dim)
 
-    def blocks(self):
+    def namings(self):
+        """Functions from our keys to those of other public files."""
+        diffusers = partial(unet_diffusers_name, num_res_blocks=self.cfg.num_res_blocks)
+        # diffusers has no DEMO
+        return [videocrafter_name] if self.cfg.motion_blocks else [videocrafter_name, diffusers]
+
+    def units(self):
         """The modules that FSDP shards one by one."""
         kinds = (ResBlock, SpatialTransformer, TemporalTransformer, Downsample, Upsample)
         return [m for m in self.modules() if isinstance(m, kinds)]
@@ -1150,13 +1172,8 @@ def turbo_lora_layers(net):
 def public_layers(net):
     """{name of a layer with a weight, in the public files' namings and in ours: ours}."""
     ours = [n for n, m in net.named_modules() if isinstance(getattr(m, "weight", None), Tensor)]
-    layers = {}
-    if isinstance(net, UNet3D):
-        layers = {videocrafter_name(f"{n}.").removesuffix("."): n for n in ours}
-    if isinstance(net, UNet3D) and not net.cfg.motion_blocks:  # diffusers has no DEMO
-        blocks = net.cfg.num_res_blocks
-        layers |= {unet_diffusers_name(f"{n}.weight", blocks).removesuffix(".weight"): n
-                   for n in ours}
+    layers = {name_of(f"{n}.weight").removesuffix(".weight"): n
+              for name_of in net.namings() for n in ours}
     return layers | {n: n for n in ours}
 
 
@@ -1190,7 +1207,8 @@ def merge_public_lora(net, path, scale=1.0):
     state, text = open_weights(path)
     kind, scales = lora_format(state), {}
     if kind == "named":
-        lora, scales = named_lora(state, text, path, public_layers(net))
+        lora, scales, differences = named_lora(state, text, path, public_layers(net))
+        add_differences(net, differences, path, scale)
     elif kind == "turbo":
         lora = turbo_lora(state, turbo_lora_layers(net), path)
     elif kind in ("adapters", "instructvideo"):
@@ -1212,6 +1230,18 @@ def merge_public_lora(net, path, scale=1.0):
             raise UserError(f"--lora {path}: {layer} is too large with it (scale {factor:g})")
 
 
+@torch.no_grad()
+def add_differences(net, differences, path, scale):
+    """{our parameter: tensor} of a LoRA file, such as biases: add them, `scale` times."""
+    parameters = dict(net.named_parameters())
+    for key, value in differences.items():
+        own = parameters.get(key)
+        if own is None or own.shape != value.shape or not is_plain(value):
+            raise UserError(f"--lora {path}: the differences of {key} do not fit this network; "
+                            "give the base that it was made for")
+        own += (scale * value.float()).to(own.dtype)
+
+
 def fill_adapters(net, state, path, scale):
     """A file of DreamVideo's, {key: tensor} of the subject's or the motion's adapters -> net."""
     if scale != 1:
@@ -1230,7 +1260,11 @@ def read_peft_lora(net, path, scale=1.0):
 
     All its layers must have one rank. The file's layers have the names of a public file.
     """
-    lora, scales = named_lora(*open_weights(path), path, public_layers(net))
+    lora, scales, differences = named_lora(*open_weights(path), path, public_layers(net))
+    extra = next((k for k, v in differences.items() if v.any()), None)
+    if extra:
+        raise UserError(f"--lora {path}: holds differences beside the LoRA (such as that of "
+                        f"{extra}), which a run does not train; start from a file without them")
     pairs, modules = lora_pairs(net, lora, path), dict(net.named_modules())
     rank = max(len(down) for down, _ in pairs.values())
     for layer, (down, _) in pairs.items():
@@ -1308,7 +1342,7 @@ def parallelize(net, mode, device, offload=False, reshard=True, unused=False):
         policy = {} if reshard else {"reshard_after_forward": False}
         if offload:
             policy["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
-        for block in net.blocks():
+        for block in net.units():
             fully_shard(block, **policy)
         return fully_shard(net, **policy)
     devices = [device.index] if device.type == "cuda" else None

@@ -1,9 +1,9 @@
 """Text encoders, whose tokens a video network attends to, and image towers.
 
 OpenCLIPText is the text tower of OpenCLIP ViT-H-14 (ModelScope, VideoCrafter2, I2VGen-XL, DEMO),
-OpenCLIPVision its image tower (image prompts, CLIP rewards). With other sizes the same classes
-are OpenAI's ViT-L-14 (CLIP_L14). T5Text is transformers' T5 (CogVideoX, Open-Sora). DINO is an
-image tower that tells subjects apart.
+OpenCLIPVision its image tower (image prompts, CLIP rewards, Wan2.1's I2V). With other sizes the
+same classes are OpenAI's ViT-L-14 (CLIP_L14). T5Text is transformers' T5 (CogVideoX, Open-Sora) or
+UMT5 (Wan). DINO is an image tower that tells subjects apart.
 
 The layers are written here; open_clip only brings the tokenizer. Keys are open_clip's: laion's
 open_clip_pytorch_model.bin (686 tensors) loads as it is. The `text_encoder` folder of diffusers
@@ -13,6 +13,7 @@ the argument `learned` of OpenCLIPText.
 
     text = OpenCLIPText(CLIPConfig())(tokenize(["a red ball"]))  # (1, 77, 1024)
 """
+import html
 import math
 import re
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from torch import nn
 
 from common import UserError, check_file, warn, warn_once
 from models import attend
-from weights import below, looks_like
+from weights import below, looks_like, rename
 
 SKIP = {"last": 0, "penultimate": 1}  # choice of features -> number of last blocks that do not run
 
@@ -31,7 +32,7 @@ SKIP = {"last": 0, "penultimate": 1}  # choice of features -> number of last blo
 @dataclass(frozen=True)
 class CLIPConfig:
     """Sizes of the two towers; the defaults are ViT-H-14's."""
-    embed_dim: int = 1024           # of both outputs; 0: no text projection (diffusers' layout)
+    embed_dim: int = 1024           # of both outputs; 0: no projections, only tokens
     # image tower
     image_size: int = 224
     vision_layers: int = 32
@@ -51,6 +52,8 @@ class CLIPConfig:
 CLIP_L14 = CLIPConfig(
     embed_dim=768, vision_layers=24, vision_width=1024, vision_head_width=64, text_width=768,
     text_heads=12, text_layers=12, quick_gelu=True)
+# of xlm-roberta-large ViT-H-14: Wan2.1's I2V reads the tokens before the last block
+WAN_CLIP = CLIPConfig(embed_dim=0, vision_layers=31)
 
 
 # ---- the transformer that all towers share
@@ -126,7 +129,7 @@ class OpenCLIPText(nn.Module):
             self.text_projection = nn.Parameter(w ** -0.5 * torch.randn(w, cfg.embed_dim))
             self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # of CLIP's loss
 
-    def blocks(self):
+    def units(self):
         """The modules to shard one by one (models.parallelize)."""
         return list(self.transformer.resblocks)
 
@@ -166,8 +169,9 @@ class OpenCLIPVision(nn.Module):
         self.ln_pre = nn.LayerNorm(w)
         self.transformer = Transformer(
             w, w // cfg.vision_head_width, cfg.vision_layers, quick_gelu=cfg.quick_gelu)
-        self.ln_post = nn.LayerNorm(w)
-        self.proj = nn.Parameter(std * torch.randn(w, cfg.embed_dim))
+        if cfg.embed_dim:
+            self.ln_post = nn.LayerNorm(w)
+            self.proj = nn.Parameter(std * torch.randn(w, cfg.embed_dim))
 
     def tokens(self, images):
         """images (n, 3, h, w) in CLIP's mean and std -> tokens (n, 1 + patches, vision_width).
@@ -350,13 +354,37 @@ def text_state(state, net, source):
     return {k: v for k, v in clip_text_only(state).items() if k in ours}
 
 
+WAN_CLIP_NAMES = {"transformer.resblocks.": "transformer.", "class_embedding": "cls_embedding",
+                  "positional_embedding": "pos_embedding", "conv1.": "patch_embedding.",
+                  "ln_pre.": "pre_norm.", "ln_post.": "post_norm.", ".ln_": ".norm",
+                  ".attn.in_proj_": ".attn.to_qkv.", ".attn.out_proj.": ".attn.proj.",
+                  ".c_fc.": ".0.", ".c_proj.": ".2."}
+
+
+def wan_clip_name(key):
+    """Our key of OpenCLIPVision -> that of Wan's CLIP file, without `visual.`."""
+    for ours, theirs in WAN_CLIP_NAMES.items():
+        key = key.replace(ours, theirs)
+    return "head" if key == "proj" else key
+
+
 def image_state(state, net, source):
-    """Public weights -> OpenCLIPVision's, of an open_clip file or in transformers' naming."""
+    """Public weights -> OpenCLIPVision's, of an open_clip file, Wan's, or in transformers' naming.
+
+    A tower that is read before its last block takes what it needs of the file.
+    """
+    ours = net.state_dict()
     if any("encoder.layers." in k for k in state):
-        return vision_from_hf(state)
-    if not any(k.startswith("visual.") for k in state):
+        state = vision_from_hf(state)
+    elif not any(k.startswith("visual.") for k in state):
         raise UserError(f"{source}: has no OpenCLIP image tower: {looks_like(state)}")
-    return below(state, "visual.")
+    else:
+        wan, state = "visual.cls_embedding" in state, below(state, "visual.")
+        if wan:
+            needed = {wan_clip_name(k) for k in ours}
+            state = {k: v for k, v in state.items() if k in needed}
+            state = rename(state, net, wan_clip_name, source)
+    return state if "proj" in ours else {k: v for k, v in state.items() if k in ours}
 
 
 # ---- T5 (Raffel et al., arXiv 1910.10683), its encoder only
@@ -364,6 +392,7 @@ def image_state(state, net, source):
 @dataclass(frozen=True)
 class T5Config:
     """Defaults: the encoder of T5 v1.1 XXL (4,762 M parameters), as CogVideoX uses it."""
+    umt5: bool = False   # positions for each layer, and what is not of the prompt is zero (Wan)
     length: int = 226    # tokens that a prompt is padded or cut to (Open-Sora: 300)
     mask: bool = False   # hide the padding from the words (CogVideoX: no; Open-Sora: yes)
     vocab_size: int = 32128
@@ -374,8 +403,14 @@ class T5Config:
     layers: int = 24
 
 
+UMT5_XXL = T5Config(umt5=True, length=512, mask=True, vocab_size=256384)  # Wan's, 5,681 M
+
+
 class T5Text(nn.Module):
-    """transformers' T5EncoderModel, with public keys. In fp16 its activations overflow."""
+    """transformers' T5EncoderModel or UMT5EncoderModel, with its public keys.
+
+    In fp16 its activations overflow.
+    """
 
     def __init__(self, cfg=T5Config()):
         super().__init__()
@@ -385,7 +420,10 @@ class T5Text(nn.Module):
             raise UserError("this base's text encoder is transformers' T5: pip install "
                             "transformers") from None
         self.cfg = cfg
-        model = transformers.T5EncoderModel(transformers.T5Config(
+        kind, options = transformers.T5EncoderModel, transformers.T5Config
+        if cfg.umt5:
+            kind, options = transformers.UMT5EncoderModel, transformers.UMT5Config
+        model = kind(options(
             vocab_size=cfg.vocab_size, d_model=cfg.width, num_heads=cfg.heads, d_kv=cfg.head_dim,
             d_ff=cfg.hidden, num_layers=cfg.layers, feed_forward_proj="gated-gelu",
             dropout_rate=0.0, is_encoder_decoder=False, use_cache=False))
@@ -395,40 +433,83 @@ class T5Text(nn.Module):
     def forward(self, ids):
         """ids (b, n) long, 0 for padding (read like words without cfg.mask) -> (b, n, width)."""
         mask = (ids != 0).long() if self.cfg.mask else torch.ones_like(ids)
-        return self.encoder(inputs_embeds=self.shared(ids), attention_mask=mask).last_hidden_state
+        out = self.encoder(inputs_embeds=self.shared(ids), attention_mask=mask).last_hidden_state
+        return out * mask[..., None].to(out.dtype) if self.cfg.umt5 else out
+
+
+UMT5_NAMES = {"encoder.block.": "blocks.", "shared.": "token_embedding.",
+              "encoder.final_layer_norm.": "norm.", "layer.0.layer_norm.": "norm1.",
+              "layer.1.layer_norm.": "norm2.",
+              "layer.0.SelfAttention.relative_attention_bias.": "pos_embedding.embedding.",
+              "layer.0.SelfAttention.": "attn.", "layer.1.DenseReluDense.": "ffn.",
+              ".wi_0.": ".gate.0.", ".wi_1.": ".fc1.", ".wo.": ".fc2."}
+
+
+def umt5_name(key):
+    """Key of T5Text -> that of Wan's models_t5_umt5-xxl-enc-bf16.pth."""
+    for ours, theirs in UMT5_NAMES.items():
+        key = key.replace(ours, theirs)
+    return key
 
 
 def t5_state(state, net, source):
-    """Public weights, with or without a decoder -> T5Text's."""
+    """Public weights, with or without a decoder -> T5Text's; of UMT5 also with Wan's own keys."""
     ours = net.state_dict()
-    return {k: v for k, v in state.items() if k in ours}
+    if "token_embedding.weight" in state:
+        return rename(state, net, umt5_name, source)
+    state = {"shared.weight": state.get("encoder.embed_tokens.weight")} | state  # one table
+    return {k: v for k, v in state.items() if k in ours and v is not None}
 
 
-def t5_tokenizer(path, length):
-    """T5's public tokenizer/spiece.model -> fn(list of str): ids (b, length) long.
-
-    Ids are [words, 1, 0 ...]; a longer text is cut before the 1.
-    """
+def clean_text(text):
+    """As Wan does before its tokenizer: repair the encoding and HTML, single blanks."""
     try:
-        from sentencepiece import SentencePieceProcessor
+        import ftfy  # comes with open_clip
     except ImportError:
-        raise UserError("T5's tokenizer needs sentencepiece: pip install sentencepiece") from None
-    check_file(path, "tokenizer/spiece.model of the base")
-    try:
-        pieces = SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError) as e:
-        raise UserError(f"{path}: not a model of sentencepiece ({str(e)[:80]})") from None
+        raise UserError("cleaning prompts for UMT5 needs ftfy: pip install ftfy") from None
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(text.split())
+
+
+def t5_tokenizer(path, length, clean=None):
+    """T5's or UMT5's spiece.model or tokenizer.json -> fn(list of str): ids (b, length) long.
+
+    Ids are [words, 1, 0 ...]; a longer text is cut before the 1. clean: what is done to a text
+    first (Wan: clean_text).
+    """
+    encode, decode = pieces_of(check_file(path, "tokenizer of the base"))
 
     def tokenize(texts):
         ids, lost = torch.zeros(len(texts), length, dtype=torch.long), {}
         for row, text in zip(ids, texts):
-            tokens = pieces.encode(text)
-            lost[text] = pieces.decode(tokens[length - 1:])
+            tokens = encode(clean(text) if clean else text)
+            lost[text] = decode(tokens[length - 1:])
             tokens = [*tokens[:length - 1], 1]
             row[:len(tokens)] = torch.tensor(tokens)
         say_cut(lost, len(texts), length)
         return ids
     return tokenize
+
+
+def pieces_of(path):
+    """A model of sentencepiece, or a tokenizer.json -> encode(str): ids, decode(ids): str."""
+    if path.suffix == ".json":
+        from tokenizers import Tokenizer  # comes with transformers
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as e:  # it raises no other kind
+            raise UserError(f"{path}: not a tokenizer.json ({str(e)[:80]})") from None
+        return (lambda text: tokenizer.encode(text, add_special_tokens=False).ids,
+                tokenizer.decode)
+    try:
+        from sentencepiece import SentencePieceProcessor
+    except ImportError:
+        raise UserError("T5's tokenizer needs sentencepiece: pip install sentencepiece") from None
+    try:
+        pieces = SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as e:
+        raise UserError(f"{path}: not a model of sentencepiece ({str(e)[:80]})") from None
+    return pieces.encode, pieces.decode
 
 
 # ---- DINO

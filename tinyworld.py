@@ -955,7 +955,7 @@ class TinyText(nn.Module):
         self.transformer = Transformer(width, heads, layers)
         self.ln_final = nn.LayerNorm(width)
 
-    def blocks(self):
+    def units(self):
         """The modules to shard one by one (models.parallelize)."""
         return list(self.transformer.resblocks)
 

@@ -281,7 +281,31 @@ def load_weights(path, lists=False) -> dict:
     if isinstance(state, list) and not lists:
         raise UserError(f"{path}: a list of {len(state)} tensors without names, like T2V-Turbo's "
                         "LoRA")
-    return state if isinstance(state, list) else bare_keys(state, path)
+    return state if isinstance(state, list) else bare_keys(from_fp8(state, path), path)
+
+
+FP8_SCALES = ".scale_weight", ".weight_scale"  # ComfyUI's names, of a layer
+# what else its fp8 files hold: marks, and scales of activations, which are not needed
+FP8_MARKS = "scaled_fp8", ".scale_input", ".input_scale", ".comfy_quant"
+
+
+def from_fp8(state, path) -> dict:
+    """{key: tensor} of a file in fp8, such as ComfyUI's *_fp8_scaled: weights times their scales,
+    in bf16. Other files as they are."""
+    packed = [k for k, v in state.items() if v.is_floating_point() and v.element_size() == 1]
+    if not packed:
+        return state
+    plain = {k: v for k, v in state.items() if not k.endswith(FP8_SCALES + FP8_MARKS)}
+    for key in plain.keys() & set(packed):
+        layer, weight = key.removesuffix(".weight"), state[key].float()
+        scale = next((state[layer + end] for end in FP8_SCALES if layer + end in state), None)
+        if scale is not None and scale.numel() not in (1, len(weight)):
+            raise UserError(f"{path}: the fp8 scales of {key} are not one or one per row; take a "
+                            "file in bf16 or fp16")
+        if scale is not None:
+            weight = weight * scale.float().view(-1, *[1] * (weight.ndim - 1))
+        plain[key] = weight.bfloat16()
+    return plain
 
 
 def config_file(path) -> dict:
@@ -305,7 +329,7 @@ PARTS = {
     "vae": ("first_stage_model.", "vae."),
     "text": ("cond_stage_model.model.", "cond_stage_model.transformer.",
              "text_encoders.clip_h.transformer.", "text_encoders.t5xxl.transformer.",
-             "text_encoder."),
+             "text_encoders.umt5xxl.transformer.", "text_encoder."),
     "image": ("image_encoder.", "clip_vision.")}
 
 
@@ -340,6 +364,11 @@ KINDS = {  # part of a key that only this kind of file has -> the kind; the firs
     "time_cond_proj": "T2V-Turbo",
     "init_attn": "VideoCrafter2",
     "transformer_blocks_copy": "Diffusion as Shader",
+    "vace_": "Wan's VACE",
+    "condition_embedder.time_proj": "Wan in diffusers layout",
+    "time_projection.": "Wan",
+    "cls_embedding": "Wan's CLIP",
+    "pos_embedding.embedding": "a UMT5 encoder",
     "conv_y": "a CogVideoX autoencoder",
     "SelfAttention": "a T5 encoder",
     "input_blocks.1.3.": "DEMO",
@@ -444,8 +473,10 @@ NOT_LORA = {  # a part of a key -> what only looks like LoRA
     "magnitude_vector": "DoRA", "dora_scale": "DoRA", "hada_w": "LoHa", "lokr_w": "LoKr",
     "lora_mid": "LoRA with a middle matrix (CP decomposition)", "lora_embedding": "LoRA of words",
     "vera_lambda": "VeRA", "ia3_l": "IA3", "oft_": "OFT", "modules_to_save": "whole layers",
-    ".diff": "differences of weights", "diff_b": "differences of biases", ".bias": "biases",
-    "bias_": "biases", "w_norm": "norms", "b_norm": "norms", "on_input": "IA3"}
+    "diff_": "differences of other kinds", ".bias": "biases", "bias_": "biases",
+    "w_norm": "norms", "b_norm": "norms", "on_input": "IA3"}
+# beside a LoRA: what is added to a layer's parameter, a difference of two networks
+DIFFERENCES = {".diff": "weight", ".diff_b": "bias"}
 
 
 def lora_format(state):
@@ -454,7 +485,7 @@ def lora_format(state):
         return "turbo"
     if any("_lora.down_linear" in k for k in state):
         return "instructvideo"
-    marks = [m for m in NOT_LORA if m not in (".bias", "bias_", ".diff")]
+    marks = [m for m in NOT_LORA if m not in (".bias", "bias_", "diff_")]
     if any(LORA_TAIL.fullmatch(k) or any(m in k for m in marks) for k in state):
         return "named"
     return "adapters" if any("_adapter." in k for k in state) else None
@@ -473,26 +504,29 @@ def find_layer(name, layers):
 
 def named_lora(state, text, path, layers):
     """A LoRA of any program but T2V-Turbo's and InstructVideo's -> ({our layer + ".lora_A.weight"
-    or ".lora_B.weight": tensor in float32}, {our layer: scale}).
+    or ".lora_B.weight": tensor in float32}, {our layer: scale}, {our parameter: tensor to add}).
 
     state, text: open_weights(path); layers {public name: ours}.
     """
     flat = {name.replace(".", "_"): ours for name, ours in layers.items()}
     layers, source = flat | layers, f"--lora {path}"
-    lora, names, alphas, strange, texts = {}, {}, {}, [], []
+    lora, names, alphas, differences, strange, texts = {}, {}, {}, {}, [], []
     kind = next((v for k, v in LORA_FORMATS.items() if any(k in key for key in state)), "bare")
     for key, value in state.items():
-        tail = LORA_TAIL.fullmatch(key)
-        if not (tail or key.endswith(".alpha")):
+        tail, (bare, dot, end) = LORA_TAIL.fullmatch(key), key.rpartition(".")
+        parameter = DIFFERENCES.get(dot + end)
+        if not (tail or parameter or end == "alpha"):
             what = next((what for mark, what in NOT_LORA.items() if mark in key), "a whole tensor")
             raise UserError(f"{source}: {key} is of {what}, which is not supported: merge it into "
                             "its base with the program that made it")
-        name = tail[1] if tail else key.removesuffix(".alpha")
+        name = tail[1] if tail else bare
         ours = find_layer(name, layers)
         if ours is None and TEXT_LORA.match(name):
             texts.append(name)
         elif ours is None:
             strange.append(name)
+        elif parameter:
+            differences[f"{ours}.{parameter}"] = value
         elif tail is None:
             alphas[ours] = value
         else:
@@ -514,7 +548,7 @@ def named_lora(state, text, path, layers):
              f"(such as {texts[0]}), so prompts may have less effect than its author saw")
     downs = {ours: lora.get(f"{ours}.lora_A.weight") for ours in names}
     ranks = {ours: len(down) for ours, down in downs.items() if down is not None and down.ndim}
-    return lora, lora_scales(path, text, state, names, ranks, alphas)
+    return lora, lora_scales(path, text, state, names, ranks, alphas), differences
 
 
 def turbo_lora(tensors, layers, path):

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 import sys
+import tempfile
 import traceback
 import zlib
 from pathlib import Path
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import bases
@@ -2030,6 +2032,177 @@ def das_train_step(case):
     return result
 
 
+# ---- Wan. Its tensors are (b,c,f,h,w), as ours
+
+def wan_config(config):
+    """Our WanConfig for the arguments of the original's WanModel."""
+    published = {"patch_size": [1, dit.PATCH, dit.PATCH], "qk_norm": True, "cross_attn_norm": True, "eps": 1e-6}
+    if other := {k: config[k] for k in published if config[k] != published[k]}:
+        raise Unsupported(f"Wan with {other}")
+    return dit.WanConfig(
+        in_channels=config["in_dim"], out_channels=config["out_dim"], dim=config["dim"], ffn_dim=config["ffn_dim"],
+        heads=config["num_heads"], num_layers=config["num_layers"], freq_dim=config["freq_dim"],
+        text_dim=config["text_dim"], text_length=config["text_len"])
+
+
+def wan_network(case):
+    """The Wan of a case, filled. Only generation 2.1 has the image branch."""
+    cfg, kind = wan_config(case.config), case.config["model_type"]
+    if case.call["generation"] == "2.1" and kind in ("i2v", "flf2v"):
+        cfg = dataclasses.replace(cfg, image_dim=1280, image_positions=514 if kind == "flf2v" else 0)
+    net = fill(dit.Wan(cfg), case.params, case.left_as_built)
+    with torch.no_grad():
+        for name, factor in vars(case).get("param_scale", {}).items():
+            net.state_dict()[name].mul_(factor)
+    return net
+
+
+def wan_given(case, prefix=""):
+    """(x, t, text) and conditions of one of a case's runs; x and t are None where it has none."""
+    x, y, t, text, clip = (case.input(prefix + name) for name in ("x", "y", "t", "text", "clip_fea"))
+    image = None if clip is None else clip.reshape(len(text), -1, clip.shape[-1])  # FLF2V: two images
+    return (x, t, text), {"first_frame": y, "image": image}
+
+
+def wan_forward(case):
+    net, result, seen = wan_network(case), {}, {}
+
+    def watch(name, key, what=lambda out: out):
+        def hook(module, args, out):
+            seen.setdefault(key, what(out))
+        if name in dict(net.named_modules()):
+            net.get_submodule(name).register_forward_hook(hook)
+
+    def of_time(out):  # (b,k,...): of the sample, or of its first and last token
+        return out[:, 0] if out.shape[1] == 1 else out[:, [0, -1]]
+    watch("patch_embedding", "patch_tokens", lambda out: out.flatten(2).transpose(1, 2))
+    watch("time_embedding", "time_embedding", of_time)
+    watch("time_projection", "time_projection", lambda out: of_time(out).unflatten(-1, (6, -1)))
+    watch("text_embedding", "text_context", lambda out: out[:, :24])
+    watch("img_emb.proj", "image_context", lambda out: out[:, :24])
+    watch("blocks.0.self_attn", "block0_self_attn")
+    watch("blocks.0.cross_attn", "block0_cross_attn")
+    watch("blocks.0", "block0", lambda out: out.flatten(1, 2))
+    watch("head", "head_tokens", lambda out: out.flatten(1, 2))
+    for run in case.call["runs"]:
+        seen.clear()
+        given, cond = wan_given(case, run["prefix"])
+        with torch.no_grad():
+            seen["out"] = net(*given, **cond)
+        result |= {run["prefix"] + name: value for name, value in seen.items()}
+    return result
+
+
+def wan_train_step(case):
+    net, (_, cond) = wan_network(case).train(), wan_given(case)
+    if case.call["loss"] != "mse_velocity" or case.call["num_train_timesteps"] != 1000:
+        raise Unsupported(f"loss {case.call['loss']}")
+    x0, noise, sigma = case.input("x0"), case.input("noise"), case.input("sigma")
+    s, start = sigma.view(-1, 1, 1, 1, 1), 0
+    x_t, t = (1 - s) * x0 + s * noise, 1000 * sigma
+    if case.call["first_frame_clean"]:
+        start = 1
+        x_t[:, :, 0] = x0[:, :, 0]
+        t = t[:, None].repeat(1, x0.shape[2])  # a timestep per latent frame
+        t[:, 0] = 0
+    out = net(x_t, t, case.input("text"), **cond)
+    loss = (out - (noise - x0))[:, :, start:].square().mean()
+    loss.backward()
+    grads = {name: p.grad for name, p in net.named_parameters()}
+    result = {"x_t": x_t, "model_out": out, "loss": loss[None],
+              "grad_norms": torch.stack([grads[k].norm() for k in case.outputs["grad_norms"]["names"]])}
+    return result | {name: grads[name.removeprefix("grad.")] for name in case.outputs
+                     if name.startswith("grad.")}
+
+
+def wan_rope_rows(case, head_dim, grid, at, theta):
+    if theta != 10000:
+        raise Unsupported(f"rope with theta {theta}")
+    return {name: table[case.input(at)] for name, table in
+            zip(("cos", "sin"), dit.wan_rope(*grid, head_dim))}
+
+
+def wan_timestep_rows(case, dim, timestep):
+    return {"table": models.sinusoidal(torch.tensor(timestep), dim, torch.float64)}
+
+
+def wan_positions(case):
+    return tables_of_rows(case, {"rope": wan_rope_rows, "timestep_sinusoid": wan_timestep_rows})
+
+
+def wan_lora(case):
+    """The same adapter as several public files, each loaded as sample.py --lora does."""
+    given, cond = wan_given(case)
+    result = {}
+
+    def answer(net):
+        with torch.no_grad():
+            return net(*given, **cond)
+    result["out_plain"] = answer(wan_network(case))
+    with safe_open(case.path.with_suffix(".safetensors"), "pt") as f:
+        tensors = {key: f.get_tensor(key) for key in f.keys()}
+    for kind, spec in case.call["files"].items():
+        file = {k.removeprefix(spec["prefix"]): v for k, v in tensors.items() if k.startswith(spec["prefix"])}
+        if len(file) != spec["keys"]:
+            raise ValueError(f"{kind}: {len(file)} keys instead of {spec['keys']}")
+        net = wan_network(case)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, f"{kind}.safetensors")
+            save_file(file, path)
+            models.merge_public_lora(net, path, case.call["scale"])
+        out, theirs = answer(net), case.expected(spec["output"])
+        old = result.get(spec["output"])  # several files have one answer: keep the worst
+        if old is None or error(out, theirs) > error(old, theirs):
+            result[spec["output"]] = out
+    return result
+
+
+def umt5_forward(case):
+    c = case.config
+    if c["num_buckets"] != 32 or c["shared_pos"]:
+        raise Unsupported("UMT5 with shared positions, or other buckets")
+    cfg = text_encoders.T5Config(
+        umt5=True, mask=True, vocab_size=c["vocab_size"], width=c["dim"], heads=c["num_heads"],
+        head_dim=c["dim_attn"] // c["num_heads"], hidden=c["dim_ffn"], layers=c["encoder_layers"])
+    net = fill(text_encoders.T5Text(cfg), case.params, case.left_as_built, text_encoders.umt5_name)
+    result, ids = {}, case.input("input_ids")
+    for run in case.call["runs"]:
+        masked = run["mask"] == "nonzero_ids"
+        if not run["zero_pads"]:  # before the rows are set to zero
+            net.cfg = dataclasses.replace(cfg, umt5=False, mask=masked)
+        with torch.no_grad():
+            result[run["to"]] = net(ids)
+        net.cfg = cfg
+    return result
+
+
+def wan_clip(case):
+    c, call = case.config, case.call
+    expected = {"pool_type": "token", "pre_norm": True, "post_norm": False, "activation": "gelu"}
+    if other := {k: c[k] for k in expected if c[k] != expected[k]}:
+        raise Unsupported(f"CLIP with {other}")
+    if (tuple(call["mean"]), tuple(call["std"])) != (data.CLIP_MEAN, data.CLIP_STD):
+        raise Unsupported("another mean or deviation")
+    if c["mlp_ratio"] != 4:
+        raise Unsupported(f"an MLP {c['mlp_ratio']} times as wide")
+    cfg = text_encoders.CLIPConfig(
+        embed_dim=0, image_size=c["image_size"], vision_layers=c["num_layers"] - 1, vision_width=c["dim"],
+        vision_head_width=c["dim"] // c["num_heads"], patch_size=c["patch_size"])
+    with torch.device("meta"):
+        net = text_encoders.OpenCLIPVision(cfg)
+    state = {name: fill_tensor(name, shape) for name, shape in case.params.items()}
+    weights.load_strict(net, text_encoders.image_state(state, net, "case"), "case")
+    pixels = data.clip_square(case.input("image"), c["image_size"])
+    with torch.no_grad():
+        return {"preprocessed": pixels, "features": net.tokens(pixels)}
+
+
+def umt5_table(case):
+    if other := {row["op"] for row in case.rows} - {"text_clean"}:
+        raise Unsupported(f"a table of {other}")
+    return {f"{i}.text": text_encoders.clean_text(**row["inputs"]) for i, row in enumerate(case.rows)}
+
+
 # the same word may mean another computation in another system, so both choose the function
 KINDS = {
     ("dit_forward", "stdit3"): stdit3_forward,
@@ -2105,6 +2278,14 @@ KINDS = {
     ("projection", "das_tracking"): projections,
     ("object_motion", "das_tracking"): object_motions,
     ("draw_tracks", "das_tracking"): drawings,
+    # Wan
+    ("dit_forward", "wan_dit"): wan_forward,
+    ("train_step", "wan_dit"): wan_train_step,
+    ("position_table", "wan_dit"): wan_positions,
+    ("lora_files", "wan_dit"): wan_lora,
+    ("text_forward", "wan_t5"): umt5_forward,
+    ("table", "wan_t5"): umt5_table,
+    ("clip_image_forward", "wan_clip"): wan_clip,
 }
 
 

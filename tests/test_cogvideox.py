@@ -42,7 +42,7 @@ def inputs(b=2, f=3):
 @pytest.mark.parametrize("trained", ["all", "lora", "branch"])
 def test_every_trained_parameter_gets_the_same_gradient_with_recomputation(trained):
     net, (args, cond) = filled(CogVideoX(SMALL)), inputs()
-    assert len(net.blocks()) == 5
+    assert len(net.units()) == 5
     if trained == "lora":
         assert len(add_lora(net, 2, 2.0, TARGETS)) == 4 * 5
         for key, p in net.named_parameters():
