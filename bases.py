@@ -21,19 +21,21 @@ from torch import Tensor, nn
 
 from diffusion import make_schedule, number_of_updates
 from dit import (
-    PATCH, CogVideoX, CogVideoXConfig, STDiT3, STDiT3Config, cogvideox_state, stdit3_state)
+    PATCH, CogVideoX, CogVideoXConfig, STDiT3, STDiT3Config, Wan, WanConfig, cogvideox_state,
+    stdit3_state, wan_state)
 from models import (
     UNet3D, UNetConfig, add_lora, fits, merge_public_lora, read_peft_lora, unet_state,
     videocrafter_name, with_motion_blocks, with_new_conditions, zero_init)
 from text_encoders import (
-    CLIPConfig, OpenCLIPText, OpenCLIPVision, T5Config, T5Text, image_state, placeholder_id,
-    t5_state, t5_tokenizer, text_state, tokenize)
+    UMT5_XXL, WAN_CLIP, CLIPConfig, OpenCLIPText, OpenCLIPVision, T5Config, T5Text, clean_text,
+    image_state, placeholder_id, t5_state, t5_tokenizer, text_state, tokenize)
 from tinyworld import (
     MOTIONS, NEW_MOTIONS, TINY_COGVIDEOX_VAE, TINY_FPS, TINY_FRAMES, TINY_SIZE, TINY_VAE,
     TINY_WORDS, TinyText, tiny_tokenize)
 from vae import (
-    AutoencoderKL, CogVideoXVAE, CogVideoXVAEConfig, OpenSoraVAE, OpenSoraVAEConfig, Tiles,
-    VAEConfig, cogvideox_vae_state, opensora_vae_state, vae_state)
+    WAN22_VAE, AutoencoderKL, CogVideoXVAE, CogVideoXVAEConfig, OpenSoraVAE, OpenSoraVAEConfig,
+    Tiles, VAEConfig, WanVAE, WanVAEConfig, cogvideox_vae_state, opensora_vae_state, vae_state,
+    wan_vae_state)
 from weights import (
     PARTS, START, below, export_dreamvideo, export_peft, fetch, load_checkpoint, load_safetensors,
     load_strict, load_weights, lora_file, public_files, read_learned, replace_part, run_parts)
@@ -41,13 +43,13 @@ from weights import (
 ASSETS = Path(__file__).parent / "assets"
 
 # config -> class
-NETWORKS = {UNetConfig: UNet3D, CogVideoXConfig: CogVideoX, STDiT3Config: STDiT3}
+NETWORKS = {UNetConfig: UNet3D, CogVideoXConfig: CogVideoX, STDiT3Config: STDiT3, WanConfig: Wan}
 AUTOENCODERS = {VAEConfig: AutoencoderKL, CogVideoXVAEConfig: CogVideoXVAE,
-                OpenSoraVAEConfig: OpenSoraVAE}
+                OpenSoraVAEConfig: OpenSoraVAE, WanVAEConfig: WanVAE}
 # class -> fn(public weights, module, source): our weights
-CONVERT = {UNet3D: unet_state, CogVideoX: cogvideox_state, STDiT3: stdit3_state,
+CONVERT = {UNet3D: unet_state, CogVideoX: cogvideox_state, STDiT3: stdit3_state, Wan: wan_state,
            AutoencoderKL: vae_state, CogVideoXVAE: cogvideox_vae_state,
-           OpenSoraVAE: opensora_vae_state, OpenCLIPText: text_state,
+           OpenSoraVAE: opensora_vae_state, WanVAE: wan_vae_state, OpenCLIPText: text_state,
            OpenCLIPVision: image_state, T5Text: t5_state}
 
 
@@ -74,6 +76,9 @@ class Sampling:
     fps: int | None = None                  # frame rate given to the network
     start_offset: float | None = None       # strength of offset noise in the starting noise
     dynamic_cfg: str | None = None          # CogVideoX: guidance that grows over the steps
+    shift: float | None = None              # Wan: moves the steps towards the noise
+    boundary: float | None = None           # Wan2.2's two experts: the first has t >= 1000 boundary
+    low_cfg: float | None = None            # the second expert's guidance scale
     motion_cfg: float | None = None         # T2V-Turbo-v2: scale of motion guidance
     motion_share: float | None = None       # share of the steps that have it
     motion_factor: int | None = None        # HiGen: amount of motion
@@ -108,11 +113,12 @@ class Row:
     """One base. The defaults are ModelScope's. url: "hub:repo:file", see weights.fetch().
 
     Parts of `files` are "net", "vae", "text"; "image": CLIP image tower; "motion_text": a second
-    text tower (DEMO); "lora": merged into the network (T2V-Turbo); "tokenizer": T5's.
+    text tower (DEMO); "lora": merged into the network (T2V-Turbo); "tokenizer": T5's; "low_net":
+    the expert for little noise (Wan2.2).
     """
     about: str
-    net: UNetConfig | CogVideoXConfig | STDiT3Config = UNetConfig()
-    vae: VAEConfig | CogVideoXVAEConfig | OpenSoraVAEConfig = VAEConfig()
+    net: UNetConfig | CogVideoXConfig | STDiT3Config | WanConfig = UNetConfig()
+    vae: VAEConfig | CogVideoXVAEConfig | OpenSoraVAEConfig | WanVAEConfig = VAEConfig()
     text: CLIPConfig | T5Config | None = CLIPConfig()  # None: TinyText, which knows `words`
     schedule: dict | None = field(default_factory=lambda: EPS)  # None: rectified flow
     sample: Sampling = Sampling()                      # as published
@@ -139,8 +145,14 @@ class Row:
     @property
     def first_frame(self) -> bool:
         """Does it make video from an image?"""
-        cog = isinstance(self.net, CogVideoXConfig) and self.net.in_channels > self.net.out_channels
-        return cog or self.unet.image_to_video
+        transformer = isinstance(self.net, CogVideoXConfig | WanConfig)
+        beside = transformer and self.net.in_channels > self.net.out_channels
+        return beside or self.unet.image_to_video
+
+    @property
+    def two_experts(self) -> bool:
+        """Has it a network for much noise and one for little (Wan2.2 A14B)?"""
+        return self.sample.boundary is not None
 
     @property
     def tracks(self) -> bool:
@@ -178,6 +190,34 @@ def cogvideox_files(repo):
     return {"diffusers": diffusers_files(repo, "transformer", tokenizer=tokenizer)}
 
 
+def wan_files(name, comfy, net, vae="2.1", image=False, two=False):
+    """Files of Wan-AI's repository NAME, of its diffusers layout, of ComfyUI's `comfy`.
+
+    net: ComfyUI's name of the network, with {} for "high_noise" or "low_noise" if there are two.
+    """
+    repo, weights = f"hf:Wan-AI/{name}", "diffusion_pytorch_model.safetensors"
+    original = {"net": f"{repo}:{weights}", "vae": f"{repo}:Wan{vae}_VAE.pth",
+                "text": f"{repo}:models_t5_umt5-xxl-enc-bf16.pth",
+                "tokenizer": f"{repo}:google/umt5-xxl/tokenizer.json"}
+    folders = {"tokenizer": "tokenizer/tokenizer.json"}
+    split = f"hf:Comfy-Org/{comfy}:split_files"
+    text = f"{split}/text_encoders/umt5_xxl_fp16.safetensors"
+    comfyui = {"net": f"{split}/diffusion_models/{net.format('high_noise')}.safetensors",
+               "vae": f"{split}/vae/wan{'_2.1' if vae == '2.1' else '2.2'}_vae.safetensors",
+               "text": text, "tokenizer": text}  # it holds the tokenizer, too
+    if image:
+        original["image"] = f"{repo}:models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
+        folders["image"] = "image_encoder/model.safetensors"
+        comfyui["image"] = f"{split}/clip_vision/clip_vision_h.safetensors"
+    if two:
+        original["net"] = f"{repo}:high_noise_model/{weights}"
+        original["low_net"] = f"{repo}:low_noise_model/{weights}"
+        folders["low_net"] = f"transformer_2/{weights}"
+        comfyui["low_net"] = comfyui["net"].replace("high_noise", "low_noise")
+    diffusers = diffusers_files(f"{repo}-Diffusers", "transformer", **folders)
+    return {"original": original, "diffusers": diffusers, "comfyui": comfyui}
+
+
 # prompts
 NEGATIVE = (
     "Distorted, discontinuous, Ugly, blurry, low resolution, motionless, static, disfigured, "
@@ -193,6 +233,11 @@ SR600_NEGATIVE = (
     "worst quality, normal quality, low quality, low res, blurry, text, watermark, logo, banner, "
     "extra digits, cropped, jpeg artifacts, signature, username, error, sketch ,duplicate, ugly, "
     "monochrome, horror, geometry, mutation, disgusting")
+WAN_NEGATIVE = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，"
+    "静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
+WAN_I2V_NEGATIVE = f"镜头晃动，{WAN_NEGATIVE}"  # 2.1's
 
 # what several rows share
 V_ZERO_SNR = dict(name="linear_sd", prediction="v", zero_snr=True)
@@ -214,6 +259,15 @@ COGVIDEOX_5B = dict(
     sample=Sampling(frames=49, height=480, width=720, sampler="dpm", cfg=6.0,
                     dynamic_cfg="published"))
 COGVIDEOX_I2V = dict(positions="rope+learned", in_channels=32)
+WAN = dict(vae=WanVAEConfig(), text=UMT5_XXL, schedule=dict(name="flow", shift=5.0))
+WAN_14B = WanConfig(dim=5120, ffn_dim=13824, heads=40, num_layers=40)
+WAN_14B_I2V = replace(WAN_14B, in_channels=36)
+WAN_CLIP_14B = replace(WAN_14B_I2V, image_dim=WAN_CLIP.vision_width)
+WAN_SAMPLE = Sampling(
+    frames=81, height=480, width=832, save_fps=16, sampler="unipc", spacing="wan", cfg=5.0,
+    shift=5.0, negative=WAN_NEGATIVE)
+WAN_I2V = replace(WAN_SAMPLE, sample_steps=40, shift=3.0, negative=WAN_I2V_NEGATIVE)
+HD = dict(height=720, width=1280)
 TEXT_TO_VIDEO = ("t2v", "videolcm", "vader", "instructvideo", "videodpo", "demo")
 # The tiny world. Noise hides so redundant a signal less well, hence the schedule's shift. With
 # v-prediction and zero terminal SNR, sampling starts where training ended.
@@ -409,6 +463,52 @@ BASES = {
                       "text": "hf:DeepFloyd/t5-v1_1-xxl:pytorch_model.bin",
                       "tokenizer": "hf:DeepFloyd/t5-v1_1-xxl:spiece.model"}},
         millions=1207.6, methods=("vader", "videodpo")),
+    "wan2.1-t2v-1.3b": Row(
+        "Wan2.1 T2V-1.3B (arXiv 2503.20314), 81 frames of 480x832, other sizes and lengths too",
+        WanConfig(), **WAN, sample=WAN_SAMPLE,
+        files=wan_files("Wan2.1-T2V-1.3B", "Wan_2.1_ComfyUI_repackaged", "wan2.1_t2v_1.3B_bf16"),
+        millions=1419.0, methods=("t2v", "vader", "videodpo")),
+    "wan2.1-t2v-14b": Row(
+        "Wan2.1 T2V-14B, 81 frames of 720x1280 or 480x832",
+        WAN_14B, **WAN, sample=replace(WAN_SAMPLE, **HD),
+        files=wan_files("Wan2.1-T2V-14B", "Wan_2.1_ComfyUI_repackaged", "wan2.1_t2v_14B_bf16"),
+        millions=14288.5, methods=("t2v", "vader", "videodpo")),
+    "wan2.1-i2v-14b-480p": Row(
+        "Wan2.1 I2V-14B-480P, image to video, as many pixels as 480x832 in the image's shape",
+        WAN_CLIP_14B, **WAN | dict(schedule=dict(name="flow", shift=3.0)), sample=WAN_I2V,
+        image=WAN_CLIP,
+        files=wan_files("Wan2.1-I2V-14B-480P", "Wan_2.1_ComfyUI_repackaged",
+                        "wan2.1_i2v_480p_14B_bf16", image=True),
+        millions=16394.9, methods=("vader",)),
+    "wan2.1-i2v-14b-720p": Row(
+        "Wan2.1 I2V-14B-720P, image to video, as many pixels as 720x1280 in the image's shape",
+        WAN_CLIP_14B, **WAN, sample=replace(WAN_I2V, **HD, shift=5.0), image=WAN_CLIP,
+        files=wan_files("Wan2.1-I2V-14B-720P", "Wan_2.1_ComfyUI_repackaged",
+                        "wan2.1_i2v_720p_14B_bf16", image=True),
+        millions=16394.9, methods=("vader",)),
+    "wan2.2-ti2v-5b": Row(
+        "Wan2.2 TI2V-5B, from text or (--image) from a first frame, 121 frames of 704x1280",
+        WanConfig(in_channels=48, out_channels=48, dim=3072, ffn_dim=14336, heads=24),
+        **WAN | dict(vae=WAN22_VAE),
+        sample=replace(WAN_SAMPLE, frames=121, height=704, width=1280, save_fps=24),
+        files=wan_files("Wan2.2-TI2V-5B", "Wan_2.2_ComfyUI_Repackaged", "wan2.2_ti2v_5B_fp16",
+                        vae="2.2"),
+        millions=4999.8, methods=("t2v", "vader", "videodpo")),
+    "wan2.2-t2v-a14b": Row(
+        "Wan2.2 T2V-A14B, 81 frames of 720x1280 or 480x832; two experts, one on the device",
+        WAN_14B, **WAN | dict(schedule=dict(name="flow", shift=12.0)),
+        sample=replace(WAN_SAMPLE, **HD, sample_steps=40, shift=12.0, cfg=4.0, low_cfg=3.0,
+                       boundary=0.875),
+        files=wan_files("Wan2.2-T2V-A14B", "Wan_2.2_ComfyUI_Repackaged", "wan2.2_t2v_{}_14B_fp16",
+                        two=True),
+        millions=2 * 14288.5),
+    "wan2.2-i2v-a14b": Row(
+        "Wan2.2 I2V-A14B, image to video, as many pixels as 720x1280; two experts",
+        WAN_14B_I2V, **WAN,
+        sample=replace(WAN_SAMPLE, **HD, sample_steps=40, cfg=3.5, low_cfg=3.5, boundary=0.9),
+        files=wan_files("Wan2.2-I2V-A14B", "Wan_2.2_ComfyUI_Repackaged", "wan2.2_i2v_{}_14B_fp16",
+                        two=True),
+        millions=2 * 14288.9),
 }
 
 
@@ -456,6 +556,11 @@ def check_frames(name, row, frames):
             limit = f", at most {most}" if most else ""
             raise UserError(f"--frames {frames}: {name} makes 8 k + 1 frames{limit}; nearest: "
                             f"{near}")
+    unit = row.vae.time_factor if isinstance(row.net, WanConfig) else 1
+    if frames % unit != 1 % unit:
+        low = (frames - 1) // unit * unit + 1
+        raise UserError(f"--frames {frames}: {name} makes {unit} k + 1 frames; nearest: {low} or "
+                        f"{low + unit}")
     most = row.unet.frame_pos
     if most and frames > most:
         raise UserError(f"--frames {frames}: {name} makes clips of 1 to {most} frames")
@@ -466,7 +571,9 @@ def check_side(name, row, side, size):
     flag, unit, net = f"--{side}", row.vae.factor, row.net
     if isinstance(net, STDiT3Config):
         return  # it pads
-    if isinstance(net, CogVideoXConfig):
+    if isinstance(net, WanConfig):
+        step = unit * PATCH
+    elif isinstance(net, CogVideoXConfig):
         step, own = unit * PATCH, [n * unit for n in net.size[1:]]
         if net.positions == "rope+learned" and size != own[side == "width"]:
             raise UserError(f"{flag} {size}: {name} has learned positions for {own[0]}x{own[1]} "
@@ -512,7 +619,8 @@ def choose_sampling(name, args, run=None, method=None, **fixed) -> Sampling:
         raise UserError(f"--base {name}: {method}.py does not run on it; it runs on {known}")
     names = {f.name for f in fields(Sampling)}
     given = {k: v for k, v in vars(args).items() if k in names and v is not None}
-    for option in ("fps", "motion_factor", "appearance_factor", "motion_cfg", "dynamic_cfg"):
+    for option in ("fps", "motion_factor", "appearance_factor", "motion_cfg", "dynamic_cfg",
+                   "shift", "low_cfg"):
         if option in given and getattr(row.sample, option) is None:
             what = "takes no frame rate" if option == "fps" else "has no such condition"
             raise UserError(f"--{option.replace('_', '-')} {given[option]}: base {name} {what}")
@@ -533,7 +641,8 @@ class Base:
     """A loaded base: its row of the table, its networks and its noise schedule.
 
     image_encoder, motion_encoder: None where the base has none. learned {token id: vectors}:
-    words of a textual inversion.
+    words of a textual inversion. low_net: the expert for little noise, if there are two; net is
+    the other one.
     """
     name: str
     row: Row
@@ -546,6 +655,7 @@ class Base:
     motion_encoder: nn.Module | None = None
     learned: dict = field(default_factory=dict)
     encoded: dict = field(default_factory=dict)  # {(prompt, motion): tokens (n, d)}, see remember()
+    low_net: nn.Module | None = None
 
     def latent_shape(self, sampling):
         """(c, f, h, w) of the latents of clips of this size."""
@@ -554,7 +664,8 @@ class Base:
     def parts(self) -> dict:
         """{name: module} of all networks that it has."""
         named = {"net": self.net, "vae": self.vae, "text encoder": self.text_encoder,
-                 "image encoder": self.image_encoder, "motion encoder": self.motion_encoder}
+                 "image encoder": self.image_encoder, "motion encoder": self.motion_encoder,
+                 "low-noise net": self.low_net}
         return {name: module for name, module in named.items() if module is not None}
 
     def freeze(self, dtype, but=()):
@@ -702,6 +813,8 @@ def build_parts(row, image) -> dict:
              "text": text_tower(row)}
     if row.unet.motion_blocks:
         parts["motion_text"] = text_tower(row)
+    if row.two_experts:
+        parts["low_net"] = NETWORKS[type(row.net)](row.net)
     if image:
         parts["image"] = OpenCLIPVision(row.image or row.text)
     return parts
@@ -722,7 +835,9 @@ def make_tokenizer(row, tower, file=None):
     """-> fn(list of str): ids (b, n) for the base's text tower; file: T5's tokenizer."""
     if row.tiny:
         return partial(tiny_tokenize, tower.words, tower.context_length)
-    return tokenize if file is None else t5_tokenizer(file, row.text.length)
+    if file is None:
+        return tokenize
+    return t5_tokenizer(file, row.text.length, clean_text if row.text.umt5 else None)
 
 
 def load_parts(parts, name, row, files, copied, start):

@@ -856,6 +856,7 @@ def local_file(root, url):
         ends += [end for end in WEIGHT_SUFFIXES if end != file.suffix]
     names = [f"{stem}{half}{end}{index}" for half in ("", ".fp16", ".bf16") for stem in stems
              for end in ends for index in ("", ".index.json")]
+    names += ["spiece.model"] * (file.name == "tokenizer.json")  # the same in another format
     names += [f"{stem}{end}.index{half}.json" for half in (".fp16", ".bf16") for stem in stems
               for end in ends]
     paths = (folder / file.with_name(name) for folder in folders for name in names)
