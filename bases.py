@@ -9,6 +9,7 @@ Public files are downloaded, or read from the folder --weights, in the original 
 layout.
 """
 from common import Parser, UserError, run_command  # first: for signals
+import math
 import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -125,11 +126,12 @@ class Row:
     files: dict = field(default_factory=dict)          # {layout: {part: url}}
     methods: tuple = ()                                # the training files that run on it
     millions: float = 0.0                              # parameters of the network
+    image: CLIPConfig | None = None                    # image tower; None: of the text tower's CLIP
+    keeps_first: bool = False                          # may be given its first frame (Wan TI2V)
     # of the tiny world's bases
     assets: dict = field(default_factory=dict)  # {part: name of the file in assets/ that holds it}
     flawed: bool = False                        # trained on clips that look scraped from the web
     words: tuple = tuple(TINY_WORDS)
-    image: CLIPConfig | None = None             # its image tower; other bases have CLIP's own
     motion_words: float = 1.0                   # share of what sets words for motions apart
 
     @property
@@ -144,10 +146,15 @@ class Row:
 
     @property
     def first_frame(self) -> bool:
-        """Does it make video from an image?"""
+        """Does it make video from an image, always?"""
         transformer = isinstance(self.net, CogVideoXConfig | WanConfig)
         beside = transformer and self.net.in_channels > self.net.out_channels
         return beside or self.unet.image_to_video
+
+    @property
+    def takes_first_frame(self) -> bool:
+        """Can its clips start from an image?"""
+        return self.first_frame or self.keeps_first
 
     @property
     def two_experts(self) -> bool:
@@ -264,7 +271,7 @@ WAN_14B = WanConfig(dim=5120, ffn_dim=13824, heads=40, num_layers=40)
 WAN_14B_I2V = replace(WAN_14B, in_channels=36)
 WAN_CLIP_14B = replace(WAN_14B_I2V, image_dim=WAN_CLIP.vision_width)
 WAN_SAMPLE = Sampling(
-    frames=81, height=480, width=832, save_fps=16, sampler="unipc", spacing="wan", cfg=5.0,
+    frames=81, height=480, width=832, save_fps=16, sampler="flow-unipc", spacing="wan", cfg=5.0,
     shift=5.0, negative=WAN_NEGATIVE)
 WAN_I2V = replace(WAN_SAMPLE, sample_steps=40, shift=3.0, negative=WAN_I2V_NEGATIVE)
 HD = dict(height=720, width=1280)
@@ -490,7 +497,7 @@ BASES = {
     "wan2.2-ti2v-5b": Row(
         "Wan2.2 TI2V-5B, from text or (--image) from a first frame, 121 frames of 704x1280",
         WanConfig(in_channels=48, out_channels=48, dim=3072, ffn_dim=14336, heads=24),
-        **WAN | dict(vae=WAN22_VAE),
+        **WAN | dict(vae=WAN22_VAE), keeps_first=True,
         sample=replace(WAN_SAMPLE, frames=121, height=704, width=1280, save_fps=24),
         files=wan_files("Wan2.2-TI2V-5B", "Wan_2.2_ComfyUI_Repackaged", "wan2.2_ti2v_5B_fp16",
                         vae="2.2"),
@@ -607,6 +614,19 @@ def nearest_side(name, row, side, ideal):
     raise AssertionError(f"{name}: no {side} near {ideal} fits")
 
 
+def size_for_image(name, height, width):
+    """Size (h, w) of the clip that Wan makes of an image of this size, as published: about as many
+    pixels as the base's own clips, in the image's shape."""
+    row = base_row(name)
+    area, unit, shape = row.sample.height * row.sample.width, row.vae.factor * PATCH, height / width
+    tall, wide = (int(side // unit * unit) for side in ((area * shape) ** 0.5, (area / shape) ** 0.5))
+    if not row.keeps_first:
+        return tall, wide
+    # one side is rounded down, and the area gives the other: whichever keeps the shape better
+    choices = (int(area / wide // unit * unit), wide), (tall, int(area / tall // unit * unit))
+    return min(choices, key=lambda size: abs(math.log(size[0] / size[1] / shape)))
+
+
 def choose_sampling(name, args, run=None, method=None, **fixed) -> Sampling:
     """The sampling settings for base `name`: its own, then a run's, then flags, then `fixed`.
 
@@ -670,6 +690,12 @@ class Base:
                  "image encoder": self.image_encoder, "motion encoder": self.motion_encoder,
                  "low-noise net": self.low_net}
         return {name: module for name, module in named.items() if module is not None}
+
+    def to(self, device):
+        """Move its networks to a device; of two experts the second stays behind, see two_experts()
+        in pipeline.py."""
+        for module in self.parts().values():
+            module.to("cpu" if module is self.low_net else device)
 
     def freeze(self, dtype, but=()):
         """Turn gradients off and convert to `dtype` (None: keep), except for networks in `but`.
@@ -803,9 +829,11 @@ def load_base(name, weights=None, device="cpu", dtype=torch.float32, scratch=Fal
     ids_of = make_tokenizer(row, parts["text"], files.get("tokenizer"))
     base = Base(name, row, parts["net"], parts["vae"], parts["text"],
                 make_schedule(**row.schedule), ids_of, parts.get("image"), parts.get("motion_text"))
+    base.low_net = parts.get("low_net")
     base.freeze(dtype)  # before it moves: float32 on the GPU would be the run's peak
+    base.to(device)
     for module in base.parts().values():
-        module.to(device).eval()
+        module.eval()
     return base
 
 
@@ -863,6 +891,19 @@ def load_parts(parts, name, row, files, copied, start):
         if copied and part == "motion_text":  # not the same tensors in two towers
             state = {k: v.clone() for k, v in state.items()}
         load_strict(module, state, source)
+    if row.two_experts:
+        check_experts(parts, files)
+
+
+def check_experts(parts, files):
+    """Refuse Wan2.2's two experts in each other's place, as far as names tell, or one twice."""
+    for part, wrong in (("net", ("low_noise", "transformer_2")), ("low_net", ("high_noise",))):
+        path = files[part].resolve()
+        if any(word in name for word in wrong for name in (path.name, path.parent.name)):
+            raise UserError(f"{files[part]} is {path}: the two experts are swapped")
+    if torch.equal(parts["net"].head.head.weight, parts["low_net"].head.head.weight):
+        raise UserError(f"{files['net']} and {files['low_net']} hold the same weights; one must be "
+                        "the expert for much noise, the other that for little")
 
 
 def tiny_state(row, part):

@@ -199,6 +199,7 @@ SAMPLE_FIELDS = dict(
     negative=str, suffix=str, fps=(int, 1, 1000), start_offset=(float, 0, 100),
     dynamic_cfg=("published", "meant", "off"), motion_cfg=(float, -1000, 1000),
     motion_share=(float, 0, 1), motion_factor=(int, 0, 10 ** 6),
+    shift=(float, 1e-6, 1e6), boundary=(float, 0, 1), low_cfg=(float, -1000, 1000),
     appearance_factor=(float, -1000, 1000))
 SCHEDULE_FIELDS = dict(
     name=("linear_sd", "linear_sd_shifted", "cosine", "logsnr_cosine_interp", "flow"),
@@ -561,6 +562,8 @@ OPTIONS = {
         "--sample-steps": dict(type=COUNT, help="sampler steps (default: the base's)"),
         "--eta": dict(type=SHARE, help="DDIM noise: 0 is deterministic, 1 is DDPM (default: the "
                                        "base's)"),
+        "--shift": dict(type=POSITIVE, help="flow matching: moves the sampler's steps towards the "
+                                           "noise (default: the base's; small clips need less)"),
         "--cfg": dict(type=REAL, help="guidance scale w in u + w (c - u); 1 turns guidance off "
                                       "(default: the base's)"),
     },

@@ -6,25 +6,27 @@ show() writes what an evaluation made.
 """
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from bases import Sampling, add_guidance, base_row, latent_shape, load_base
+from bases import Sampling, add_guidance, base_row, latent_shape, load_base, size_for_image
 from common import (
     Env, UserError, draw_curve, finish, gather_rows, generator, meet, read_lines, read_text,
     seed_of, write_lines)
 from data import (
-    Mixed, VideoDataset, center_crop_wide, clip_image, contact_sheet, encode_once, image_tensor,
-    open_image, prompt_grid, read_batches, read_image_prompts, read_prompts, read_seeded_prompts,
+    Mixed, VideoDataset, center_crop_wide, clip_image, clip_square, contact_sheet, encode_once,
+    image_tensor, open_image, prompt_grid, read_batches, read_image_prompts, read_prompts, read_seeded_prompts,
     to_uint8, write_video)
 from diffusion import (
     FLOW_SAMPLERS, cogvideox_dpm, ddim, ddim_invert, dpmpp_2m, dynamic_guidance, guided, higen, lcm,
     make_schedule, mix_noise, offset_noise, randn, sr600)
-from dit import STDiT3Config
+from dit import STDiT3Config, WanConfig
 from metrics import psnr
 from models import (
     Adapter, SpatialTransformer, add_lora, guidance_embedding, lora_strength, merge_lora)
@@ -70,13 +72,24 @@ def rollout(net, base, prompts, x_T, sampling, generators, cond=None, null_cond=
     cfg, rule = sampling.cfg, sampling.dynamic_cfg or "off"
     if rule != "off":
         cfg = dynamic_guidance(cfg, steps, as_published=rule == "published")
-    fn = guided(net, text, null, cfg, sequential=sequential, null_cond=null_cond, **cond)
+    kept = cond.pop("kept", None)
+    branches = dict(sequential=sequential, null_cond=null_cond, **cond)
+    fn = guided(net, text, null, cfg, **branches)
+    if base.row.two_experts:
+        low = guided(base.low_net, text, null, sampling.low_cfg, **branches)
+        fn = two_experts(base, fn, low, sampling.boundary)
+    if kept is not None:
+        fn = keep_first(fn, kept)
     if sampling.subject_below is not None:
         fn = late_subject(fn, net, sampling.subject_below)
     shared = dict(grad_last=grad_last, progress=progress)
     if sampling.sampler in FLOW_SAMPLERS:
-        return FLOW_SAMPLERS[sampling.sampler](
-            fn, x_T, base.schedule, steps, sampling.size, sampling.spacing, **shared)
+        schedule = base.schedule
+        if sampling.shift is not None:
+            schedule = replace(schedule, shift=sampling.shift)
+        x_0 = FLOW_SAMPLERS[sampling.sampler](
+            fn, x_T, schedule, steps, sampling.size, sampling.spacing, **shared)
+        return x_0 if kept is None else torch.cat([kept, x_0[:, :, 1:]], dim=2)
     if sampling.sampler == "dpm":
         return cogvideox_dpm(fn, x_T, base.schedule, steps, generators, **shared)
     if sampling.sampler == "dpmpp":
@@ -120,6 +133,32 @@ def late_subject(fn, net, below):
             for adapter in adapters:
                 adapter.on = True
     return late
+
+
+def two_experts(base, high, low, boundary):
+    """fn(x, t): `high` at steps t >= 1000 boundary, then `low` (Wan2.2). Only the network in use
+    is on the device."""
+    def fn(x, t, **now):
+        early = bool(t.max() >= 1000 * boundary)
+        used, other = (base.net, base.low_net) if early else (base.low_net, base.net)
+        if next(used.parameters()).device != x.device:
+            other.to("cpu")
+            used.to(x.device)
+        return (high if early else low)(x, t, **now)
+    return fn
+
+
+def keep_first(fn, kept):
+    """fn(x, t) of a network that is given its first latent frame, kept (b,c,1,h,w) (Wan2.2 TI2V).
+
+    It sees that frame as it is, with a step of 0, in every call. What the sampler makes of it does
+    not touch the other frames, and is replaced in the end.
+    """
+    def given(x, t):
+        steps = t[:, None].repeat(1, x.shape[2])  # b f
+        steps[:, 0] = 0
+        return fn(torch.cat([kept, x[:, :, 1:]], dim=2), steps)
+    return given
 
 
 def frame_rate(fps, n, device) -> dict:
@@ -755,6 +794,8 @@ def conditions(base, env, sampling, images, maps=None, style=None):
     cond, null = {}, {}
     images = [image if image is None or isinstance(image, Image.Image) else open_image(image)
               for image in images]
+    if isinstance(row.net, WanConfig):
+        return wan_conditions(base, env, sampling, images), null
 
     def clip_embedding(pictures):
         s = (row.image or row.text).image_size
@@ -779,6 +820,35 @@ def conditions(base, env, sampling, images, maps=None, style=None):
     for name, value in (maps or {}).items():
         cond[name] = value.expand(n, *value.shape[1:])
     return cond, null
+
+
+def wan_conditions(base, env, sampling, images) -> dict:
+    """Wan's conditions of clips that start from Pillow images, in both branches; None: words alone.
+
+    TI2V keeps the latents of the image as its first latent frame. The others read beside the noise
+    4 channels of a mask, which is 1 in the first latent frame, and the latents of the image and of
+    grey frames behind it. Wan2.1's network reads the tokens of its CLIP, too.
+    """
+    size, weight = (sampling.height, sampling.width), next(base.vae.parameters())
+    if images[0] is None:
+        return {}
+    if base.row.keeps_first:
+        pixels = [image_tensor(center_crop_wide(p, size, Image.LANCZOS)) for p in images]
+        return {"kept": base.vae.encode(torch.stack(pixels)[:, :, None].to(weight)).float()}
+    cond, pixels = {}, []
+    for picture in images:
+        if size != size_for_image(base.name, picture.height, picture.width):
+            picture = center_crop_wide(picture, size)
+        pixels.append(F.interpolate(image_tensor(picture)[None], size, mode="bicubic"))
+    clip = F.pad(torch.cat(pixels)[:, :, None], (0, 0, 0, 0, 0, sampling.frames - 1))
+    latents = base.vae.encode(clip.to(weight)).float()
+    mask = torch.zeros_like(latents[:, :1]).repeat(1, base.vae.time_factor, 1, 1, 1)
+    mask[:, :, 0] = 1
+    cond["first_frame"] = torch.cat([mask, latents], dim=1)
+    if base.image_encoder is not None:
+        squares = [clip_square(image_tensor(p)[None], base.row.image.image_size) for p in images]
+        cond["image"] = base.image_encoder.tokens(torch.cat(squares).to(weight)).float()
+    return cond
 
 
 def first_frame_kept(videos, images):
@@ -806,7 +876,7 @@ def noised_first_frame(base, picture, keep, shape, generators):
 def read_image_rows(path, row, image=None, root=None):
     """A prompt file -> [(image or None, prompt, seed or None)]: one image for all, or each line's
     own, image|||prompt, with paths as listed_path()."""
-    optional = row.unet.adapter_image_dim and "|||" in read_text(path)
+    optional = (row.unet.adapter_image_dim or row.keeps_first) and "|||" in read_text(path)
     if not image and (row.first_frame or optional):
         return [(*pair, None) for pair in read_image_prompts(path, root)]
     return [(image, prompt, seed) for prompt, seed in read_seeded_prompts(path)]

@@ -39,12 +39,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 
-from bases import base_row, choose_sampling, load_base, nearest_side, read_words
+from bases import (
+    base_row, choose_sampling, load_base, nearest_side, read_words, size_for_image)
 from data import (
     center_crop_wide, clips_with_prompts, codec_motion, contact_sheet, image_tensor, is_clip,
     lucas_kanade, open_image, opensora_size, raft, read_map, read_video, video_info, video_maps,
     write_video)
-from dit import STDiT3Config
+from dit import STDiT3Config, WanConfig
 from models import merge_public_lora
 from pipeline import (
     encode_tracks, first_frame_kept, frame_picture, generate_from, invert_clip, load_run,
@@ -104,6 +105,8 @@ def get_args(argv=None):
                                                   "the base's)")
     p.add_argument("--dynamic-cfg", choices=("published", "meant", "off"),
                    help="CogVideoX: guidance that grows over the steps, as published or as meant")
+    p.add_argument("--low-cfg", type=p.REAL,
+                   help="Wan2.2 A14B: guidance scale of the expert for little noise")
     p.add_argument("--motion-cfg", type=p.REAL,
                    help="T2V-Turbo-v2: scale of motion guidance (default: 0.05)")
     p.add_argument("--n", type=p.COUNT, default=1, help="clips generated per prompt")
@@ -203,7 +206,7 @@ def play(args):
     name = args.base or runs[0][2]["base"]
     row = base_row(name, runs[0][2].get("tracking_blocks", 0) if runs else 0)
     known = {k: v for _, _, meta in runs for k, v in meta["sample"].items()}
-    sampling = choose_sampling(name, args, known, **(named_size(args, row) if args.size else {}))
+    sampling = choose_sampling(name, args, known, **size_asked(args, name, row))
     check_conditions(args, row, sampling)
     check_writable(args.out)
     clips = read_clips(args, row, sampling)
@@ -264,6 +267,18 @@ def read_runs(args):
     return runs
 
 
+def size_asked(args, name, row) -> dict:
+    """Frames, height and width that follow from other flags: Open-Sora's --size by name, and the
+    shape of --image for Wan."""
+    if args.size:
+        return named_size(args, row)
+    if args.image and isinstance(row.net, WanConfig) and not (args.height or args.width):
+        picture = open_image(args.image)
+        return dict(zip(("height", "width"),
+                        size_for_image(name, picture.height, picture.width)))
+    return {}
+
+
 def named_size(args, row) -> dict:
     """Open-Sora's --size by name -> frames, height and width, where these flags are not given."""
     if not isinstance(row.net, STDiT3Config):
@@ -316,7 +331,7 @@ def check_conditions(args, row, sampling):
 
 def check_files(args, row):
     """Files that the base can read are there, and those that belong together are given together."""
-    takes = {"image"} if row.first_frame else set()
+    takes = {"image"} if row.takes_first_frame else set()
     takes |= {"tracks"} if row.tracks else set()
     takes |= {"video"} if row.unet.super_resolution else set()
     takes |= {"appearance_image", "video"} if row.unet.adapter_image_dim else set()
@@ -361,13 +376,13 @@ def read_clips(args, row, sampling):
         for file, _, _ in rows:
             video_info(file)
     else:
-        image = args.image if row.first_frame else args.appearance_image
+        image = args.image if row.takes_first_frame else args.appearance_image
         rows = [(image, args.prompt, None)]
         if args.prompt is None:
             rows = read_image_rows(args.prompts, row, image, args.data_root)
         for picture in dict.fromkeys(picture for picture, _, _ in rows if picture):
             w, h = open_image(picture).size
-            if row.first_frame and not similar((h, w), sampling.size[1:]):
+            if row.takes_first_frame and not similar((h, w), sampling.size[1:]):
                 warn(f"{picture}: {w}x{h} pixels are cropped to the shape of {sampling.width}x"
                      f"{sampling.height}")
     names = file_names([prompt for _, prompt, _ in rows], args.n, args.vbench)
@@ -550,16 +565,24 @@ def build(args, env, runs, loras, texts, sampling):
     if args.learned:
         base.learn(read_words(base, args.learned), f"--learned {args.learned}")
     for path, scale in loras:
-        merge_public_lora(base.net, path, scale)
+        for net in experts(base, path):
+            merge_public_lora(net, path, scale)
     base.freeze(env.dtype)
     # one after the other on the GPU: T5 and a 5B network together would not fit on 24 GB
     for encoder in filter(None, (base.text_encoder, base.motion_encoder)):
         encoder.to(env.device)
     base.learned = {token: vectors.to(env.device) for token, vectors in base.learned.items()}
     base.remember([*texts, sampling.negative, *([""] if args.inverse_noise else [])], env)
-    for module in base.parts().values():
-        module.to(env.device)
+    base.to(env.device)
     return base
+
+
+def experts(base, path):
+    """The networks that a LoRA file is for: of Wan2.2's two, the one that its name speaks of."""
+    name = Path(path).name.lower()
+    if not base.row.two_experts or "high" in name:
+        return [base.net]
+    return [base.low_net] if "low" in name else [base.net, base.low_net]
 
 
 def make_clips(args, env, base, sampling, clips, mine, maps, style, tracks, near):
@@ -616,7 +639,7 @@ def report(args, row, base, sampling, clips, scores, tracks):
     adapters = args.ckpt + ([args.learned] if args.learned else []) + args.lora
     given = {flag: vars(args)[flag] for flag in FILE_FLAGS if vars(args)[flag]}
     own = "appearance_image" if row.unet.adapter_image_dim else "video"
-    own = "image" if row.first_frame else own  # what a clip's source is called
+    own = "image" if row.takes_first_frame else own  # what a clip's source is called
     rows = []
     for j, clip in enumerate(clips):
         line = dict(file=clip.file, prompt=clip.prompt, seed=clip.seed, base=base.name,

@@ -24,7 +24,7 @@ from torch import nn
 
 from common import UserError, check_file, warn, warn_once
 from models import attend
-from weights import below, looks_like, rename
+from weights import below, looks_like, rename, stored_bytes
 
 SKIP = {"last": 0, "penultimate": 1}  # choice of features -> number of last blocks that do not run
 
@@ -492,7 +492,8 @@ def t5_tokenizer(path, length, clean=None):
 
 
 def pieces_of(path):
-    """A model of sentencepiece, or a tokenizer.json -> encode(str): ids, decode(ids): str."""
+    """A model of sentencepiece, a text encoder of ComfyUI's that holds one, or a tokenizer.json ->
+    encode(str): ids, decode(ids): str."""
     if path.suffix == ".json":
         from tokenizers import Tokenizer  # comes with transformers
         try:
@@ -505,8 +506,11 @@ def pieces_of(path):
         from sentencepiece import SentencePieceProcessor
     except ImportError:
         raise UserError("T5's tokenizer needs sentencepiece: pip install sentencepiece") from None
+    model = dict(model_file=str(path))
+    if path.suffix == ".safetensors":
+        model = dict(model_proto=stored_bytes(path, "spiece_model"))
     try:
-        pieces = SentencePieceProcessor(model_file=str(path))
+        pieces = SentencePieceProcessor(**model)
     except (RuntimeError, OSError) as e:
         raise UserError(f"{path}: not a model of sentencepiece ({str(e)[:80]})") from None
     return pieces.encode, pieces.decode

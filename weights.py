@@ -133,6 +133,16 @@ def load_safetensors(path):
                         "a download or copy was cut off: fetch it again") from e
 
 
+def stored_bytes(path, key) -> bytes:
+    """A file that a safetensors file holds as a tensor of bytes."""
+    check_file(path)
+    try:
+        with safe_open(path, "pt") as f:
+            return bytes(f.get_tensor(key).numpy())
+    except Exception as e:  # its own error, or no such key
+        raise UserError(f"{path}: holds no {key} ({str(e)[:100]})") from None
+
+
 class Shell:
     """Stands in for any class that a file names besides its tensors, and keeps nothing of it."""
 
