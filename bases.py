@@ -446,11 +446,11 @@ BASES = {
         CogVideoXVAEConfig(scale=1.15258426), T5Config(), COGVIDEOX | dict(divisor=3.0),
         Sampling(frames=49, height=480, width=720, spacing="cogvideox", cfg=6.0),
         cogvideox_files("hf:THUDM/CogVideoX-2b"), millions=1693.8,
-        methods=("vader", "instructvideo", "das", "videodpo")),
+        methods=("t2v", "vader", "instructvideo", "das", "videodpo")),
     "cogvideox-5b": Row(
         "CogVideoX-5B, 49 frames of 480x720",
         CogVideoXConfig(), **COGVIDEOX_5B, files=cogvideox_files("hf:THUDM/CogVideoX-5b"),
-        millions=5570.3, methods=("vader", "instructvideo", "das", "videodpo")),
+        millions=5570.3, methods=("t2v", "vader", "instructvideo", "das", "videodpo")),
     "cogvideox-5b-i2v": Row(
         "CogVideoX-5B-I2V, image to video",
         CogVideoXConfig(**COGVIDEOX_I2V), **COGVIDEOX_5B,
@@ -470,7 +470,7 @@ BASES = {
                       "vae": "hf:hpcai-tech/OpenSora-VAE-v1.2:model.safetensors",
                       "text": "hf:DeepFloyd/t5-v1_1-xxl:pytorch_model.bin",
                       "tokenizer": "hf:DeepFloyd/t5-v1_1-xxl:spiece.model"}},
-        millions=1207.6, methods=("vader", "videodpo")),
+        millions=1207.6, methods=("t2v", "vader", "videodpo")),
     "wan2.1-t2v-1.3b": Row(
         "Wan2.1 T2V-1.3B (arXiv 2503.20314), 81 frames of 480x832, other sizes and lengths too",
         WanConfig(), **WAN, sample=WAN_SAMPLE,

@@ -367,13 +367,15 @@ def offset_noise(noise, shared, strength=0.1):
     return noise + strength * shared
 
 
-def draw_noise(schedule, x0, generators, offset=0.0, size=None):
+def draw_noise(schedule, x0, generators, offset=0.0, size=None, timesteps="uniform"):
     """Steps t (b,) and noise like x0 for training, each sample's from its own generator.
 
-    offset: strength of offset_noise(); size: of the clips in pixels, see Flow.
+    offset: strength of offset_noise(); size: of the clips in pixels, see Flow; timesteps: the
+    density of t before the schedule's shift, "uniform" or "logit-normal".
     """
     number = torch.stack([torch.randint(1000, (), generator=g) for g in generators])
-    t = schedule.steps((number + 0.5) / 1000, size)
+    u = (number + 0.5) / 1000
+    t = schedule.steps(logit_normal(u) if timesteps == "logit-normal" else u, size)
     noise, shared = randn(x0.shape, generators), randn((*x0.shape[:3], 1, 1), generators)
     return t.to(x0.device), offset_noise(noise, shared, offset).to(x0.device)
 

@@ -613,6 +613,10 @@ class Clips:
         self.observe, self.cached = None, False
         if args.images and not (args.data and (args.image_share or mixture)):
             raise UserError("--images: goes with --data, for the steps of --image-share")
+        causal = base_row(args.base).vae.latent_frames(2) == 1  # a latent is of several frames
+        if args.image_share and causal and not (args.images or mixture):
+            raise UserError(f"--image-share: {args.base} has no latents of single frames; give "
+                            "pictures with --images, or --image-share 0")
         if not args.data and not base_row(args.base).tiny:
             raise UserError("--data: give a folder, csv, jsonl or list of clips with captions")
         kinds = sorted(set(mixture), reverse=True) or [(sampling.frames, args.read_fps)]

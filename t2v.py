@@ -41,8 +41,8 @@ import torch
 from bases import base_row, choose_sampling, load_base
 from diffusion import diffusion_loss, draw_noise, make_schedule
 from models import (
-    TemporalConv, TemporalTransformer, forget_motion, parallelize, seed_dropout)
-from pipeline import Clips, frame_rate, preview
+    TemporalConv, TemporalTransformer, UNetConfig, forget_motion, parallelize, seed_dropout)
+from pipeline import Clips, preview, training_conditions
 
 # VGen's t2v_train.yaml; LoRA is ours
 PAPER = dict(
@@ -54,7 +54,19 @@ TINY = dict(
     steps=2000, batch=16, lr=1.5e-3, lr_schedule="cosine", warmup=50, betas=(0.9, 0.99),
     wd=0.01, ema=0.995, rank=0, image_share=0.0, offset_noise=0.0, cache_latents=True,
     workers=0, grad_ckpt=False, log_every=50)
-PRESETS = dict.fromkeys(("tiny", "tiny-clean", "tiny-weak"), TINY)
+# LoRA as users of the transformers train it: CogVideoX's own finetune/ (2 GPUs or more),
+# for Open-Sora the same, and DiffSynth-Studio's settings for Wan
+COGVIDEOX = dict(
+    rank=128, alpha=64.0, lr=2e-5, warmup=100, offset_noise=0.0, image_share=0.0, wd=1e-4,
+    betas=(0.9, 0.95))
+OPENSORA = COGVIDEOX | dict(
+    rank=32, alpha=32.0, lora_targets=["qkv", "q_linear", "kv_linear", "proj"])
+WAN = dict(
+    rank=32, alpha=32.0, lr=1e-4, lora_targets=["q", "k", "v", "o", "ffn.0", "ffn.2"],
+    drop_text=0.0, offset_noise=0.0, image_share=0.0)
+PRESETS = dict.fromkeys(("tiny", "tiny-clean", "tiny-weak"), TINY) | {
+    "cogvideox-2b": COGVIDEOX, "cogvideox-5b": COGVIDEOX, "opensora": OPENSORA,
+    "wan2.1-t2v-1.3b": WAN, "wan2.1-t2v-14b": WAN, "wan2.2-ti2v-5b": WAN}
 
 
 def get_args(argv=None):
@@ -74,6 +86,8 @@ def get_args(argv=None):
     p.add_argument("--mixture", action="store_true",
                    help="VGen's mixture of images and of clip lengths and frame rates")
     p.options("pixels sampling optimisation ema lora")
+    p.add_argument("--timesteps", choices=("uniform", "logit-normal"), default="uniform",
+                   help="density of the training steps, before the schedule's shift")
     p.add_argument("--offset-noise", type=p.UNSIGNED,
                    help="strength of noise that all pixels of a frame share: it teaches "
                         "brightness")
@@ -85,7 +99,13 @@ def get_args(argv=None):
         if vars(args)[flag] and args.rank:
             flag = flag.replace("_", "-")
             raise UserError(f"--{flag}: LoRA on random weights cannot learn; add --rank 0")
-    tiny = base_row(args.base).tiny
+    row = base_row(args.base)
+    tiny = row.tiny
+    of_unets = {"--forget-motion": args.forget_motion, "--zero-snr": args.zero_snr,
+                "--mixture": args.mixture, "--spatial-lr": args.spatial_lr != 1}
+    for flag, given in of_unets.items():
+        if given and not isinstance(row.net, UNetConfig):
+            raise UserError(f"{flag}: only for UNets; {args.base} is a transformer")
     if args.mixture and (not args.data or tiny or args.cache_latents):
         raise UserError("--mixture: reads real clips, each time anew: give --data, no tiny "
                         "base and no --cache-latents")
@@ -97,16 +117,20 @@ def get_args(argv=None):
 
 # ---- the method
 
-def t2v_loss(net, schedule, x0, text, generators, offset=0.0, **cond):
+def t2v_loss(net, base, sampling, x0, captions, generators, args):
     """The denoising loss at random steps, (b,).
 
-    x0 (b,c,f,h,w): latents; text (b,n,d); generators: one per sample, for its step and
-    noise; offset: strength of the noise that a frame shares; cond: further conditions.
+    x0 (b,c,f,h,w): latents; generators: one per sample, for its step and noise;
+    --offset-noise: strength of the noise that a frame shares; --timesteps: density of t.
     """
+    t, noise = draw_noise(
+        base.schedule, x0, generators, args.offset_noise, sampling.size, args.timesteps)
+    text = base.encode_text(captions)
+    cond = training_conditions(base, sampling, captions, t, sampling.fps)
+
     def predict(x_t, t):
         return net(x_t, t, text, **cond)
-    t, noise = draw_noise(schedule, x0, generators, offset)
-    return diffusion_loss(predict, schedule, x0, noise, t)
+    return diffusion_loss(predict, base.schedule, x0, noise, t)
 
 
 def main(argv=None):
@@ -141,10 +165,7 @@ def main(argv=None):
             seed_dropout(net, args.seed, numbers)
             x0, captions, _ = clips.draw(generators)
             with run.forward():
-                text = base.encode_text(captions)
-                fps = frame_rate(sampling.fps, len(x0), run.device)
-                loss = t2v_loss(
-                    net, base.schedule, x0, text, generators, args.offset_noise, **fps)
+                loss = t2v_loss(net, base, sampling, x0, captions, generators, args)
             run.backward(loss)
         run.update()
         if run.preview_due:

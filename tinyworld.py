@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from data import Few, to_uint8
 from text_encoders import Transformer, insert_vectors
 from tracks import dense_colours, draw_tracks, to_video
-from vae import AutoencoderKL, CogVideoXVAE, CogVideoXVAEConfig, VAEConfig
+from vae import (
+    AutoencoderKL, CogVideoXVAE, CogVideoXVAEConfig, VAEConfig, WanVAE, WanVAEConfig)
 from weights import load_safetensors, load_weights, replace_part
 
 # ---- scenes and captions
@@ -973,9 +974,14 @@ class TinyText(nn.Module):
 TINY_VAE = VAEConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, patch=2, scale=1.0)
 TINY_COGVIDEOX_VAE = CogVideoXVAEConfig(
     widths=(16, 24), layers=1, z_channels=8, groups=8, scale=1.0)
+TINY_WAN_VAE = WanVAEConfig(
+    dim=24, decoder_dim=24, mult=(1, 1), num_res_blocks=1, z_channels=8, patch=2, shortcuts=True,
+    mean=(0.0,) * 8, std=(1.0,) * 8, time_down=(True,))
 TINY_VAES = {"tiny": (AutoencoderKL, TINY_VAE),
-             "tiny-cogvideox": (CogVideoXVAE, TINY_COGVIDEOX_VAE)}
-TINY_CLIP = 9  # frames of a clip of tiny-cogvideox
+             "tiny-cogvideox": (CogVideoXVAE, TINY_COGVIDEOX_VAE),
+             "tiny-wan": (WanVAE, TINY_WAN_VAE)}
+DECODERS = "decoder.", "post_quant_conv.", "conv2."  # how their parameters' names begin
+TINY_CLIP = 9  # frames of a clip of tiny-cogvideox and tiny-wan
 
 
 def wild_clip(rng, frames):
@@ -1029,6 +1035,13 @@ def tiny_clips(seed, n):
     return torch.cat([tiny_batch(seed, n - n // 2, TINY_CLIP)[0], torch.stack(wild)])
 
 
+def spoiled_clips(seed, n):
+    """-> (n, 3, TINY_CLIP, 32, 32): of the tiny world, five of eight may have flaws."""
+    clean = n * 3 // 8
+    return torch.cat([tiny_batch(seed, clean, TINY_CLIP)[0],
+                      tiny_batch((*seed, 1), n - clean, TINY_CLIP, flawed=True)[0]])
+
+
 def autoencoder_loss(images, mean, logvar, decode):
     """-> loss, {name: 0-d tensor} to print: L1 + MSE + 1e-4 KL, errors relative to a frame's
     contrast.
@@ -1059,6 +1072,8 @@ def train_autoencoder(base, out, steps, decoder_steps, batch, flawed=False, seed
     vae, start, lr = build(cfg).to(device), time.time(), 1.5e-3 if flawed else 2e-3
     if base == "tiny":
         draw, moments, decode = tiny_frames, vae.image_moments, vae.decode_images
+    elif base == "tiny-wan":
+        draw, moments, decode = spoiled_clips, vae.moments, lambda z: vae.decode(vae.normalise(z))
     else:
         draw, moments, decode = tiny_clips, vae.moments, vae.decode_latents
     if flawed or not steps:
@@ -1068,7 +1083,7 @@ def train_autoencoder(base, out, steps, decoder_steps, batch, flawed=False, seed
     before = copy.deepcopy(vae).requires_grad_(False)
     for part, n, first in (("all", steps, 0), ("decoder", decoder_steps, steps)):
         for key, p in vae.named_parameters():
-            p.requires_grad_(part == "all" or key.startswith(("decoder.", "post_quant_conv.")))
+            p.requires_grad_(part == "all" or key.startswith(DECODERS))
         trained = [p for p in vae.parameters() if p.requires_grad]
         opt = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
         schedule = torch.optim.lr_scheduler.OneCycleLR(

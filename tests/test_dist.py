@@ -161,7 +161,8 @@ def run(mode, env, accum, rank):
     net = parallelize(base.net, mode, env.device) if mode else base.net
     params = trained({{"": net}})
     opt = torch.optim.AdamW(params.values(), 1e-3)
-    args, guard = argparse.Namespace(batch=1, accum=accum, steps=5), FiniteGuard(env)
+    args = argparse.Namespace(batch=1, accum=accum, steps=5, offset_noise=0.1, timesteps="uniform")
+    guard = FiniteGuard(env)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     numbers = SampleNumbers(args, env, 0, 0)
     batches, grads = read_batches(TinyWorld(64), numbers), []
@@ -169,9 +170,8 @@ def run(mode, env, accum, rank):
         generators = [generator("sample", n) for n in numbers[i]]
         with torch.no_grad():
             x0 = draw_latents(base, env, encode_clips(base, env, batch["video"]), generators).double()
-            text = base.encode_text(batch["text"])
         average_gradients(net, i % accum == accum - 1)
-        loss = t2v.t2v_loss(net, base.schedule, x0, text, generators, 0.1)
+        loss = t2v.t2v_loss(net, base, base.row.sample, x0, batch["text"], generators, args)
         (loss.double().mean() / accum).backward()
         if i % accum == accum - 1:
             grads.append(torch.cat([full(p.grad).flatten() for p in params.values()]))
