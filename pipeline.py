@@ -846,7 +846,7 @@ def wan_conditions(base, env, sampling, images) -> dict:
         pixels.append(F.interpolate(image_tensor(picture)[None], size, mode="bicubic"))
     clip = F.pad(torch.cat(pixels)[:, :, None], (0, 0, 0, 0, 0, sampling.frames - 1))
     latents = base.vae.encode(clip.to(weight)).float()
-    mask = torch.zeros_like(latents[:, :1]).repeat(1, base.vae.time_factor, 1, 1, 1)
+    mask = torch.zeros_like(latents[:, :1]).repeat(1, base.row.vae.time_factor, 1, 1, 1)
     mask[:, :, 0] = 1
     cond["first_frame"] = torch.cat([mask, latents], dim=1)
     if base.image_encoder is not None:

@@ -33,7 +33,7 @@ def small(monkeypatch, name):
         net = replace(net, text_length=8)
     text = replace(row.text, length=net.text_length, vocab_size=60, width=32, heads=2, head_dim=16, hidden=48,
                    layers=2)
-    vae = replace(row.vae, dim=4, dec_dim=4)
+    vae = replace(row.vae, dim=8, decoder_dim=8)
     image = row.image and replace(
         row.image, vision_layers=2, vision_width=32, vision_head_width=16, image_size=28)
     sampling = replace(row.sample, frames=5, height=4 * row.vae.factor, width=6 * row.vae.factor, sample_steps=3)
@@ -59,7 +59,7 @@ def in_layout(part, state, layout, row):
         named = {wan_diffusers_name(k) if layout == "diffusers" else k: v for k, v in state.items()}
         return hub.prefixed("model.diffusion_model." if layout == "comfyui" and part == "net" else "", named)
     if part == "vae":
-        return {wan_vae_diffusers_name(row.vae, k) if layout == "diffusers" else k: v for k, v in state.items()}
+        return {wan_vae_diffusers_name(k, row.vae) if layout == "diffusers" else k: v for k, v in state.items()}
     if part == "text":
         return {umt5_name(k) if layout == "original" else k: v for k, v in state.items()}
     if layout == "original":
