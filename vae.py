@@ -2,12 +2,13 @@
 
 AutoencoderKL is Stable Diffusion's (Rombach et al., arXiv 2112.10752) and works frame by frame.
 OpenSoraVAE is Open-Sora 1.2's: the same autoencoder, and another one over time on its latents.
-CogVideoXVAE (arXiv 2408.06072) is causal in time; the latents have 4 times fewer frames than the
-video.
+CogVideoXVAE (arXiv 2408.06072) and WanVAE (2503.20314) are causal in time; the latents have 4 times
+fewer frames than the video.
 
 All have one interface, see Autoencoder, and the keys of their public files (for AutoencoderKL,
 those below `first_stage_model.` of SD checkpoints). Maps from other namings stand next to them.
 """
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +50,7 @@ class Autoencoder(nn.Module):
 
     chunk: how many frames are processed at a time.
     """
+    sampled = True  # networks train on samples of the encoder's Gaussian, not on its mean
 
     def normalise(self, z: Tensor) -> Tensor:
         """Unscaled latents -> the scaled ones that a video network sees."""
@@ -58,10 +60,12 @@ class Autoencoder(nn.Module):
         """video (b,3,f,h,w) in [-1,1] -> scaled latents (b,c,f',h',w').
 
         The mean, or with `noise` like the latents a sample of the encoder's Gaussian (VGen and
-        CogVideoX train on samples, never on the mean).
+        CogVideoX train on samples, never on the mean; Wan on the mean).
         """
         mean, logvar = self.moments(video, chunk)
-        return self.normalise(mean if noise is None else mean + (0.5 * logvar).exp() * noise)
+        if noise is not None and self.sampled:
+            mean = mean + (0.5 * logvar).exp() * noise
+        return self.normalise(mean)
 
 
 # ---- Stable Diffusion's autoencoder
@@ -708,7 +712,7 @@ def blend(before, tile, extent, dim):
     return torch.cat([end * (1 - weight) + start * weight, rest], dim=dim)
 
 
-def in_tiles(part, x, tile, out_tile, overlap):
+def tiled(part, x, tile, out_tile, overlap):
     """part(x) put together from tiles of `tile` (rows, columns), which it turns into `out_tile`."""
     step = [int(n * (1 - share)) for n, share in zip(tile, overlap)]
     extent = [int(n * share) for n, share in zip(out_tile, overlap)]
@@ -727,7 +731,25 @@ def in_tiles(part, x, tile, out_tile, overlap):
     return torch.cat([torch.cat([y[..., :keep_h, :keep_w] for y in row], -1) for row in rows], -2)
 
 
-class CogVideoXVAE(Autoencoder):
+class TiledAutoencoder(Autoencoder):
+    """An autoencoder that may take large pictures in tiles."""
+    tiles = None  # Tiles() to save memory
+
+    def in_tiles(self, part, x, decode=False):
+        """part(x), video to latents or with `decode` back, in tiles if there are some and x is
+        larger than one."""
+        if self.tiles is None:
+            return part(x)
+        t = self.tiles
+        pixels, overlap = (t.height, t.width), (t.overlap_height, t.overlap_width)
+        latents = tuple(n // self.cfg.factor for n in pixels)
+        here, there = (latents, pixels) if decode else (pixels, latents)
+        if x.shape[3] <= here[0] and x.shape[4] <= here[1]:
+            return part(x)
+        return tiled(part, x, here, there, overlap)
+
+
+class CogVideoXVAE(TiledAutoencoder):
     """(b,3,f,h,w) <-> latents (b,16,1 + (f - 1) / 4,h / 8,w / 8), where f is 8 k + 1.
 
     Clips of another length are encoded, too, but not restored: an even number n of latent frames
@@ -738,14 +760,7 @@ class CogVideoXVAE(Autoencoder):
     def __init__(self, cfg=CogVideoXVAEConfig()):
         super().__init__()
         self.cfg = cfg
-        self.tiles = None  # Tiles() to save memory
         self.encoder, self.decoder = CausalEncoder(cfg), CausalDecoder(cfg)
-
-    def tile_sizes(self):
-        """(rows, columns) of a tile of pixels, of its latents, shares that overlap."""
-        t = self.tiles
-        pixels, overlap = (t.height, t.width), (t.overlap_height, t.overlap_width)
-        return pixels, tuple(n // self.cfg.factor for n in pixels), overlap
 
     def moments(self, video: Tensor, chunk: int = 16):
         """See Autoencoder."""
@@ -755,14 +770,7 @@ class CogVideoXVAE(Autoencoder):
 
     def clip_moments(self, video: Tensor) -> Tensor:
         """video (b,3,f,h,w) -> mean, then log variance of unscaled latents, (b,2c,f',h',w')."""
-        def part(x):
-            return in_chunks(self.encoder, x, ENCODE_CHUNK)
-        if self.tiles is None:
-            return part(video)
-        pixels, latents, overlap = self.tile_sizes()
-        if video.shape[3] <= pixels[0] and video.shape[4] <= pixels[1]:
-            return part(video)
-        return in_tiles(part, video, pixels, latents, overlap)
+        return self.in_tiles(lambda x: in_chunks(self.encoder, x, ENCODE_CHUNK), video)
 
     def decode(self, latents: Tensor, frames=None, chunk: int = 16) -> Tensor:
         """See Autoencoder. Chunks after the last wanted frame cost nothing, those before it do."""
@@ -776,14 +784,425 @@ class CogVideoXVAE(Autoencoder):
         """Unscaled latents z -> video (b,3,f,h,w), at least `enough` frames of it (None: all)."""
         def part(z):
             return in_chunks(self.decoder, z, DECODE_CHUNK, enough)
-        if self.tiles is None:
-            return part(z)
-        pixels, latents, overlap = self.tile_sizes()
-        if z.shape[3] <= latents[0] and z.shape[4] <= latents[1]:
-            return part(z)
-        return in_tiles(part, z, latents, pixels, overlap)
+        return self.in_tiles(part, z, decode=True)
 
 
 def cogvideox_vae_state(state, net, source):
     """Public weights -> CogVideoXVAE's: the keys are the same."""
+    return state
+
+
+# ---- Wan's autoencoders: causal in time, without statistics over time or space
+
+# of the latents, per channel, as published (they are not in the files)
+WAN21_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+              0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
+WAN21_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+             3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
+WAN22_MEAN = (
+    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813,
+    0.0891, 0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108,
+    -0.2158, 0.2502, -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313,
+    -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944,
+    0.3573, -0.0548, -0.1681, -0.0667)
+WAN22_STD = (
+    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
+    0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+    0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
+    0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744)
+
+
+@dataclass(frozen=True)
+class WanVAEConfig:
+    """Defaults: Wan2.1's (126.9 M parameters), latents of 16 channels, 8x smaller, 4x fewer frames.
+
+    WAN22_VAE is that of Wan2.2-TI2V-5B (704.7 M): 48 channels, 16x smaller.
+    """
+    dim: int = 96              # width of the encoder's first level
+    decoder_dim: int = 96      # and of the decoder's last one
+    mult: tuple = (1, 2, 4, 4)
+    num_res_blocks: int = 2    # per level of the encoder; the decoder has one more
+    z_channels: int = 16
+    patch: int = 1             # 2.2: fold patch x patch pixels into channels first
+    shortcuts: bool = False    # 2.2: around each level, without parameters
+    mean: tuple = WAN21_MEAN   # latents are (z - mean) / std
+    std: tuple = WAN21_STD
+    time_down: tuple = (False, True, True)  # after which levels time is halved
+
+    @property
+    def factor(self):
+        """Pixels per latent, along height and width."""
+        return self.patch * 2 ** (len(self.mult) - 1)
+
+    @property
+    def time_factor(self):
+        """Frames per latent frame, after the first one, which stands alone."""
+        return 2 ** sum(self.time_down)
+
+    def latent_frames(self, frames):
+        """Number of latent frames of a clip, e.g. 81 -> 21."""
+        return 1 + (frames - 1) // self.time_factor
+
+
+WAN22_VAE = WanVAEConfig(dim=160, decoder_dim=256, z_channels=48, patch=2, shortcuts=True,
+                         mean=WAN22_MEAN, std=WAN22_STD)
+
+
+class Past:
+    """What causal layers are told while a clip passes in chunks, or only a part of it.
+
+    start: do these frames begin with the clip's first one? Before that there are zeros. kept
+    {layer: its last input frames of the chunk before}; None: a chunk comes alone. needed {layer:
+    number of its output frames, from the end, that are worth keeping}.
+    """
+
+    def __init__(self, start=True, kept=None, needed=None):
+        self.start, self.kept, self.needed = start, kept, needed or {}
+
+    def before(self, layer, x, number):
+        """Input x (b,c,f,h,w) of `layer`, after the last `number` frames of the chunk before."""
+        if not self.start and self.kept is not None:
+            x = torch.cat([self.kept[layer], x], dim=2)
+        if self.kept is not None:
+            self.kept[layer] = x[:, :, -number:].clone()  # a view would keep all of x in memory
+        return x
+
+
+class Chain(nn.Sequential):
+    """Layers in a row, of which some need a Past."""
+
+    def forward(self, x, past):
+        for layer in self:
+            x = layer(x, past) if isinstance(layer, CAUSAL) else layer(x)
+        return x
+
+
+class WanConv(nn.Conv3d):
+    """Convolution over 3 frames and 3x3 pixels that sees no later frame.
+
+    Without earlier frames (see Past) the first two frames are only read.
+    """
+
+    def __init__(self, cin, cout):
+        super().__init__(cin, cout, 3, padding=(0, 1, 1))
+
+    def forward(self, x, past):
+        if past.start:
+            x = F.pad(x, (0, 0, 0, 0, 2, 0))
+        return super().forward(past.before(self, x, 2))
+
+
+class WanHalve(nn.Conv3d):
+    """Half the frames. A clip's first frame stays as it is."""
+
+    def __init__(self, channels):
+        super().__init__(channels, channels, (3, 1, 1), stride=(2, 1, 1))
+
+    def forward(self, x, past):
+        first = x[:, :, :int(past.start)]
+        x = past.before(self, x, 1)
+        return torch.cat([first, super().forward(x)], dim=2) if x.shape[2] > 1 else first
+
+
+class WanDouble(nn.Conv3d):
+    """Twice the frames: two halves of the channels. A clip's first frame stays as it is and is not
+    seen by the others."""
+
+    def __init__(self, channels):
+        super().__init__(channels, 2 * channels, (3, 1, 1))
+
+    def forward(self, x, past):
+        alone = int(past.start)  # frames
+        first, x = x[:, :, :alone], x[:, :, alone:]
+        if past.start:
+            x = F.pad(x, (0, 0, 0, 0, 2, 0))
+        x = past.before(self, x, 2)
+        if x.shape[2] > 2:
+            x = rearrange(super().forward(x), "b (s c) f h w -> b c (f s) h w", s=2)
+            x = torch.cat([first, x], dim=2)
+        else:
+            x = first
+        if self in past.needed and x.shape[2] > past.needed[self]:
+            past.start, x = False, x[:, :, -past.needed[self]:]
+        return x
+
+
+class PerFrame(nn.Sequential):
+    """Layers for images (n,c,h,w), on every frame of a video."""
+
+    def forward(self, x):
+        return per_frame(super().forward, x)
+
+
+class WanNorm(nn.Module):
+    """Each position's channels, scaled to a root mean square of 1, times gamma."""
+
+    def __init__(self, channels, axes=3):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels, *[1] * axes))
+
+    def forward(self, x):
+        size = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
+        return x / size.clamp(min=1e-12).to(x.dtype) * (self.gamma * x.shape[1] ** 0.5)
+
+
+class WanResBlock(nn.Module):
+    def __init__(self, cin, cout):
+        super().__init__()
+        self.residual = Chain(WanNorm(cin), nn.SiLU(), WanConv(cin, cout),
+                              WanNorm(cout), nn.SiLU(), nn.Identity(), WanConv(cout, cout))
+        self.shortcut = nn.Identity() if cin == cout else nn.Conv3d(cin, cout, 1)
+
+    def forward(self, x, past):
+        h = self.residual(x, past)
+        return self.shortcut(x[:, :, -h.shape[2]:]) + h
+
+
+class WanAttention(nn.Module):
+    """Single-head self-attention over the pixels of a frame."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = WanNorm(channels, axes=2)
+        self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x):
+        return x + per_frame(self.attend, x)
+
+    def attend(self, x):
+        """x (n,c,h,w) -> what is added to it."""
+        q, k, v = rearrange(self.to_qkv(self.norm(x)), "n c h w -> n (h w) c").chunk(3, dim=-1)
+        return self.proj(rearrange(attend(q, k, v, heads=1), "n (h w) c -> n c h w", h=x.shape[2]))
+
+
+class WanDownLevel(nn.Module):
+    """A level of 2.2's encoder; around it, means over cells of frames, rows, columns, channels."""
+
+    def __init__(self, layers, cout, time_factor, factor):
+        super().__init__()
+        self.downsamples = Chain(*layers)
+        self.cout, self.cell = cout, dict(t=time_factor, p=factor, q=factor)
+
+    def forward(self, x, past):
+        short = F.pad(x, (0, 0, 0, 0, -x.shape[2] % self.cell["t"], 0))
+        short = rearrange(short, "b c (f t) (h p) (w q) -> b (c t p q) f h w", **self.cell)
+        return self.downsamples(x, past) + short.unflatten(1, (self.cout, -1)).mean(2)
+
+
+class WanUpLevel(nn.Module):
+    """A level of 2.2's decoder; around it, channels that become frames, rows and columns."""
+
+    def __init__(self, layers, cout, time_factor):
+        super().__init__()
+        self.upsamples = Chain(*layers)
+        self.cout, self.cell = cout, dict(t=time_factor, p=2, q=2)
+
+    def forward(self, x, past):
+        short = x.repeat_interleave(4 * self.cell["t"] * self.cout // x.shape[1], dim=1)
+        short = rearrange(short, "b (c t p q) f h w -> b c (f t) (h p) (w q)", **self.cell)
+        x = self.upsamples(x, past)
+        return x + short[:, :, -x.shape[2]:]  # of the clip's first frame only the last copy
+
+
+CAUSAL = Chain, WanConv, WanHalve, WanDouble, WanResBlock, WanDownLevel, WanUpLevel
+
+
+def named(**layers):
+    """A Chain with these names; None is left out."""
+    return Chain(OrderedDict((name, layer) for name, layer in layers.items() if layer))
+
+
+def wan_blocks(cin, cout, number):
+    return [WanResBlock(cin if i == 0 else cout, cout) for i in range(number)]
+
+
+def wan_middle(channels):
+    return Chain(*wan_blocks(channels, channels, 1), WanAttention(channels),
+                 *wan_blocks(channels, channels, 1))
+
+
+def wan_encoder(cfg):
+    widths, levels = [cfg.dim * mult for mult in cfg.mult], []
+    for i, (cin, cout) in enumerate(zip([cfg.dim, *widths], widths)):
+        layers, last = wan_blocks(cin, cout, cfg.num_res_blocks), i == len(widths) - 1
+        time = not last and cfg.time_down[i]
+        if not last:
+            shrink = nn.Conv2d(cout, cout, 3, stride=2)
+            layers.append(named(resample=PerFrame(nn.ZeroPad2d((0, 1, 0, 1)), shrink),
+                                time_conv=WanHalve(cout) if time else None))
+        levels += [WanDownLevel(layers, cout, 1 + time, 2 - last)] if cfg.shortcuts else layers
+    return named(conv1=WanConv(3 * cfg.patch ** 2, cfg.dim), downsamples=Chain(*levels),
+                 middle=wan_middle(cout), head=wan_head(cout, 2 * cfg.z_channels))
+
+
+def wan_decoder(cfg):
+    widths, levels = [cfg.decoder_dim * mult for mult in cfg.mult[::-1]], []
+    cin = widths[0]
+    for i, cout in enumerate(widths):
+        layers, last = wan_blocks(cin, cout, cfg.num_res_blocks + 1), i == len(widths) - 1
+        time = not last and cfg.time_down[-1 - i]
+        cin = cout if cfg.shortcuts else cout // 2  # of the next level
+        if not last:
+            enlarge = PerFrame(nn.Upsample(scale_factor=2), nn.Conv2d(cout, cin, 3, padding=1))
+            layers.append(named(time_conv=WanDouble(cout) if time else None, resample=enlarge))
+        if cfg.shortcuts:
+            whole = WanUpLevel(layers, cout, 1 + time)
+            layers = [named(upsamples=Chain(*layers)) if last else whole]
+        levels += layers
+    return named(conv1=WanConv(cfg.z_channels, widths[0]), middle=wan_middle(widths[0]),
+                 upsamples=Chain(*levels), head=wan_head(cout, 3 * cfg.patch ** 2))
+
+
+def wan_head(channels, cout):
+    return Chain(WanNorm(channels), nn.SiLU(), WanConv(channels, cout))
+
+
+def frames_needed(decoder, number):
+    """-> how many of the last latent frames the last `number` frames of a video depend on, and
+    likewise {WanDouble: how many of its output frames}."""
+    needed = {}
+    for layer in reversed(list(decoder.modules())):  # from the last to the first
+        if isinstance(layer, WanConv):
+            number += 2
+        elif isinstance(layer, WanDouble):
+            needed[layer] = number
+            number = -(-number // 2) + 2
+    return number, needed
+
+
+def runs_of(numbers, gap):
+    """Ascending runs of the numbers, in which neighbours differ by `gap` at most."""
+    runs = []
+    for k in sorted(set(numbers)):
+        if runs and k - runs[-1][-1] <= gap:
+            runs[-1].append(k)
+        else:
+            runs.append([k])
+    return runs
+
+
+class WanVAE(TiledAutoencoder):
+    """(b,3,f,h,w) <-> latents (b,16,1 + (f - 1) / 4,h / 8,w / 8) by default, where f is 4 k + 1.
+
+    Other numbers of frames lose the last ones, as published. Latents are means; nothing trains on
+    samples. Chunks change no number.
+    """
+    sampled = False
+
+    def __init__(self, cfg=WanVAEConfig()):
+        super().__init__()
+        self.cfg = cfg
+        self.encoder, self.decoder = wan_encoder(cfg), wan_decoder(cfg)
+        self.conv1 = nn.Conv3d(2 * cfg.z_channels, 2 * cfg.z_channels, 1)
+        self.conv2 = nn.Conv3d(cfg.z_channels, cfg.z_channels, 1)
+
+    def mean_std(self, like):
+        """Of the latents' channels, (c,1,1,1) each."""
+        both = torch.tensor([self.cfg.mean, self.cfg.std]).to(like)
+        return both.view(2, -1, 1, 1, 1)
+
+    def normalise(self, z: Tensor) -> Tensor:
+        """See Autoencoder."""
+        mean, std = self.mean_std(z)
+        return (z - mean) / std
+
+    def moments(self, video: Tensor, chunk: int = 16):
+        """See Autoencoder."""
+        mean, logvar = self.clip_moments(video, chunk).chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+    def clip_moments(self, video: Tensor, chunk: int = 16) -> Tensor:
+        """video (b,3,f,h,w) -> mean, then log variance of unscaled latents, (b,2c,f',h',w')."""
+        time, p = self.cfg.time_factor, self.cfg.patch
+        size = max(1, chunk // (time * len(video))) * time
+
+        def part(x):
+            x = x[:, :, :1 + (x.shape[2] - 1) // time * time]
+            x = rearrange(x, "b c f (h p) (w q) -> b (c q p) f h w", p=p, q=p)  # columns first
+            return self.conv1(in_parts(self.encoder, x, size, 1 + size - time))
+        return self.in_tiles(part, video)
+
+    def decode(self, latents: Tensor, frames=None, chunk: int = 16) -> Tensor:
+        """See Autoencoder. A few neighbouring frames, up to `chunk`, cost little more than what
+        they depend on: all latents before them, but few frames of the large levels."""
+        mean, std = self.mean_std(latents)
+        z, time = latents * std + mean, self.cfg.time_factor
+        size = max(1, chunk // (time * len(z)))
+
+        def whole(z):
+            return self.pixels(in_parts(self.decoder, self.conv2(z), size, size))
+
+        if frames is None:
+            return self.in_tiles(whole, z, decode=True)
+        shown = {}
+        for run in runs_of(frames, gap=16):
+            latent = -(-run[-1] // time)  # the one that holds the last frame
+            number = latent * time - run[0] + 1  # frames from the run's first to that latent's last
+
+            def last(z, number=number):
+                reach, needed = frames_needed(self.decoder, number)
+                past = Past(start=z.shape[2] <= reach, needed=needed)
+                return self.pixels(self.decoder(self.conv2(z[:, :, -reach:]), past))[:, :, -number:]
+            part = last if number <= chunk else lambda z, number=number: whole(z)[:, :, -number:]
+            video = self.in_tiles(part, z[:, :, :latent + 1], decode=True)
+            shown |= {k: video[:, :, k - run[0]] for k in run}
+        return torch.stack([shown[k] for k in frames], dim=2)
+
+    def pixels(self, x):
+        """What the decoder gives -> video (b,3,f,h,w)."""
+        p = self.cfg.patch
+        return rearrange(x, "b (c q p) f h w -> b c f (h p) (w q)", p=p, q=p)
+
+
+def in_parts(net, x, size, first):
+    """net(x, past) over the frames of x (b,c,f,h,w): `first` of them, then `size` at a time."""
+    past, out = Past(kept={}), []
+    for part in (x[:, :, :first], *x[:, :, first:].split(size, dim=2)):
+        if part.shape[2]:
+            out.append(net(part, past))
+            past.start = False
+    return torch.cat(out, dim=2)
+
+
+WAN_NAMES = (
+    ("middle.0.", "mid_block.resnets.0."), ("middle.1.", "mid_block.attentions.0."),
+    ("middle.2.", "mid_block.resnets.1."), ("residual.0.", "norm1."), ("residual.2.", "conv1."),
+    ("residual.3.", "norm2."), ("residual.6.", "conv2."), ("shortcut.", "conv_shortcut."),
+    ("head.0.", "norm_out."), ("head.2.", "conv_out."))
+
+
+def wan_vae_diffusers_name(key, cfg):
+    """Original key of WanVAE -> the name of the same tensor in diffusers' AutoencoderKLWan."""
+    top = {"conv1": "quant_conv", "conv2": "post_quant_conv"}
+    part, rest = key.split(".", 1)
+    if part in top:
+        return f"{top[part]}.{rest}"
+    if rest.startswith("conv1."):
+        return f"{part}.conv_in.{rest.removeprefix('conv1.')}"
+    for ours, theirs in WAN_NAMES:
+        rest = rest.replace(ours, theirs)
+    numbers = rest.split(".")
+    if not numbers[0].endswith("samples"):
+        return f"{part}.{rest}"
+    blocks = cfg.num_res_blocks + (part == "decoder")  # per level; then what resizes
+    where = "down" if part == "encoder" else "up"
+    if cfg.shortcuts:
+        _, level, _, n, *rest = numbers
+        resize = f"{where}sampler"
+    elif part == "encoder":
+        _, n, *rest = numbers
+        return ".".join([part, "down_blocks", n, *rest])
+    else:
+        _, n, *rest = numbers
+        level, n = divmod(int(n), blocks + 1)
+        resize = "upsamplers.0"
+    layer = f"resnets.{n}" if int(n) < blocks else resize
+    return ".".join([part, f"{where}_blocks", str(level), layer, *rest])
+
+
+def wan_vae_state(state, net, source):
+    """Public weights -> WanVAE's: the original file's, or diffusers'."""
+    if "quant_conv.weight" in state:
+        return rename(state, net, lambda key: wan_vae_diffusers_name(key, net.cfg), source)
     return state

@@ -1266,6 +1266,33 @@ def rectified_flow(case):
     return result
 
 
+# ---- Wan's autoencoders
+
+@torch.no_grad()
+def wan_vae_steps(case):
+    c, done, result = case.config, {}, {}
+    fixed(c, attn_scales=[], dropout=0.0)
+    fixed(case.call, mode="eval", dtype="float32", clamp=False)
+    later = case.call["generation"] == "2.2"
+    net = fill(vae.WanVAE(vae.WanVAEConfig(
+        c["dim"], c.get("dec_dim", c["dim"]), tuple(c["dim_mult"]), c["num_res_blocks"], c["z_dim"],
+        patch=2 if later else 1, shortcuts=later, mean=tuple(c["latents_mean"]), std=tuple(c["latents_std"]),
+        time_down=tuple(c["temperal_downsample"]))), case.params, case.left_as_built)
+    if tiling := case.call["tiling"]:
+        sizes = [tiling[f"tile_sample_min_{side}"] for side in ("height", "width")]
+        strides = [tiling[f"tile_sample_stride_{side}"] for side in ("height", "width")]
+        net.tiles = vae.Tiles(*sizes, *(1 - stride / size for stride, size in zip(strides, sizes)))
+    for step in case.call["steps"]:
+        source = step["from"]
+        x = case.input(source["input"]) if "input" in source else done[source["latent"]]
+        if step["op"] == "encode":
+            result[step["to"]] = net.clip_moments(x)
+            result[step["latent_to"]] = done[step["latent_to"]] = net.encode(x)
+        else:
+            result[step["to"]] = net.decode(x)
+    return result
+
+
 # ---- Wan's flow matching
 
 # the original's and diffusers' samplers -> ours: solver, function, spacing
@@ -2289,6 +2316,7 @@ def umt5_table(case):
 KINDS = {
     ("dit_forward", "stdit3"): stdit3_forward,
     ("vae_encode_decode", "opensora_vae"): opensora_vae,
+    ("vae_encode_decode", "wan_vae"): wan_vae_steps,
     ("rectified_flow", "rflow"): rectified_flow,
     ("sampler_trajectory", "wan_sampler"): wan_sampler,
     ("schedule", "wan_sampler"): wan_schedule,
