@@ -9,7 +9,6 @@ Public files are downloaded, or read from the folder --weights, in the original 
 layout.
 """
 from common import Parser, UserError, run_command  # first: for signals
-import math
 import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -623,8 +622,8 @@ def size_for_image(name, height, width):
     if not row.keeps_first:
         return tall, wide
     # one side is rounded down, and the area gives the other: whichever keeps the shape better
-    choices = (int(area / wide // unit * unit), wide), (tall, int(area / tall // unit * unit))
-    return min(choices, key=lambda size: abs(math.log(size[0] / size[1] / shape)))
+    choices = (tall, int(area / tall // unit * unit)), (int(area / wide // unit * unit), wide)
+    return min(choices, key=lambda size: max(size[0] / size[1] / shape, shape * size[1] / size[0]))
 
 
 def choose_sampling(name, args, run=None, method=None, **fixed) -> Sampling:

@@ -307,6 +307,16 @@ def center_crop_wide(image, size, filter=Image.BOX):
     return image.resize(cover, filter).crop((left, top, left + size[1], top + size[0]))
 
 
+def lanczos_cover(image, size):
+    """Pillow image -> Pillow image of size (h, w): scaled to cover it, sides rounded, then
+    centre-cropped, as Wan2.2 TI2V prepares a first frame."""
+    H, W = size
+    scale = max(W / image.width, H / image.height)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.LANCZOS)
+    left, top = (image.width - W) // 2, (image.height - H) // 2
+    return image.crop((left, top, left + W, top + H))
+
+
 def image_tensor(image):
     """8-bit RGB Pillow image -> (3, h, w) in [-1, 1]."""
     return _to_float(torch.from_numpy(np.array(image)).permute(2, 0, 1))

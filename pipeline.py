@@ -21,8 +21,8 @@ from common import (
     seed_of, write_lines)
 from data import (
     Mixed, VideoDataset, center_crop_wide, clip_image, clip_square, contact_sheet, encode_once,
-    image_tensor, open_image, prompt_grid, read_batches, read_image_prompts, read_prompts, read_seeded_prompts,
-    to_uint8, write_video)
+    image_tensor, lanczos_cover, open_image, prompt_grid, read_batches, read_image_prompts,
+    read_prompts, read_seeded_prompts, to_uint8, write_video)
 from diffusion import (
     FLOW_SAMPLERS, cogvideox_dpm, ddim, ddim_invert, dpmpp_2m, dynamic_guidance, guided, higen, lcm,
     make_schedule, mix_noise, offset_noise, randn, sr600)
@@ -837,7 +837,7 @@ def wan_conditions(base, env, sampling, images) -> dict:
     if images[0] is None:
         return {}
     if base.row.keeps_first:
-        pixels = [image_tensor(center_crop_wide(p, size, Image.LANCZOS)) for p in images]
+        pixels = [image_tensor(lanczos_cover(p, size)) for p in images]
         return {"kept": base.vae.encode(torch.stack(pixels)[:, :, None].to(weight)).float()}
     cond, pixels = {}, []
     for picture in images:

@@ -11,6 +11,7 @@ Cases run by kind, system and fields alone, through the functions that sample.py
 import argparse
 import dataclasses
 import json
+import math
 import os
 import sys
 import tempfile
@@ -25,6 +26,7 @@ os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 from safetensors import safe_open
@@ -43,6 +45,7 @@ import instructvideo
 import metrics
 import models
 import omniscore
+import pipeline
 import rewards
 import text_encoders
 import tracks
@@ -1268,16 +1271,22 @@ def rectified_flow(case):
 
 # ---- Wan's autoencoders
 
-@torch.no_grad()
-def wan_vae_steps(case):
-    c, done, result = case.config, {}, {}
+def wan_vae_config(c, generation):
+    """Our WanVAEConfig for the arguments of the original's WanVAE_."""
     fixed(c, attn_scales=[], dropout=0.0)
-    fixed(case.call, mode="eval", dtype="float32", clamp=False)
-    later = case.call["generation"] == "2.2"
-    net = fill(vae.WanVAE(vae.WanVAEConfig(
+    later = generation == "2.2"
+    return vae.WanVAEConfig(
         c["dim"], c.get("dec_dim", c["dim"]), tuple(c["dim_mult"]), c["num_res_blocks"], c["z_dim"],
         patch=2 if later else 1, shortcuts=later, mean=tuple(c["latents_mean"]), std=tuple(c["latents_std"]),
-        time_down=tuple(c["temperal_downsample"]))), case.params, case.left_as_built)
+        time_down=tuple(c["temperal_downsample"]))
+
+
+@torch.no_grad()
+def wan_vae_steps(case):
+    done, result = {}, {}
+    fixed(case.call, mode="eval", dtype="float32", clamp=False)
+    cfg = wan_vae_config(case.config, case.call["generation"])
+    net = fill(vae.WanVAE(cfg), case.params, case.left_as_built)
     if tiling := case.call["tiling"]:
         sizes = [tiling[f"tile_sample_min_{side}"] for side in ("height", "width")]
         strides = [tiling[f"tile_sample_stride_{side}"] for side in ("height", "width")]
@@ -2224,6 +2233,71 @@ def wan_train_step(case):
                      if name.startswith("grad.")}
 
 
+def wan_pipeline(case):
+    """Through our own conditions() and rollout(), with the text and CLIP features that are given."""
+    call, config = case.call, case.config
+    fixed(call, mode="eval", dtype="float32")
+    fixed(config["scheduler"], num_train_timesteps=1000, solver_order=2)
+    task, samplers = call["task"], {"unipc": "flow-unipc", "dpm++": "flow-dpmpp", "euler_wan": "rflow"}
+    if call["sampler"] not in samplers:
+        raise Unsupported(f"sampler {call['sampler']}")
+    cfg, two = wan_config(config["transformer"]), call["boundary"] is not None
+    cfg = dataclasses.replace(cfg, image_dim=1280 if task == "i2v" else 0)
+    low_cfg, high_cfg = call["guidance"] if two else (None, call["guidance"])
+    area = call.get("max_area") or math.prod(call["size"])
+    settings = bases.Sampling(
+        frames=call["frames"], height=area, width=1, sampler=samplers[call["sampler"]], spacing="wan",
+        sample_steps=call["num_inference_steps"], cfg=high_cfg, low_cfg=low_cfg, boundary=call["boundary"],
+        shift=config["scheduler"]["shift"], negative="negative")
+    row = bases.Row("", cfg, wan_vae_config(config["vae"], call["vae_generation"]), text_encoders.UMT5_XXL,
+                    dict(name="flow"), settings, image=text_encoders.WAN_CLIP, keeps_first=task == "ti2v")
+
+    def part(name, module):
+        params = {k.removeprefix(f"{name}."): v for k, v in case.params.items() if k.startswith(f"{name}.")}
+        prefix = "" if f"{name}." in case.fill_strip else f"{name}."  # so that the two experts differ
+        return fill(module, params, case.left_as_built, terms=lambda key: [{"prefix": prefix, "coef": 1.0}])
+    networks = ("transformer_high", "transformer_low") if two else ("transformer",)
+    nets = [part(name, dit.Wan(cfg)) for name in networks]
+
+    class Tower:
+        def tokens(self, images):
+            return case.input("clip_fea")
+    base = bases.Base("oracle", row, nets[0], part("vae", vae.WanVAE(row.vae)), None, diffusion.Flow(), None,
+                      Tower() if task == "i2v" else None, low_net=nets[-1] if two else None)
+    for prompt, name in (("prompt", "prompt_embeds"), ("negative", "negative_prompt_embeds")):
+        text = case.input(name)
+        base.encoded[prompt, False] = F.pad(text, (0, 0, 0, cfg.text_length - len(text)))
+
+    seen = []
+
+    def watch(module, given, out):
+        c, u = out.chunk(2)
+        v = u + (low_cfg if two and module is nets[1] else high_cfg) * (c - u)
+        seen.append((module is nets[0], given[0][:1], given[1][:1], v[0]))
+    for net in nets:
+        net.register_forward_hook(watch)
+    env, picture = common.Env(0, 1, torch.device("cpu"), torch.float32), None
+    if case.input("image") is not None:
+        picture = pipeline.frame_picture(case.input("image"))
+    with torch.no_grad(), mock.patch.dict(bases.BASES, {"oracle": row}):
+        size = call["size"]
+        if picture is not None and list(bases.size_for_image("oracle", *case.input("image").shape[1:])) != size:
+            raise ValueError(f"another size than {size}")
+        settings = dataclasses.replace(settings, height=size[0], width=size[1])
+        cond, _ = pipeline.conditions(base, env, settings, [picture])
+        latents = pipeline.rollout(nets[0], base, ["prompt"], case.input("init_noise")[None], settings, None, cond)
+        video = base.vae.decode(latents)[0]
+    high, states, times, velocities = zip(*seen)
+    tokens = math.prod(states[0].shape[3:]) // dit.PATCH ** 2
+    result = {"timesteps": torch.stack([t.max() for t in times]), "expert": torch.tensor(high).byte(),
+              "first_input": states[0][0], "first_timesteps": times[0].repeat_interleave(tokens, dim=-1),
+              "first_v": velocities[0], "last_v": velocities[-1], "final_latents": latents[0],
+              "video": video.clamp(-1, 1), "video_raw": video}
+    if "first_frame" in cond:
+        result["condition"] = cond["first_frame"][0]
+    return {name: result[name] for name in case.outputs if name in result}
+
+
 def wan_rope_rows(case, head_dim, grid, at, theta):
     if theta != 10000:
         raise Unsupported(f"rope with theta {theta}")
@@ -2397,6 +2471,7 @@ KINDS = {
     ("train_step", "wan_dit"): wan_train_step,
     ("position_table", "wan_dit"): wan_positions,
     ("lora_files", "wan_dit"): wan_lora,
+    ("pipeline", "wan_pipeline"): wan_pipeline,
     ("text_forward", "wan_t5"): umt5_forward,
     ("table", "wan_t5"): umt5_table,
     ("clip_image_forward", "wan_clip"): wan_clip,
