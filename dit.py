@@ -8,6 +8,7 @@ counts the patches of a frame), one sequence of text and video (CogVideoX) or `b
 tokens of a group have one timestep).
 """
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 from common import UserError
 from models import (
-    GELU, FeedForward, attend, feed_forward, rotate, run_block, sinusoidal, tanh_gelu, zero_init)
+    GELU, FeedForward, attend, feed_forward, lean, rotate, run_block, sinusoidal, tanh_gelu,
+    zero_init)
 from weights import below, rename
 
 # ---- STDiT3: Open-Sora 1.2's transformer over space and time (github.com/hpcaitech/Open-Sora)
@@ -609,8 +611,10 @@ class WanSelfAttention(nn.Module):
 
     def forward(self, x, rope):
         """x (b,n,dim), rope: cos, sin (n,d/2) -> (b,n,dim)."""
-        q, k = self.norm_q(self.q(x)), self.norm_k(self.k(x))
-        q, k = (rotate(y.unflatten(-1, (self.heads, -1)), *rope).flatten(2) for y in (q, k))
+        def rotated(norm, y):
+            return rotate(norm(y).unflatten(-1, (self.heads, -1)), *rope).flatten(2)
+        q, k = (lean(partial(rotated, norm), project(x), x.shape[-1])
+                for norm, project in ((self.norm_q, self.q), (self.norm_k, self.k)))
         return self.o(attend(q, k, self.v(x), self.heads))
 
 
@@ -652,10 +656,13 @@ class WanBlock(nn.Module):
 
         def tokens(h):  # in the type of the weights, as one sequence
             return h.to(proj.weight.dtype).flatten(1, 2)
-        h = self.self_attn(tokens(modulate(x, shift_a, scale_a)), rope)
+
+        def modulated(x, shift, scale):
+            return lean(lambda x: tokens(modulate(x, shift, scale)), x, x.shape[-1])
+        h = self.self_attn(modulated(x, shift_a, scale_a), rope)
         x = torch.addcmul(x, gate_a, h.view(x.shape))
         x = x + self.cross_attn(tokens(self.norm3(x)), text, image).view(x.shape)
-        h = feed_forward(tokens(modulate(x, shift_m, scale_m)), proj, tanh_gelu, last)
+        h = feed_forward(modulated(x, shift_m, scale_m), proj, tanh_gelu, last)
         return torch.addcmul(x, gate_m, h.view(x.shape))
 
 

@@ -695,15 +695,21 @@ def lora_scales(path, text, state, names, ranks, alphas):
     return scales
 
 
+def lora_of_run(run):
+    """The tensors and the metadata of a run that trained a LoRA."""
+    tensors, meta = load_checkpoint(run)
+    if not meta["rank"]:
+        raise UserError(f"--ckpt {run}: holds whole weights and no LoRA, so there is none to export")
+    return tensors, meta
+
+
 def export_peft(run, folder, public_name):
     """Write a run's LoRA in peft's format: adapter_model.safetensors and adapter_config.json.
 
     public_name(base, key): a key of our network -> that in the base's public file.
     """
-    tensors, meta = load_checkpoint(run)
+    tensors, meta = lora_of_run(run)
     rank, alpha, head = meta["rank"], meta["alpha"], "base_model.model."
-    if not rank:
-        raise UserError(f"--ckpt {run}: holds whole weights and no LoRA, so peft could not load it")
     named = {head + public_name(meta["base"], k): v for k, v in tensors.items()}
     ranks = {k.removeprefix(head).removesuffix(".lora_A.weight"): v.shape[0]
              for k, v in named.items() if k.endswith(".lora_A.weight")}
@@ -716,6 +722,36 @@ def export_peft(run, folder, public_name):
     text = json.dumps(config, indent=1)
     write_atomic(Path(folder, "adapter_model.safetensors"), lambda p: save_file(named, p))
     write_atomic(Path(folder, "adapter_config.json"), lambda p: p.write_text(text, "utf-8"))
+
+
+def export_diffusers(run, folder, public_name):
+    """Write a transformer's LoRA for load_lora_weights() of diffusers' pipelines.
+
+    pytorch_lora_weights.safetensors has the scale alpha / rank in B, so it needs no alpha.
+    public_name: see export_peft().
+    """
+    tensors, meta = lora_of_run(run)
+    scale = meta["alpha"] / meta["rank"]
+    named = {f"transformer.{public_name(meta['base'], k)}": scale * v if ".lora_B." in k else v
+             for k, v in tensors.items()}
+    path = Path(folder, "pytorch_lora_weights.safetensors")
+    write_atomic(path, lambda p: save_file(named, p))
+
+
+def export_comfyui(run, folder):
+    """Write a run's LoRA as ComfyUI reads it: comfyui_lora.safetensors, the original's names.
+
+    A layer's scale is alpha / rank, of its own alpha and rank.
+    """
+    tensors, meta = lora_of_run(run)
+    named, sides = {}, {"lora_A": "lora_down", "lora_B": "lora_up"}
+    for key, value in tensors.items():
+        layer, side, end = key.rsplit(".", 2)
+        named[f"diffusion_model.{layer}.{sides[side]}.{end}"] = value
+        if side == "lora_A":
+            own = meta["alpha"] / meta["rank"] * len(value)
+            named[f"diffusion_model.{layer}.alpha"] = torch.tensor(own)
+    write_atomic(Path(folder, "comfyui_lora.safetensors"), lambda p: save_file(named, p))
 
 
 # ---- DreamVideo's files: words of a textual inversion, adapters
