@@ -31,7 +31,7 @@ from text_encoders import (
     image_state, placeholder_id, t5_state, t5_tokenizer, text_state, tokenize)
 from tinyworld import (
     MOTIONS, NEW_MOTIONS, TINY_COGVIDEOX_VAE, TINY_FPS, TINY_FRAMES, TINY_SIZE, TINY_VAE,
-    TINY_WORDS, TinyText, tiny_tokenize)
+    TINY_WAN_VAE, TINY_WORDS, TinyText, tiny_tokenize)
 from vae import (
     WAN22_VAE, AutoencoderKL, CogVideoXVAE, CogVideoXVAEConfig, OpenSoraVAE, OpenSoraVAEConfig,
     Tiles, VAEConfig, WanVAE, WanVAEConfig, cogvideox_vae_state, opensora_vae_state, vae_state,
@@ -321,6 +321,18 @@ BASES = {
         replace(TINY_SAMPLE, frames=9, cfg=2.0),
         assets=dict.fromkeys(("net", "vae", "text"), "tiny-cogvideox"),
         words=(*TINY_WORDS, *NEW_MOTIONS), millions=1.5, methods=("i2vgen", "vader", "das")),
+    # Wan's classes, flow matching, on flawed clips as tiny. Latents are 2x smaller in time and 4x
+    # in height and width: a latent frame has 4 x 4 tokens.
+    "tiny-wan": Row(
+        "text to video in the tiny world, Wan's classes, flow matching, 9 frames of 32x32; flawed; "
+        "may start from a first frame (--image)",
+        WanConfig(in_channels=8, out_channels=8, dim=128, ffn_dim=512, heads=4, num_layers=6,
+                  freq_dim=64, text_dim=64, text_length=10),
+        TINY_WAN_VAE, None, dict(name="flow", shift=5.0),
+        replace(TINY_SAMPLE, frames=9, sampler="flow-unipc", spacing="wan", sample_steps=20,
+                shift=5.0),
+        keeps_first=True, assets=dict.fromkeys(("net", "vae", "text"), "tiny-wan"), flawed=True,
+        millions=1.9, methods=("t2v", "vader", "videodpo")),
     # an extreme case of what DEMO says of CLIP: to this text encoder all motions are one word
     "tiny-weak": Row(
         "tiny with a text encoder that cannot tell motions apart, for demo.py",
@@ -617,8 +629,10 @@ def size_for_image(name, height, width):
     """Size (h, w) of the clip that Wan makes of an image of this size, as published: about as many
     pixels as the base's own clips, in the image's shape."""
     row = base_row(name)
-    area, unit, shape = row.sample.height * row.sample.width, row.vae.factor * PATCH, height / width
-    tall, wide = (int(side // unit * unit) for side in ((area * shape) ** 0.5, (area / shape) ** 0.5))
+    area, shape = row.sample.height * row.sample.width, height / width
+    unit = row.vae.factor * PATCH
+    sides = (area * shape) ** 0.5, (area / shape) ** 0.5
+    tall, wide = (int(side // unit * unit) for side in sides)
     if not row.keeps_first:
         return tall, wide
     # one side is rounded down, and the area gives the other: whichever keeps the shape better
@@ -852,8 +866,8 @@ def build_parts(row, image) -> dict:
 def text_tower(row) -> nn.Module:
     """The part of a base's text encoder that its network reads."""
     if row.tiny:
-        cog = isinstance(row.net, CogVideoXConfig)
-        return TinyText(row.words, row.net.text_dim if cog else row.net.context_dim)
+        unet = isinstance(row.net, UNetConfig)
+        return TinyText(row.words, row.net.context_dim if unet else row.net.text_dim)
     if isinstance(row.text, T5Config):
         return T5Text(row.text)
     # video networks read the features before the last block, which is neither built nor loaded
