@@ -764,12 +764,14 @@ def load_scorer(device) -> TinyScorer:
     return scorer.requires_grad_(False).eval().to(device)
 
 
-def check_tiny_clips(clips):
+def check_tiny_size(what, frames, height, width, remedy="leave --frames, --height and --width"):
     """The scorer reads clips (b,3,8,32,32) alone."""
-    if clips.shape[1:] != (3, 8, 32, 32):
-        f, h, w = clips.shape[2:]
-        raise UserError(f"--reward tiny judges clips of 8 frames of 32x32, not {f} of {h}x{w}: "
-                        "use it with --base tiny and --decode all")
+    if (frames, height, width) != (TINY_FRAMES, TINY_SIZE, TINY_SIZE):
+        raise UserError(f"{what} judges clips of 8 frames of 32x32, not {frames} of "
+                        f"{height}x{width}: {remedy}")
+
+
+TINY_REMEDY = "use it with --base tiny and --decode all"
 
 
 def tiny_scorer(files):
@@ -785,7 +787,7 @@ def tiny_scorer(files):
 
     def judge(clips, prompts):
         check(prompts)
-        check_tiny_clips(clips)
+        check_tiny_size("--reward tiny", *clips.shape[2:], TINY_REMEDY)
         return scorer(clips, prompts)
     return judge, check
 
@@ -796,7 +798,7 @@ def tiny_raw_quality(files):
     scorer = load_scorer(files.device)
 
     def judge(clips, prompts):
-        check_tiny_clips(clips)
+        check_tiny_size("--reward tiny-raw", *clips.shape[2:], TINY_REMEDY)
         return scorer.look(clips)[1]
     return judge
 

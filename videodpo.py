@@ -163,8 +163,8 @@ def main(argv=None):
     ready = stages == ["train"]  # then faults of the files show before any work
     pairs = omniscore.read_pairs(folders, sampling.size, args.seed) if ready else ()
     run = Run(args, "videodpo", trains="train" in stages)
-    score_clip = omniscore.clip_scorer(
-        args.base, args.score_weights, args.flow_weights, run.device, "score" in stages)
+    score_clip = omniscore.clip_scorer(args.base, sampling.size, args.score_weights,
+                                       args.flow_weights, run.device, "score" in stages)
     base = None  # scoring and pairing need no network of the base
     if "generate" in stages or "train" in stages:
         dtype = run.dtype if args.rank else torch.float32  # what trains is fp32
