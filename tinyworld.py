@@ -256,15 +256,16 @@ class TinyWorld(torch.utils.data.Dataset):
     """`n` fixed clips of the tiny world: item (i, _) -> {"video" (3,f,32,32), "text"}; f = 1
     gives images.
 
-    motion: of all clips; None: any of MOTIONS. captions: what the clips show in turn, such as
-    those that a test does not hold out. depth: with "depth" (1,f,32,32), 1 where the object is,
-    which is in front. flawed: some clips are spoiled, see tiny_flaws().
+    motion: of all clips; None: any of MOTIONS. replay: share of clips with any of MOTIONS all the
+    same. captions: what the clips show in turn, such as those that a test does not hold out. depth:
+    with "depth" (1,f,32,32), 1 where the object is, which is in front. flawed: some clips are
+    spoiled, see tiny_flaws().
     """
 
     def __init__(self, n, frames=TINY_FRAMES, seed=0, motion=None, captions=None, travel=TRAVEL,
-                 depth=False, flawed=False):
+                 depth=False, flawed=False, replay=0.0):
         self.n, self.frames, self.seed = n, frames, seed
-        self.motion, self.captions = motion, captions
+        self.motion, self.replay, self.captions = motion, replay, captions
         self.travel, self.depth, self.flawed = travel, depth, flawed
 
     def __len__(self):
@@ -278,8 +279,9 @@ class TinyWorld(torch.utils.data.Dataset):
             scene = tiny_scene(rng, **parse(text), frames=self.frames)
             flaws = tiny_flaws(rng, self.frames) if self.flawed else None
             return {"video": render(scene, flaws=flaws), "text": text}
+        motion = None if i < self.replay * self.n else self.motion
         video, captions, scenes = tiny_batch(
-            (self.seed, TRAINING, i), 1, self.frames, motion=self.motion, travel=self.travel,
+            (self.seed, TRAINING, i), 1, self.frames, motion=motion, travel=self.travel,
             flawed=self.flawed)
         depth = {"depth": render(scenes[0], with_mask=True)[1]} if self.depth else {}
         return {"video": video[0], "text": captions[0], **depth}

@@ -25,6 +25,7 @@ import higen
 import i2vgen
 import metrics
 import pipeline
+import rewards
 import sample
 import tft2v
 import tinyworld
@@ -301,33 +302,48 @@ def test_das(seed, tmp_path):
     assert all(error < 0.06 and error <= before[motion] / 4 for motion, error in after.items())
 
 
+def scores(folder, prompts):
+    """The scorer's verdict on FOLDER/0000.mp4 ..., a clip per prompt."""
+    files = [folder / f"{i:04d}.mp4" for i in range(len(prompts))]
+    return [row["tiny"] for row in rewards.score_files(rewards.get_reward("tiny", "cpu"), "cpu", files, prompts)]
+
+
+def preferred(out):
+    """A run of videodpo.py -> its first and last evaluation, each with the scorer's mean ("reward"); the
+    share of prompts whose clip the scorer prefers afterwards."""
+    before, *_, after = [json.loads(x) for x in (out / "eval.jsonl").read_text().splitlines()]
+    args = json.loads((out / "args.json").read_text())
+    folder = Path(args["eval_pairs"][0]) if args["eval_pairs"] else out / "held-out"
+    prompts = [row["frame_caption"][0] for row in json.loads((folder / "pair.json").read_text())]
+    was, now = (scores(out / name, prompts) for name in ("before", "after"))
+    before["reward"], after["reward"] = float(np.mean(was)), float(np.mean(now))
+    return before, after, float(np.mean(np.array(now) > np.array(was)))
+
+
 @pytest.mark.effect
 @pytest.mark.parametrize("seed", SEEDS)
 def test_videodpo(seed, tmp_path):
-    """All stages, 15 CPU minutes at most. On 128 held-out prompts: 60 % win by OmniScore, dynamic degree and
-    joint accuracy lose 2 points at most; 70 % of the held-out pairs are told apart. Beside it, for seed 0,
-    the same pairs re-weighted."""
+    """All stages, 15 CPU minutes at most. On 128 held-out prompts: at most half as many clips marked, 75 %
+    win by the scorer, captions lose 2 points at most; of all 128 held-out pairs 70 % are told apart. Beside
+    it, for seed 0, the same pairs re-weighted."""
     table, runs = [], {}
     pairs = ["--pairs", str(tmp_path / "off" / "train"), "--eval-pairs", str(tmp_path / "off" / "held-out")]
     for name, more in (("off", []), ("on", [*pairs, "--reweight", "1"]))[:1 + (seed == 0)]:
         start, out = time.process_time(), tmp_path / name
         videodpo.main(["--base", "tiny", "--seed", str(seed), "--dtype", "fp32", *more, "--out", str(out)])
-        rows = [json.loads(x) for x in (out / "eval.jsonl").read_text().splitlines()]
-        before, after, minutes = rows[0], rows[-1], (time.process_time() - start) / 60
-        runs[name] = dict(minutes=minutes, before=before, after=after)
-        joint, dynamic = ([100 * r for r in pair] for pair in (
-            (before["judge"]["joint"], after["judge"]["joint"]),
-            (before["dynamic_degree"], after["dynamic_degree"])))
+        minutes = (time.process_time() - start) / 60
+        before, after, wins = preferred(out)
+        runs[name] = dict(minutes=minutes, wins=wins, before=before, after=after)
         table.append(
-            f"| {name} | {seed} | {before['total']:.4f} | {after['total']:.4f} "
-            f"| {100 * after['wins']:.1f} % | {100 * after['accuracy']:.1f} % "
-            f"| {joint[1]:.1f} ({joint[1] - joint[0]:+.1f}) "
-            f"| {dynamic[1]:.1f} ({dynamic[1] - dynamic[0]:+.1f}) | {minutes:.1f} |")
+            f"| {name} | {seed} | {flaws_gone(before, after)} | {100 * wins:.1f} % "
+            f"| {100 * after['wins']:.1f} % | {100 * after['accuracy']:.1f} % | {minutes:.1f} |")
         write(f"videodpo_{seed}", table, runs=runs)
-    before, after = runs["off"]["before"], runs["off"]["after"]
-    assert after["wins"] >= 0.6 and after["accuracy"] >= 0.7 and runs["off"]["minutes"] <= 15
-    assert after["judge"]["joint"] >= before["judge"]["joint"] - 0.0201
-    assert after["dynamic_degree"] >= before["dynamic_degree"] - 0.0201
+    for name in ("before", "after") if seed == 0 else ():
+        (RESULTS / f"videodpo_{name}.png").write_bytes((tmp_path / "off" / f"{name}.png").read_bytes())
+    run = runs["off"]
+    before, after = run["before"]["judge"], run["after"]["judge"]
+    assert after["marked"] <= before["marked"] / 2 and after["joint"] >= before["joint"] - 0.0201
+    assert run["wins"] >= 0.75 and run["after"]["accuracy"] >= 0.7 and run["minutes"] <= 15
 
 
 # ---- DreamVideo
