@@ -1433,10 +1433,12 @@ def clips_with_prompts(path, file=None, prompt=None):
     rows = list_clips(path, "found")[1]
     if not file:
         return [(clip, caption if prompt is None else prompt) for _, clip, caption in rows]
-    prompts, named = read_prompts(file), {}
     if Path(file).suffix.lower() == ".json":
         named = parse_json(read_text(file), file)
+        prompts = _json_prompts(named, file)
         named = named.get("prompts", named) if isinstance(named, dict) else {}
+    else:
+        prompts, named = read_prompts(file), {}
     if isinstance(named, dict) and any(clip.name in named for _, clip, _ in rows):
         by_name = dict(zip(named, prompts))
         prompts = [by_name[clip.name] for _, clip, _ in rows if clip.name in by_name]

@@ -15,7 +15,7 @@ The image is the clip's own first frame. The networks receive it as follows:
 (CogVideoX's loss, |x0_pred - x0|^2 / (1 - ab_t), is L.) Some captions and some images are
 dropped, so that sampling can use guidance; some steps train on the first frames alone.
 
-    python i2vgen.py --base tiny-i2v                   # learns to zigzag; 2 CPU cores
+    python i2vgen.py --base tiny-i2v         # learns to zigzag, forgets nothing; 2 CPU cores
     python i2vgen.py --base tiny-i2v --scratch --out out/tiny-i2v    # how it was made
     python i2vgen.py --weights W --data clips.csv --lr 1e-4          # LoRA, one GPU
     torchrun --nproc_per_node=4 i2vgen.py --weights W --data clips.csv --rank 0
@@ -58,8 +58,9 @@ COGVIDEOX = dict(
     image_share=0.0, offset_noise=0.0, read_fps=8.0)
 TINY = dict(
     steps=200, batch=16, lr=5e-4, lr_schedule="cosine", warmup=20, betas=(0.9, 0.99), wd=0.01,
-    ema=0.99, rank=0, motion="zigzagging", image_share=0.0, offset_noise=0.0, drop_text=0.1,
-    read_fps=None, cache_latents=True, workers=0, grad_ckpt=False, log_every=20, eval_n=64)
+    ema=0.99, rank=0, motion="zigzagging", replay=0.5, image_share=0.0, offset_noise=0.0,
+    drop_text=0.1, read_fps=None, cache_latents=True, workers=0, grad_ckpt=False, log_every=20,
+    eval_n=64)
 SCRATCH = TINY | dict(
     steps=1200, batch=64, lr=1.5e-3, warmup=50, ema=0.995, motion=None, preview_every=1000,
     log_every=50)
@@ -77,6 +78,9 @@ def get_args(argv=None):
                    help="frame rate to read at (default: --fps, or every frame)")
     p.add_argument("--motion", choices=tinyworld.MOTIONS + tinyworld.NEW_MOTIONS,
                    help="tiny bases: the clips' motion")
+    p.add_argument("--replay", type=p.SHARE, default=0.0,
+                   help="tiny bases: share of clips with motions that the base knows, so that it "
+                        "keeps them (on others: list such clips in --data)")
     p.options("images", without=("--images",))
     p.add_argument("--drop-image", type=p.SHARE,
                    help="probability of dropping the image condition")
@@ -91,8 +95,9 @@ def get_args(argv=None):
         raise UserError("--scratch: LoRA on random weights cannot learn; add --rank 0")
     if not base_row(args.base).tiny and not args.data:
         raise UserError("--data: give a folder, csv, jsonl or list of clips with captions")
-    if not base_row(args.base).tiny and args.motion:
-        raise UserError(f"--motion {args.motion}: only the tiny world's own clips have motions")
+    if not base_row(args.base).tiny and (args.motion or args.replay):
+        flag = f"--motion {args.motion}" if args.motion else f"--replay {args.replay:g}"
+        raise UserError(f"{flag}: only the tiny world's own clips have motions")
     return args
 
 
@@ -143,7 +148,8 @@ def main(argv=None):
         clips = pipeline.open_data(args, sampling.size, read_fps)
     else:
         clips = tinyworld.TinyWorld(
-            TINY_CLIPS[args.scratch], sampling.frames, args.seed, args.motion)
+            TINY_CLIPS[args.scratch], sampling.frames, args.seed, args.motion,
+            replay=args.replay)
     rows, held_out = clips.rows if args.data else [], held_out_pairs(args, sampling, clips)
     run = Run(args, "i2vgen")
 
@@ -159,7 +165,8 @@ def main(argv=None):
     meta = dict(sample=sampling.metadata())
     run.attach(opt, params, list(nets.values()), base.parts(), meta, ema_decay=args.ema)
     if args.cache_latents:
-        about = dict(size=sampling.size, fps=read_fps, rows=seed_of(rows or args.motion))
+        source = rows or (args.motion, args.replay)
+        about = dict(size=sampling.size, fps=read_fps, rows=seed_of(source))
         clips = pipeline.cache_latents(
             run, clips, lambda batch: encode(base, run.env, batch["video"]), about)
         if not trains_encoders(args):

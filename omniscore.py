@@ -16,7 +16,7 @@ from common import UserError, append_line, finish, read_lines, write_lines
 from data import PairDataset, clip_normalize, lucas_kanade, raft, read_clips, read_video
 from metrics import cosine
 from text_encoders import DINO, dino_name, tokenize
-from tinyworld import check_tiny_clips, load_scorer
+from tinyworld import check_tiny_size, load_scorer
 from weights import load_strict, load_weights, rename
 
 # {dimension: (lowest value, highest value, weight)}, as released
@@ -157,15 +157,16 @@ def check_score_files(folder):
                         "pyiqa") from None
 
 
-def clip_scorer(base, folder=None, flow_weights=None, device="cpu", required=False):
+def clip_scorer(base, size, folder=None, flow_weights=None, device="cpu", required=False):
     """The function score_clip(video (3,f,h,w), prompt, fps) -> {name: float}: the dimensions,
     "quality", "semantic" and "total".
 
-    base: name of the base; tiny ones are scored by the tiny world's scorer. Else folder holds the
-    networks and flow_weights is a file of RAFT large; they are loaded when the first clip is
-    scored. Without a folder: None, or an error if `required`.
+    base: name of the base; tiny ones are scored by the tiny world's scorer, if size (f,h,w) fits
+    it. Else folder holds the networks and flow_weights is a file of RAFT large; they are loaded
+    when the first clip is scored. Without a folder: None, or an error if `required`.
     """
     if base_row(base).tiny:
+        check_tiny_size(f"--base {base}: its OmniScore", *size)
         table, dimensions = OMNISCORE_TINY, tiny_dimensions(device)
     elif folder is None and not required:
         return None
@@ -241,7 +242,6 @@ def tiny_dimensions(device="cpu"):
     def dimensions(video, caption, fps=8):
         video = video.to(device).float().clamp(-1, 1)
         clip = video[None] / 2 + 0.5
-        check_tiny_clips(clip)
         still = clip[0].transpose(0, 1)[:, :, None].expand(-1, -1, clip.shape[2], -1, -1)
         shown, quality = scorer.look(clip)
         features, qualities = scorer.look(still)

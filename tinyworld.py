@@ -257,15 +257,16 @@ class TinyWorld(torch.utils.data.Dataset):
     """`n` fixed clips of the tiny world: item (i, _) -> {"video" (3,f,32,32), "text"}; f = 1
     gives images.
 
-    motion: of all clips; None: any of MOTIONS. captions: what the clips show in turn, such as
-    those that a test does not hold out. depth: with "depth" (1,f,32,32), 1 where the object is,
-    which is in front. flawed: some clips are spoiled, see tiny_flaws().
+    motion: of all clips; None: any of MOTIONS. replay: share of clips with any of MOTIONS all the
+    same. captions: what the clips show in turn, such as those that a test does not hold out. depth:
+    with "depth" (1,f,32,32), 1 where the object is, which is in front. flawed: some clips are
+    spoiled, see tiny_flaws().
     """
 
     def __init__(self, n, frames=TINY_FRAMES, seed=0, motion=None, captions=None, travel=TRAVEL,
-                 depth=False, flawed=False):
+                 depth=False, flawed=False, replay=0.0):
         self.n, self.frames, self.seed = n, frames, seed
-        self.motion, self.captions = motion, captions
+        self.motion, self.replay, self.captions = motion, replay, captions
         self.travel, self.depth, self.flawed = travel, depth, flawed
 
     def __len__(self):
@@ -279,8 +280,9 @@ class TinyWorld(torch.utils.data.Dataset):
             scene = tiny_scene(rng, **parse(text), frames=self.frames)
             flaws = tiny_flaws(rng, self.frames) if self.flawed else None
             return {"video": render(scene, flaws=flaws), "text": text}
+        motion = None if i < self.replay * self.n else self.motion
         video, captions, scenes = tiny_batch(
-            (self.seed, TRAINING, i), 1, self.frames, motion=self.motion, travel=self.travel,
+            (self.seed, TRAINING, i), 1, self.frames, motion=motion, travel=self.travel,
             flawed=self.flawed)
         depth = {"depth": render(scenes[0], with_mask=True)[1]} if self.depth else {}
         return {"video": video[0], "text": captions[0], **depth}
@@ -765,12 +767,14 @@ def load_scorer(device) -> TinyScorer:
     return scorer.requires_grad_(False).eval().to(device)
 
 
-def check_tiny_clips(clips):
+def check_tiny_size(what, frames, height, width, remedy="leave --frames, --height and --width"):
     """The scorer reads clips (b,3,8,32,32) alone."""
-    if clips.shape[1:] != (3, 8, 32, 32):
-        f, h, w = clips.shape[2:]
-        raise UserError(f"--reward tiny judges clips of 8 frames of 32x32, not {f} of {h}x{w}: "
-                        "use it with --base tiny and --decode all")
+    if (frames, height, width) != (TINY_FRAMES, TINY_SIZE, TINY_SIZE):
+        raise UserError(f"{what} judges clips of 8 frames of 32x32, not {frames} of "
+                        f"{height}x{width}: {remedy}")
+
+
+TINY_REMEDY = "use it with --base tiny and --decode all"
 
 
 def tiny_scorer(files):
@@ -786,7 +790,7 @@ def tiny_scorer(files):
 
     def judge(clips, prompts):
         check(prompts)
-        check_tiny_clips(clips)
+        check_tiny_size("--reward tiny", *clips.shape[2:], TINY_REMEDY)
         return scorer(clips, prompts)
     return judge, check
 
@@ -797,7 +801,7 @@ def tiny_raw_quality(files):
     scorer = load_scorer(files.device)
 
     def judge(clips, prompts):
-        check_tiny_clips(clips)
+        check_tiny_size("--reward tiny-raw", *clips.shape[2:], TINY_REMEDY)
         return scorer.look(clips)[1]
     return judge
 

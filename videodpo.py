@@ -44,8 +44,8 @@ PAPER = dict(
     base="videocrafter2", out="out/videodpo", samples=4, beta_dpo=5000.0, drop_text=0.2,
     steps=2000, accum=8, lr=6e-6, wd=0.01, rank=0, save_every=499)
 TINY = dict(  # without guidance clips take half the time, score higher and differ more
-    sample_steps=5, cfg=1.0, drop_pairs=0.5, max_step=0.3, share_noise=True,
-    steps=120, batch=8, accum=1, lr=3e-4, lr_schedule="cosine", rank=16,
+    sample_steps=5, cfg=1.0, share_noise=True,
+    beta_dpo=100.0, steps=40, batch=8, accum=1, lr=2e-3, lr_schedule="cosine", rank=16,
     eval_n=128, workers=0, save_every=40, log_every=10, grad_ckpt=False)
 
 
@@ -163,8 +163,8 @@ def main(argv=None):
     ready = stages == ["train"]  # then faults of the files show before any work
     pairs = omniscore.read_pairs(folders, sampling.size, args.seed) if ready else ()
     run = Run(args, "videodpo", trains="train" in stages)
-    score_clip = omniscore.clip_scorer(
-        args.base, args.score_weights, args.flow_weights, run.device, "score" in stages)
+    score_clip = omniscore.clip_scorer(args.base, sampling.size, args.score_weights,
+                                       args.flow_weights, run.device, "score" in stages)
     base = None  # scoring and pairing need no network of the base
     if "generate" in stages or "train" in stages:
         dtype = run.dtype if args.rank else torch.float32  # what trains is fp32

@@ -254,6 +254,7 @@ BAD = [
     ("das", "--make-tracks", "--make-tracks: expected one argument"),
     ("sample", f"{TINY} --track-strength 1", "--track-strength: this base has no such condition"),
     # VideoDPO
+    ("videodpo", "--base tiny --frames 4", "its OmniScore judges clips of 8 frames of 32x32, not 4"),
     ("videodpo", "--base tiny --samples 0", "--samples: '0'"),
     ("videodpo", "--base tiny --beta-dpo 0", "--beta-dpo"),
     ("videodpo", "--base tiny --drop-pairs 2", "--drop-pairs"),

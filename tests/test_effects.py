@@ -5,11 +5,7 @@ Minutes each. Each test writes results/NAME.json, whose "table" rows RESULTS.md 
 """
 import argparse
 import json
-import os
-import subprocess
-import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import demo_effect
@@ -23,9 +19,12 @@ import data
 import dreamvideo
 import higen
 import i2vgen
+import instructvideo
 import metrics
 import pipeline
+import rewards
 import sample
+import t2v
 import tft2v
 import tinyworld
 import vader
@@ -81,28 +80,29 @@ def test_i2v(base, tmp_path):
 @pytest.mark.effect
 @pytest.mark.parametrize("motion", ["zigzagging", "circling"])
 def test_i2vgen(motion, tmp_path):
-    """A motion that the base never saw: at least 20 points more of 256 held-out pairs, in 10 minutes at most.
-
-    Reported beside it, on 64 pairs: what the fine-tuned network makes of the motions that it knew before.
-    """
-    start = time.time()
+    """A motion that the base never saw: right in at least 90 % of 256 held-out pairs, and so are the motions
+    that it knew before, of 256 others; 10 CPU minutes."""
+    start = time.process_time()
     i2vgen.main(["--base", "tiny-i2v", "--motion", motion, "--out", str(tmp_path / "run")])
-    minutes = (time.time() - start) / 60
+    minutes = (time.process_time() - start) / 60
     table, runs = [], {}
     for when, command in (("before", ["--base", "tiny-i2v"]), ("after", ["--ckpt", str(tmp_path / "run")])):
-        for what, n, more in ((motion, "256", ["--motion", motion]), ("known", "64", [])):
-            seen, cells = judged(tmp_path / f"{when}-{what}", *command, "--judge", n, *more)
+        for what, more in ((motion, ["--motion", motion]), ("known", [])):
+            seen, cells = judged(tmp_path / f"{when}-{what}", *command, "--judge", "256", *more)
             runs[f"{when} {what}"] = seen
             table.append(f"| {motion} | {when} | {what} | {cells} |")
     write(f"i2vgen_{motion}", table, minutes=minutes, **runs)
-    assert runs[f"after {motion}"]["motion"] >= runs[f"before {motion}"]["motion"] + 0.2
+    for what in (motion, "known"):
+        sheet = (tmp_path / f"after-{what}" / "sheet.png").read_bytes()
+        (RESULTS / f"i2vgen_{motion}{'_known' * (what == 'known')}.png").write_bytes(sheet)
+        assert runs[f"after {what}"]["motion"] >= 0.9, what
     assert minutes <= 10
 
 
-def aligned(out, *command):
-    """vader.py -> its first and last line of eval.jsonl, CPU minutes of the whole run."""
+def aligned(out, *command, method=vader):
+    """vader.py or instructvideo.py -> its first and last line of eval.jsonl, CPU minutes of the run."""
     start = time.process_time()
-    vader.main([*command, "--dtype", "fp32", "--out", str(out)])
+    method.main([*command, "--dtype", "fp32", "--out", str(out)])
     rows = [json.loads(x) for x in (out / "eval.jsonl").read_text().splitlines()]
     return rows[0], rows[-1], (time.process_time() - start) / 60
 
@@ -247,40 +247,18 @@ def test_vader_on_longer_clips(tmp_path):
 
 
 @pytest.mark.effect
-def test_instructvideo(tmp_path):
-    """Three seeds: held-out reward +0.5 sd, joint accuracy -2 points at most, within 10 minutes on 2 cores.
-
-    Beside it vader.py with the same seeds and as many reward queries (clips scored in training). The table's
-    minutes are those of the steps, without evaluations; each run has 2 cores, as many at once as there are.
-    EFFECT_DEVICE=cuda: all six on the GPU.
-    """
-    def run(job):
-        method, seed = job
-        start, out = time.time(), tmp_path / f"{method}-{seed}"
-        command = [sys.executable, f"{method}.py", "--base", "tiny", "--reward", "tiny", "--seed", str(seed),
-                   "--device", os.environ.get("EFFECT_DEVICE", "cpu"), "--dtype", "fp32", "--out", str(out)]
-        command += ["--sweep", "0"] if method == "vader" else []
-        subprocess.run(command, cwd=RESULTS.parent, env=os.environ | {"OMP_NUM_THREADS": "2"}, check=True)
-        whole = (time.time() - start) / 60
-        rows, log = ([json.loads(x) for x in (out / f"{file}.jsonl").read_text().splitlines()]
-                     for file in ("eval", "log"))
-        args, before, after = json.loads((out / "args.json").read_text()), rows[0], rows[-1]
-        return dict(method=method, seed=seed, queries=args["steps"] * args["batch"] * args["accum"],
-                    minutes=sum(row["seconds"] for row in log) / 60, whole=whole,
-                    gain_sd=(after["reward"] - before["reward"]) / before["reward_sd"],
-                    joint=100 * after["judge"]["joint"], before=before, after=after,
-                    change=100 * (after["judge"]["joint"] - before["judge"]["joint"]))
-    jobs = [(method, seed) for method in ("instructvideo", "vader") for seed in SEEDS]
-    with ThreadPoolExecutor(max(1, os.cpu_count() // 2)) as pool:
-        runs = list(pool.map(run, jobs))
-    table = [f"| {r['method']}.py | {r['seed']} | {r['queries']} | {r['minutes']:.1f} | "
-             f"{r['before']['reward']:.4f} | {r['after']['reward']:.4f} | {r['gain_sd']:+.2f} sd | "
-             f"{r['joint']:.1f} ({r['change']:+.1f}) |" for r in runs]
-    write("instructvideo", table, runs=runs)
-    (RESULTS / "instructvideo.png").write_bytes((tmp_path / "instructvideo-0" / "after.png").read_bytes())
-    assert len({r["queries"] for r in runs}) == 1
-    for r in runs[:len(SEEDS)]:
-        assert r["gain_sd"] >= 0.5 and r["change"] >= -2.01 and r["whole"] <= 10
+@pytest.mark.parametrize("seed", SEEDS)
+def test_instructvideo(seed, tmp_path):
+    """Of 64 held-out captions at most a third as many clips marked as before, captions not lower by more than
+    2 points, in 10 CPU minutes."""
+    command = ["--base", "tiny", "--seed", str(seed)]
+    before, after, cpu = aligned(tmp_path / "run", *command, method=instructvideo)
+    row = f"| instructvideo | {seed} | {flaws_gone(before, after)} | {cpu:.1f} |"
+    write(f"instructvideo_{seed}", [row], cpu=cpu, before=before, after=after)
+    for name in ("before", "after") if seed == 0 else ():
+        (RESULTS / f"instructvideo_{name}.png").write_bytes((tmp_path / "run" / f"{name}.png").read_bytes())
+    was, now = before["judge"], after["judge"]
+    assert now["marked"] <= was["marked"] / 3 and now["joint"] >= was["joint"] - 0.0201 and cpu <= 10
 
 
 @pytest.mark.effect
@@ -301,33 +279,72 @@ def test_das(seed, tmp_path):
     assert all(error < 0.06 and error <= before[motion] / 4 for motion, error in after.items())
 
 
+def scores(folder, prompts):
+    """The scorer's verdict on FOLDER/0000.mp4 ..., a clip per prompt."""
+    files = [folder / f"{i:04d}.mp4" for i in range(len(prompts))]
+    reward = rewards.get_reward("tiny", "cpu")
+    return [row["tiny"] for row in rewards.score_files(reward, "cpu", files, prompts)]
+
+
+def preferred(out):
+    """A run of videodpo.py -> its first and last evaluation, each with the scorer's mean ("reward"); the
+    share of prompts whose clip the scorer prefers afterwards."""
+    before, *_, after = [json.loads(x) for x in (out / "eval.jsonl").read_text().splitlines()]
+    args = json.loads((out / "args.json").read_text())
+    folder = Path(args["eval_pairs"][0]) if args["eval_pairs"] else out / "held-out"
+    pairs = json.loads((folder / "pair.json").read_text())[:args["eval_n"]]
+    prompts = [row["frame_caption"][0] for row in pairs]
+    was, now = (scores(out / name, prompts) for name in ("before", "after"))
+    before["reward"], after["reward"] = float(np.mean(was)), float(np.mean(now))
+    return before, after, float(np.mean(np.array(now) > np.array(was)))
+
+
 @pytest.mark.effect
 @pytest.mark.parametrize("seed", SEEDS)
 def test_videodpo(seed, tmp_path):
-    """All stages, 15 CPU minutes at most. On 128 held-out prompts: 60 % win by OmniScore, dynamic degree and
-    joint accuracy lose 2 points at most; 70 % of the held-out pairs are told apart. Beside it, for seed 0,
-    the same pairs re-weighted."""
-    table, runs = [], {}
-    pairs = ["--pairs", str(tmp_path / "off" / "train"), "--eval-pairs", str(tmp_path / "off" / "held-out")]
-    for name, more in (("off", []), ("on", [*pairs, "--reweight", "1"]))[:1 + (seed == 0)]:
-        start, out = time.process_time(), tmp_path / name
-        videodpo.main(["--base", "tiny", "--seed", str(seed), "--dtype", "fp32", *more, "--out", str(out)])
-        rows = [json.loads(x) for x in (out / "eval.jsonl").read_text().splitlines()]
-        before, after, minutes = rows[0], rows[-1], (time.process_time() - start) / 60
-        runs[name] = dict(minutes=minutes, before=before, after=after)
-        joint, dynamic = ([100 * r for r in pair] for pair in (
-            (before["judge"]["joint"], after["judge"]["joint"]),
-            (before["dynamic_degree"], after["dynamic_degree"])))
-        table.append(
-            f"| {name} | {seed} | {before['total']:.4f} | {after['total']:.4f} "
-            f"| {100 * after['wins']:.1f} % | {100 * after['accuracy']:.1f} % "
-            f"| {joint[1]:.1f} ({joint[1] - joint[0]:+.1f}) "
-            f"| {dynamic[1]:.1f} ({dynamic[1] - dynamic[0]:+.1f}) | {minutes:.1f} |")
-        write(f"videodpo_{seed}", table, runs=runs)
-    before, after = runs["off"]["before"], runs["off"]["after"]
-    assert after["wins"] >= 0.6 and after["accuracy"] >= 0.7 and runs["off"]["minutes"] <= 15
-    assert after["judge"]["joint"] >= before["judge"]["joint"] - 0.0201
-    assert after["dynamic_degree"] >= before["dynamic_degree"] - 0.0201
+    """All stages, 15 CPU minutes at most. On 128 held-out prompts: at most half as many clips marked, 75 %
+    win by the scorer, captions lose 2 points at most; of all 128 held-out pairs 70 % are told apart."""
+    start = time.process_time()
+    videodpo.main(["--base", "tiny", "--seed", str(seed), "--dtype", "fp32", "--out", str(tmp_path / "run")])
+    cpu = (time.process_time() - start) / 60
+    before, after, wins = preferred(tmp_path / "run")
+    row = (f"| videodpo | {seed} | {flaws_gone(before, after)} | {100 * wins:.1f} % "
+           f"| {100 * after['wins']:.1f} % | {100 * after['accuracy']:.1f} % | {cpu:.1f} |")
+    write(f"videodpo_{seed}", [row], cpu=cpu, wins=wins, before=before, after=after)
+    for name in ("before", "after") if seed == 0 else ():
+        (RESULTS / f"videodpo_{name}.png").write_bytes((tmp_path / "run" / f"{name}.png").read_bytes())
+    was, now = before["judge"], after["judge"]
+    assert now["marked"] <= was["marked"] / 2 and now["joint"] >= was["joint"] - 0.0201
+    assert wins >= 0.75 and after["accuracy"] >= 0.7 and cpu <= 15
+
+
+EIGHTH = ["--steps", "200", "--lr", "5e-4", "--warmup", "20", "--ema", "0.98"]
+
+
+@pytest.mark.effect
+def test_best_eighth(tmp_path):
+    """The plain rival of videodpo.py: as many clips (4 of each of 376 captions), of which t2v.py learns the
+    eighth that the scorer likes best. No target. The same held-out captions and noise before and after."""
+    start, short = time.process_time(), ["--sample-steps", "5", "--cfg", "1"]
+    prompts, held_out = tinyworld.tiny_prompts(False, 128), tinyworld.tiny_prompts(True, 128)
+    played(tmp_path / "clips", prompts, "--base", "tiny", *short, n=4)
+    captions = [prompt for prompt in prompts for _ in range(4)]
+    liked = np.argsort(scores(tmp_path / "clips", captions))[-len(captions) // 8:]
+    rows = "".join(f"clips/{i:04d}.mp4,{captions[i]}\n" for i in sorted(liked))
+    (tmp_path / "best.csv").write_text("video,caption\n" + rows)
+    t2v.main(["--base", "tiny", "--data", str(tmp_path / "best.csv"), *EIGHTH, "--dtype", "fp32",
+              "--preview-every", "0", "--out", str(tmp_path / "run")])
+    minutes, seen = (time.process_time() - start) / 60, []
+    for name, source in (("before", ["--base", "tiny"]), ("after", ["--ckpt", tmp_path / "run"])):
+        clips = played(tmp_path / name, held_out, *source, *short, n=1)
+        reward = float(np.mean(scores(tmp_path / name, held_out)))
+        seen.append({"reward": reward, "judge": judge_captions(clips, held_out)})
+    better = np.array(scores(tmp_path / "after", held_out)) > scores(tmp_path / "before", held_out)
+    row = f"| best eighth | {flaws_gone(*seen)} | {100 * better.mean():.1f} % | {minutes:.1f} |"
+    write("best_eighth", [row], clips=len(liked), minutes=minutes, wins=float(better.mean()),
+          before=seen[0], after=seen[1])
+    (RESULTS / "best_eighth.png").write_bytes((tmp_path / "after" / "sheet.png").read_bytes())
+    assert seen[1]["reward"] > seen[0]["reward"] and minutes <= 15
 
 
 # ---- DreamVideo
@@ -416,7 +433,8 @@ def test_dreamvideo(motion, seed, tmp_path):
 @pytest.mark.effect
 def test_demo(tmp_path):
     """From tiny-weak, three seeds, 256 captions: motion >= 10 points above plain fine-tuning of as many
-    steps, colour and shape not more than 2 below it, 15 CPU minutes a run. Each extra loss left out once.
+    steps that trains the text encoder as well, colour and shape not more than 2 below it, 15 CPU minutes a
+    run. Each extra loss left out once.
     """
     weak, runs = demo_effect.main(["--jobs", "2", "--device", "cpu", "--out", str(tmp_path)])
     for name in ("demo.json", "demo.png"):

@@ -29,6 +29,7 @@ from tinyworld import (
     TinyWorld,
     judge,
     judge_captions,
+    parse,
     tiny_batch,
     tiny_pairs,
     tiny_scene,
@@ -332,3 +333,9 @@ def test_held_out_pairs_are_in_no_training_set():
     world = TinyWorld(50, motion="circling")
     training = [world[i, 0]["video"][:, 0] for i in range(50)]
     assert max(psnr(clip[:, 0], frame) for clip in clips for frame in training) < 60
+
+
+def test_replay_mixes_in_motions_that_the_base_knows():
+    world = TinyWorld(8, motion="circling", replay=0.25)
+    motions = [parse(world[i, 0]["text"])["motion"] for i in range(8)]
+    assert set(motions[:2]) <= set(MOTIONS) and set(motions[2:]) == {"circling"}

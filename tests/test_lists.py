@@ -225,13 +225,16 @@ def test_ambiguous_paths(tmp_path, monkeypatch, message):
     assert len(list_clips("lists/list.csv", root="lists")[1]) == 2
 
 
-def test_prompts_of_clips_to_score(tmp_path, message, capfd):
+def test_prompts_of_clips_to_score(tmp_path, message, capfd, monkeypatch):
     fill(tmp_path, **CLIPS, **{"a.txt": "one"})
     assert clips_with_prompts(tmp_path) == [(tmp_path / "a.mp4", "one"), (tmp_path / "b.mp4", None)]
     assert clips_with_prompts(tmp_path, prompt="")[0][1] == ""
     named = tmp_path / "named.json"
     named.write_text('{"b.mp4": "two", "a.mp4": "one"}')
+    parsed, parse = [], data.parse_json
+    monkeypatch.setattr(data, "parse_json", lambda *args: parsed.append(args) or parse(*args))
     assert [prompt for _, prompt in clips_with_prompts(tmp_path, named)] == ["one", "two"]
+    assert len(parsed) == 1  # such a file may be large
     named.write_text('{"b.mp4": "two", "c.mp4": "one"}')
     assert "1 prompts for 2 clips" in message(clips_with_prompts, tmp_path, named)
     assert "b.mp4: no prompt" in message(metrics.main, [str(tmp_path)])

@@ -153,13 +153,13 @@ def test_each_tiny_dimension_sees_its_fault(fault, dimension):
     before, after = dimensions(good, caption), dimensions(bad, words)
     low, high, _ = OMNISCORE_TINY[dimension]
     assert before[dimension] - after[dimension] > 0.1 * (high - low)
-    score_clip = clip_scorer("tiny")
+    score_clip = clip_scorer("tiny", (8, 32, 32))
     assert score_clip(good, caption)["total"] > score_clip(bad, words)["total"]
 
 
 def test_without_networks_there_are_no_scores(message):
-    assert clip_scorer("videocrafter2") is None
-    assert "OmniScore needs a folder" in message(clip_scorer, "videocrafter2", required=True)
+    assert clip_scorer("videocrafter2", (16, 320, 512)) is None
+    assert "OmniScore needs a folder" in message(clip_scorer, "videocrafter2", (16, 320, 512), required=True)
 
 
 def test_real_networks_with_small_stand_ins(tmp_path, monkeypatch, message):
@@ -197,7 +197,7 @@ def test_real_networks_with_small_stand_ins(tmp_path, monkeypatch, message):
         return lambda frames: frames.mean((1, 2, 3), keepdim=False)[:, None] * 100
     monkeypatch.setitem(sys.modules, "pyiqa", types.SimpleNamespace(create_metric=create_metric))
     omniscore.check_score_files(tmp_path)
-    score_clip = clip_scorer("videocrafter2", tmp_path, tmp_path / "raft.pth")
+    score_clip = clip_scorer("videocrafter2", (16, 320, 512), tmp_path, tmp_path / "raft.pth")
     found = score_clip(torch.rand(3, 4, 128, 144) * 2 - 1, "a fox", 8)
     assert asked == [("musiq-spaq", "musiq_spaq_ckpt-358bb6af.pth")]
     assert set(omniscore.DIMENSIONS) | {"quality", "semantic", "total"} == set(found)
