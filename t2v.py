@@ -66,6 +66,7 @@ WAN = dict(
     drop_text=0.0, offset_noise=0.0, image_share=0.0)
 PRESETS = dict.fromkeys(("tiny", "tiny-clean", "tiny-weak"), TINY) | {
     "cogvideox-2b": COGVIDEOX, "cogvideox-5b": COGVIDEOX, "opensora": OPENSORA,
+    "tiny-wan": TINY | dict(keep_first=0.2),
     "wan2.1-t2v-1.3b": WAN, "wan2.1-t2v-14b": WAN, "wan2.2-ti2v-5b": WAN}
 
 
@@ -88,6 +89,8 @@ def get_args(argv=None):
     p.options("pixels sampling optimisation ema lora")
     p.add_argument("--timesteps", choices=("uniform", "logit-normal"), default="uniform",
                    help="density of the training steps, before the schedule's shift")
+    p.add_argument("--keep-first", type=p.SHARE, default=0.0, metavar="P",
+                   help="probability that a clip is given its first latent frame (Wan2.2 TI2V)")
     p.add_argument("--offset-noise", type=p.UNSIGNED,
                    help="strength of noise that all pixels of a frame share: it teaches "
                         "brightness")
@@ -109,6 +112,8 @@ def get_args(argv=None):
     if args.mixture and (not args.data or tiny or args.cache_latents):
         raise UserError("--mixture: reads real clips, each time anew: give --data, no tiny "
                         "base and no --cache-latents")
+    if args.keep_first and not row.keeps_first:
+        raise UserError(f"--keep-first: {args.base} cannot be given a first frame")
     if args.train_text and (not tiny or args.rank):
         raise UserError("--train-text: only the tiny world's text encoder can be trained, "
                         "with --rank 0")
@@ -121,16 +126,25 @@ def t2v_loss(net, base, sampling, x0, captions, generators, args):
     """The denoising loss at random steps, (b,).
 
     x0 (b,c,f,h,w): latents; generators: one per sample, for its step and noise;
-    --offset-noise: strength of the noise that a frame shares; --timesteps: density of t.
+    --offset-noise: strength of the noise that a frame shares; --timesteps: density of t;
+    --keep-first: how often the first latent frame is given, clean and with a step of 0.
     """
     t, noise = draw_noise(
         base.schedule, x0, generators, args.offset_noise, sampling.size, args.timesteps)
     text = base.encode_text(captions)
     cond = training_conditions(base, sampling, captions, t, sampling.fps)
 
-    def predict(x_t, t):
+    learned = None
+    if args.keep_first:
+        given = torch.stack([torch.rand((), generator=g) < args.keep_first for g in generators])
+        learned = torch.ones(len(x0), x0.shape[2], dtype=torch.bool, device=x0.device)  # b f
+        learned[:, 0] = ~given
+
+    def predict(x_t, t, frame_mask=None):
+        if frame_mask is not None:
+            t = t[:, None] * frame_mask  # b f
         return net(x_t, t, text, **cond)
-    return diffusion_loss(predict, base.schedule, x0, noise, t)
+    return diffusion_loss(predict, base.schedule, x0, noise, t, frame_mask=learned)
 
 
 def main(argv=None):

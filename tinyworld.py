@@ -739,8 +739,9 @@ class TinyScorer(nn.Module):
         self.index = {w: i + 1 for i, w in enumerate(TINY_WORDS)}
 
     def look(self, clips):
-        """clips (b,3,8,32,32) in [0,1] -> embeddings (b,dim) of unit length, raw quality (b,)."""
-        features = self.trunk(clips * 2 - 1)
+        """The first 8 frames of clips (b,3,f,32,32) in [0,1] -> embeddings (b,dim) of unit length,
+        raw quality (b,)."""
+        features = self.trunk(clips[:, :, :TINY_FRAMES] * 2 - 1)
         return F.normalize(self.video(features), dim=1), self.quality(features)[:, 0]
 
     def read(self, prompts):
@@ -768,9 +769,9 @@ def load_scorer(device) -> TinyScorer:
 
 
 def check_tiny_size(what, frames, height, width, remedy="leave --frames, --height and --width"):
-    """The scorer reads clips (b,3,8,32,32) alone."""
-    if (frames, height, width) != (TINY_FRAMES, TINY_SIZE, TINY_SIZE):
-        raise UserError(f"{what} judges clips of 8 frames of 32x32, not {frames} of "
+    """The scorer reads 8 frames of 32x32. It does not see the ninth of causal bases."""
+    if frames not in (TINY_FRAMES, TINY_CLIP) or (height, width) != (TINY_SIZE, TINY_SIZE):
+        raise UserError(f"{what} judges clips of 8 or 9 frames of 32x32, not {frames} of "
                         f"{height}x{width}: {remedy}")
 
 

@@ -67,7 +67,11 @@ TINY_I2V = TINY | dict(
 # A reward that does not read the prompt pulls every clip the same way, so each step has
 # far more effect.
 TINY_PROMPTLESS = dict(steps=30, lr=3e-4, sample_steps=10)
+WAN = dict(frames=33, lora_targets=["q", "k", "v", "o"])  # ours: there is no published script
 PRESETS = {
+    "wan2.1-t2v-1.3b": WAN, "wan2.1-t2v-14b": WAN, "wan2.1-i2v-14b-480p": WAN,
+    "wan2.1-i2v-14b-720p": WAN, "wan2.2-ti2v-5b": WAN,
+    "tiny-wan": TINY | dict(lora_targets=WAN["lora_targets"]),
     "videocrafter2": VIDEOCRAFTER2, "opensora": OPENSORA, "modelscope": MODELSCOPE,
     "modelscope-v1.4": MODELSCOPE, "modelscope-v1.5": MODELSCOPE,
     "tiny": TINY, "tiny-clean": TINY, "tiny-i2v": TINY_I2V, "tiny-cogvideox": TINY_I2V}
@@ -123,16 +127,14 @@ def changed_defaults(args):
 # ---- the method
 
 def updates_with_gradient(backprop, updates, g):
-    """K, how many of the last sampler updates record gradients; "rand" draws 1..updates
-    from g."""
+    """K, how many of the last sampler updates record gradients; "rand" draws 1..updates from g."""
     if backprop == "rand":
         return int(torch.randint(1, updates + 1, (), generator=g))
     return backprop
 
 
 def frames_to_reward(mode, frames, g):
-    """Numbers of the frames to decode and reward, of a video of so many; "random" draws
-    from g."""
+    """Numbers of the frames to decode and reward, of so many; "random" draws from g."""
     if mode in ("all", "alt"):
         return list(range(0, frames, 2 if mode == "alt" else 1))
     if mode == "first-middle-last":
@@ -216,7 +218,6 @@ def main(argv=None):
     reward, watch = read_rewards(args, run, [prompt for _, prompt in (*items, *held_out)])
 
     run.say(changed_defaults(args))
-
     # a frozen base, LoRA branches on its attentions
     base = load_base(args.base, args.weights, run.device, run.dtype)
     texts = [prompt + sampling.suffix for _, prompt in (*items, *held_out)]
@@ -270,8 +271,7 @@ def main(argv=None):
 # ---- what is checked and read before any work
 
 def check_lengths(args, sampling):
-    """-> frames of a video; refuses --backprop and --decode that do not fit the
-    rollout."""
+    """-> frames of a video; refuses --backprop and --decode that do not fit the rollout."""
     if sampling.sampler == "lcm":
         raise UserError("--sampler lcm: VADER backpropagates through ddim and dpmpp here")
     if args.backprop != "rand" and args.backprop > sampling.updates:

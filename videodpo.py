@@ -48,6 +48,8 @@ TINY = dict(  # without guidance clips take half the time, score higher and diff
     beta_dpo=100.0, steps=40, batch=8, accum=1, lr=2e-3, lr_schedule="cosine", rank=16,
     eval_n=128, workers=0, save_every=40, log_every=10, grad_ckpt=False)
 
+PRESETS = {"tiny": TINY, "tiny-wan": TINY | dict(lora_targets=["q", "k", "v", "o"])}
+
 
 def get_args(argv=None):
     p = Parser(__doc__)
@@ -76,7 +78,7 @@ def get_args(argv=None):
                    help="noisiest step to train on, as a share of all steps")
     p.options("data", only=("--workers", "--drop-text"))
     p.options("optimisation lora machine evaluation run")
-    return p.parse(argv, PAPER, {"tiny": TINY})
+    return p.parse(argv, PAPER, PRESETS)
 
 
 # ---- the method
@@ -90,8 +92,7 @@ def select_pair(totals):
 def choose_pairs(prompts, drop=0.0):
     """Each prompt's clips [(row in metadata.json, caption, OmniScore)] -> rows of pair.json.
 
-    Left out: pairs of equal scores, and the share `drop` of pairs with the smallest
-    difference, in which OmniScore hardly knows which clip is better.
+    Left out: pairs of equal scores, and the share `drop` whose scores differ least.
     """
     pairs = []
     for clips in prompts:
@@ -165,7 +166,7 @@ def main(argv=None):
     run = Run(args, "videodpo", trains="train" in stages)
     score_clip = omniscore.clip_scorer(args.base, sampling.size, args.score_weights,
                                        args.flow_weights, run.device, "score" in stages)
-    base = None  # scoring and pairing need no network of the base
+    base = None  # scoring and pairing need none
     if "generate" in stages or "train" in stages:
         dtype = run.dtype if args.rank else torch.float32  # what trains is fp32
         base = load_base(args.base, args.weights, run.device, dtype)
@@ -207,8 +208,7 @@ def train(run, base, sampling, score_clip, pairs, held_out):
     reference = without_lora(net) if args.rank else frozen
     params = trained({"": net})
     opt = torch.optim.AdamW(params.values(), args.lr, args.betas, weight_decay=args.wd)
-    meta = dict(sample=sampling.metadata())
-    run.attach(opt, params, [net], base.parts(), meta)
+    run.attach(opt, params, [net], base.parts(), dict(sample=sampling.metadata()))
     weights = torch.tensor([pair_weight(score, args.reweight) for score in pairs.scores])
     pairs = encode_pairs(run, base, sampling, pairs, "train")
     held_out = held_out and encode_pairs(run, base, sampling, held_out, "held-out")
@@ -248,8 +248,8 @@ def encode_pairs(run, base, sampling, pairs, name):
         with torch.no_grad():  # a sample of the encoder's Gaussian
             latents = base.vae.encode(video, noise.flatten(0, 1).to(video))
         return {"latents": latents.unflatten(0, (-1, 2))}
-    about = {"size": sampling.size, "rows": pairs.fingerprint}
-    return cache_latents(run, pairs, encode, about, name)
+    return cache_latents(
+        run, pairs, encode, dict(size=sampling.size, rows=pairs.fingerprint), name)
 
 
 @torch.no_grad()
@@ -289,8 +289,8 @@ def evaluate_policy(run, loss_of, base, sampling, held_out, prompts, score_clip,
         return
     if score_clip:
         now = omniscore.score_videos(run.out / name, prompts, score_clip)
-        before = omniscore.saved(run.out / "before")
-        better = [a["total"] > b["total"] for a, b in zip(now, before)]
+        was = omniscore.saved(run.out / "before")
+        better = [a["total"] > b["total"] for a, b in zip(now, was)]
         row |= omniscore.means(now) | {"wins": sum(better) / len(better)}
     run.record(name, row)
 

@@ -161,7 +161,8 @@ def run(mode, env, accum, rank):
     net = parallelize(base.net, mode, env.device) if mode else base.net
     params = trained({{"": net}})
     opt = torch.optim.AdamW(params.values(), 1e-3)
-    args = argparse.Namespace(batch=1, accum=accum, steps=5, offset_noise=0.1, timesteps="uniform")
+    args = argparse.Namespace(batch=1, accum=accum, steps=5, offset_noise=0.1, timesteps="uniform",
+                              keep_first=0.0)
     guard = FiniteGuard(env)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     numbers = SampleNumbers(args, env, 0, 0)
