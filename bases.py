@@ -326,7 +326,7 @@ BASES = {
     "tiny-wan": Row(
         "text to video in the tiny world, Wan's classes, flow matching, 9 frames of 32x32; flawed; "
         "may start from a first frame (--image)",
-        WanConfig(in_channels=8, out_channels=8, dim=128, ffn_dim=512, heads=4, num_layers=6,
+        WanConfig(in_channels=12, out_channels=12, dim=128, ffn_dim=512, heads=4, num_layers=6,
                   freq_dim=64, text_dim=64, text_length=10),
         TINY_WAN_VAE, None, dict(name="flow", shift=5.0),
         replace(TINY_SAMPLE, frames=9, sampler="flow-unipc", spacing="wan", sample_steps=20,

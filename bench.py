@@ -14,8 +14,9 @@ downloads.
 Sizes are the base's own on a GPU. A CPU gets the largest clip, and as many blocks of a
 transformer, whose weights fit into half of the free memory and whose step takes about --budget
 seconds; the table says which. Ours and diffusers' (UNet3DConditionModel, I2VGenXLUNet,
-CogVideoXTransformer3DModel) run in processes of their own, in turn (A B A B for --rounds 2). Each
-warms up once and then makes --repeats timed steps, with the same weights and inputs.
+CogVideoXTransformer3DModel, WanTransformer3DModel) run in processes of their own, in turn (A B A B
+for --rounds 2). Each warms up once and then makes --repeats timed steps, with the same weights and
+inputs.
 
 The columns: "seconds" are medians (least to most). "over" is the peak of a process's first step
 without weights and gradients (train: of a second step, which adds to the gradients of the first).
@@ -50,7 +51,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from bases import (
     AUTOENCODERS, BASES, NETWORKS, Base, Row, Sampling, base_row, choose_sampling, latent_shape)
 from diffusion import make_schedule, randn
-from dit import TRACK_BRANCH, CogVideoXConfig, STDiT3Config, rope_positions
+from dit import (
+    TRACK_BRANCH, CogVideoXConfig, STDiT3Config, WanConfig, rope_positions, wan_diffusers_name)
 from models import UNetConfig, add_lora, unet_diffusers_name
 from pipeline import decode, generate, rollout
 from text_encoders import CLIPConfig, OpenCLIPVision, T5Config
@@ -151,7 +153,7 @@ def inputs(case, device):
     """(x, t, text), conditions of a base's network; the same numbers on every device."""
     row, cfg, b = case.row, case.row.net, case.args.batch
     c, f, h, w = latent_shape(case.args.base, *case.clip)
-    width = cfg.text_dim if isinstance(cfg, CogVideoXConfig) else cfg.context_dim
+    width = cfg.text_dim if isinstance(cfg, CogVideoXConfig | WanConfig) else cfg.context_dim
     length = row.text.length if isinstance(row.text, T5Config) else 10 if row.tiny else 77
     call, cond = (draw(b, c, f, h, w), torch.full((b,), 500), draw(b, length, width)), {}
     if isinstance(cfg, STDiT3Config):
@@ -164,6 +166,11 @@ def inputs(case, device):
             cond["fps"] = torch.full((b,), row.sample.fps)
         if cfg.motion_blocks:
             cond["motion_text"] = call[2]
+    elif isinstance(cfg, WanConfig):
+        if row.first_frame:
+            cond["first_frame"] = draw(b, cfg.in_channels - cfg.out_channels, f, h, w)
+        if cfg.image_dim:
+            cond["image"] = draw(b, 257, cfg.image_dim)
     else:
         if row.first_frame:
             cond["first_frame"] = draw(b, c, 1, h, w)
@@ -174,6 +181,8 @@ def inputs(case, device):
 
 def peer_of(row):
     """Name of diffusers' class of the same network, or None."""
+    if isinstance(row.net, WanConfig):
+        return "WanTransformer3DModel"
     if isinstance(row.net, CogVideoXConfig):
         plain = not row.tracks and "rope" in row.net.positions
         return "CogVideoXTransformer3DModel" if plain else None
@@ -190,6 +199,18 @@ def peer_network(case, env):
     if isinstance(case.row.net, CogVideoXConfig):
         return peer_cogvideox(case, env, kind, like)
     cfg = case.row.net
+    if isinstance(cfg, WanConfig):
+        peer = built(lambda: kind(
+            num_attention_heads=cfg.heads, attention_head_dim=cfg.dim // cfg.heads,
+            in_channels=cfg.in_channels, out_channels=cfg.out_channels, text_dim=cfg.text_dim,
+            freq_dim=cfg.freq_dim, ffn_dim=cfg.ffn_dim, num_layers=cfg.num_layers,
+            image_dim=cfg.image_dim or None, added_kv_proj_dim=cfg.dim if cfg.image_dim else None),
+            env, wan_diffusers_name, like)
+
+        def answer(x, t, text, first_frame=None, image=None):
+            x = x if first_frame is None else torch.cat([x, first_frame], dim=1)
+            return peer(x, t, text, image).sample
+        return peer, answer
     peer = built(lambda: kind(attention_head_dim=cfg.head_dim), env, unet_diffusers_name, like)
     if not cfg.image_to_video:
         return peer, lambda x, t, text: peer(x, t, text).sample
@@ -237,7 +258,7 @@ def work(case):
 
 
 # what a transformer's number of blocks is called
-DEPTH = {CogVideoXConfig: "num_layers", STDiT3Config: "depth"}
+DEPTH = {CogVideoXConfig: "num_layers", STDiT3Config: "depth", WanConfig: "num_layers"}
 
 
 def fewer_blocks(row, n):
@@ -351,8 +372,8 @@ def forward(case, env):
 
 
 def lora(net, row):
-    names = "qkv q_linear kv_linear" if isinstance(row.net, STDiT3Config) else "to_q to_k to_v"
-    add_lora(net, 16, 16.0, names.split())
+    names = {STDiT3Config: "qkv q_linear kv_linear", WanConfig: "q k v"}
+    add_lora(net, 16, 16.0, names.get(type(row.net), "to_q to_k to_v").split())
 
 
 def train(case, env):

@@ -980,8 +980,8 @@ TINY_VAE = VAEConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, patch=2, scale=1.0
 TINY_COGVIDEOX_VAE = CogVideoXVAEConfig(
     widths=(16, 24), layers=1, z_channels=8, groups=8, scale=1.0)
 TINY_WAN_VAE = WanVAEConfig(
-    dim=24, decoder_dim=24, mult=(1, 1), num_res_blocks=1, z_channels=8, patch=2, shortcuts=True,
-    mean=(0.0,) * 8, std=(1.0,) * 8, time_down=(True,))
+    dim=24, decoder_dim=24, mult=(1, 2), num_res_blocks=1, z_channels=12, patch=2,
+    mean=(0.0,) * 12, std=(1.0,) * 12, time_down=(True,))
 TINY_VAES = {"tiny": (AutoencoderKL, TINY_VAE),
              "tiny-cogvideox": (CogVideoXVAE, TINY_COGVIDEOX_VAE),
              "tiny-wan": (WanVAE, TINY_WAN_VAE)}

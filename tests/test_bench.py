@@ -43,10 +43,11 @@ def test_each_question(words, tmp_path):
     assert found["seconds"][0] > 0 and found["cpu"][0] > 0
 
 
+@pytest.mark.parametrize("base", ["tiny-cogvideox", "tiny-wan"])
 @pytest.mark.parametrize("question", ["forward", "train"])
-def test_both_sides_have_the_same_weights_and_inputs(question, tmp_path):
+def test_both_sides_have_the_same_weights_and_inputs(question, base, tmp_path):
     pytest.importorskip("diffusers")
-    ours, theirs = (measured(f"{question} --base tiny-cogvideox", tmp_path, side)["result"]
+    ours, theirs = (measured(f"{question} --base {base}", tmp_path, side)["result"]
                     for side in ("ours", "peer"))
     assert ours.abs().max() > 0 and (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
 
