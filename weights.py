@@ -687,7 +687,7 @@ def lora_of_run(run):
     """The tensors and the metadata of a run that trained a LoRA."""
     tensors, meta = load_checkpoint(run)
     if not meta["rank"]:
-        raise UserError(f"--ckpt {run}: holds whole weights and no LoRA, so there is none to export")
+        raise UserError(f"--ckpt {run}: holds whole weights and no LoRA to export")
     return tensors, meta
 
 
