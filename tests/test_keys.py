@@ -12,7 +12,7 @@ import torch
 
 import diffusion
 from bases import BASES, NETWORKS
-from dit import CogVideoX, CogVideoXConfig, STDiT3, STDiT3Config
+from dit import CogVideoX, CogVideoXConfig, STDiT3, STDiT3Config, Wan, WanConfig, wan_diffusers_name, wan_state
 from models import (
     UNet3D,
     UNetConfig,
@@ -25,6 +25,7 @@ from models import (
 )
 from text_encoders import (
     DINO,
+    UMT5_XXL,
     CLIPConfig,
     OpenCLIP,
     OpenCLIPText,
@@ -38,6 +39,7 @@ from text_encoders import (
     text_from_hf,
     text_state,
     tokenize,
+    umt5_name,
     vision_from_hf,
 )
 from tracks import MiDaS, midas_name
@@ -87,6 +89,18 @@ OTHERS = {
         CogVideoX, CogVideoXConfig(in_channels=32, positions="rope+learned", tracking_blocks=18)),
     "cogvideox_vae/cogvideox_vae": (CogVideoXVAE, CogVideoXVAEConfig()),
     "cogvideox_t5/t5_v1_1_xxl_encoder": (T5Text, T5Config()),
+    "wan_t5/umt5_xxl_encoder_transformers": (T5Text, UMT5_XXL),
+}
+WAN_14B = WanConfig(dim=5120, ffn_dim=13824, heads=40, num_layers=40)
+WAN = {
+    "wan2.1_t2v_1.3b": WanConfig(),
+    "wan2.1_t2v_14b": WAN_14B,
+    "wan2.2_t2v_a14b": WAN_14B,
+    "wan2.1_i2v_14b_480p": dataclasses.replace(WAN_14B, in_channels=36, image_dim=1280),
+    "wan2.1_flf2v_14b_720p": dataclasses.replace(
+        WAN_14B, in_channels=36, image_dim=1280, image_positions=514),
+    "wan2.2_i2v_a14b": dataclasses.replace(WAN_14B, in_channels=36),
+    "wan2.2_ti2v_5b": WanConfig(in_channels=48, out_channels=48, dim=3072, ffn_dim=14336, heads=24),
 }
 MAPS = {"modelscope_unet": ("modelscope_unet/modelscope_t2v", unet_diffusers_name),
         "i2vgen_unet": ("i2vgen_unet/i2vgen_xl", unet_diffusers_name),
@@ -137,6 +151,32 @@ def test_networks_of_the_table(name):
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_networks(name):
     assert full_size(*OTHERS[name]) == read(f"{name}.manifest")["keys"]
+
+
+@pytest.mark.parametrize("name", WAN)
+def test_wan(name):
+    keys = read(f"wan_dit/{name}.manifest")["keys"]
+    assert full_size(Wan, WAN[name]) == keys and looks_like(keys) == "it looks like Wan"
+
+
+@pytest.mark.parametrize("name", ["wan2.1_t2v_1.3b", "wan2.1_i2v_14b_480p"])
+def test_wan_in_diffusers_layout(name):
+    keys, net = read(f"wan_dit/{name}_diffusers.manifest")["keys"], on_meta(Wan, WAN[name])
+    assert {wan_diffusers_name(key): shape for key, shape in shapes(net).items()} == keys
+    state = {key: torch.empty(shape, device="meta") for key, shape in keys.items()}
+    load_strict(net, wan_state(state, net, "manifest"), "manifest")
+
+
+def test_wan_diffusers_names():
+    table = read("wan_dit/original_to_diffusers")["keys"]
+    assert {key: wan_diffusers_name(key) for key in table} == table
+    assert set(table) == {key for key in full_size(Wan, WAN["wan2.1_flf2v_14b_720p"])
+                          if not key.startswith("blocks.") or key.startswith("blocks.0.")}
+
+
+def test_umt5_in_wans_own_layout():
+    ours = full_size(T5Text, UMT5_XXL)
+    assert {umt5_name(key): shape for key, shape in ours.items()} == read("wan_t5/umt5_xxl_encoder.manifest")["keys"]
 
 
 def test_autoencoders_and_towers_of_the_table():
