@@ -31,7 +31,7 @@ from text_encoders import (
     image_state, placeholder_id, t5_state, t5_tokenizer, text_state, tokenize)
 from tinyworld import (
     MOTIONS, NEW_MOTIONS, TINY_COGVIDEOX_VAE, TINY_FPS, TINY_FRAMES, TINY_SIZE, TINY_VAE,
-    TINY_WAN_VAE, TINY_WORDS, TinyText, tiny_tokenize)
+    TINY_WORDS, TinyText, tiny_tokenize)
 from vae import (
     WAN22_VAE, AutoencoderKL, CogVideoXVAE, CogVideoXVAEConfig, OpenSoraVAE, OpenSoraVAEConfig,
     Tiles, VAEConfig, WanVAE, WanVAEConfig, cogvideox_vae_state, opensora_vae_state, vae_state,
@@ -321,18 +321,18 @@ BASES = {
         replace(TINY_SAMPLE, frames=9, cfg=2.0),
         assets=dict.fromkeys(("net", "vae", "text"), "tiny-cogvideox"),
         words=(*TINY_WORDS, *NEW_MOTIONS), millions=1.5, methods=("i2vgen", "vader", "das")),
-    # Wan's classes, flow matching, on flawed clips as tiny. Latents are 2x smaller in time and 4x
-    # in height and width: a latent frame has 4 x 4 tokens.
+    # Wan's network on tiny's latents: a frame has 4 x 4 tokens
     "tiny-wan": Row(
-        "text to video in the tiny world, Wan's classes, flow matching, 9 frames of 32x32; flawed; "
-        "may start from a first frame (--image)",
-        WanConfig(in_channels=12, out_channels=12, dim=128, ffn_dim=512, heads=4, num_layers=6,
+        "text to video in the tiny world, Wan's network and flow matching, flawed as tiny; may "
+        "start from a first frame (--image)",
+        WanConfig(in_channels=4, out_channels=4, dim=128, ffn_dim=512, heads=4, num_layers=6,
                   freq_dim=64, text_dim=64, text_length=10),
-        TINY_WAN_VAE, None, dict(name="flow", shift=5.0),
-        replace(TINY_SAMPLE, frames=9, sampler="flow-unipc", spacing="wan", sample_steps=20,
-                shift=5.0),
-        keeps_first=True, assets=dict.fromkeys(("net", "vae", "text"), "tiny-wan"), flawed=True,
-        millions=1.9, methods=("t2v", "vader", "videodpo")),
+        **TINY | dict(
+            schedule=dict(name="flow", shift=5.0),
+            sample=replace(TINY_SAMPLE, sampler="flow-unipc", spacing="wan", sample_steps=20,
+                           shift=5.0),
+            assets={"net": "tiny-wan", "vae": "tiny", "text": "tiny-wan"}),
+        keeps_first=True, flawed=True, millions=1.7, methods=("t2v", "vader", "videodpo")),
     # an extreme case of what DEMO says of CLIP: to this text encoder all motions are one word
     "tiny-weak": Row(
         "tiny with a text encoder that cannot tell motions apart, for demo.py",

@@ -30,8 +30,7 @@ from torch import Tensor, nn
 from data import Few, to_uint8
 from text_encoders import Transformer, insert_vectors
 from tracks import dense_colours, draw_tracks, to_video
-from vae import (
-    AutoencoderKL, CogVideoXVAE, CogVideoXVAEConfig, VAEConfig, WanVAE, WanVAEConfig)
+from vae import AutoencoderKL, CogVideoXVAE, CogVideoXVAEConfig, VAEConfig
 from weights import load_safetensors, load_weights, replace_part
 
 # ---- scenes and captions
@@ -739,9 +738,8 @@ class TinyScorer(nn.Module):
         self.index = {w: i + 1 for i, w in enumerate(TINY_WORDS)}
 
     def look(self, clips):
-        """The first 8 frames of clips (b,3,f,32,32) in [0,1] -> embeddings (b,dim) of unit length,
-        raw quality (b,)."""
-        features = self.trunk(clips[:, :, :TINY_FRAMES] * 2 - 1)
+        """clips (b,3,8,32,32) in [0,1] -> embeddings (b,dim) of unit length, raw quality (b,)."""
+        features = self.trunk(clips * 2 - 1)
         return F.normalize(self.video(features), dim=1), self.quality(features)[:, 0]
 
     def read(self, prompts):
@@ -769,9 +767,9 @@ def load_scorer(device) -> TinyScorer:
 
 
 def check_tiny_size(what, frames, height, width, remedy="leave --frames, --height and --width"):
-    """The scorer reads 8 frames of 32x32. It does not see the ninth of causal bases."""
-    if frames not in (TINY_FRAMES, TINY_CLIP) or (height, width) != (TINY_SIZE, TINY_SIZE):
-        raise UserError(f"{what} judges clips of 8 or 9 frames of 32x32, not {frames} of "
+    """The scorer reads clips (b,3,8,32,32) alone."""
+    if (frames, height, width) != (TINY_FRAMES, TINY_SIZE, TINY_SIZE):
+        raise UserError(f"{what} judges clips of 8 frames of 32x32, not {frames} of "
                         f"{height}x{width}: {remedy}")
 
 
@@ -961,7 +959,7 @@ class TinyText(nn.Module):
         self.transformer = Transformer(width, heads, layers)
         self.ln_final = nn.LayerNorm(width)
 
-    def units(self):
+    def blocks(self):
         """The modules to shard one by one (models.parallelize)."""
         return list(self.transformer.resblocks)
 
@@ -979,14 +977,9 @@ class TinyText(nn.Module):
 TINY_VAE = VAEConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1, patch=2, scale=1.0)
 TINY_COGVIDEOX_VAE = CogVideoXVAEConfig(
     widths=(16, 24), layers=1, z_channels=8, groups=8, scale=1.0)
-TINY_WAN_VAE = WanVAEConfig(
-    dim=24, decoder_dim=24, mult=(1, 2), num_res_blocks=1, z_channels=12, patch=2,
-    mean=(0.0,) * 12, std=(1.0,) * 12, time_down=(True,))
 TINY_VAES = {"tiny": (AutoencoderKL, TINY_VAE),
-             "tiny-cogvideox": (CogVideoXVAE, TINY_COGVIDEOX_VAE),
-             "tiny-wan": (WanVAE, TINY_WAN_VAE)}
-DECODERS = "decoder.", "post_quant_conv.", "conv2."  # how their parameters' names begin
-TINY_CLIP = 9  # frames of a clip of tiny-cogvideox and tiny-wan
+             "tiny-cogvideox": (CogVideoXVAE, TINY_COGVIDEOX_VAE)}
+TINY_CLIP = 9  # frames of a clip of tiny-cogvideox
 
 
 def wild_clip(rng, frames):
@@ -1040,13 +1033,6 @@ def tiny_clips(seed, n):
     return torch.cat([tiny_batch(seed, n - n // 2, TINY_CLIP)[0], torch.stack(wild)])
 
 
-def spoiled_clips(seed, n):
-    """-> (n, 3, TINY_CLIP, 32, 32): of the tiny world, five of eight may have flaws."""
-    clean = n * 3 // 8
-    return torch.cat([tiny_batch(seed, clean, TINY_CLIP)[0],
-                      tiny_batch((*seed, 1), n - clean, TINY_CLIP, flawed=True)[0]])
-
-
 def autoencoder_loss(images, mean, logvar, decode):
     """-> loss, {name: 0-d tensor} to print: L1 + MSE + 1e-4 KL, errors relative to a frame's
     contrast.
@@ -1077,8 +1063,6 @@ def train_autoencoder(base, out, steps, decoder_steps, batch, flawed=False, seed
     vae, start, lr = build(cfg).to(device), time.time(), 1.5e-3 if flawed else 2e-3
     if base == "tiny":
         draw, moments, decode = tiny_frames, vae.image_moments, vae.decode_images
-    elif base == "tiny-wan":
-        draw, moments, decode = spoiled_clips, vae.moments, lambda z: vae.decode(vae.normalise(z))
     else:
         draw, moments, decode = tiny_clips, vae.moments, vae.decode_latents
     if flawed or not steps:
@@ -1088,7 +1072,7 @@ def train_autoencoder(base, out, steps, decoder_steps, batch, flawed=False, seed
     before = copy.deepcopy(vae).requires_grad_(False)
     for part, n, first in (("all", steps, 0), ("decoder", decoder_steps, steps)):
         for key, p in vae.named_parameters():
-            p.requires_grad_(part == "all" or key.startswith(DECODERS))
+            p.requires_grad_(part == "all" or key.startswith(("decoder.", "post_quant_conv.")))
         trained = [p for p in vae.parameters() if p.requires_grad]
         opt = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
