@@ -35,6 +35,11 @@ class VAEConfig:
         """Pixels per latent, along height and width."""
         return self.patch * 2 ** (len(self.ch_mult) - 1)
 
+    @property
+    def time_factor(self):
+        """Frames per latent frame."""
+        return 1
+
     def latent_frames(self, frames):
         """Number of latent frames of a clip."""
         return frames
