@@ -877,7 +877,19 @@ class Chain(nn.Sequential):
         return x
 
 
-class WanConv(nn.Conv3d):
+class FrameConv(nn.Conv3d):
+    """nn.Conv3d. On a CPU one output frame at a time: oneDNN rounds otherwise for another number of
+    frames, and is not faster for many."""
+
+    def forward(self, x):
+        if x.device.type != "cpu":
+            return super().forward(x)
+        length, step = self.kernel_size[0], self.stride[0]
+        starts = range(0, x.shape[2] - length + 1, step)
+        return torch.cat([super(FrameConv, self).forward(x[:, :, i:i + length]) for i in starts], 2)
+
+
+class WanConv(FrameConv):
     """Convolution over 3 frames and 3x3 pixels that sees no later frame.
 
     Without earlier frames (see Past) the first two frames are only read.
@@ -892,7 +904,7 @@ class WanConv(nn.Conv3d):
         return super().forward(past.before(self, x, 2))
 
 
-class WanHalve(nn.Conv3d):
+class WanHalve(FrameConv):
     """Half the frames. A clip's first frame stays as it is."""
 
     def __init__(self, channels):
@@ -904,7 +916,7 @@ class WanHalve(nn.Conv3d):
         return torch.cat([first, super().forward(x)], dim=2) if x.shape[2] > 1 else first
 
 
-class WanDouble(nn.Conv3d):
+class WanDouble(FrameConv):
     """Twice the frames: two halves of the channels. A clip's first frame stays as it is and is not
     seen by the others."""
 
@@ -927,11 +939,18 @@ class WanDouble(nn.Conv3d):
         return x
 
 
+def frame_by_frame(layer, x):
+    """per_frame(), on a CPU one frame at a time, for the reason of FrameConv."""
+    if x.device.type != "cpu":
+        return per_frame(layer, x)
+    return torch.stack([layer(frame) for frame in x.unbind(2)], dim=2)
+
+
 class PerFrame(nn.Sequential):
     """Layers for images (n,c,h,w), on every frame of a video."""
 
     def forward(self, x):
-        return per_frame(super().forward, x)
+        return frame_by_frame(super().forward, x)
 
 
 class WanNorm(nn.Module):
@@ -942,7 +961,8 @@ class WanNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(channels, *[1] * axes))
 
     def forward(self, x):
-        size = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
+        precise = torch.promote_types(x.dtype, torch.float32)
+        size = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=precise)
         return x / size.clamp(min=1e-12).to(x.dtype) * (self.gamma * x.shape[1] ** 0.5)
 
 
@@ -951,7 +971,7 @@ class WanResBlock(nn.Module):
         super().__init__()
         self.residual = Chain(WanNorm(cin), nn.SiLU(), WanConv(cin, cout),
                               WanNorm(cout), nn.SiLU(), nn.Identity(), WanConv(cout, cout))
-        self.shortcut = nn.Identity() if cin == cout else nn.Conv3d(cin, cout, 1)
+        self.shortcut = nn.Identity() if cin == cout else FrameConv(cin, cout, 1)
 
     def forward(self, x, past):
         h = self.residual(x, past)
@@ -968,7 +988,7 @@ class WanAttention(nn.Module):
         self.proj = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x):
-        return x + per_frame(self.attend, x)
+        return x + frame_by_frame(self.attend, x)
 
     def attend(self, x):
         """x (n,c,h,w) -> what is added to it."""
@@ -1094,8 +1114,8 @@ class WanVAE(TiledAutoencoder):
         super().__init__()
         self.cfg = cfg
         self.encoder, self.decoder = wan_encoder(cfg), wan_decoder(cfg)
-        self.conv1 = nn.Conv3d(2 * cfg.z_channels, 2 * cfg.z_channels, 1)
-        self.conv2 = nn.Conv3d(cfg.z_channels, cfg.z_channels, 1)
+        self.conv1 = FrameConv(2 * cfg.z_channels, 2 * cfg.z_channels, 1)
+        self.conv2 = FrameConv(cfg.z_channels, cfg.z_channels, 1)
 
     def mean_std(self, like):
         """Of the latents' channels, (c,1,1,1) each."""
