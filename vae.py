@@ -879,14 +879,20 @@ class Chain(nn.Sequential):
 
 class FrameConv(nn.Conv3d):
     """nn.Conv3d. On a CPU one output frame at a time: oneDNN rounds otherwise for another number of
-    frames, and is not faster for many."""
+    frames, and is not faster for many.
 
-    def forward(self, x):
+    alone: the first output frame sees zeros and one frame, so that the others need no work.
+    """
+
+    def forward(self, x, alone=False):
         if x.device.type != "cpu":
             return super().forward(x)
-        length, step = self.kernel_size[0], self.stride[0]
-        starts = range(0, x.shape[2] - length + 1, step)
-        return torch.cat([super(FrameConv, self).forward(x[:, :, i:i + length]) for i in starts], 2)
+        length, out = self.kernel_size[0], []
+        for i in range(0, x.shape[2] - length + 1, self.stride[0]):
+            first = length - 1 if alone and i == 0 else 0  # tap
+            out.append(F.conv3d(x[:, :, i + first:i + length], self.weight[:, :, first:], self.bias,
+                                self.stride, self.padding))
+        return torch.cat(out, dim=2)
 
 
 class WanConv(FrameConv):
@@ -901,7 +907,7 @@ class WanConv(FrameConv):
     def forward(self, x, past):
         if past.start:
             x = F.pad(x, (0, 0, 0, 0, 2, 0))
-        return super().forward(past.before(self, x, 2))
+        return super().forward(past.before(self, x, 2), alone=past.start)
 
 
 class WanHalve(FrameConv):
