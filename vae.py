@@ -882,7 +882,25 @@ class Chain(nn.Sequential):
         return x
 
 
-class WanConv(nn.Conv3d):
+class FrameConv(nn.Conv3d):
+    """nn.Conv3d. On a CPU one output frame at a time: oneDNN rounds otherwise for another number of
+    frames, and is not faster for many.
+
+    alone: the first output frame sees zeros and one frame, so that the others need no work.
+    """
+
+    def forward(self, x, alone=False):
+        if x.device.type != "cpu":
+            return super().forward(x)
+        length, out = self.kernel_size[0], []
+        for i in range(0, x.shape[2] - length + 1, self.stride[0]):
+            first = length - 1 if alone and i == 0 else 0  # tap
+            out.append(F.conv3d(x[:, :, i + first:i + length], self.weight[:, :, first:], self.bias,
+                                self.stride, self.padding))
+        return torch.cat(out, dim=2)
+
+
+class WanConv(FrameConv):
     """Convolution over 3 frames and 3x3 pixels that sees no later frame.
 
     Without earlier frames (see Past) the first two frames are only read.
@@ -894,10 +912,10 @@ class WanConv(nn.Conv3d):
     def forward(self, x, past):
         if past.start:
             x = F.pad(x, (0, 0, 0, 0, 2, 0))
-        return super().forward(past.before(self, x, 2))
+        return super().forward(past.before(self, x, 2), alone=past.start)
 
 
-class WanHalve(nn.Conv3d):
+class WanHalve(FrameConv):
     """Half the frames. A clip's first frame stays as it is."""
 
     def __init__(self, channels):
@@ -909,7 +927,7 @@ class WanHalve(nn.Conv3d):
         return torch.cat([first, super().forward(x)], dim=2) if x.shape[2] > 1 else first
 
 
-class WanDouble(nn.Conv3d):
+class WanDouble(FrameConv):
     """Twice the frames: two halves of the channels. A clip's first frame stays as it is and is not
     seen by the others."""
 
@@ -932,11 +950,18 @@ class WanDouble(nn.Conv3d):
         return x
 
 
+def frame_by_frame(layer, x):
+    """per_frame(), on a CPU one frame at a time, for the reason of FrameConv."""
+    if x.device.type != "cpu":
+        return per_frame(layer, x)
+    return torch.stack([layer(frame) for frame in x.unbind(2)], dim=2)
+
+
 class PerFrame(nn.Sequential):
     """Layers for images (n,c,h,w), on every frame of a video."""
 
     def forward(self, x):
-        return per_frame(super().forward, x)
+        return frame_by_frame(super().forward, x)
 
 
 class WanNorm(nn.Module):
@@ -947,7 +972,8 @@ class WanNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(channels, *[1] * axes))
 
     def forward(self, x):
-        size = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32)
+        precise = torch.promote_types(x.dtype, torch.float32)
+        size = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=precise)
         return x / size.clamp(min=1e-12).to(x.dtype) * (self.gamma * x.shape[1] ** 0.5)
 
 
@@ -956,7 +982,7 @@ class WanResBlock(nn.Module):
         super().__init__()
         self.residual = Chain(WanNorm(cin), nn.SiLU(), WanConv(cin, cout),
                               WanNorm(cout), nn.SiLU(), nn.Identity(), WanConv(cout, cout))
-        self.shortcut = nn.Identity() if cin == cout else nn.Conv3d(cin, cout, 1)
+        self.shortcut = nn.Identity() if cin == cout else FrameConv(cin, cout, 1)
 
     def forward(self, x, past):
         h = self.residual(x, past)
@@ -973,7 +999,7 @@ class WanAttention(nn.Module):
         self.proj = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x):
-        return x + per_frame(self.attend, x)
+        return x + frame_by_frame(self.attend, x)
 
     def attend(self, x):
         """x (n,c,h,w) -> what is added to it."""
@@ -1099,8 +1125,8 @@ class WanVAE(TiledAutoencoder):
         super().__init__()
         self.cfg = cfg
         self.encoder, self.decoder = wan_encoder(cfg), wan_decoder(cfg)
-        self.conv1 = nn.Conv3d(2 * cfg.z_channels, 2 * cfg.z_channels, 1)
-        self.conv2 = nn.Conv3d(cfg.z_channels, cfg.z_channels, 1)
+        self.conv1 = FrameConv(2 * cfg.z_channels, 2 * cfg.z_channels, 1)
+        self.conv2 = FrameConv(cfg.z_channels, cfg.z_channels, 1)
 
     def mean_std(self, like):
         """Of the latents' channels, (c,1,1,1) each."""
