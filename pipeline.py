@@ -566,13 +566,14 @@ def encode_clips(base, env, video) -> dict:
 
 
 def draw_latents(base, env, encoded, generators, part=""):
-    """What encode_clips() gave, perhaps out of a cache -> scaled latents, a sample of the
-    encoder's Gaussian.
+    """What encode_clips() gave, perhaps out of a cache -> scaled latents: a sample of the encoder's
+    Gaussian, or (Wan) its mean.
 
     generators: one per clip. part: a prefix of the two names, such as "tracks.".
     """
-    mean, std = encoded[f"{part}mean"].float(), encoded[f"{part}std"].float()
-    z = mean + std * randn(mean.shape, generators)
+    z, std = encoded[f"{part}mean"].float(), encoded[f"{part}std"].float()
+    if base.vae.sampled:
+        z = z + std * randn(z.shape, generators)
     return base.vae.normalise(z.to(env.device))
 
 
