@@ -3,6 +3,8 @@
     python bases.py                                       # print the table
     python bases.py --download NAME                       # fetch a base's public files
     python bases.py --export-peft FOLDER --ckpt RUN       # write a run's LoRA for peft
+    python bases.py --export-diffusers FOLDER --ckpt RUN  # for pipelines of diffusers
+    python bases.py --export-comfyui FOLDER --ckpt RUN    # for ComfyUI
     python bases.py --export-adapters FOLDER --ckpt RUN   # write DreamVideo's file of a run
 
 Public files are downloaded, or read from the folder --weights, in the original or in diffusers'
@@ -22,7 +24,7 @@ from torch import Tensor, nn
 from diffusion import FLOW_SAMPLERS, make_schedule, number_of_updates
 from dit import (
     PATCH, CogVideoX, CogVideoXConfig, STDiT3, STDiT3Config, Wan, WanConfig, cogvideox_state,
-    stdit3_state, wan_state)
+    stdit3_state, wan_diffusers_name, wan_state)
 from models import (
     UNet3D, UNetConfig, add_lora, fits, merge_public_lora, read_peft_lora, unet_state,
     videocrafter_name, with_motion_blocks, with_new_conditions, zero_init)
@@ -37,7 +39,8 @@ from vae import (
     Tiles, VAEConfig, WanVAE, WanVAEConfig, cogvideox_vae_state, opensora_vae_state, vae_state,
     wan_vae_state)
 from weights import (
-    PARTS, START, below, export_dreamvideo, export_peft, fetch, load_checkpoint, load_safetensors,
+    PARTS, START, below, export_comfyui, export_diffusers, export_dreamvideo, export_peft, fetch,
+    load_checkpoint, load_safetensors,
     load_strict, load_weights, lora_file, public_files, read_learned, replace_part, run_parts)
 
 ASSETS = Path(__file__).parent / "assets"
@@ -969,6 +972,8 @@ def read_lora(name, text):
 def public_name(name, key):
     """Key of our LoRA -> that in peft's file for the public network (VideoCrafter2: VADER's)."""
     net = base_row(name).net
+    if isinstance(net, WanConfig):
+        return wan_diffusers_name(key)
     crafter = isinstance(net, UNetConfig) and net.temporal_linear
     return f"model.diffusion_model.{videocrafter_name(key)}" if crafter else key
 
@@ -1006,13 +1011,19 @@ def get_args(argv=None):
                         "assets/NAME.safetensors")
     p.add_argument("--export-peft", metavar="FOLDER",
                    help="write the LoRA of the run --ckpt for peft")
+    p.add_argument("--export-diffusers", metavar="FOLDER",
+                   help="write the LoRA of the run --ckpt, on a transformer, for diffusers")
+    p.add_argument("--export-comfyui", metavar="FOLDER",
+                   help="write the LoRA of the run --ckpt for ComfyUI")
     p.add_argument("--export-adapters", metavar="FOLDER",
                    help="write the word or the adapters of the run --ckpt as DreamVideo's own file")
     p.add_argument("--ckpt", metavar="RUN", help="folder of the run to pack or export")
     args = p.parse_args(argv)
-    if bool(args.pack or args.export_peft or args.export_adapters) != bool(args.ckpt):
-        raise UserError("--ckpt RUN: goes with one of --pack NAME, --export-peft FOLDER and "
-                        "--export-adapters FOLDER")
+    wanted = (args.pack, args.export_peft, args.export_diffusers, args.export_comfyui,
+              args.export_adapters)
+    if any(wanted) != bool(args.ckpt):
+        raise UserError("--ckpt RUN: goes with one of --pack NAME, --export-peft, "
+                        "--export-diffusers, --export-comfyui and --export-adapters FOLDER")
     return args
 
 
@@ -1022,6 +1033,14 @@ def main(argv=None):
         print(export_dreamvideo(args.ckpt, args.export_adapters, token_of))
     elif args.export_peft:
         export_peft(args.ckpt, args.export_peft, public_name)
+    elif args.export_diffusers:
+        name = load_checkpoint(args.ckpt)[1]["base"]
+        if isinstance(base_row(name).net, UNetConfig):
+            raise UserError(f"--export-diffusers: {name} is no transformer; --export-peft is for "
+                            "UNets")
+        export_diffusers(args.ckpt, args.export_diffusers, public_name)
+    elif args.export_comfyui:
+        export_comfyui(args.ckpt, args.export_comfyui)
     elif args.pack:
         pack(args.pack, args.ckpt)
     elif args.download:

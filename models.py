@@ -1077,7 +1077,7 @@ def add_lora(net, rank, alpha, targets):
     for target in targets:
         if not any(f".{n}".endswith(f".{target}") for n in layers):
             raise UserError(f"--lora-targets {target}: no layer of the network has such a name "
-                            "(try to_q to_k to_v to_out.0 net.2)")
+                            "(try to_q to_k to_v to_out.0 net.2; Wan: q k v o ffn.0 ffn.2)")
     for layer in layers.values():
         new = dict(bias=False, device=layer.weight.device, dtype=torch.float32)
         cout, cin = layer.weight.shape[:2]

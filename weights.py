@@ -378,8 +378,6 @@ KINDS = {  # part of a key that only this kind of file has -> the kind; the firs
     "condition_embedder.time_proj": "Wan in diffusers layout",
     "time_projection.": "Wan",
     "cls_embedding": "Wan's CLIP",
-    "downsamples.0.downsamples.": "Wan2.2's autoencoder",
-    "encoder.downsamples.": "Wan2.1's autoencoder",
     "pos_embedding.embedding": "a UMT5 encoder",
     "conv_y": "a CogVideoX autoencoder",
     "downsamples.0.downsamples.": "a Wan2.2 autoencoder",
