@@ -959,7 +959,7 @@ class TinyText(nn.Module):
         self.transformer = Transformer(width, heads, layers)
         self.ln_final = nn.LayerNorm(width)
 
-    def blocks(self):
+    def units(self):
         """The modules to shard one by one (models.parallelize)."""
         return list(self.transformer.resblocks)
 
