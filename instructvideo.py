@@ -51,7 +51,7 @@ PAPER = dict(
     sample_steps=20, partial=0.6, eta=0.0, offset_noise=0.1, segments=4, attenuation=1.0,
     steps=20000, batch=2, lr=1e-5, warmup=10, rank=4, alpha=4.0, history=16, min_history=16)
 TINY = dict(
-    reward="tiny", sample_steps=5, offset_noise=0.0, steps=100, batch=8, lr=4e-3, warmup=0,
+    reward="tiny", sample_steps=5, offset_noise=0.0, steps=40, batch=8, lr=2e-3, warmup=0,
     rank=8, alpha=8.0, eval_n=64, save_every=25, log_every=5, grad_ckpt=False, workers=0,
     min_history=2)
 # A reward that ignores the prompt pulls every clip the same way: each step does far more.

@@ -80,7 +80,7 @@ def test_rand_is_refused(message):
 
 def test_a_reward_without_prompts_says_its_defaults():
     args = instructvideo.get_args(["--base", "tiny"])
-    assert (args.steps, args.lr, args.reward) == (100, 4e-3, "tiny")
+    assert (args.steps, args.lr, args.reward) == (40, 2e-3, "tiny")
     assert instructvideo.changed_defaults(args) is None
     args = instructvideo.get_args(["--base", "tiny", "--reward", "size"])
     assert (args.steps, args.lr, args.reward) == (30, 3e-4, "size")
