@@ -233,13 +233,13 @@ def read_data(args, sampling):
     else:
         cells = [side // row.vae.factor for side in size] if args.masked_loss else None
         if args.data:
-            subject = read_subject(args.data, size, cells, args.data_root)
-            previews = [(None, subject[0]["text"])]
+            shown = read_subject(args.data, size, cells, args.data_root)
+            previews = [(None, shown[0]["text"])]
         else:
             subject = tinyworld.tiny_subject(args.seed, 4)
             measure = lambda videos: tinyworld.subject_likeness(videos, subject)
-        still = [stand_still(item, args.picture_frames, cells) for item in subject]
-        clips = data.Few(still)
+            shown = tinyworld.moved_pictures(subject, args.picture_frames)
+        clips = data.Few([stand_still(item, args.picture_frames, cells) for item in shown])
     if args.eval_prompts:
         previews = [line[:2] for line in pipeline.read_image_rows(args.eval_prompts, row)]
     return clips, previews[:args.eval_n], measure
