@@ -1168,8 +1168,8 @@ def get_args(argv=None):
     p.add_argument("--base", choices=TINY_VAES, default="tiny",
                    help="tiny base whose autoencoder is trained")
     p.add_argument("--extend", action="store_true",
-                   help="autoencoder: go on from the file's one, on flawed frames (tiny) or crooked "
-                        "paths and tracks (tiny-cogvideox); other clips keep their latents")
+                   help="autoencoder: go on from the file's one, on flawed frames (tiny), or on "
+                        "crooked paths and tracks (tiny-cogvideox); other clips keep their latents")
     p.add_argument("--out", help="file to write (default: the one in assets/)")
     p.add_argument("--steps", type=p.NATURAL,
                    help="optimizer steps (scorer: 800, autoencoder: 2000; 0: its decoder alone)")
