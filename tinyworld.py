@@ -1085,14 +1085,16 @@ def crooked_clips(seed, n):
     return torch.stack(clips)
 
 
-def autoencoder_loss(images, mean, logvar, decode):
+def autoencoder_loss(images, mean, logvar, decode, noise=0.0):
     """-> loss, {name: 0-d tensor} to print: L1 + MSE + 1e-4 KL, errors relative to a frame's
     contrast.
 
     In units of each frame's own contrast, because blue on gray costs little and would stay
-    blurred.
+    blurred. noise: the decoder's latents are off by up to so much, standard deviation, as those
+    that a network makes.
     """
-    error = decode(mean + (0.5 * logvar).exp() * torch.randn_like(mean)).float() - images
+    sd = (0.5 * logvar).exp() + noise * torch.rand(len(mean), *[1] * (mean.ndim - 1)).to(mean)
+    error = decode(mean + sd * torch.randn_like(mean)).float() - images
     kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
     centred = images - images.mean((-2, -1), keepdim=True)
     contrast = centred.square().mean((1, -2, -1), keepdim=True).sqrt()
@@ -1101,15 +1103,16 @@ def autoencoder_loss(images, mean, logvar, decode):
     return loss, {"mse": error.square().mean(), "kl": kl, "latent std": mean.std()}
 
 
-def train_autoencoder(base, out, steps, decoder_steps, batch, extend=False, seed=0,
+def train_autoencoder(base, out, steps, decoder_steps, batch, extend=False, noise=0.0, seed=0,
                       device="cpu"):
     """Train a tiny base's autoencoder on rendered clips, then its decoder alone, and put it into
     `out`.
 
     The second stage leaves the latents as they are, since a base may already be trained on them;
-    with steps 0 it starts from the file's autoencoder. So it does with `extend`: five of eight
-    frames may have flaws (tiny), or five of eight clips are crooked_clips() (tiny-cogvideox); the
-    others keep their latents, on which bases are trained.
+    there they get `noise`, see autoencoder_loss(). With steps 0 it starts from the file's
+    autoencoder. So it does with `extend`: five of eight frames may have flaws (tiny), or five of
+    eight clips are crooked_clips() (tiny-cogvideox); the others keep their latents, on which bases
+    are trained.
     """
     torch.manual_seed(seed)
     build, cfg = TINY_VAES[base]
@@ -1143,7 +1146,8 @@ def train_autoencoder(base, out, steps, decoder_steps, batch, extend=False, seed
             with torch.autocast(kind, torch.bfloat16, enabled=base != "tiny"):
                 with torch.set_grad_enabled(part == "all"):
                     mean, logvar = moments(vae, images)
-                loss, terms = autoencoder_loss(images, mean.float(), logvar.float(), decode)
+                loss, terms = autoencoder_loss(images, mean.float(), logvar.float(), decode,
+                                               noise if part == "decoder" else 0.0)
                 if extend:
                     kept = moments(before, plain)[0]
                     terms["moved"] = (mean[:len(plain)] - kept).square().mean()
@@ -1175,6 +1179,9 @@ def get_args(argv=None):
                    help="optimizer steps (scorer: 800, autoencoder: 2000; 0: its decoder alone)")
     p.add_argument("--decoder-steps", type=p.NATURAL, default=1000,
                    help="further steps of the autoencoder in which the encoder is frozen")
+    p.add_argument("--noise", type=p.UNSIGNED, default=0.0,
+                   help="noise on the latents in these further steps: up to so much, standard "
+                        "deviation")
     p.add_argument("--batch", type=p.COUNT,
                    help="frames (tiny: 64) or clips (tiny-cogvideox: 8) per step")
     p.add_argument("--device", default="cpu", help="cuda or cpu")
@@ -1198,7 +1205,7 @@ def main(argv=None):
     train_autoencoder(
         args.base, args.out or f"assets/{args.base}.safetensors",
         2000 if args.steps is None else args.steps, args.decoder_steps, batch, args.extend,
-        device=args.device)
+        args.noise, device=args.device)
 
 
 if __name__ == "__main__":
