@@ -236,8 +236,8 @@ def evaluate(run, base, sampling, clips, name):
     """The held-out clips anew, from first frame, caption and tracks, always from the
     same noise -> NAME.png, NAME/*.mp4.
 
-    Tiny: also a line of eval.jsonl, "position": the object's mean distance from where it
-    should be, in frame widths, for each motion.
+    Tiny: also a line of eval.jsonl, for each motion: "position", the object's mean distance from
+    where it should be, in frame widths; "shape", how often it is right; "misfit" of its outline.
     """
     prompts, images = [clip["text"] for clip in clips], None
     if base.row.first_frame:
@@ -255,7 +255,7 @@ def evaluate(run, base, sampling, clips, name):
     shown = [i for i, motion in enumerate(motions) if motions[:i].count(motion) < 4]
     sheet = [[clips[i]["video"], clips[i]["tracks"], videos[i]] for i in shown]
     captions = [f"{prompts[i]} ({motions[i]})" for i in shown]
-    row = {"position": tinyworld.position_errors(videos, clips)} if clips[0]["scene"] else None
+    row = tinyworld.judge_tracked(videos, clips) if clips[0]["scene"] else None
     side_by_side = [torch.cat(strip, dim=3) for strip in sheet]
     show(run, name, side_by_side, captions, sampling.save_fps, row, sheet,
          headers=["clip", "tracks", "result"])

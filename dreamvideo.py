@@ -57,7 +57,7 @@ STAGES = {
     "token": dict(steps=3000, batch=4, lr=1e-4, save_every=200),
     "identity": dict(steps=1000, batch=4, lr=1e-5, save_every=100),
     "motion": dict(steps=1000, batch=1, lr=1e-5, save_every=100, drop_text=0.5, drop_image=0.5)}
-# tiny never saw single frames, so pictures stand still for 8; its word is two vectors
+# tiny never saw single frames, so pictures stand still or move for 8; its word is two vectors
 TINY = dict(
     vectors=2, init="white circle", masked_loss=False, picture_frames=8, offset_noise=0.0,
     batch=4, betas=(0.9, 0.99), lr_schedule="cosine", cache_latents=True, workers=0,
@@ -232,13 +232,13 @@ def read_data(args, sampling):
     else:
         cells = [side // row.vae.factor for side in size] if args.masked_loss else None
         if args.data:
-            subject = read_subject(args.data, size, cells, args.data_root)
-            previews = [(None, subject[0]["text"])]
+            shown = read_subject(args.data, size, cells, args.data_root)
+            previews = [(None, shown[0]["text"])]
         else:
             subject = tinyworld.tiny_subject(args.seed, 4)
             measure = lambda videos: tinyworld.subject_likeness(videos, subject)
-        still = [stand_still(item, args.picture_frames, cells) for item in subject]
-        clips = data.Few(still)
+            shown = tinyworld.moved_pictures(subject, args.picture_frames)
+        clips = data.Few([stand_still(item, args.picture_frames, cells) for item in shown])
     if args.eval_prompts:
         previews = [line[:2] for line in pipeline.read_image_rows(args.eval_prompts, row)]
     return clips, previews[:args.eval_n], measure

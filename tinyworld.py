@@ -11,12 +11,14 @@ is hacked.
 
     python tinyworld.py --train scorer           # trains assets/tiny-scorer.safetensors
     python tinyworld.py --train autoencoder      # trains the autoencoder in assets/tiny.safetensors
-    python tinyworld.py --train autoencoder --flawed --steps 800    # goes on, on flawed clips, too
+    python tinyworld.py --train autoencoder --extend --steps 800    # goes on, on flawed clips, too
 """
 from common import Parser, UserError, run_command  # first: for signals
 import copy
 import time
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +46,8 @@ BACKGROUNDS = {"black": (15, 15, 20), "gray": (70, 70, 75), "brown": (95, 55, 30
 MOTIONS = (
     "moving left", "moving right", "moving up", "moving down", "growing", "shrinking",
     "standing still")
+DIRECTIONS = {
+    "moving left": (-1, 0), "moving right": (1, 0), "moving up": (0, -1), "moving down": (0, 1)}
 NEW_MOTIONS = ("zigzagging", "circling")  # no base is trained on them: for fine-tuning
 NEW_COLOURS = {"salmon": (245, 150, 130), "pink": (250, 110, 170)}
 TINY_WORDS = sorted({
@@ -123,9 +127,7 @@ def tiny_scene(rng, shape=None, colour=None, background=None, motion=None, frame
     # words.
     ranges = ((4.8, 6.2), travel, (2.0, 2.4), (-2, 2), (-2, 2))
     radius, travel, ratio, u, v = (rng.uniform(*r) for r in ranges)
-    directions = {"moving left": (-1, 0), "moving right": (1, 0), "moving up": (0, -1),
-                  "moving down": (0, 1)}
-    dx, dy = directions.get(motion, (0, 0))
+    dx, dy = DIRECTIONS.get(motion, (0, 0))
     growth = {"growing": 1, "shrinking": -1}.get(motion, 0) * np.log(ratio)
     r = radius * np.exp(growth * time)
     # a triangle's corner is 1.56 radii away, but it never points sideways and down at once
@@ -306,6 +308,27 @@ def tiny_subject(seed, n):
         text = f"a * standing still on a {back} background"
         items.append({"video": video, "mask": mask, "text": text})
     return items
+
+
+def moved_pictures(items, frames, travel=9):
+    """Items of tiny_subject() -> clips of them: each stands still, and moves in each of DIRECTIONS.
+
+    A picture is shifted by up to travel / 2 pixels to either side, and what it uncovers looks like
+    the picture's edge. The caption says which way it moves.
+    """
+    clips, time = [], torch.linspace(-0.5, 0.5, frames)
+    for item in items:
+        for motion, (dx, dy) in ({"standing still": (0, 0)} | DIRECTIONS).items():
+            shift = torch.eye(2, 3).repeat(frames, 1, 1)
+            shift[:, :, 2] = -travel * time[:, None] * torch.tensor([dx, dy]) / (TINY_SIZE / 2)
+            clip = {"text": item["text"].replace("standing still", motion)}
+            for name in ("video", "mask"):
+                still = item[name][:, 0].expand(frames, -1, -1, -1)
+                grid = F.affine_grid(shift, still.shape, align_corners=False)
+                moved = F.grid_sample(still, grid, padding_mode="border", align_corners=False)
+                clip[name] = moved.transpose(0, 1)
+            clips.append(clip)
+    return clips
 
 
 def tiny_motion(seed, n, motion, frames=TINY_FRAMES):
@@ -547,13 +570,18 @@ def position_error(video, x, y):
     return float(np.where(shown, np.hypot(cx - x, cy - y) / size, 0.5).mean())
 
 
-def position_errors(videos, clips):
-    """Videos made from the tracks of held_out_tracks() -> {motion: mean position_error()}."""
-    errors = {}
+def judge_tracked(videos, clips):
+    """Videos made from the tracks of held_out_tracks() -> {"position", "shape", "misfit": {motion:
+    mean}}: position_error(), share of right shapes, misfit of the outline (see judge())."""
+    rows = {}
     for video, clip in zip(videos, clips):
-        error = position_error(video, clip["scene"].x, clip["scene"].y)
-        errors.setdefault(clip["motion"], []).append(error)
-    return {motion: sum(values) / len(values) for motion, values in errors.items()}
+        seen, scene = judge(video), clip["scene"]
+        row = (position_error(video, scene.x, scene.y), seen["shape"] == scene.shape,
+               seen.get("misfit", 1.0))  # there is none where there is no object
+        rows.setdefault(clip["motion"], []).append(row)
+    means = {motion: np.mean(values, 0).tolist() for motion, values in rows.items()}
+    return {name: {motion: mean[k] for motion, mean in means.items()}
+            for k, name in enumerate(("position", "shape", "misfit"))}
 
 
 def judge(video: Tensor) -> dict:
@@ -675,26 +703,41 @@ def _aligned(mask, side=24):
     return F.grid_sample(mask, grid, align_corners=False)[0, 0].numpy()
 
 
+def _looks(frames, masks):
+    """Frames (f,h,w,3) in 0..255, masks (f,h,w) of the object -> its colours and shape in each."""
+    return [(_histogram(frame, mask), _aligned(mask)) for frame, mask in zip(frames, masks)]
+
+
+def _alike(a, b):
+    """Two of _looks() -> colours: intersection of the histograms; shape: intersection over union of
+    the masks, brought to one centre and area. 0 to 1."""
+    (colours, shape), (other_colours, other_shape) = a, b
+    union = np.maximum(shape, other_shape).sum()
+    return np.minimum(colours, other_colours).sum(), np.minimum(shape, other_shape).sum() / union
+
+
 def subject_likeness(videos, subject) -> dict:
     """Clips (n,3,f,h,w) in [-1,1], items of tiny_subject() -> means over all frames and pictures,
-    0 to 1:
-
-    "colours": intersection of the colour histograms of the two objects; "shape": intersection
-    over union of their masks, brought to one centre and area.
-    """
+    0 to 1: {"colours", "shape"}, see _alike()."""
     known = []
     for item in subject:
-        frame = (item["video"][:, 0].permute(1, 2, 0).numpy() + 1) * 127.5
-        mask = item["mask"][0, 0].numpy()
-        known.append((_histogram(frame, mask), _aligned(mask)))
-    colours, shape = [], []
+        pixels = (item["video"].permute(1, 2, 3, 0).numpy() + 1) * 127.5
+        known += _looks(pixels, item["mask"][0].numpy())
+    pairs = []
     for video in videos:
         frames, _, _, masks, _ = _object(video)
-        for frame, mask in zip(frames, masks):
-            histogram, aligned = _histogram(frame, mask), _aligned(mask)
-            colours += [np.minimum(histogram, h).sum() for h, _ in known]
-            shape += [np.minimum(aligned, m).sum() / np.maximum(aligned, m).sum() for _, m in known]
-    return {"colours": float(np.mean(colours)), "shape": float(np.mean(shape))}
+        pairs += [_alike(look, k) for look in _looks(frames, masks) for k in known]
+    return dict(zip(("colours", "shape"), np.mean(pairs, 0).tolist()))
+
+
+def steadiness(videos) -> dict:
+    """Clips (n,3,f,h,w) in [-1,1] -> {"steady"}: how alike a clip's frames are, the sum of both of
+    _alike(), 0 to 2, mean over all pairs of frames of a clip."""
+    pairs = []
+    for video in videos:
+        frames, _, _, masks, _ = _object(video)
+        pairs += [_alike(a, b) for a, b in combinations(_looks(frames, masks), 2)]
+    return {"steady": float(np.sum(pairs) / len(pairs))}
 
 
 def path_error(videos, path) -> dict:
@@ -1033,14 +1076,29 @@ def tiny_clips(seed, n):
     return torch.cat([tiny_batch(seed, n - n // 2, TINY_CLIP)[0], torch.stack(wild)])
 
 
-def autoencoder_loss(images, mean, logvar, decode):
+def crooked_clips(seed, n):
+    """-> (n, 3, TINY_CLIP, 32, 32): what das.py reads, in turn with wild_clip: a wandering object,
+    wild_clip, the tracks of a wandering object."""
+    clips = []
+    for i in range(n):
+        if i % 3 == 1:
+            clips.append(wild_clip(np.random.default_rng((*seed, i)), TINY_CLIP))
+        else:
+            clip, _ = tiny_track_clip((*seed, i), "wandering", TINY_CLIP)
+            clips.append(clip["tracks" if i % 3 else "video"])
+    return torch.stack(clips)
+
+
+def autoencoder_loss(images, mean, logvar, decode, noise=0.0):
     """-> loss, {name: 0-d tensor} to print: L1 + MSE + 1e-4 KL, errors relative to a frame's
     contrast.
 
     In units of each frame's own contrast, because blue on gray costs little and would stay
-    blurred.
+    blurred. noise: the decoder's latents are off by up to so much, standard deviation, as those
+    that a network makes.
     """
-    error = decode(mean + (0.5 * logvar).exp() * torch.randn_like(mean)).float() - images
+    sd = (0.5 * logvar).exp() + noise * torch.rand(len(mean), *[1] * (mean.ndim - 1)).to(mean)
+    error = decode(mean + sd * torch.randn_like(mean)).float() - images
     kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
     centred = images - images.mean((-2, -1), keepdim=True)
     contrast = centred.square().mean((1, -2, -1), keepdim=True).sqrt()
@@ -1049,23 +1107,27 @@ def autoencoder_loss(images, mean, logvar, decode):
     return loss, {"mse": error.square().mean(), "kl": kl, "latent std": mean.std()}
 
 
-def train_autoencoder(base, out, steps, decoder_steps, batch, flawed=False, seed=0,
+def train_autoencoder(base, out, steps, decoder_steps, batch, extend=False, noise=0.0, seed=0,
                       device="cpu"):
     """Train a tiny base's autoencoder on rendered clips, then its decoder alone, and put it into
     `out`.
 
     The second stage leaves the latents as they are, since a base may already be trained on them;
-    with steps 0 it starts from the file's autoencoder. So it does with `flawed`: five of
-    eight frames may have flaws, and the others keep their latents, on which bases are trained.
+    there they get `noise`, see autoencoder_loss(). With steps 0 it starts from the file's
+    autoencoder. So it does with `extend`: five of eight frames may have flaws (tiny), or five of
+    eight clips are crooked_clips() (tiny-cogvideox); the others keep their latents, on which bases
+    are trained.
     """
     torch.manual_seed(seed)
     build, cfg = TINY_VAES[base]
-    vae, start, lr = build(cfg).to(device), time.time(), 1.5e-3 if flawed else 2e-3
+    vae, start, lr = build(cfg).to(device), time.time(), 1.5e-3 if extend else 2e-3
     if base == "tiny":
-        draw, moments, decode = tiny_frames, vae.image_moments, vae.decode_images
+        draw, moments, decode = tiny_frames, AutoencoderKL.image_moments, vae.decode_images
+        draw_new = partial(tiny_frames, flawed=True)
     else:
-        draw, moments, decode = tiny_clips, vae.moments, vae.decode_latents
-    if flawed or not steps:
+        draw, moments, decode = tiny_clips, CogVideoXVAE.moments, vae.decode_latents
+        draw_new = crooked_clips
+    if extend or not steps:
         state = {k.removeprefix("vae."): v.float() for k, v in load_weights(out).items()
                  if k.startswith("vae.")}
         vae.load_state_dict(state)
@@ -1079,19 +1141,20 @@ def train_autoencoder(base, out, steps, decoder_steps, batch, flawed=False, seed
             opt, lr, total_steps=max(n, 1), pct_start=0.05)
         for step in range(n):
             images = draw((seed, first + step), batch).to(device)
-            if flawed:
-                clean = images[:batch * 3 // 8]
-                spoiled = draw((seed, 1, first + step), batch * 5 // 8, flawed=True)
-                images = torch.cat([clean, spoiled.to(device)])
+            if extend:
+                plain = images[:batch * 3 // 8]  # tiny_clips() begins with the tiny world's
+                new = draw_new((seed, 1, first + step), batch * 5 // 8)
+                images = torch.cat([plain, new.to(device)])
             # 3-D convolutions in bf16 take half the time on a CPU that has it, too
             kind = torch.device(device).type
             with torch.autocast(kind, torch.bfloat16, enabled=base != "tiny"):
                 with torch.set_grad_enabled(part == "all"):
-                    mean, logvar = moments(images)
-                loss, terms = autoencoder_loss(images, mean.float(), logvar.float(), decode)
-                if flawed:
-                    kept = before.image_moments(clean)[0]
-                    terms["moved"] = (mean[:len(clean)] - kept).square().mean()
+                    mean, logvar = moments(vae, images)
+                loss, terms = autoencoder_loss(images, mean.float(), logvar.float(), decode,
+                                               noise if part == "decoder" else 0.0)
+                if extend:
+                    kept = moments(before, plain)[0]
+                    terms["moved"] = (mean[:len(plain)] - kept).square().mean()
                     loss = loss + terms["moved"]
             opt.zero_grad()
             loss.backward()
@@ -1112,21 +1175,24 @@ def get_args(argv=None):
                    help="what to train")
     p.add_argument("--base", choices=TINY_VAES, default="tiny",
                    help="tiny base whose autoencoder is trained")
-    p.add_argument("--flawed", action="store_true",
-                   help="autoencoder of tiny: go on from the file's one, on flawed frames as well; "
-                        "clean ones keep their latents")
+    p.add_argument("--extend", action="store_true",
+                   help="autoencoder: go on from the file's one, on flawed frames (tiny), or on "
+                        "crooked paths and tracks (tiny-cogvideox); other clips keep their latents")
     p.add_argument("--out", help="file to write (default: the one in assets/)")
     p.add_argument("--steps", type=p.NATURAL,
                    help="optimizer steps (scorer: 800, autoencoder: 2000; 0: its decoder alone)")
     p.add_argument("--decoder-steps", type=p.NATURAL, default=1000,
                    help="further steps of the autoencoder in which the encoder is frozen")
+    p.add_argument("--noise", type=p.UNSIGNED, default=0.0,
+                   help="noise on the latents in these further steps: up to so much, standard "
+                        "deviation")
     p.add_argument("--batch", type=p.COUNT,
                    help="frames (tiny: 64) or clips (tiny-cogvideox: 8) per step")
     p.add_argument("--device", default="cpu", help="cuda or cpu")
     args = p.parse_args(argv)
-    if args.flawed and (args.train, args.base) != ("autoencoder", "tiny"):
-        raise UserError("--flawed: goes with --train autoencoder --base tiny")
-    least = 4 if args.base == "tiny" else 2
+    if args.extend and args.train != "autoencoder":
+        raise UserError("--extend: goes with --train autoencoder")
+    least = 4 if args.base == "tiny" or args.extend else 2
     if args.batch and args.batch < least:
         raise UserError(f"--batch {args.batch}: {args.base} needs {least} or more")
     if args.device != "cpu" and not torch.cuda.is_available():
@@ -1142,8 +1208,8 @@ def main(argv=None):
     batch = args.batch or (64 if args.base == "tiny" else 8)
     train_autoencoder(
         args.base, args.out or f"assets/{args.base}.safetensors",
-        2000 if args.steps is None else args.steps, args.decoder_steps, batch, args.flawed,
-        device=args.device)
+        2000 if args.steps is None else args.steps, args.decoder_steps, batch, args.extend,
+        args.noise, device=args.device)
 
 
 if __name__ == "__main__":

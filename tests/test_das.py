@@ -117,7 +117,7 @@ def test_resume_equals_the_uninterrupted_run_and_samples(tmp_path, message):
     assert whole.keys() == parts.keys() and all(torch.equal(whole[k], parts[k]) for k in whole)
     assert all(k.startswith(TRACK_BRANCH) for k in whole)
     rows = read_lines(tmp_path / "whole" / "eval.jsonl")
-    assert [r["step"] for r in rows] == [0, 3] and set(rows[1]["position"]) == set(tinyworld.TINY_TRACKS)
+    assert [r["step"] for r in rows] == [0, 3] and set(rows[1]["shape"]) == set(tinyworld.TINY_TRACKS)
     assert (tmp_path / "whole" / "before.png").exists() and (tmp_path / "whole" / "after.png").exists()
     assert "has tracking_blocks 2, not 3" in message(
         das.main, [*TINY, "--tracking-blocks", "3", "--out", str(tmp_path / "whole"), "--resume"])
