@@ -5,6 +5,7 @@ As VGen trains ModelScopeT2V (Wang et al., arXiv 2308.06571):
     L = E_{x0, text, eps, t} || net(x_t, t, text) - target ||^2    (2006.11239, eq. 14)
     x_t = sqrt(ab_t) x0 + sqrt(1 - ab_t) eps
     target: the base's, eps or v = sqrt(ab_t) eps - sqrt(1 - ab_t) x0
+    flow matching (Open-Sora, Wan): x_t = (1 - sigma) x0 + sigma eps, target eps - x0
 
 In addition, some captions are dropped, so that sampling can use guidance. Some steps
 train on single images, which keeps frames sharp. Part of the noise is constant over each
@@ -13,6 +14,7 @@ frame. With --ema, a moving average of the weights is saved.
     python t2v.py --base tiny --steps 50                 # fine-tune; a minute on a CPU
     python t2v.py --base tiny-clean --scratch            # how assets/tiny-clean was trained
     python t2v.py --weights W --data clips.csv --rank 16 --lr 1e-4        # LoRA, one GPU
+    python t2v.py --base wan2.1-t2v-1.3b --weights W --data clips.csv --frames 33
     torchrun --nproc_per_node=8 t2v.py --weights W --data clips.csv --rank 0 --mixture
     torchrun --nproc_per_node=4 t2v.py ... --rank 0 --parallel fsdp
     python t2v.py ... --resume                           # continue, bit for bit
