@@ -214,7 +214,7 @@ COGVIDEOX_5B = dict(
     sample=Sampling(frames=49, height=480, width=720, sampler="dpm", cfg=6.0,
                     dynamic_cfg="published"))
 COGVIDEOX_I2V = dict(positions="rope+learned", in_channels=32)
-TEXT_TO_VIDEO = ("t2v", "videolcm", "vader", "instructvideo", "videodpo", "demo")
+TEXT_TO_VIDEO = ("t2v", "videolcm", "vader", "grpo", "instructvideo", "videodpo", "demo")
 # The tiny world. Noise hides so redundant a signal less well, hence the schedule's shift. With
 # v-prediction and zero terminal SNR, sampling starts where training ended.
 TINY_NET = UNetConfig(
@@ -239,7 +239,7 @@ BASES = {
         millions=1.8, methods=("tft2v", *TEXT_TO_VIDEO)),
     "tiny-clean": Row(
         "tiny, trained on clips without flaws; what customises and controls starts from it",
-        TINY_NET, **TINY, millions=1.8, methods=("t2v", "tft2v", "vader", "videolcm")),
+        TINY_NET, **TINY, millions=1.8, methods=("t2v", "tft2v", "vader", "grpo", "videolcm")),
     # I2VGen-XL's network and conditions. Words have 32 numbers, not 64, to make room for the layers
     # that read the image: the file stays below 4 MB.
     "tiny-i2v": Row(
@@ -247,7 +247,7 @@ BASES = {
         replace(TINY_NET, context_dim=32, image_to_video=True, concat_dim=4),
         **TINY | dict(assets=dict.fromkeys(("net", "text", "image"), "tiny-i2v") | {"vae": "tiny"}),
         image=TINY_TOWER, words=(*TINY_WORDS, *NEW_MOTIONS), millions=1.9,
-        methods=("i2vgen", "vader")),
+        methods=("i2vgen", "vader", "grpo")),
     # A CogVideoX-I2V of 9 frames. Latents are 2x smaller in time, height and width, so that a frame
     # still has 8 x 8 tokens. Positions and schedule are 5B-I2V's, with a shift by which noise hides
     # an object's path as in tiny (left against right, over the noise at the sampler's second step:
@@ -260,7 +260,8 @@ BASES = {
         TINY_COGVIDEOX_VAE, None, COGVIDEOX | dict(shift=0.7),
         replace(TINY_SAMPLE, frames=9, cfg=2.0),
         assets=dict.fromkeys(("net", "vae", "text"), "tiny-cogvideox"),
-        words=(*TINY_WORDS, *NEW_MOTIONS), millions=1.5, methods=("i2vgen", "vader", "das")),
+        words=(*TINY_WORDS, *NEW_MOTIONS), millions=1.5,
+        methods=("i2vgen", "vader", "grpo", "das")),
     # an extreme case of what DEMO says of CLIP: to this text encoder all motions are one word
     "tiny-weak": Row(
         "tiny with a text encoder that cannot tell motions apart, for demo.py",
@@ -315,7 +316,7 @@ BASES = {
         UNetConfig(**VC2_NET), schedule=VC2_EPS,
         sample=Sampling(height=320, width=512, fps=28, save_fps=10, cfg=12.0, eta=1.0),
         files={"original": VC2_FILES}, millions=1413.3,
-        methods=("t2v", "videolcm", "vader", "instructvideo", "videodpo")),
+        methods=("t2v", "videolcm", "vader", "grpo", "instructvideo", "videodpo")),
     "t2v-turbo": Row(
         "VideoCrafter2 distilled to 4 steps (T2V-Turbo, arXiv 2405.18750)",
         UNetConfig(**VC2_NET, guidance_dim=256), sample=TURBO,
@@ -337,7 +338,7 @@ BASES = {
                                          image="image_encoder/model.safetensors"),
             # what i2vgen.py may start from instead; OpenCLIP's file holds both towers
             START: MODELSCOPE_FILES | {"image": MODELSCOPE_FILES["text"]}},
-        millions=1420.5, methods=("i2vgen", "vader")),
+        millions=1420.5, methods=("i2vgen", "vader", "grpo")),
     "sr600": Row(
         "video to video at 720x1280 (SR600, in VGen): any clip, sharper; needs --video",
         UNetConfig(super_resolution=True),
@@ -385,16 +386,16 @@ BASES = {
         CogVideoXVAEConfig(scale=1.15258426), T5Config(), COGVIDEOX | dict(divisor=3.0),
         Sampling(frames=49, height=480, width=720, spacing="cogvideox", cfg=6.0),
         cogvideox_files("hf:THUDM/CogVideoX-2b"), millions=1693.8,
-        methods=("vader", "instructvideo", "das", "videodpo")),
+        methods=("vader", "grpo", "instructvideo", "das", "videodpo")),
     "cogvideox-5b": Row(
         "CogVideoX-5B, 49 frames of 480x720",
         CogVideoXConfig(), **COGVIDEOX_5B, files=cogvideox_files("hf:THUDM/CogVideoX-5b"),
-        millions=5570.3, methods=("vader", "instructvideo", "das", "videodpo")),
+        millions=5570.3, methods=("vader", "grpo", "instructvideo", "das", "videodpo")),
     "cogvideox-5b-i2v": Row(
         "CogVideoX-5B-I2V, image to video",
         CogVideoXConfig(**COGVIDEOX_I2V), **COGVIDEOX_5B,
         files=cogvideox_files("hf:THUDM/CogVideoX-5b-I2V"),
-        millions=5570.5, methods=("i2vgen", "vader", "das")),
+        millions=5570.5, methods=("i2vgen", "vader", "grpo", "das")),
     "das": Row(
         "Diffusion as Shader (arXiv 2501.03847): CogVideoX-5B-I2V that follows a tracking video",
         CogVideoXConfig(**COGVIDEOX_I2V, tracking_blocks=18), **COGVIDEOX_5B,
@@ -408,7 +409,7 @@ BASES = {
                       "vae": "hf:hpcai-tech/OpenSora-VAE-v1.2:model.safetensors",
                       "text": "hf:DeepFloyd/t5-v1_1-xxl:pytorch_model.bin",
                       "tokenizer": "hf:DeepFloyd/t5-v1_1-xxl:spiece.model"}},
-        millions=1207.6, methods=("vader", "videodpo")),
+        millions=1207.6, methods=("vader", "grpo", "videodpo")),
 }
 
 

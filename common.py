@@ -783,10 +783,16 @@ class Run:
 
     def micro_steps(self):
         """Yield the numbers of this process's samples, micro-step by micro-step."""
-        for micro in range(self.args.accum):
-            for net in self.nets:
-                average_gradients(net, micro == self.args.accum - 1)
+        for micro in self.turns(self.args.accum):
             yield self.numbers[(self.step - self.start) * self.args.accum + micro]
+
+    def turns(self, n):
+        """Yield 0 .. n - 1, the backward passes of an update: the last averages the gradients of
+        the processes."""
+        for turn in range(n):
+            for net in self.nets:
+                average_gradients(net, turn == n - 1)
+            yield turn
 
     def say(self, message):
         """Print a line, from one process only; None: nothing."""
@@ -810,25 +816,33 @@ class Run:
         """Context for network calls: autocast and --offload."""
         return self.env.autocast()
 
-    def backward(self, loss, /, **values):
+    def backward(self, loss, /, turns=None, **values):
         """Accumulate the gradients of loss.mean(). `values` are averaged over the update and
         logged.
 
-        Without values, the loss itself is logged as "loss".
+        turns: backward passes per update (default: --accum). Without values, the loss itself is
+        logged as "loss".
         """
-        self.scaler.scale(loss.mean() / self.args.accum).backward()
+        turns = turns or self.args.accum
+        self.scaler.scale(loss.mean() / turns).backward()
         for name, value in (values or {"loss": loss}).items():
-            mean = value.detach().float().mean() / self.args.accum
+            mean = value.detach().float().mean() / turns
             self.totals[name] = self.totals.get(name, 0.0) + mean
 
-    def update(self, **more):
-        """Make the optimizer step; log (with `more` floats), and save when due."""
+    def optimize(self):
+        """Make an optimizer step. -> what backward() averaged, {name: value}, and the norm of the
+        gradients."""
         totals, self.totals = self.totals, {}
         norm = self.guard.step(
             self.opt, self.scaler, self.params.values(), self.args.clip, **totals)
         if self.ema is not None:
             warm = (self.step + 1) / (self.step + 10) if self.ema_warmup else 1.0
             move_average(self.ema, self.params, min(self.ema_decay, warm))
+        return totals, norm
+
+    def update(self, **more):
+        """Make the optimizer step; log (with `more` floats), and save when due."""
+        totals, norm = self.optimize()
         self.samples_read += self.args.batch * self.args.accum * self.env.world
         self.log.step(self.step, **totals | more, grad=norm, lr=self.opt.param_groups[0]["lr"])
         self.done = self.step + 1

@@ -125,6 +125,14 @@ class Schedule:
             columns = table[:, t:t + 1]
         return columns.reshape(3, -1, *[1] * (like.ndim - 1)).unbind()
 
+    def level(self, t):
+        """(a, s) of x_t = a x0 + s eps at step t, an int: floats; t = -1 stands for x0."""
+        if t < 0:
+            return 1.0, 0.0
+        ab = self.alpha_bar[t].item()
+        scale = 1.0 if self.scale is None else self.scale[t].item()
+        return ab ** 0.5 * scale, (1 - ab) ** 0.5
+
     def add_noise(self, x0, noise, t):
         """x0, noise like x0, t -> x_t."""
         a, s, k = self.at(t, x0)
@@ -301,6 +309,46 @@ def mix_noise(inverted, noise, strength):
     return strength ** 0.5 * inverted + (1 - strength) ** 0.5 * noise
 
 
+# ---- one update as a Gaussian: what stochastic samplers draw from, and the policy of grpo.py
+
+NOISES = ("ddim", "cps", "flow", "dance")
+
+
+def drawn_noise(kind, level, s, s_next):
+    """-> (std, k): an update from noise s to s' draws x' from N(a' x0 + k eps, std^2).
+
+    level: how much noise, 0 for none. "ddim" (2010.02502, eq. 16): level is eta; needs a^2 + s^2
+    = 1. "cps" (2509.05952): any schedule. Both replace a part of the noise, k^2 + std^2 = s'^2.
+    "flow" (Flow-GRPO, 2505.05470) and "dance" (DanceGRPO, 2505.07818), for flow matching: an
+    Euler step of the SDE with noise strength g that has the flow's marginals,
+
+        x' = x - d (v + g^2 / (2 s) eps) + g sqrt(d) noise,    d = s - s'
+    """
+    if level == 0:
+        return 0.0, s_next
+    if kind == "ddim":
+        std = level * s_next / s * ((s ** 2 - s_next ** 2) / (1 - s_next ** 2)) ** 0.5
+    elif kind == "cps":
+        std = s_next * math.sin(level * math.pi / 2)
+    else:
+        signal = 1 - s if s < 1 else 1 - s_next  # as published; pure noise has none
+        g = level if kind == "dance" else level * (s / signal) ** 0.5
+        std = g * (s - s_next) ** 0.5
+        return std, s_next - std ** 2 / (2 * s)
+    return std, max(s_next ** 2 - std ** 2, 0.0) ** 0.5  # below 0 by rounding: zero terminal SNR
+
+
+def gaussian_step(schedule, out, x, t, t_next, kind="ddim", level=0.0):
+    """Mean, like x, and standard deviation, a float, of the state at step t_next.
+
+    out: the network's output at x = x_t, (b,c,f,h,w); t, t_next: numbers, see Schedule.level();
+    kind and level: see drawn_noise(). With level 0 the mean is the deterministic sampler's state.
+    """
+    (_, s), (a_next, s_next) = schedule.level(t), schedule.level(t_next)
+    std, k = drawn_noise(kind, level, s, s_next)
+    return a_next * schedule.to_x0(out, x, t) + k * schedule.to_eps(out, x, t), std
+
+
 # ---- DDIM (Song et al., arXiv 2010.02502)
 
 def ddim_timesteps(steps, num=1000, spacing="leading"):
@@ -331,6 +379,11 @@ def ddim_updates(steps, num=1000, spacing="leading"):
     return [(t, t - num // steps) for t in times]
 
 
+def sampler_updates(schedule, steps, spacing="leading"):
+    """The updates of a sampler with noise, pairs (t, t_next): see ddim_updates()."""
+    return ddim_updates(steps, len(schedule.alpha_bar), spacing)
+
+
 def number_of_updates(sampler, steps, spacing="leading") -> int:
     """How many updates a sampler makes: `steps`, or what DDIM's spacing makes of them."""
     if sampler == "dpm":
@@ -339,19 +392,13 @@ def number_of_updates(sampler, steps, spacing="leading") -> int:
 
 
 def ddim_step(schedule, out, x, t, t_prev, eta=0.0, noise=None):
-    """One DDIM update from step t to t_prev (Song et al., eq. 12).
+    """One DDIM update from step t to t_prev (Song et al., eq. 12), see gaussian_step().
 
     out: the network's output at x = x_t, (b,c,f,h,w); t, t_prev: ints, t_prev = -1 means x0.
     eta: 0 is deterministic, 1 is DDPM; above 0 it needs `noise` like x.
     """
-    x0, eps = schedule.to_x0(out, x, t), schedule.to_eps(out, x, t)
-    if t_prev < 0:
-        return x0
-    ab, ab_prev = schedule.alpha_bar[t].item(), schedule.alpha_bar[t_prev].item()
-    sigma = eta * ((1 - ab_prev) / (1 - ab) * (1 - ab / ab_prev)) ** 0.5
-    _, _, scale = schedule.at(t_prev, x0)
-    x = ab_prev ** 0.5 * scale * x0 + max(1 - ab_prev - sigma ** 2, 0.0) ** 0.5 * eps
-    return x if sigma == 0 else x + sigma * noise
+    mean, std = gaussian_step(schedule, out, x, t, t_prev, "ddim", eta)
+    return mean if std == 0 else mean + std * noise
 
 
 def ddim(net_fn, x_T, schedule, steps, eta=0.0, generators=None, grad_last=0, spacing="leading",

@@ -42,36 +42,15 @@ def rollout(net, base, prompts, x_T, sampling, generators, cond=None, null_cond=
     """Prompts and noise x_T (n,c,f,h,w) -> latents (n,c,f,h,w), by the base's sampler with
     guidance.
 
-    net: base.net, perhaps wrapped by DDP or FSDP. cond, null_cond: {condition of the network:
-    tensor (n, ...)}; the second replaces some in the unconditional branch. generators: one per
-    clip, for the noise that a sampler draws. grad_last: the last K updates record gradients; the
-    state before them is a constant, and texts and conditions have none. last: as in ddim(), the
-    only sampler that has it.
+    generators: one per clip, for the noise that a sampler draws. grad_last: the last K updates
+    record gradients; the state before them is a constant, and texts and conditions have none.
+    last: as in ddim(), the only sampler that has it. The rest: see guided_net().
     """
-    texts, n, device = [prompt + sampling.suffix for prompt in prompts], len(prompts), x_T.device
-    cond = dict(cond or {}) | frame_rate(sampling.fps, n, device)
-    null_cond = dict(null_cond or {})
-    with torch.no_grad():
-        text, null = base.encode_text(texts), base.encode_null(sampling.negative, n)
-        if base.row.unet.motion_blocks:
-            cond["motion_text"] = base.encode_text(texts, motion=True)
-            null_cond["motion_text"] = base.encode_text([sampling.negative] * n, motion=True)
-    steps = sampling.sample_steps
+    fn = guided_net(net, base, prompts, sampling, cond, null_cond, sequential)
+    steps, shared = sampling.sample_steps, dict(grad_last=grad_last, progress=progress)
     if sampling.sampler == "lcm":
-        fn = distilled(net, text, cond, sampling)
         return lcm(fn, x_T, base.schedule, steps, generators, sampling.origin, sampling.spacing,
                    progress)
-    if sampling.sampler == "rflow":
-        cond |= clip_size(sampling, n, device)
-        cond["text_mask"] = (base.tokenize(texts) != 0).to(device)  # in both branches, as published
-
-    cfg, rule = sampling.cfg, sampling.dynamic_cfg or "off"
-    if rule != "off":
-        cfg = dynamic_guidance(cfg, steps, as_published=rule == "published")
-    fn = guided(net, text, null, cfg, sequential=sequential, null_cond=null_cond, **cond)
-    if sampling.subject_below is not None:
-        fn = late_subject(fn, net, sampling.subject_below)
-    shared = dict(grad_last=grad_last, progress=progress)
     if sampling.sampler == "rflow":
         return rflow(fn, x_T, steps, sampling.size, generators=generators, **shared)
     if sampling.sampler == "dpm":
@@ -80,6 +59,35 @@ def rollout(net, base, prompts, x_T, sampling, generators, cond=None, null_cond=
         return dpmpp_2m(fn, x_T, base.schedule, steps, **shared)
     return ddim(fn, x_T, base.schedule, steps, sampling.eta, generators,
                 spacing=sampling.spacing, last=last, **shared)
+
+
+def guided_net(net, base, prompts, sampling, cond=None, null_cond=None, sequential=False):
+    """-> fn(x, t): the network as samplers call it, with these n prompts, conditions and guidance.
+
+    net: base.net, perhaps wrapped by DDP or FSDP. cond, null_cond: {condition of the network:
+    tensor (n, ...)}; the second replaces some in the unconditional branch.
+    """
+    texts, n = [prompt + sampling.suffix for prompt in prompts], len(prompts)
+    with torch.no_grad():
+        text, null = base.encode_text(texts), base.encode_null(sampling.negative, n)
+        device = text.device
+        cond = dict(cond or {}) | frame_rate(sampling.fps, n, device)
+        null_cond = dict(null_cond or {})
+        if base.row.unet.motion_blocks:
+            cond["motion_text"] = base.encode_text(texts, motion=True)
+            null_cond["motion_text"] = base.encode_text([sampling.negative] * n, motion=True)
+    if sampling.sampler == "lcm":
+        return distilled(net, text, cond, sampling)
+    if sampling.sampler == "rflow":
+        cond |= clip_size(sampling, n, device)
+        cond["text_mask"] = (base.tokenize(texts) != 0).to(device)  # in both branches, as published
+    cfg, rule = sampling.cfg, sampling.dynamic_cfg or "off"
+    if rule != "off":
+        cfg = dynamic_guidance(cfg, sampling.sample_steps, as_published=rule == "published")
+    fn = guided(net, text, null, cfg, sequential=sequential, null_cond=null_cond, **cond)
+    if sampling.subject_below is not None:
+        fn = late_subject(fn, net, sampling.subject_below)
+    return fn
 
 
 def distilled(net, text, cond, sampling):
