@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion import make_schedule, number_of_updates
+from diffusion import FLOW_SAMPLERS, make_schedule, number_of_updates
 from dit import (
     PATCH, CogVideoX, CogVideoXConfig, STDiT3, STDiT3Config, cogvideox_state, stdit3_state)
 from models import (
@@ -114,7 +114,7 @@ class Row:
     net: UNetConfig | CogVideoXConfig | STDiT3Config = UNetConfig()
     vae: VAEConfig | CogVideoXVAEConfig | OpenSoraVAEConfig = VAEConfig()
     text: CLIPConfig | T5Config | None = CLIPConfig()  # None: TinyText, which knows `words`
-    schedule: dict | None = field(default_factory=lambda: EPS)  # None: rectified flow
+    schedule: dict = field(default_factory=lambda: EPS)  # arguments of diffusion.make_schedule
     sample: Sampling = Sampling()                      # as published
     files: dict = field(default_factory=dict)          # {layout: {part: url}}
     methods: tuple = ()                                # the training files that run on it
@@ -402,7 +402,8 @@ BASES = {
         files=cogvideox_files("hf:EXCAI/Diffusion-As-Shader"), millions=8129.4, methods=("das",)),
     "opensora": Row(
         "Open-Sora 1.2, 51 frames of 240x426, other sizes and lengths too",
-        STDiT3Config(), OpenSoraVAEConfig(), T5Config(length=300, mask=True), None,
+        STDiT3Config(), OpenSoraVAEConfig(), T5Config(length=300, mask=True),
+        dict(name="flow", by_size=True),
         Sampling(frames=51, height=240, width=426, fps=24, save_fps=24, sampler="rflow",
                  sample_steps=30, cfg=7.0, suffix=" aesthetic score: 6.5."),
         {"original": {"net": "hf:hpcai-tech/OpenSora-STDiT-v3:model.safetensors",
@@ -519,9 +520,11 @@ def choose_sampling(name, args, run=None, method=None, **fixed) -> Sampling:
             raise UserError(f"--{option.replace('_', '-')} {given[option]}: base {name} {what}")
     known = {k: v for k, v in (run or {}).items() if k in names and v is not None}
     sampling = replace(row.sample, **known | given | fixed)
-    own = row.sample.sampler  # only a UNet that is sampled by DDIM has a choice
-    free = isinstance(row.net, UNetConfig) and {sampling.sampler, own} <= {"ddim", "lcm", "dpmpp"}
-    if sampling.sampler != own and not free:
+    own = row.sample.sampler  # UNets that are sampled by DDIM and flow matching have a choice
+    kin = FLOW_SAMPLERS if own in FLOW_SAMPLERS else {own}
+    if isinstance(row.net, UNetConfig) and own in ("ddim", "lcm", "dpmpp"):
+        kin = ("ddim", "lcm", "dpmpp")
+    if sampling.sampler not in kin:
         raise UserError(f"--sampler {sampling.sampler}: this base is sampled by {own}")
     latent_shape(name, *sampling.size)
     return sampling
@@ -541,7 +544,7 @@ class Base:
     net: nn.Module
     vae: nn.Module
     text_encoder: nn.Module
-    schedule: object  # diffusion.Schedule; None: rectified flow
+    schedule: object  # diffusion.Schedule or Flow
     tokenize: object  # fn(list of str) -> ids (b, n)
     image_encoder: nn.Module | None = None
     motion_encoder: nn.Module | None = None
@@ -687,10 +690,9 @@ def load_base(name, weights=None, device="cpu", dtype=torch.float32, scratch=Fal
         merge_public_lora(parts["net"], files["lora"])
     if row.tracks:
         parts["vae"].tiles = Tiles()  # as the network was trained
-    schedule = None if row.schedule is None else make_schedule(**row.schedule)
     ids_of = make_tokenizer(row, parts["text"], files.get("tokenizer"))
-    base = Base(name, row, parts["net"], parts["vae"], parts["text"], schedule, ids_of,
-                parts.get("image"), parts.get("motion_text"))
+    base = Base(name, row, parts["net"], parts["vae"], parts["text"],
+                make_schedule(**row.schedule), ids_of, parts.get("image"), parts.get("motion_text"))
     base.freeze(dtype)  # before it moves: float32 on the GPU would be the run's peak
     for module in base.parts().values():
         module.to(device).eval()

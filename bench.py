@@ -394,8 +394,7 @@ def loaded(case, env):
     vae = built(lambda: AUTOENCODERS[type(row.vae)](row.vae), env)
     if row.text and isinstance(row.net, CogVideoXConfig):
         vae.tiles = Tiles()
-    schedule = None if row.schedule is None else make_schedule(**row.schedule)
-    base = Base(case.args.base, row, net, vae, None, schedule,
+    base = Base(case.args.base, row, net, vae, None, make_schedule(**row.schedule),
                 lambda texts: torch.ones(len(texts), 300))
     (_, _, text), cond = inputs(case, env.device)
     for prompt in ("a" + case.sampling.suffix, case.sampling.negative):

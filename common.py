@@ -189,20 +189,21 @@ def json_object(text, source) -> dict:
 # {field: what it may be}: (type, least, most), a tuple of words, a type, [what all items of a list
 # may be], [what each of several items may be], or the schema of a dictionary. Nothing here names
 # code or a file.
-SAMPLERS = ("ddim", "lcm", "dpmpp", "dpm", "rflow", "higen", "sr600")
+SAMPLERS = ("ddim", "lcm", "dpmpp", "dpm", "rflow", "flow-dpmpp", "flow-unipc", "higen", "sr600")
 SAMPLE_FIELDS = dict(
     frames=(int, 1, 10 ** 4), height=(int, 1, 16384), width=(int, 1, 16384),
     save_fps=(int, 1, 1000), sampler=SAMPLERS, sample_steps=(int, 1, 10 ** 5),
     cfg=(float, -1000, 1000), eta=(float, 0, 1),
-    spacing=("leading", "trailing", "stride", "even", "cogvideox"), origin=(int, 1, 1000),
+    spacing=("leading", "trailing", "stride", "even", "cogvideox", "wan", "diffusers"),
+    origin=(int, 1, 1000),
     negative=str, suffix=str, fps=(int, 1, 1000), start_offset=(float, 0, 100),
     dynamic_cfg=("published", "meant", "off"), motion_cfg=(float, -1000, 1000),
     motion_share=(float, 0, 1), motion_factor=(int, 0, 10 ** 6),
     appearance_factor=(float, -1000, 1000))
 SCHEDULE_FIELDS = dict(
-    name=("linear_sd", "linear_sd_shifted", "cosine", "logsnr_cosine_interp"),
+    name=("linear_sd", "linear_sd_shifted", "cosine", "logsnr_cosine_interp", "flow"),
     prediction=("eps", "v", "x0"), zero_snr=bool, shift=(float, 1e-6, 1e6),
-    divisor=(float, 1e-6, 1e6),
+    divisor=(float, 1e-6, 1e6), by_size=bool,
     scale=[(float, 1e-3, 1e3), (float, 1e-3, 1e3), (int, 1, 10 ** 4)])
 # what a resumed run may not change; the number of processes, --batch and --accum may
 SAME = dict(

@@ -113,7 +113,7 @@ def das_loss(net, base, latents, picture, captions, generators, drop_image):
     """
     x0 = latents["video"]
     uniform = torch.stack([torch.rand(2, generator=g) for g in generators])
-    t = (uniform[:, 0] * len(base.schedule.alpha_bar)).long().to(x0.device)
+    t = base.schedule.steps(uniform[:, 0]).to(x0.device)
     noise = randn(x0.shape, generators).to(x0.device)
     cond = {"tracks": latents["tracks"]}
     if base.row.first_frame:

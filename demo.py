@@ -144,7 +144,7 @@ def clip_losses(net, base, batch, x0, generators, args, negative, optical_flow):
     """
     draws = torch.stack([torch.rand(3, generator=g) for g in generators])
     u_step, u_text, u_motion = draws.T
-    t = (u_step * len(base.schedule.alpha_bar)).long().to(x0.device)
+    t = base.schedule.steps(u_step).to(x0.device)
     noise = randn(x0.shape, generators).to(x0.device)
     drop_text, drop_motion = u_text < args.drop_text, u_motion < args.drop_motion
     content_words, motion_words = (

@@ -3,8 +3,9 @@
     x_t = sqrt(ab_t) x0 + sqrt(1 - ab_t) eps,    ab ("alpha bar") = cumulative product of 1 - beta
 
 The network predicts eps, x0 or v = sqrt(ab) eps - sqrt(1 - ab) x0 (Salimans & Ho, arXiv
-2202.00512). Rectified flow (Open-Sora) uses x_t = (1 - t/1000) x0 + t/1000 eps and predicts v =
-x0 - eps.
+2202.00512). Flow matching (Open-Sora, Wan) is a schedule with the same methods:
+
+    x_t = (1 - sigma) x0 + sigma eps,    sigma = t / 1000,    the network predicts v = eps - x0
 
 A sampler takes net_fn(x, t (b,)) -> prediction like x, usually made by guided(), and draws its
 noise from one torch.Generator per sample, so a clip does not depend on the rest of its batch.
@@ -133,6 +134,10 @@ class Schedule:
         scale = 1.0 if self.scale is None else self.scale[t].item()
         return ab ** 0.5 * scale, (1 - ab) ** 0.5
 
+    def steps(self, u, size=None):
+        """u (b,) in 0..1, how far towards the noise -> steps t (b,). size: as Flow's, not used."""
+        return (u * len(self.alpha_bar)).long()
+
     def add_noise(self, x0, noise, t):
         """x0, noise like x0, t -> x_t."""
         a, s, k = self.at(t, x0)
@@ -158,13 +163,76 @@ class Schedule:
         return out if self.prediction == "eps" else a * out + s * x_t
 
 
+def shifted(u, shift):
+    """u in 0..1 moved towards the noise: shift u / (1 + (shift - 1) u) (2403.03206, eq. 23)."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def size_shift(frames, height, width):
+    """Open-Sora's shift for a clip, size in pixels: 1 for an image of 512x512.
+
+    The same noise hides a large, redundant clip less well (arXiv 2403.03206, section 5.3.2), so
+    the shift grows with the square root of pixels and of latent frames.
+    """
+    latent_frames = 1 if frames == 1 else max(frames // 17 * 5, 1)
+    return (height * width / 512 ** 2 * latent_frames) ** 0.5
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Flow matching (arXiv 2210.02747, 2209.03003), with the methods of Schedule.
+
+    x_t = (1 - sigma) x0 + sigma noise with sigma = t / 1000. Steps t are real, 0 (clean) to 1000
+    (noise): numbers or tensors (b,). The network predicts v = noise - x0.
+    """
+    shift: float = 1.0     # steps in sampling and in training are moved towards the noise by this
+    by_size: bool = False  # Open-Sora: and by size_shift() of the clip
+
+    def shift_of(self, size=None):
+        """size: (frames, height, width) in pixels, needed with by_size."""
+        assert size or not self.by_size, "this schedule depends on the size of the clip"
+        return self.shift * size_shift(*size) if self.by_size else self.shift
+
+    def steps(self, u, size=None):
+        """u (b,) in 0..1, how far towards the noise -> steps t (b,)."""
+        return 1000 * shifted(u, self.shift_of(size))
+
+    def sigma(self, t, like):
+        """t / 1000, shaped to multiply `like` (b, ...)."""
+        sigma = torch.as_tensor(t, dtype=torch.float32, device=like.device) / 1000
+        return sigma.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+
+    def level(self, t):
+        """(a, s) of x_t = a x0 + s eps at step t: floats."""
+        return 1 - t / 1000, t / 1000
+
+    def add_noise(self, x0, noise, t):
+        """x0, noise like x0, t -> x_t."""
+        sigma = self.sigma(t, x0)
+        return (1 - sigma) * x0 + sigma * noise
+
+    def target(self, x0, noise, t):
+        """What the network should answer at any t."""
+        return noise - x0
+
+    def to_x0(self, out, x_t, t):
+        """The network's answer at x_t -> the clean latents that it implies."""
+        return x_t - self.sigma(t, x_t) * out
+
+    def to_eps(self, out, x_t, t):
+        """The network's answer at x_t -> the noise that it implies."""
+        return x_t + (1 - self.sigma(t, x_t)) * out
+
+
 def make_schedule(name="linear_sd", prediction="eps", zero_snr=False, shift=1.0, scale=None,
-                  **kw) -> Schedule:
-    """A Schedule by the name of its betas, e.g. make_schedule("cosine", "v", zero_snr=True).
+                  **kw) -> Schedule | Flow:
+    """A schedule by the name of its betas, e.g. make_schedule("cosine", "v", zero_snr=True).
 
     name: a key of SCHEDULES; kw: arguments of that function. scale: None, or x0_scale's
-    (first, last, ramp); VideoCrafter2 has (1.0, 0.7, 400).
+    (first, last, ramp); VideoCrafter2 has (1.0, 0.7, 400). Or name "flow", with shift and by_size.
     """
+    if name == "flow":
+        return Flow(shift, **kw)
     betas = SCHEDULES[name](**kw)
     betas = zero_terminal_snr(betas) if zero_snr else betas
     scale = None if scale is None else x0_scale(len(betas), *scale)
@@ -173,17 +241,35 @@ def make_schedule(name="linear_sd", prediction="eps", zero_snr=False, shift=1.0,
 
 # ---- training losses
 
-def diffusion_loss(net_fn, schedule, x0, noise, t, mask=None):
+def diffusion_loss(net_fn, schedule, x0, noise, t, mask=None, frame_mask=None):
     """Mean of |net(x_t, t) - target|^2 over all elements of a sample, (b,) in fp32.
 
     net_fn(x_t, t) -> prediction; t (b,). mask (b,1,f,h,w) multiplies prediction and target
-    (DreamVideo's subject masks); the mean still runs over all elements.
+    (DreamVideo's subject masks); the mean still runs over all elements. frame_mask (b,f): True or
+    1 for frames to learn. The others are conditions: they are given clean and are not counted,
+    and net_fn gets the mask as `frame_mask` (Open-Sora; the first frame of Wan2.2 TI2V).
     """
-    out = net_fn(schedule.add_noise(x0, noise, t), t).float()
+    x_t, now = schedule.add_noise(x0, noise, t), {}
+    if frame_mask is not None:
+        frame_mask = frame_mask.bool()
+        x_t = torch.where(frame_mask[:, None, :, None, None], x_t, x0)
+        now["frame_mask"] = frame_mask
+    out = net_fn(x_t, t, **now).float()
     target = schedule.target(x0, noise, t).float()
     if mask is not None:
         out, target = out * mask, target * mask
-    return (out - target).square().flatten(1).mean(1)
+    error = (out - target).square()
+    if frame_mask is None:
+        return error.flatten(1).mean(1)
+    return (error.mean((1, 3, 4)) * frame_mask).sum(1) / frame_mask.sum(1)
+
+
+def logit_normal(u, scale=1.0):
+    """Uniform u in 0..1 -> sigmoid(scale z), z standard normal: mostly steps in the middle.
+
+    The density with which flow matching is often trained (arXiv 2403.03206, eq. 19).
+    """
+    return torch.sigmoid(scale * torch.special.ndtri(u))
 
 
 def boundary_scalings(t, sigma_data=0.5, timestep_scaling=10.0):
@@ -293,15 +379,29 @@ def offset_noise(noise, shared, strength=0.1):
     return noise + strength * shared
 
 
-def draw_noise(schedule, x0, generators, offset=0.0):
+def draw_noise(schedule, x0, generators, offset=0.0, size=None):
     """Steps t (b,) and noise like x0 for training, each sample's from its own generator.
 
-    offset: strength of offset_noise().
+    offset: strength of offset_noise(); size: of the clips in pixels, see Flow.
     """
-    num = len(schedule.alpha_bar)
-    t = torch.stack([torch.randint(num, (), generator=g) for g in generators])
+    number = torch.stack([torch.randint(1000, (), generator=g) for g in generators])
+    t = schedule.steps((number + 0.5) / 1000, size)
     noise, shared = randn(x0.shape, generators), randn((*x0.shape[:3], 1, 1), generators)
     return t.to(x0.device), offset_noise(noise, shared, offset).to(x0.device)
+
+
+def noised(schedule, x0, noise, u, size=None, origin=None):
+    """Training input of any base: x0, noise (n,...), u (n,) in 0..1 -> x_t, t (n,), target.
+
+    u says how far towards the noise; size: of the clips in pixels, see Flow. origin: draw only
+    from the steps of a consistency model's distillation (lcm_timesteps), e.g. 19, 39, ..., 999
+    for 50.
+    """
+    if origin is None:
+        t = schedule.steps(u, size)
+    else:
+        t = len(schedule.alpha_bar) // origin * ((u * origin).long() + 1) - 1
+    return schedule.add_noise(x0, noise, t), t, schedule.target(x0, noise, t)
 
 
 def mix_noise(inverted, noise, strength):
@@ -379,9 +479,14 @@ def ddim_updates(steps, num=1000, spacing="leading"):
     return [(t, t - num // steps) for t in times]
 
 
-def sampler_updates(schedule, steps, spacing="leading"):
-    """The updates of a sampler with noise, pairs (t, t_next): see ddim_updates()."""
-    return ddim_updates(steps, len(schedule.alpha_bar), spacing)
+def sampler_updates(schedule, steps, size=None, spacing="leading"):
+    """The updates of a sampler with noise, pairs (t, t_next): ddim_updates(), or Euler's steps
+    from level to level, see flow_levels(). size: of the clips in pixels, see Flow."""
+    if isinstance(schedule, Schedule):
+        return ddim_updates(steps, len(schedule.alpha_bar), spacing)
+    _, sigmas = flow_levels("euler", steps, schedule.shift_of(size), spacing)
+    times = [1000 * sigma for sigma in sigmas]
+    return list(zip(times, times[1:]))
 
 
 def number_of_updates(sampler, steps, spacing="leading") -> int:
@@ -585,94 +690,138 @@ def cogvideox_dpm(net_fn, x_T, schedule, steps, generators=None, grad_last=0, pr
     return x
 
 
-# ---- rectified flow (arXiv 2209.03003) as in Open-Sora 1.2; t is real, 0 (clean) to 1000 (noise)
+# ---- flow matching: Euler, DPM-Solver++ and UniPC on levels sigma from 1 (noise) to 0 (clean)
 
-def flow_transform(t, frames, height, width):
-    """Move t towards the noise for large clips: t' = r t / (1 + (r - 1) t), for t in 0..1.
+def flow_levels(solver, steps, shift, spacing="wan"):
+    """-> steps for the network, a list, and levels sigma, `steps` + 1 floats, the last one 0.
 
-    The same noise hides a large, redundant clip less well (arXiv 2403.03206, section 5.3.2). r is
-    1 for an image of 512x512 and grows with the square root of pixels and of latent frames. t:
-    number or tensor, 0..1000; the size is in pixels. Used in sampling and in training.
+    solver: "euler", "dpmpp" or "unipc". Levels are even from 1 to 0, then moved by `shift` (Wan,
+    Open-Sora). spacing "diffusers" gives those of diffusers' schedulers. Euler reads the real
+    step 1000 sigma; the others round it down, as published.
     """
-    latent_frames = 1 if frames == 1 else max(frames // 17 * 5, 1)
-    r = (height * width / 512 ** 2 * latent_frames) ** 0.5
-    return 1000 * r * t / (1000 + (r - 1) * t)
+    if spacing == "diffusers" and solver == "euler":
+        u = np.linspace(1, shifted(0.001, shift), steps)  # moved twice at the low end, as published
+    elif spacing == "diffusers":
+        u = np.linspace(1, 0.001, steps + 1)[:-1]
+    else:
+        first = np.float32(0.999).item() if solver == "unipc" else 1.0
+        u = np.linspace(first, 0, steps + 1)[:-1]
+    sigma = shifted(u, shift)
+    if solver == "unipc":  # which takes log(1 - sigma)
+        sigma = sigma.clip(max=1 - 1e-6)
+    # in float32, 0.9 would give step 899; as float32 the first real step is 1000, as masks need it
+    times = np.float32(1000 * sigma) if solver == "euler" else (1000 * sigma).astype(int)
+    return times.tolist(), [*np.float32(sigma).tolist(), 0.0]
 
 
-def flow_timesteps(steps, size=None):
-    """Descending list of real steps from 1000 on, even, or moved by flow_transform for a size."""
-    t = 1000 * (1 - torch.arange(steps, dtype=torch.float64) / steps)
-    t = t if size is None else flow_transform(t, *size)
-    return t.float().tolist()  # in float32 the first is exactly 1000, which frame masks rely on
+def log_ratios(sigmas):
+    """lambda = log((1 - sigma) / sigma) of each level, -inf for 1 and inf for 0."""
+    sigmas = torch.tensor(sigmas, dtype=torch.float64)
+    return ((1 - sigmas) / sigmas).log().tolist()
 
 
-def flow_add_noise(x0, noise, t):
-    """x0 (b,...), noise like x0, t (b,) or number -> x_t = (1 - t/1000) x0 + t/1000 noise."""
-    t = torch.as_tensor(t, dtype=x0.dtype, device=x0.device) / 1000
-    t = t.reshape(-1, *[1] * (x0.ndim - 1))
-    return (1 - t) * x0 + t * noise
+def rflow(net_fn, x_T, schedule, steps, size=None, spacing="wan", frame_mask=None, generators=None,
+          grad_last=0, progress=None):
+    """Sample by Euler steps, x' = x + (sigma' - sigma) v: noise x_T (b,c,f,h,w) -> latents.
 
-
-def flow_loss(net_fn, x0, noise, t, frame_mask=None):
-    """Mean of |v - (x0 - noise)|^2 over all elements of a sample, (b,) in fp32; t (b,).
-
-    net_fn(x_t, t) -> v, which may have more channels than x0 (the second half of Open-Sora's is
-    unused). frame_mask (b,f): True or 1 for frames to learn. The others are conditions: they are
-    given clean and are not counted, and net_fn gets the mask as `frame_mask`.
+    size: (frames, height, width) in pixels, see Flow. spacing: see flow_levels(). grad_last: see
+    recording(). frame_mask (b,f) in 0..1: 1 makes a frame from noise. The others start as latents
+    in x_T: 0 keeps them; m in between keeps them until t = 1000 m, noises them to there and then
+    lets them join (Open-Sora's edits). net_fn gets `frame_mask` (b,f), True for frames that take
+    part. generators: one per sample, for that noise.
     """
-    x_t, now = flow_add_noise(x0, noise, t), {}
-    if frame_mask is not None:
-        frame_mask = frame_mask.bool()
-        x_t = torch.where(frame_mask[:, None, :, None, None], x_t, x0)
-        now["frame_mask"] = frame_mask
-    v = net_fn(x_t, t, **now)[:, :x0.shape[1]].float()
-    error = (v - (x0 - noise).float()).square().mean((1, 3, 4))  # b f
-    if frame_mask is None:
-        return error.mean(1)
-    return (error * frame_mask).sum(1) / frame_mask.sum(1)
-
-
-def noised(schedule, x0, noise, u, size=None, origin=None):
-    """Training input of any base: x0, noise (n,...), u (n,) in 0..1 -> x_t, t (n,), target.
-
-    u says how far towards the noise. schedule None: rectified flow, moved by flow_transform for
-    `size`. origin: draw only from the steps of a consistency model's distillation
-    (lcm_timesteps), e.g. 19, 39, ..., 999 for 50.
-    """
-    if schedule is None:
-        t = 1000 * u if size is None else flow_transform(1000 * u, *size)
-        return flow_add_noise(x0, noise, t), t, x0 - noise
-    num = len(schedule.alpha_bar)
-    t = (u * num).long() if origin is None else num // origin * ((u * origin).long() + 1) - 1
-    return schedule.add_noise(x0, noise, t), t, schedule.target(x0, noise, t)
-
-
-def rflow(net_fn, x_T, steps, size=None, frame_mask=None, generators=None, grad_last=0,
-          progress=None):
-    """Sample by Euler steps, x' = x + v (t - t_next) / 1000: noise x_T (b,c,f,h,w) -> latents.
-
-    size: (frames, height, width) in pixels, for flow_transform. grad_last: see recording().
-    frame_mask (b,f) in 0..1: 1 makes a frame from noise. The others start as latents in x_T: 0
-    keeps them; m in between keeps them until t = 1000 m, noises them to there and then lets them
-    join (edits). net_fn gets `frame_mask` (b,f), True for frames that take part. generators: one
-    per sample, for that noise.
-    """
-    times = flow_timesteps(steps, size)
-    updates = list(zip(times, times[1:] + [0.0]))
+    times, sigmas = flow_levels("euler", steps, schedule.shift_of(size), spacing)
     x, active = x_T, None if frame_mask is None else frame_mask == 1
-    for i, (t, t_next) in enumerate(progress(updates) if progress else updates):
-        with recording(i, len(updates), grad_last):
+    for i, t in enumerate(progress(times) if progress else times):
+        with recording(i, steps, grad_last):
             now = {}
             if frame_mask is not None:
                 joined, active = active, 1000 * frame_mask >= t
                 noise = randn_like(x, generators)  # drawn in every step, as published
                 joins = (active & ~joined)[:, None, :, None, None]
-                x = torch.where(joins, flow_add_noise(x, noise, t), x)
+                x = torch.where(joins, schedule.add_noise(x, noise, t), x)
                 now["frame_mask"] = active
-            v = net_fn(x, full_step(x, t), **now)[:, :x.shape[1]].float()
-            moved = x + v * (t - t_next) / 1000
+            v = net_fn(x, full_step(x, t), **now).float()
+            moved = x + (sigmas[i + 1] - sigmas[i]) * v
             x = moved if active is None else torch.where(active[:, None, :, None, None], moved, x)
     return x
+
+
+def flow_dpmpp(net_fn, x_T, schedule, steps, size=None, spacing="wan", grad_last=0, progress=None):
+    """DPM-Solver++(2M) for flow matching: noise x_T (b,c,f,h,w) -> latents. Arguments: see rflow().
+
+    With h = lambda' - lambda, from sigma to sigma' (compare dpmpp_2m):
+
+        x' = sigma' / sigma x + (1 - sigma') (1 - exp(-h)) D
+        D = x0 + h / (2 h_last) (x0 - x0_last)
+    """
+    times, sigmas = flow_levels("dpmpp", steps, schedule.shift_of(size), spacing)
+    lam = log_ratios(sigmas)
+    x, last = x_T, None
+    for i, t in enumerate(progress(times) if progress else times):
+        with recording(i, steps, grad_last):
+            x0 = x - sigmas[i] * net_fn(x, full_step(x, t)).float()
+            if i + 1 == steps:
+                return x0
+            h, d = lam[i + 1] - lam[i], x0  # the first h is infinite
+            if last is not None:
+                d = x0 + h / (2 * (lam[i] - lam[i - 1])) * (x0 - last)
+            x = sigmas[i + 1] / sigmas[i] * x - (1 - sigmas[i + 1]) * math.expm1(-h) * d
+            last = x0
+
+
+def flow_unipc(net_fn, x_T, schedule, steps, size=None, spacing="wan", grad_last=0, progress=None):
+    """UniPC of order 2 with B(h) = exp(-h) - 1 (arXiv 2302.04867), Wan's default: noise x_T
+    (b,c,f,h,w) -> latents. Arguments: see rflow().
+
+    Each network call at x corrects the update that led there, then predicts the next state. Both
+    are the update below from sigma to sigma', h = lambda' - lambda:
+
+        y' = sigma' / sigma y - (1 - sigma') B(h) (x0 + change)
+    """
+    times, sigmas = flow_levels("unipc", steps, schedule.shift_of(size), spacing)
+    lam = log_ratios(sigmas)
+
+    def update(i, y, x0, change):
+        """From level i to the next one."""
+        b = math.expm1(lam[i] - lam[i + 1])
+        return sigmas[i + 1] / sigmas[i] * y - (1 - sigmas[i + 1]) * b * (x0 + change)
+    x = y = x_T  # y: x after its correction
+    history = []  # the last three estimates of x0; all come from states before their correction
+    for i, t in enumerate(progress(times) if progress else times):
+        with recording(i, steps, grad_last):
+            x0 = x - sigmas[i] * net_fn(x, full_step(x, t)).float()
+            if i + 1 == steps:
+                return x0
+            history = [*history[-2:], x0]
+            change = 0.0
+            if i > 0:
+                last = history[-2]
+                y = update(i - 1, y, last, unipc_correction(history, lam[max(i - 2, 0):i + 1]))
+                ratio = (lam[i - 1] - lam[i]) / (lam[i + 1] - lam[i])  # below 0
+                change = (last - x0) / (2 * ratio)
+            x = update(i, y, x0, change)
+
+
+def unipc_correction(history, lam):
+    """What UniPC's corrector adds to the last estimate of x0, from two or three and their levels.
+
+    The coefficients a of the differences solve a_0 + a_1 = f_1 / B, r a_0 + a_1 = 2 f_2 / B with
+    k = -h, B = exp(k) - 1, f_1 = B / k - 1, f_2 = f_1 / k - 1 / 2 (eq. 5, 10).
+    """
+    *before, last, new = history
+    if not before:
+        return (new - last) / 2
+    k = lam[1] - lam[2]
+    b, r = math.expm1(k), (lam[0] - lam[1]) / -k
+    f_1 = b / k - 1
+    f_2 = f_1 / k - 1 / 2
+    a_0 = (f_1 - 2 * f_2) / (b * (1 - r))
+    a_1 = f_1 / b - a_0
+    return a_0 * (before[0] - last) / r + a_1 * (new - last)
+
+
+FLOW_SAMPLERS = {"rflow": rflow, "flow-dpmpp": flow_dpmpp, "flow-unipc": flow_unipc}
 
 
 # ---- HiGen (arXiv 2312.04483) and SR600: samplers of two passes

@@ -205,9 +205,8 @@ class STDiT3(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor, *, fps, height, width, text_mask=None,
                 frame_mask=None) -> Tensor:
-        """x (b,c,f,h,w) latents, t (b,) real in 0..1000, text (b,n,d) -> (b,2c,f,h,w).
+        """x (b,c,f,h,w) latents, t (b,) real in 0..1000, text (b,n,d) -> noise - x0 like x.
 
-        The first c channels are the velocity x0 - noise; the others are unused, as published.
         fps, height, width (b,): of the clip, in pixels; all samples must have the first one's
         size. text_mask (b,n): 1 for tokens that are seen; None: all. frame_mask (b,f): True or 1
         for noisy frames, False for clean ones (conditions), which are treated as being at t = 0;
@@ -237,7 +236,8 @@ class STDiT3(nn.Module):
                 x = run_block(block, x, text, text_mask, six, recompute=self.grad_ckpt)
         x = self.final_layer(x, emb, clean, frame_mask)
         x = rearrange(x, "b f (h w) (p q c) -> b c f (h p) (w q)", h=rows, p=p, q=p)
-        return x[..., :h, :w]
+        # the public weights answer x0 - noise, and as many channels again that nothing reads
+        return -x[:, :cfg.in_dim, :, :h, :w]
 
 
 def stdit3_state(state, net, source):

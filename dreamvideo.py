@@ -114,7 +114,7 @@ def clip_loss(net, base, batch, x0, generators, args, negative):
     """
     draws = torch.stack([torch.rand(4, generator=g) for g in generators])
     u_step, u_text, u_frame, u_image = draws.T
-    t = (u_step * len(base.schedule.alpha_bar)).long().to(x0.device)
+    t = base.schedule.steps(u_step).to(x0.device)
     shared = randn((*x0.shape[:3], 1, 1), generators)
     noise = (randn(x0.shape, generators) + args.offset_noise * shared).to(x0.device)
     captions = [negative if u < args.drop_text else caption

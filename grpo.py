@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 
 from bases import choose_sampling, load_base
-from diffusion import full_step, gaussian_step, randn, sampler_updates
+from diffusion import FLOW_SAMPLERS, full_step, gaussian_step, randn, sampler_updates
 from models import add_lora, lora_strength, parallelize
 from pipeline import conditions, decode, evaluate_reward, guided_net, read_items
 from rewards import get_reward
@@ -321,7 +321,8 @@ def main(argv=None):
     sampling = replace(sampling, sample_steps=own.sample_steps, eta=own.eta)
     run.attach(opt, params, [net], base.parts(), dict(sample=sampling.metadata()))
     base.remember(texts, run.env)  # every text is encoded once; then the text tower goes
-    updates = sampler_updates(base.schedule, rollouts.sample_steps, rollouts.spacing)
+    updates = sampler_updates(
+        base.schedule, rollouts.sample_steps, rollouts.size, rollouts.spacing)
     weights = [weight for _, weight, _ in reward.parts]
 
     def evaluate(name):
@@ -360,7 +361,7 @@ def main(argv=None):
 def check_rollouts(args, sampling):
     """-> settings of the rollouts, and the (kind, level) of their noise; refuses what does not
     fit."""
-    flow = "flow" in sampling.sampler
+    flow = sampling.sampler in FLOW_SAMPLERS
     noise = args.noise or ("dance" if flow else "ddim")
     if noise in (("ddim",) if flow else ("flow", "dance")):
         raise UserError(f"--noise {noise}: base {args.base} is sampled by {sampling.sampler}; "

@@ -119,7 +119,7 @@ def i2v_loss(net, base, sampling, x0, picture, captions, generators, args):
     """
     uniform = torch.stack([torch.rand(3, generator=g) for g in generators])  # b 3
     for_step, for_text, for_image = uniform.unbind(1)
-    t = (for_step * len(base.schedule.alpha_bar)).long().to(x0.device)
+    t = base.schedule.steps(for_step).to(x0.device)
     text = base.encode_text([sampling.negative if u < args.drop_text else caption
                              for caption, u in zip(captions, for_text)])
     keep = (for_image >= args.drop_image).float().to(x0.device)

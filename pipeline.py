@@ -22,13 +22,15 @@ from data import (
     open_image, prompt_grid, read_batches, read_image_prompts, read_prompts, read_seeded_prompts,
     to_uint8, write_video)
 from diffusion import (
-    cogvideox_dpm, ddim, ddim_invert, dpmpp_2m, dynamic_guidance, guided, higen, lcm, make_schedule,
-    mix_noise, offset_noise, randn, rflow, sr600)
+    FLOW_SAMPLERS, cogvideox_dpm, ddim, ddim_invert, dpmpp_2m, dynamic_guidance, guided, higen, lcm,
+    make_schedule, mix_noise, offset_noise, randn, sr600)
+from dit import STDiT3Config
 from metrics import psnr
 from models import (
     Adapter, SpatialTransformer, add_lora, guidance_embedding, lora_strength, merge_lora)
 from rewards import statistics
 from tinyworld import FLAW_SHARES, TinyWorld, judge_captions, tiny_pairs, tiny_prompts
+from vae import OpenSoraVAE
 from weights import run_parts
 
 STRENGTHS = 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0  # of the LoRA, in sweep.png
@@ -51,8 +53,9 @@ def rollout(net, base, prompts, x_T, sampling, generators, cond=None, null_cond=
     if sampling.sampler == "lcm":
         return lcm(fn, x_T, base.schedule, steps, generators, sampling.origin, sampling.spacing,
                    progress)
-    if sampling.sampler == "rflow":
-        return rflow(fn, x_T, steps, sampling.size, generators=generators, **shared)
+    if sampling.sampler in FLOW_SAMPLERS:
+        return FLOW_SAMPLERS[sampling.sampler](
+            fn, x_T, base.schedule, steps, sampling.size, sampling.spacing, **shared)
     if sampling.sampler == "dpm":
         return cogvideox_dpm(fn, x_T, base.schedule, steps, generators, **shared)
     if sampling.sampler == "dpmpp":
@@ -78,7 +81,7 @@ def guided_net(net, base, prompts, sampling, cond=None, null_cond=None, sequenti
             null_cond["motion_text"] = base.encode_text([sampling.negative] * n, motion=True)
     if sampling.sampler == "lcm":
         return distilled(net, text, cond, sampling)
-    if sampling.sampler == "rflow":
+    if isinstance(base.row.net, STDiT3Config):
         cond |= clip_size(sampling, n, device)
         cond["text_mask"] = (base.tokenize(texts) != 0).to(device)  # in both branches, as published
     cfg, rule = sampling.cfg, sampling.dynamic_cfg or "off"
@@ -517,7 +520,7 @@ def decode(base, latents, frames, chunk=16, chosen=None):
 
     frames: of the whole clip, which Open-Sora's latents do not tell.
     """
-    more = {"num_frames": frames} if base.row.schedule is None else {}
+    more = {"num_frames": frames} if isinstance(base.vae, OpenSoraVAE) else {}
     return base.vae.decode(latents, chosen, chunk, **more)
 
 
@@ -712,7 +715,7 @@ def training_conditions(base, sampling, texts, t, fps=None) -> dict:
     """
     unet, n = base.row.unet, len(t)
     cond = frame_rate(fps, n, t.device)
-    if base.schedule is None:
+    if isinstance(base.row.net, STDiT3Config):
         cond = {"fps": torch.full((n,), float(sampling.fps), device=t.device)}
         cond |= clip_size(sampling, n, t.device)
         cond["text_mask"] = (base.tokenize(texts) != 0).to(t.device)

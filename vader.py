@@ -273,7 +273,7 @@ def check_lengths(args, sampling):
     """-> frames of a video; refuses --backprop and --decode that do not fit the
     rollout."""
     if sampling.sampler == "lcm":
-        raise UserError("--sampler lcm: VADER backpropagates through ddim, dpmpp, dpm or rflow")
+        raise UserError("--sampler lcm: VADER backpropagates through ddim and dpmpp here")
     if args.backprop != "rand" and args.backprop > sampling.updates:
         raise UserError(f"--backprop last-{args.backprop}: choose last, rand, or last-K with K in "
                         f"1..{sampling.updates}")

@@ -137,8 +137,8 @@ def dpo_loss(pred, ref, target, weight, beta, reduce="video"):
 def pair_loss(net, reference, base, sampling, args, pairs, captions, u, noise, weight):
     """dpo_loss() of latents (p,2,c,f,h,w), winner first; captions: p texts, None: dropped.
 
-    Of a network that predicts v, e(x) = |v - v'|^2 = |eps - eps'|^2 / ab_t; of rectified
-    flow, |v - v'|^2 = |x0 - x0'|^2 / t^2.
+    Of a network that predicts v, e(x) = |v - v'|^2 = |eps - eps'|^2 / ab_t; of flow
+    matching, |v - v'|^2 = |x0 - x0'|^2 / sigma^2.
     """
     # 2p c f h w: p winners, then their losers
     x0, u, noise = (x.transpose(0, 1).flatten(0, 1) for x in (pairs, u, noise))
@@ -150,8 +150,8 @@ def pair_loss(net, reference, base, sampling, args, pairs, captions, u, noise, w
     cond = training_conditions(base, sampling, texts + texts, t, args.train_fps)
     inputs = x_t, t, torch.cat([text, text])
     with torch.no_grad():  # first: blocks recomputed in the backward pass must find LoRA on
-        ref = reference(*inputs, **cond)[:, :x0.shape[1]].float()
-    pred = net(*inputs, **cond)[:, :x0.shape[1]].float()  # Open-Sora adds a variance
+        ref = reference(*inputs, **cond).float()
+    pred = net(*inputs, **cond).float()
     return dpo_loss(pred, ref, target.float(), weight, args.beta_dpo)
 
 

@@ -24,6 +24,7 @@ os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image
 from safetensors import safe_open
 
@@ -1153,15 +1154,20 @@ def stdit3_forward(case):
             given[k] = given[k].repeat(b // len(given[k]), *[1] * (given[k].ndim - 1))
         seen = {}
         watched = {"x_patch": net.x_embedder.proj, "t_mlp": net.t_block,
-                   "spatial0": net.spatial_blocks[0], "temporal0": net.temporal_blocks[0]}
+                   "spatial0": net.spatial_blocks[0], "temporal0": net.temporal_blocks[0],
+                   "head": net.final_layer}
         handles = [module.register_forward_hook(lambda m, args, out, k=k: seen.update({k: out}))
                    for k, module in watched.items()]
         with torch.no_grad():
-            result[name] = net(**given)
+            v = net(**given)
         for handle in handles:
             handle.remove()
+        rows, columns = seen["x_patch"].shape[3:]
+        # the original returns all channels of the head, ours the first half, negated
+        whole = rearrange(seen.pop("head"), "b f (h w) (p q c) -> b c f (h p) (w q)", h=rows, p=2, q=2)
+        result[name] = whole[..., :v.shape[3], :v.shape[4]]
+        assert torch.equal(-v, result[name][:, :v.shape[1]])
         if name == "out":  # debug outputs, tokens as b (f s) d there
-            rows, columns = seen["x_patch"].shape[3:]
             result["pos_emb"] = net.positions(rows, columns, given["height"][0] * given["width"][0])[None]
             result["x_patch"], result["t_mlp"] = seen["x_patch"].flatten(2).mT, seen["t_mlp"].squeeze(1)
             result |= {k: seen[k].flatten(1, 2) for k in ("spatial0", "temporal0")}
@@ -1210,14 +1216,13 @@ def opensora_vae(case):
 
 
 def flow_tanh(toy):
-    """The toy net(x, t, text, frame_mask) of rectified flow: twice the channels, [v, 2 v]."""
+    """The toy net(x, t, text, frame_mask) of rectified flow, with our sign: noise - x0."""
     def net(x, t, text, frame_mask=None):
         t = (t / toy["t_div"])[:, None, None, None, None]
         if frame_mask is not None:
             t = t * frame_mask[:, None, :, None, None]
         words = text.flatten(1).mean(1)[:, None, None, None, None]
-        v = torch.tanh(toy["z_coef"] * x + toy["t_coef"] * t + toy["cond_coef"] * words)
-        return torch.cat([v, 2 * v], dim=1)
+        return -torch.tanh(toy["z_coef"] * x + toy["t_coef"] * t + toy["cond_coef"] * words)
     return net
 
 
@@ -1230,16 +1235,17 @@ def rectified_flow(case):
     size = config["num_frames"], config["height"], config["width"]
     for name, call in case.call.items():
         given = {k: case.input(v) for k, v in call.items() if isinstance(v, str) and k != "fn"}
-        moved = size if call.get("use_timestep_transform") else None
+        flow = diffusion.Flow(by_size=bool(call.get("use_timestep_transform")))
         if call["fn"] == "timesteps":
-            result[name] = torch.tensor(diffusion.flow_timesteps(steps, moved))
+            result[name] = torch.tensor(diffusion.flow_levels("euler", steps, flow.shift_of(size))[0])
         elif call["fn"] == "timestep_transform":
-            result[name] = diffusion.flow_transform(given["t"], *size)
+            result[name] = diffusion.Flow(by_size=True).steps(given["t"] / 1000, size)
         elif call["fn"] == "add_noise":
-            result[name] = diffusion.flow_add_noise(given["x0"], given["noise"], given["t"])
+            result[name] = flow.add_noise(given["x0"], given["noise"], given["t"])
         elif call["fn"] == "training_loss":
             fn = diffusion.guided(net, given["cond"], None)
-            result[name] = diffusion.flow_loss(fn, given["x0"], given["noise"], given["t"], given.get("mask"))
+            result[name] = diffusion.diffusion_loss(fn, flow, given["x0"], given["noise"], given["t"],
+                                                    frame_mask=given.get("mask"))
         elif call["fn"] == "sample":
             fn, masks = diffusion.guided(net, given["cond"], given["uncond"], config["cfg"]), []
 
@@ -1249,12 +1255,88 @@ def rectified_flow(case):
             z = given["z"]
             noise = given.get("step_noise", torch.zeros(steps, *z.shape))  # not given: no frame joins late
             with mock.patch.object(diffusion, "randn_like", side_effect=noise):
-                result[name] = diffusion.rflow(record, z, steps, moved, given.get("mask"))
+                result[name] = diffusion.rflow(record, z, flow, steps, size, frame_mask=given.get("mask"))
             seen[name] = masks
         elif call["fn"] == "record_x_mask":
             result[name] = torch.stack(seen[call["of"]]).byte()
         else:
             raise Unsupported(f"function {call['fn']}")
+    return result
+
+
+# ---- Wan's flow matching
+
+# the original's and diffusers' samplers -> ours: solver, function, spacing
+WAN_SAMPLERS = {"unipc": ("unipc", diffusion.flow_unipc, "wan"), "dpm++": ("dpmpp", diffusion.flow_dpmpp, "wan"),
+                "euler_wan": ("euler", diffusion.rflow, "wan"), "euler": ("euler", diffusion.rflow, "diffusers"),
+                "unipc_diffusers": ("unipc", diffusion.flow_unipc, "diffusers")}
+
+
+def wan_levels(sampler, steps, shift):
+    solver, _, spacing = WAN_SAMPLERS[sampler]
+    times, sigmas = diffusion.flow_levels(solver, steps, shift, spacing)
+    return {"timesteps": torch.tensor(times), "sigmas": torch.tensor(sigmas)}
+
+
+@torch.no_grad()
+def wan_sampler(case):
+    call, seen = case.call, []
+    fixed(case.config, num_train_timesteps=1000, solver_order=2)
+
+    def expert(toy, guidance):
+        net, text = affine_wave(toy)
+        null = text("uncond", len(case.input("x")))
+        return diffusion.guided(net, null if guidance is None else text("cond", len(null)), null, guidance)
+    if call["boundary"] is None:
+        high = low = expert(case.toy, call["guidance"])
+    else:
+        low, high = (expert({"name": case.toy["name"], **case.toy[name]}, guidance)
+                     for name, guidance in zip(("low", "high"), call["guidance"]))
+
+    def fn(x, t):
+        above = call["boundary"] is None or t[0].item() >= 1000 * call["boundary"]
+        v = high(x, t) if above else low(x, t)
+        seen.append((x, t[0], above, v))
+        return v
+    _, sampler, spacing = WAN_SAMPLERS[call["sampler"]]
+    shift, steps = case.config["shift"], call["num_inference_steps"]
+    last = sampler(fn, case.input("x"), diffusion.Flow(shift), steps, spacing=spacing)
+    states, times, experts, velocities = zip(*seen)
+    return {"timesteps": torch.stack(times), "sigmas": wan_levels(call["sampler"], steps, shift)["sigmas"],
+            "xs": torch.stack([*states[1:], last]), "expert": torch.tensor(experts).byte(),
+            "velocities": torch.stack(velocities)}
+
+
+def wan_schedule(case):
+    fixed(case.config, num_train_timesteps=1000)
+    result = {}
+    for row in case.rows:
+        given = row["inputs"]
+        ours = wan_levels(given["sampler"], given["num_inference_steps"], given["shift"])
+        result |= {name: ours[what] for what, name in row["expected"].items()}
+    return result
+
+
+def wan_flow_loss(case):
+    flow, out = diffusion.Flow(), case.input("model_output").requires_grad_()
+    x0, noise, t = case.input("x0"), case.input("noise"), flow.steps(case.input("sigma"))
+    x_t = flow.add_noise(x0, noise, t)
+    loss = diffusion.diffusion_loss(lambda x, t: out, flow, x0, noise, t).mean()
+    loss.backward()
+    return {"x_t": x_t, "target": flow.target(x0, noise, t), "x0_pred": flow.to_x0(out, x_t, t),
+            "loss": loss[None], "grad": out.grad, "timesteps": t}
+
+
+def wan_train_timesteps(case):
+    result = {}
+    for row in case.rows:
+        given = row["inputs"]
+        u = torch.tensor(given["quantiles"], dtype=torch.float64)
+        if given["rule"] == "logit_normal_shift":
+            u = diffusion.logit_normal(u, given["scale"])
+        elif given["rule"] != "uniform_shift":
+            raise Unsupported(f"density {given['rule']}")
+        result[row["expected"]["sigma"]] = diffusion.Flow(given["shift"]).steps(u) / 1000
     return result
 
 
@@ -1293,8 +1375,8 @@ def rollout_gradient(case):
         elif config["sampler"] == "rflow" and config["mask"] is None:
             steps = config["num_sampling_steps"]
             size = [config[k] for k in ("num_frames", "height", "width")]
-            z = diffusion.rflow(fn, x_T, steps, size if config["use_timestep_transform"] else None,
-                                grad_last=steps - variant["cut"])
+            z = diffusion.rflow(lambda x, t: -fn(x, t), x_T, diffusion.Flow(by_size=config["use_timestep_transform"]),
+                                steps, size, grad_last=steps - variant["cut"])
         elif config["sampler"] == "dpmpp_2m":
             c, times = config["scheduler"], []
             other = {k: c[k] for k, v in DPMPP_2M.items() if c[k] != v}
@@ -2035,6 +2117,10 @@ KINDS = {
     ("dit_forward", "stdit3"): stdit3_forward,
     ("vae_encode_decode", "opensora_vae"): opensora_vae,
     ("rectified_flow", "rflow"): rectified_flow,
+    ("sampler_trajectory", "wan_sampler"): wan_sampler,
+    ("schedule", "wan_sampler"): wan_schedule,
+    ("loss", "wan_sampler"): wan_flow_loss,
+    ("train_timesteps", "wan_sampler"): wan_train_timesteps,
     ("rollout_gradient", "vader"): rollout_gradient,
     ("text_forward", "dreamvideo"): text_with_vectors,
     ("image_tower_forward", "dreamvideo"): image_tower,

@@ -5,6 +5,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common import UserError
 from diffusion import (
+    Flow,
     Schedule,
     boundary_scalings,
     ddim,
@@ -12,10 +13,7 @@ from diffusion import (
     ddim_timesteps,
     diffusion_loss,
     dpmpp_2m_sde,
-    flow_add_noise,
-    flow_loss,
-    flow_timesteps,
-    flow_transform,
+    flow_levels,
     guided,
     lcm,
     linear_sd,
@@ -305,7 +303,7 @@ def test_stdit3_sees_its_own_sample_and_tokens_only():
     net, ((x, t, text), cond) = small_stdit3(), stdit3_inputs()
     with torch.no_grad():
         a = net(x, t, text, **cond)
-        assert a.shape == (2, 8, 3, 7, 5)
+        assert a.shape == x.shape
         alone = net(x[:1], t[:1], text[:1, :2], **{k: v[:1] for k, v in cond.items() if k != "text_mask"})
         assert torch.allclose(alone, a[:1], atol=1e-5)  # cutting tokens off is hiding them
         moved = text.clone()
@@ -331,22 +329,23 @@ def test_stdit3_in_bf16():
 
 
 def flow_gaussian(mean=1.5, var=0.25):
-    """The exact velocity E[x0 - noise | x_t] for data drawn from N(mean, var), and channels that mislead."""
+    """The exact velocity E[noise - x0 | x_t] for data drawn from N(mean, var)."""
     def net(x, t, frame_mask=None):
         s = (t / 1000).view(-1, 1, 1, 1, 1)
         total = (1 - s) ** 2 * var + s ** 2
-        v = mean + ((1 - s) * var - s) / total * (x - (1 - s) * mean)
-        return torch.cat([v, 7 * v], dim=1)
+        return (s - (1 - s) * var) / total * (x - (1 - s) * mean) - mean
     return net
 
 
-@pytest.mark.parametrize("size", [None, (51, 240, 426)])
-def test_rflow_draws_from_a_gaussian_whose_velocity_is_exact(size):
-    x = rflow(flow_gaussian(), torch.randn(4000, 1, 1, 1, 1), 100, size)
+@pytest.mark.parametrize("flow", [Flow(), Flow(by_size=True)])
+def test_rflow_draws_from_a_gaussian_whose_velocity_is_exact(flow):
+    size = 51, 240, 426
+    x = rflow(flow_gaussian(), torch.randn(4000, 1, 1, 1, 1), flow, 100, size)
     assert abs(x.mean() - 1.5) < 0.05 and abs(x.std() - 0.5) < 0.05
-    times = flow_timesteps(30, size)
+    times, levels = flow_levels("euler", 30, flow.shift_of(size))
     assert times[0] == 1000 and len(times) == 30 and all(a > b > 0 for a, b in zip(times, times[1:]))
-    assert float(flow_transform(torch.tensor(300.0), 1, 512, 512)) == pytest.approx(300)
+    assert levels == pytest.approx([t / 1000 for t in times] + [0])
+    assert Flow(by_size=True).shift_of((1, 512, 512)) == 1
 
 
 def test_rflow_with_a_frame_mask():
@@ -358,37 +357,30 @@ def test_rflow_with_a_frame_mask():
         return flow_gaussian()(x, t)
     mask = torch.tensor([[0.0, 1.0, 0.5], [1.0, 1.0, 1.0]])
     generators = [torch.Generator().manual_seed(s) for s in (1, 2)]
-    out = rflow(net, x_T, 10, None, mask, generators)
+    out = rflow(net, x_T, Flow(), 10, frame_mask=mask, generators=generators)
     assert torch.equal(out[0, :, 0], x_T[0, :, 0])                     # a condition stays
-    free = rflow(flow_gaussian(), x_T, 10)
+    free = rflow(flow_gaussian(), x_T, Flow(), 10)
     assert torch.equal(out[1], free[1]) and torch.equal(out[0, :, 1], free[0, :, 1])
     for t, active, x in seen:                                          # 0.5 joins at half of the noise
         assert active.tolist() == [[False, True, t <= 500], [True] * 3]
         assert torch.equal(x[0, :, 2], x_T[0, :, 2]) == (t > 500)
-    alone = rflow(net, x_T[:1], 10, None, mask[:1], [torch.Generator().manual_seed(1)])
+    alone = rflow(net, x_T[:1], Flow(), 10, frame_mask=mask[:1],
+                  generators=[torch.Generator().manual_seed(1)])
     assert torch.equal(alone, out[:1])                                 # nor does its noise know the batch
 
 
-def test_only_the_last_k_flow_updates_carry_gradient():
-    w, calls = torch.ones((), requires_grad=True), []
-
-    def net(x, t):
-        calls.append((torch.is_grad_enabled(), x.requires_grad))
-        return w * 0.1 * x
-    rflow(net, torch.randn(1, 1, 1, 2, 2), 5, grad_last=2).sum().backward()
-    assert [c[0] for c in calls] == [False] * 3 + [True] * 2 and [c[1] for c in calls] == [False] * 4 + [True]
-    assert w.grad.abs() > 0
-
-
-def test_flow_loss():
+def test_conditions_are_given_clean_and_not_counted():
     x0, noise, t = torch.randn(2, 1, 3, 4, 4), torch.randn(2, 1, 3, 4, 4), torch.tensor([100.0, 900.0])
     mask = torch.tensor([[1, 0, 1], [1, 1, 1]])
 
     def net(x, t, frame_mask=None):
-        assert frame_mask is None or torch.equal(x[0, :, 1], x0[0, :, 1])  # the condition is clean
-        v = (x - flow_add_noise(x0, noise, t)).square() + x0 - noise       # wrong at the condition alone
-        return torch.cat([v, v], dim=1)
-    assert flow_loss(net, x0, noise, t).max() < 1e-12 and flow_loss(net, x0, noise, t, mask).max() < 1e-12
+        assert frame_mask is None or torch.equal(x[0, :, 1], x0[0, :, 1])        # the condition is clean
+        return (x - Flow().add_noise(x0, noise, t)).square() + noise - x0        # wrong at the condition alone
+    assert diffusion_loss(net, Flow(), x0, noise, t).max() < 1e-12
+    assert diffusion_loss(net, Flow(), x0, noise, t, frame_mask=mask).max() < 1e-12
+    wrong = diffusion_loss(lambda x, t, frame_mask: noise - x0 + frame_mask[:, None, :, None, None].float(),
+                           Flow(), x0, noise, t, frame_mask=mask)
+    assert wrong.tolist() == pytest.approx([1, 1])                               # the mean over frames that count
 
 
 @pytest.mark.parametrize("first", [GEGLU, GELU])

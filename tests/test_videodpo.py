@@ -31,7 +31,7 @@ import videodpo
 from bases import choose_sampling, load_base
 from common import Env, generator, read_lines
 from data import PairDataset, write_video
-from diffusion import make_schedule, noised, randn
+from diffusion import Flow, make_schedule, noised, randn
 from models import add_lora, frozen_copy, without_lora
 from omniscore import OMNISCORE_TINY, clip_scorer, tiny_dimensions, total_score
 from tinyworld import FLAW_SHARES, render, tiny_batch, tiny_flaws, tiny_scene
@@ -361,10 +361,10 @@ def test_noised_follows_each_kind_of_base():
     guess = torch.randn_like(x0)
     eps_error = (v.to_eps(guess, x_t, t) - noise).square()
     assert torch.allclose(ab * (guess - target).square(), eps_error, rtol=1e-3, atol=1e-4)
-    x_t, t, target = noised(None, x0, noise, u)
+    x_t, t, target = noised(Flow(), x0, noise, u)
     part = (t / 1000).view(-1, 1, 1, 1, 1)
-    assert torch.allclose(x_t + part * target, x0, atol=1e-5)  # x0' = x_t + t v'
-    assert noised(None, x0, noise, u, (51, 240, 426))[1][1] != 500
+    assert t[1] == 500 and torch.allclose(x_t - part * target, x0, atol=1e-5)
+    assert noised(Flow(by_size=True), x0, noise, u, (51, 240, 426))[1][1] > 501
 
 
 def test_open_sora_and_turbo_are_told_what_they_need(public):
@@ -374,7 +374,7 @@ def test_open_sora_and_turbo_are_told_what_they_need(public):
     cond = pipeline.training_conditions(base, settings("t2v-turbo")[0], texts, t)
     assert set(cond) == {"guidance"} and torch.equal(
         cond["guidance"], models.guidance_embedding(torch.full((2,), 7.5), 256))
-    fake = argparse.Namespace(row=bases.base_row("opensora"), schedule=None,
+    fake = argparse.Namespace(row=bases.base_row("opensora"),
                               tokenize=lambda texts: torch.tensor([[1, 1, 0]] * len(texts)))
     cond = pipeline.training_conditions(fake, settings("opensora")[0], texts, t)
     assert {k: v.tolist() for k, v in cond.items()} == {
@@ -389,7 +389,7 @@ def test_a_flow_network_is_trained(tmp_path):
     row = replace(bases.base_row("opensora"), net=net.cfg)
     text = torch.randn(1, 6, 8)
     base = argparse.Namespace(
-        row=row, schedule=None, net=net,
+        row=row, schedule=make_schedule(**row.schedule), net=net,
         tokenize=lambda texts: torch.ones(len(texts), 6, dtype=torch.long),
         encode_text=lambda texts: text.expand(len(texts), -1, -1),
         encode_null=lambda null, n: net.null_text(n))
