@@ -528,6 +528,12 @@ OPTIONS = {
         "--out": dict(help="folder of this run: checkpoints, log, pictures"),
         "--resume": dict(action="store_true", help="continue the run in --out, exactly"),
     },
+    "prompts": {
+        "--prompts": dict(help="file of training prompts (with a first frame: image|||caption "
+                               "lines)"),
+        "--activities": dict(help="file of activities; --prompts then holds nouns, and prompts are "
+                                  "a NOUN ACTIVITY"),
+    },
     "data": {
         "--data": dict(help="clips with captions: a folder, .csv, .jsonl or a VGen list (tiny "
                             "bases make their own)"),
@@ -898,6 +904,19 @@ class Run:
     def gather(self, rows):
         """A list from each process -> all of them, sorted. Every process must call it."""
         return sorted(gather_rows(rows, self.env))
+
+    def share_out(self, samples, chosen, name):
+        """Samples of this process -> those to train on, each with its value of `chosen` as `name`.
+
+        samples: dictionaries with a "number"; chosen {number: value}, of all processes. Each gets
+        as many, in whole batches, as the one with most; spare ones have the value 0. Values are
+        scaled so that a mean over samples and processes is the mean over the chosen ones.
+        """
+        own = sum(sample["number"] in chosen for sample in samples)
+        most = -(-max(self.gather([own])) // self.args.batch) * self.args.batch
+        scale = self.env.world * most / len(chosen)
+        mine = sorted(samples, key=lambda sample: sample["number"] not in chosen)[:most]
+        return [sample | {name: scale * chosen.get(sample["number"], 0.0)} for sample in mine]
 
     def append(self, file, rows):
         """Rows {name: value} of the current update -> lines of OUT/file."""

@@ -449,6 +449,35 @@ def gaussian_step(schedule, out, x, t, t_next, kind="ddim", level=0.0):
     return a_next * schedule.to_x0(out, x, t) + k * schedule.to_eps(out, x, t), std
 
 
+def policy(net_fn, schedule, x, t, t_next, noise="ddim", level=0.0):
+    """gaussian_step() of a network: mean and std of pi(x' | x), x at step t and x' at t_next."""
+    out = net_fn(x, full_step(x, t)).float()
+    return gaussian_step(schedule, out, x, t, t_next, noise, level)
+
+
+def log_prob(x_next, mean, std):
+    """log N(x'; mean, std^2), (b,): as published the mean over a clip's elements, not the sum."""
+    z = (x_next - mean) / std
+    return -z.square().flatten(1).mean(1) / 2 - math.log(std) - math.log(2 * math.pi) / 2
+
+
+@torch.no_grad()
+def recorded(net_fn, x_T, schedule, updates, noisy, noise, level, generators):
+    """Sample with noise: x_T (b,...) -> states x_T ... x_0 (b,n+1,...), log pi (b,n) of n updates.
+
+    updates: [(t, t_next)]; noisy: numbers of those that draw noise, of this kind and level. All is
+    in fp32: rounded to bf16, a state has another log-probability (off by 1e-3 where std is 0.04).
+    """
+    states, log_probs = [x_T], []
+    for i, (t, t_next) in enumerate(updates):
+        x = states[-1]
+        mean, std = policy(net_fn, schedule, x, t, t_next, noise, level if i in noisy else 0.0)
+        x_next = mean + std * randn_like(x, generators) if std else mean
+        states.append(x_next)
+        log_probs.append(log_prob(x_next, mean, std) if std else x.new_zeros(len(x)))
+    return torch.stack(states, 1), torch.stack(log_probs, 1)
+
+
 # ---- DDIM (Song et al., arXiv 2010.02502)
 
 def ddim_timesteps(steps, num=1000, spacing="leading"):

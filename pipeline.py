@@ -23,7 +23,7 @@ from data import (
     to_uint8, write_video)
 from diffusion import (
     FLOW_SAMPLERS, cogvideox_dpm, ddim, ddim_invert, dpmpp_2m, dynamic_guidance, guided, higen, lcm,
-    make_schedule, mix_noise, offset_noise, randn, sr600)
+    make_schedule, mix_noise, offset_noise, randn, recorded, sampler_updates, sr600)
 from dit import STDiT3Config
 from metrics import psnr
 from models import (
@@ -91,6 +91,25 @@ def guided_net(net, base, prompts, sampling, cond=None, null_cond=None, sequenti
     if sampling.subject_below is not None:
         fn = late_subject(fn, net, sampling.subject_below)
     return fn
+
+
+def recorded_rollout(net, base, env, prompts, images, starts, generators, sampling, noise, noisy):
+    """Clips sampled with noise: videos (b,3,f,h,w), and for each clip what its training needs.
+
+    images: first frames or None; starts, generators: one per clip, of x_T and of the other noise;
+    noise: its (kind, level); noisy: numbers of the updates that draw it, see recorded(). A clip is
+    a dictionary of its prompt, conditions of both branches, states and log-probabilities.
+    """
+    cond, null_cond = conditions(base, env, sampling, images)
+    fn = guided_net(net, base, prompts, sampling, cond, null_cond)
+    x_T = randn((len(prompts), *base.latent_shape(sampling)), starts, env.device)
+    updates = sampler_updates(
+        base.schedule, sampling.sample_steps, sampling.size, sampling.spacing)
+    states, log_probs = recorded(fn, x_T, base.schedule, updates, noisy, *noise, generators)
+    clips = [dict(prompt=prompts[i], states=states[i], log_probs=log_probs[i],
+                  cond={k: v[i] for k, v in cond.items()},
+                  null_cond={k: v[i] for k, v in null_cond.items()}) for i in range(len(prompts))]
+    return decode(base, states[:, -1], sampling.frames), clips
 
 
 def distilled(net, text, cond, sampling):

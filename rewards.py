@@ -97,6 +97,7 @@ class WeightedSum:
 
     def __init__(self, parts):
         self.parts = parts
+        self.weights = [weight for _, weight, _ in parts]
         self.clip = any(part.clip for _, _, part in parts)  # does one of them judge whole clips?
 
     def __call__(self, clips, prompts):

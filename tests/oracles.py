@@ -2395,7 +2395,7 @@ def published_log_prob(config, x_next, mean, std):
     """CPS as published: minus the mean square, no density."""
     if config["process"] == "flow_cps":
         return -(x_next - mean).square().flatten(1).mean(1)
-    return grpo.log_prob(x_next, mean, std)
+    return diffusion.log_prob(x_next, mean, std)
 
 
 def sde_step(case):
@@ -2455,20 +2455,20 @@ def sde_trajectory(case):
 
     def rolled(level):
         fn = channel_tanh(case, case.input("lora_w"), config["cfg"], t)
-        with mock.patch.object(grpo, "randn", side_effect=noise):
-            return grpo.roll_out(fn, schedule, x_T, updates, range(n), kind, level, None)
+        with mock.patch.object(diffusion, "randn_like", side_effect=noise):
+            return diffusion.recorded(fn, x_T, schedule, updates, range(n), kind, level, None)
     states, log_probs = rolled(level)
     fn, rescored = channel_tanh(case, case.input("lora_w_new"), config["cfg"], t), []
     for i, step in enumerate(updates):
-        mean, std = grpo.policy(fn, schedule, states[:, i], *step, kind, level)
-        rescored.append(grpo.log_prob(states[:, i + 1], mean, std))
+        mean, std = diffusion.policy(fn, schedule, states[:, i], *step, kind, level)
+        rescored.append(diffusion.log_prob(states[:, i + 1], mean, std))
     result |= {"final": states[:, -1], "log_prob": log_probs.T, "log_prob_new": torch.stack(rescored)}
     result |= {"log_ratio": result["log_prob_new"] - log_probs.T}
     result |= {f"x_after{i}": states[:, i + 1] for i in range(n)}
     if t:  # the last call's clean estimate: a last update without noise
         result["ode"] = rolled(0.0)[0][:, -1]
         fn = channel_tanh(case, case.input("lora_w"), config["cfg"], t[-1:])
-        result["decoded"], _ = grpo.policy(fn, schedule, states[:, -2], *updates[-1], kind, 0.0)
+        result["decoded"], _ = diffusion.policy(fn, schedule, states[:, -2], *updates[-1], kind, 0.0)
     return result
 
 
@@ -2478,14 +2478,14 @@ def clipped_losses(case, fn, reference, x, x_next, steps, process, old, advantag
     for b, step in enumerate(steps):
         one = slice(b, b + 1)
         rows = dict(rows=one)
-        mean, std = grpo.policy(lambda x, t, rows=rows: fn(x, t, **rows), schedule, x[one], *step,
+        mean, std = diffusion.policy(lambda x, t, rows=rows: fn(x, t, **rows), schedule, x[one], *step,
                                 *process_of(process))
-        new = grpo.log_prob(x_next[one], mean, std)
+        new = diffusion.log_prob(x_next[one], mean, std)
         loss, _ = grpo.policy_loss(new, old[one], advantages[one], clip_range)
         kl = torch.zeros(1)
         if reference:
             with torch.no_grad():
-                ref, _ = grpo.policy(lambda x, t, rows=rows: reference(x, t, **rows), schedule, x[one], *step,
+                ref, _ = diffusion.policy(lambda x, t, rows=rows: reference(x, t, **rows), schedule, x[one], *step,
                                      *process_of(process))
             published = std / (step[0] / 1000 - step[1] / 1000) ** 0.5 if "kl_std" in case.config else std
             kl = grpo.gaussian_kl(mean, ref, published)
@@ -2536,9 +2536,9 @@ def grpo_step(case):
             one = slice(n, n + 1)
             fn = channel_tanh(case, lora, c["cfg"], [times[i]])
             step = [(1000 * sigmas[i], 1000 * sigmas[i + 1])]
-            mean, std = grpo.policy(lambda x, t, fn=fn, one=one: fn(x, t, one), policy_schedule(c),
+            mean, std = diffusion.policy(lambda x, t, fn=fn, one=one: fn(x, t, one), policy_schedule(c),
                                     latents[one, i], *step[0], *process_of(c))
-            new = grpo.log_prob(latents[one, i + 1], mean, std)
+            new = diffusion.log_prob(latents[one, i + 1], mean, std)
             loss = sum(weight * grpo.policy_loss(
                 new, old[one, i], parts[name][one].clamp(-c["adv_clip"], c["adv_clip"]), c["clip_range"])[0]
                 for name, weight in c["coefficients"].items())
@@ -2557,7 +2557,7 @@ def advantages_row(rewards, groups, std, eps, over="group"):
     return grpo.group_advantages(rewards, groups, over, eps, int(std == "unbiased"))
 
 
-def mixed_row(rewards, weights, sum, trimmed=0.0, **how):  # noqa: A002: the case's word
+def mixed_row(rewards, weights, sum, trimmed=0.0, **how):
     if trimmed:  # debug
         return {}
     weights = weights if isinstance(weights, dict) else dict(zip(rewards, weights))
