@@ -56,9 +56,11 @@ WAN = dict(
     noise="flow", sample_steps=20, cfg=4.5, group=8, steps_trained=("share", 0.99),
     clip_ratio=1e-3, kl=0.004, even_steps=False, frames=33, height=240, width=416, accum=16,
     lr=1e-4, rank=32, alpha=64.0, lora_targets=["q", "k", "v", "o"])
+# There the first updates decide, and gradients of the others are noise (docs/differences).
 TINY = dict(
-    reward="tiny", sample_steps=5, cfg=1.0, group=8, updates=1, steps=60, batch=16, accum=4,
-    lr=2e-3, rank=8, alpha=8.0, eval_n=64, log_every=5, grad_ckpt=False)
+    reward="tiny", sample_steps=5, cfg=1.0, group=8, steps_trained=("first", 2), updates=1,
+    steps=30, batch=16, accum=4, lr=3e-3, rank=8, alpha=8.0, eval_n=64, log_every=5,
+    grad_ckpt=False)
 PRESETS = {"opensora": OPENSORA, "wan2.1-t2v-1.3b": WAN} | dict.fromkeys(
     ("tiny", "tiny-clean", "tiny-i2v", "tiny-cogvideox"), TINY)
 LEVELS = {"ddim": 1.0, "cps": 0.8, "flow": 0.7, "dance": 0.3}  # published, of --eta
@@ -79,8 +81,8 @@ def get_args(argv=None):
     p.add_argument("--best-of", type=p.COUNT, metavar="N",
                    help="train on the N best and worst clips per group (default: all)")
     p.add_argument("--steps-trained", type=trained_part, metavar="SHARE|first-K|window-K",
-                   help="sampler updates to train: a random share, drawn per step; or the first "
-                        "K, or K in a row anywhere, and then the others draw no noise")
+                   help="sampler updates to train: a share, drawn per step; the first K; or K "
+                        "in a row anywhere, and then the others draw no noise")
     p.add_argument("--noise", choices=tuple(LEVELS),
                    help="how updates draw noise of level --eta: ddim or cps; with flow "
                         "matching cps, flow (Flow-GRPO) or dance (default: ddim, or dance)")
@@ -117,11 +119,13 @@ def steps_to_train(part, n, g):
     part: see trained_part(); what is random is drawn from g.
     """
     kind, k = part
-    if kind == "share":
-        order = torch.randperm(n - 1, generator=g).tolist()
-        return range(n - 1), order[:max(1, int(k * (n - 1)))]
-    first = 0 if kind == "first" else int(torch.randint(n - k, (), generator=g))
-    return range(first, first + k), range(first, first + k)
+    if kind == "window":
+        first = int(torch.randint(n - k, (), generator=g))
+        return range(first, first + k), range(first, first + k)
+    if kind == "first":
+        return range(n - 1), range(k)
+    order = torch.randperm(n - 1, generator=g).tolist()
+    return range(n - 1), order[:max(1, int(k * (n - 1)))]
 
 
 def group_advantages(rewards, groups, over="batch", eps=1e-4, correction=0):

@@ -807,7 +807,7 @@ def statistics(reward, videos, prompts, device):
             result["unscored"] = values.isnan().float().mean().item()
             values = values[~values.isnan()]
         result[name] = values.mean().item()
-        result[f"{name}_sd"] = values.std(unbiased=False).item()
+        result[f"{name}_sd"] = values.std(unbiased=False).item() if len(values) else math.nan
     return result
 
 
