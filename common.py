@@ -790,16 +790,15 @@ class Run:
 
     def micro_steps(self):
         """Yield the numbers of this process's samples, micro-step by micro-step."""
-        for micro in self.turns(self.args.accum):
+        for micro in self.turns(range(self.args.accum)):
             yield self.numbers[(self.step - self.start) * self.args.accum + micro]
 
-    def turns(self, n):
-        """Yield 0 .. n - 1, the backward passes of an update: the last averages the gradients of
-        the processes."""
-        for turn in range(n):
+    def turns(self, calls):
+        """Yield the backward passes of an update: the last averages the processes' gradients."""
+        for turn, call in enumerate(calls, 1):
             for net in self.nets:
-                average_gradients(net, turn == n - 1)
-            yield turn
+                average_gradients(net, turn == len(calls))
+            yield call
 
     def say(self, message):
         """Print a line, from one process only; None: nothing."""

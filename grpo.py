@@ -2,7 +2,7 @@
 Flow-GRPO, 2505.05470; DanceGRPO, 2505.07818; noise as in CPS, 2509.05952, too).
 
     pi(x' | x, text) = N(mean_theta(x, t), std^2)        a sampler update that draws noise
-    A     = (r - mean of r) / std of r                   r: of a group, the clips of a prompt
+    A     = (r - mean of r) / std of r                   r: of a group, clips of one prompt
     ratio = pi_theta(x' | x) / pi_old(x' | x)
     loss  = mean of max(-A ratio, -A clip(ratio, 1 - c, 1 + c)) + beta KL(pi_theta || pi_base)
 
@@ -13,7 +13,7 @@ reward, so a reward may run any code: a detector, a language model, the size of 
     python grpo.py --base tiny                             # 2 CPU cores, minutes
     python grpo.py --base tiny --reward my_reward.py:fn    # plain numbers, by any code
     python grpo.py --reward hps:1,aesthetic:0.5 --weights W     # VideoCrafter2 on one GPU
-    torchrun --nproc_per_node=8 grpo.py --base opensora --reward hps --weights W --prompts P
+    torchrun --nproc_per_node=8 grpo.py --base opensora --weights W --prompts P
     python grpo.py ... --noise cps --steps-trained window-3 --best-of 8
     python grpo.py ... --resume                            # continue, bit for bit
     python sample.py --ckpt out/grpo --prompt "a red circle moving left"
@@ -25,7 +25,7 @@ guidance), and the states of the rollouts, 16 MB per clip for VideoCrafter2 in 2
 
 Differences from the original codes (the others: docs/differences/grpo.md)
  - The last update draws no noise and is never trained: the rewarded clip is clean.
- - With --even-steps all updates count alike. (One DDIM update near the end counts 10 times.)
+ - With --even-steps all updates count alike. (One near DDIM's end counts 10 times.)
  - Several rewards are normalised one by one, so that their scales do not matter.
 """
 from common import Parser, Run, UserError, run_command, trained  # first: for signals
@@ -56,11 +56,9 @@ WAN = dict(
     noise="flow", sample_steps=20, cfg=4.5, group=8, steps_trained=("share", 0.99),
     clip_ratio=1e-3, kl=0.004, even_steps=False, frames=33, height=240, width=416, accum=16,
     lr=1e-4, rank=32, alpha=64.0, lora_targets=["q", "k", "v", "o"])
-# There the first updates decide, and gradients of the others are noise (docs/differences).
-TINY = dict(
+TINY = dict(  # the gradients of later updates are all noise, see docs/differences/grpo.md
     reward="tiny", sample_steps=5, cfg=1.0, group=8, steps_trained=("first", 2), updates=1,
-    steps=30, batch=16, accum=4, lr=3e-3, rank=8, alpha=8.0, eval_n=64, log_every=5,
-    grad_ckpt=False)
+    steps=30, batch=16, accum=4, lr=3e-3, rank=8, alpha=8.0, eval_n=64, grad_ckpt=False)
 PRESETS = {"opensora": OPENSORA, "wan2.1-t2v-1.3b": WAN} | dict.fromkeys(
     ("tiny", "tiny-clean", "tiny-i2v", "tiny-cogvideox"), TINY)
 LEVELS = {"ddim": 1.0, "cps": 0.8, "flow": 0.7, "dance": 0.3}  # published, of --eta
@@ -93,11 +91,11 @@ def get_args(argv=None):
     p.add_argument("--std-of", choices=("batch", "group"), default="batch",
                    help="rewards whose standard deviation divides the advantages")
     p.add_argument("--updates", type=p.COUNT,
-                   help="optimizer updates per step, each on its part of the sampler updates")
+                   help="optimizer updates per step, each on a part of the sampler updates")
     p.add_argument("--clip-ratio", type=p.POSITIVE, default=1e-4,
                    help="c: beyond 1 - c and 1 + c a ratio stops training its update")
     p.add_argument("--kl", type=p.UNSIGNED, default=0.0,
-                   help="beta: weight of the divergence from the base; 0: none, and faster")
+                   help="beta: weight of the divergence from the base; 0: none, faster")
     p.options("pixels sampling optimisation lora machine evaluation run")
     args = p.parse(argv, PAPER, PRESETS)
     if args.rank < 1:
@@ -114,7 +112,7 @@ def get_args(argv=None):
 # ---- the method
 
 def steps_to_train(part, n, g):
-    """Of n sampler updates, those that draw noise and those that are trained: never the last.
+    """Of n sampler updates, those that draw noise and those that train: never the last.
 
     part: see trained_part(); what is random is drawn from g.
     """
@@ -122,10 +120,8 @@ def steps_to_train(part, n, g):
     if kind == "window":
         first = int(torch.randint(n - k, (), generator=g))
         return range(first, first + k), range(first, first + k)
-    if kind == "first":
-        return range(n - 1), range(k)
-    order = torch.randperm(n - 1, generator=g).tolist()
-    return range(n - 1), order[:max(1, int(k * (n - 1)))]
+    order = torch.randperm(n - 1, generator=g).tolist()[:max(1, int(k * (n - 1)))]
+    return range(n - 1), range(k) if kind == "first" else order
 
 
 def group_advantages(rewards, groups, over="batch", eps=1e-4, correction=0):
@@ -143,7 +139,7 @@ def group_advantages(rewards, groups, over="batch", eps=1e-4, correction=0):
 
 
 def best_and_worst(scores, n):
-    """Numbers of the ceil(n / 2) highest and the floor(n / 2) lowest scores, each sorted."""
+    """Numbers of the ceil(n / 2) highest and floor(n / 2) lowest scores, each sorted."""
     order = torch.as_tensor(scores).argsort(descending=True, stable=True).tolist()
     return sorted(order[:(n + 1) // 2]), sorted(order[len(order) - n // 2:])
 
@@ -261,8 +257,7 @@ def main(argv=None):
         batches = [default_collate(clips[k:k + args.batch]) for k in firsts]
         for k in range(args.updates):
             calls = [(batch, i) for batch in batches for i in chosen[k::args.updates]]
-            for turn in run.turns(len(calls)):
-                batch, i = calls[turn]
+            for batch, i in run.turns(calls):
                 with run.forward():
                     loss, ratio, kl = grpo_loss(
                         net, base, rollouts, batch, i, (*updates[i], *noise), args)
@@ -295,7 +290,7 @@ def check_rollouts(args, sampling, processes):
                         f"--updates {args.updates}; change one of these or --sample-steps")
     clips = args.batch * args.accum * processes
     if clips % args.group:
-        raise UserError(f"--group {args.group}: no divisor of the {clips} clips of a step "
+        raise UserError(f"--group {args.group}: no divisor of a step's {clips} clips "
                         "(--batch x --accum x processes)")
     return sampling, (noise, LEVELS[noise] if args.eta is None else args.eta)
 

@@ -467,7 +467,7 @@ def test_every_base_of_vader():
 
 @pytest.mark.parametrize("options, words", [
     ("--group 1", "--group 1: clips of a prompt are compared"),
-    ("--group 3", "--group 3: no divisor of the 64 clips"),
+    ("--group 3", "--group 3: no divisor of a step's 64 clips"),
     ("--eta 0", "--eta 0: rollouts need noise"),
     ("--sampler lcm", "--sampler lcm"),
     ("--best-of 9", "--best-of 9: choose 2 to 8"),
