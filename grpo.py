@@ -58,7 +58,7 @@ WAN = dict(
     lr=1e-4, rank=32, alpha=64.0, lora_targets=["q", "k", "v", "o"])
 TINY = dict(  # the gradients of later updates are all noise, see docs/differences/grpo.md
     reward="tiny", sample_steps=5, cfg=1.0, group=8, steps_trained=("first", 2), updates=1,
-    steps=30, batch=16, accum=4, lr=3e-3, rank=8, alpha=8.0, eval_n=64, grad_ckpt=False)
+    steps=20, batch=16, accum=4, lr=3e-3, rank=8, alpha=8.0, eval_n=64, grad_ckpt=False)
 PRESETS = {"opensora": OPENSORA, "wan2.1-t2v-1.3b": WAN} | dict.fromkeys(
     ("tiny", "tiny-clean", "tiny-i2v", "tiny-cogvideox"), TINY)
 LEVELS = {"ddim": 1.0, "cps": 0.8, "flow": 0.7, "dance": 0.3}  # published, of --eta
