@@ -59,8 +59,8 @@ WAN = dict(
 TINY = dict(  # the gradients of later updates are all noise, see docs/differences/grpo.md
     reward="tiny", sample_steps=5, cfg=1.0, group=8, steps_trained=("first", 2), updates=1,
     steps=20, batch=16, accum=4, lr=3e-3, rank=8, alpha=8.0, eval_n=64, grad_ckpt=False)
-PRESETS = {"opensora": OPENSORA, "wan2.1-t2v-1.3b": WAN} | dict.fromkeys(
-    ("tiny", "tiny-clean", "tiny-i2v", "tiny-cogvideox"), TINY)
+PRESETS = {"opensora": OPENSORA, "wan2.1-t2v-1.3b": WAN, "tiny": TINY, "tiny-clean": TINY} | (
+    dict.fromkeys(("tiny-i2v", "tiny-cogvideox"), TINY | dict(reward="temporal", eval_n=32)))
 LEVELS = {"ddim": 1.0, "cps": 0.8, "flow": 0.7, "dance": 0.3}  # published, of --eta
 
 
@@ -189,8 +189,7 @@ def make_clips(run, net, base, reward, items, sampling, numbers, noise, noisy):
     groups = [number // run.args.group for number in numbers]
     images, prompts = zip(*(items[run.pick(len(items), [g])[0]] for g in groups))
     generators = run.generators(numbers)
-    same = run.args.same_noise
-    starts = [run.generator("group", g) for g in groups] if same else generators
+    starts = [run.generator("group", g) for g in groups] if run.args.same_noise else generators
     with torch.no_grad(), run.forward():
         video, clips = recorded_rollout(net, base, run.env, prompts, images, starts,
                                         generators, sampling, noise, noisy)

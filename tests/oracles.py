@@ -2378,7 +2378,7 @@ def policy_schedule(config):
         return diffusion.Flow()
     fixed(config, beta_schedule="scaled_linear", spacing="leading")
     return diffusion.make_schedule(
-        "linear_sd", config["prediction"], zero_snr=config["zero_snr"], num=config["num_train_timesteps"],
+        "linear_sd", config["prediction"], zero_snr=config.get("zero_snr", False), num=config["num_train_timesteps"],
         first=config["linear_start"], last=config["linear_end"])
 
 
@@ -2458,12 +2458,15 @@ def sde_trajectory(case):
         with mock.patch.object(diffusion, "randn_like", side_effect=noise):
             return diffusion.recorded(fn, x_T, schedule, updates, range(n), kind, level, None)
     states, log_probs = rolled(level)
-    fn, rescored = channel_tanh(case, case.input("lora_w_new"), config["cfg"], t), []
-    for i, step in enumerate(updates):
-        mean, std = diffusion.policy(fn, schedule, states[:, i], *step, kind, level)
-        rescored.append(diffusion.log_prob(states[:, i + 1], mean, std))
-    result |= {"final": states[:, -1], "log_prob": log_probs.T, "log_prob_new": torch.stack(rescored)}
-    result |= {"log_ratio": result["log_prob_new"] - log_probs.T}
+
+    def rescored(weights):
+        fn, rows = channel_tanh(case, case.input(weights), config["cfg"], t), []
+        for i, step in enumerate(updates):
+            mean, std = diffusion.policy(fn, schedule, states[:, i], *step, kind, level)
+            rows.append(published_log_prob(config, states[:, i + 1], mean, std))
+        return torch.stack(rows)
+    old, new = rescored("lora_w") if kind == "cps" else log_probs.T, rescored("lora_w_new")
+    result |= {"final": states[:, -1], "log_prob": old, "log_prob_new": new, "log_ratio": new - old}
     result |= {f"x_after{i}": states[:, i + 1] for i in range(n)}
     if t:  # the last call's clean estimate: a last update without noise
         result["ode"] = rolled(0.0)[0][:, -1]
@@ -2487,8 +2490,8 @@ def clipped_losses(case, fn, reference, x, x_next, steps, process, old, advantag
             with torch.no_grad():
                 ref, _ = diffusion.policy(lambda x, t, rows=rows: reference(x, t, **rows), schedule, x[one], *step,
                                      *process_of(process))
-            published = std / (step[0] / 1000 - step[1] / 1000) ** 0.5 if "kl_std" in case.config else std
-            kl = grpo.gaussian_kl(mean, ref, published)
+            euler = process["process"] in ("flow_sde", "dance_sde")  # as published: g alone, not g sqrt(d)
+            kl = grpo.gaussian_kl(mean, ref, std / ((step[0] - step[1]) / 1000) ** 0.5 if euler else std)
         columns.append((new, loss, kl))
     return [torch.cat(column) for column in zip(*columns)]
 
