@@ -4,7 +4,7 @@ Flow-GRPO, 2505.05470; DanceGRPO, 2505.07818; noise as in CPS, 2509.05952, too).
     pi(x' | x, text) = N(mean_theta(x, t), std^2)        a sampler update that draws noise
     A     = (r - mean of r) / std of r                   r: of a group, clips of one prompt
     ratio = pi_theta(x' | x) / pi_old(x' | x)
-    loss  = mean of max(-A ratio, -A clip(ratio, 1 - c, 1 + c)) + beta KL(pi_theta || pi_base)
+    loss  = mean of max(-A ratio, -A clip(ratio, 1 - c, 1 + c)) + beta KL(pi_theta, base)
 
 Sample groups of clips with noise, score them, and make the updates that led to the better
 clips of a group likelier. No gradient passes through the sampler, the decoder or the
@@ -274,7 +274,7 @@ def main(argv=None):
 # ---- what is checked before any work
 
 def check_rollouts(args, sampling, processes):
-    """-> settings of the rollouts, kind and level of their noise; refuses what cannot be."""
+    """-> settings of rollouts, (kind, level) of their noise; refuses what cannot be."""
     flow = sampling.sampler in FLOW_SAMPLERS
     noise = args.noise or ("dance" if flow else "ddim")
     if noise in (("ddim",) if flow else ("flow", "dance")):
