@@ -46,7 +46,7 @@ PAPER = dict(
     base="videocrafter2", out="out/grpo", reward="hps", sample_steps=50, cfg=5.0,
     group=16, steps_trained=("share", 1.0), updates=2, steps=300, accum=64, lr=3e-4, wd=1e-4,
     save_every=25, rank=4, alpha=4.0)
-# DanceGRPO's for FLUX with LoRA; its HunyuanVideo differs by --eta 0.25 and --group 24.
+# DanceGRPO's for FLUX with LoRA. (HunyuanVideo: all weights, --eta 0.25, best 8 of 24.)
 OPENSORA = dict(
     noise="dance", sample_steps=16, cfg=None, group=12, steps_trained=("share", 0.6),
     same_noise=True, even_steps=False, accum=24, rank=128, alpha=256.0,
@@ -144,9 +144,9 @@ def best_and_worst(scores, n):
     return sorted(order[:(n + 1) // 2]), sorted(order[len(order) - n // 2:])
 
 
-def policy_loss(log_prob, old, advantage, clip_ratio):
-    """max(-A ratio, -A clip(ratio)) and the ratio, (b,) each."""
-    ratio = (log_prob - old).exp()
+def policy_loss(new, old, advantage, clip_ratio):
+    """max(-A ratio, -A clip(ratio)) and the ratio, (b,) each; new, old: log-probabilities."""
+    ratio = (new - old).exp()
     clipped = ratio.clamp(1 - clip_ratio, 1 + clip_ratio)
     return torch.maximum(-advantage * ratio, -advantage * clipped), ratio
 

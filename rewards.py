@@ -27,10 +27,11 @@ Differences from the original code
  - action takes batches and any number of frames.
 """
 from common import (  # first: for signals
-    Parser, UserError, check_file, run_command, setup, steps_saved, warn)
+    Parser, UserError, check_file, one_line, run_command, setup, steps_saved, warn)
 import importlib.util
 import itertools
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -768,9 +769,11 @@ def forgiving(reward) -> Reward:
                     raise UserError(f"{reward.name} returned {scores.pop().item()}")
                 failed = itertools.count(1)
             except UserError as e:
+                cause = e.__cause__
+                why = f"{reward.name}: {type(cause).__name__}: {cause}" if cause else str(e)
                 if next(failed) == FAILURES:
-                    raise UserError(f"{e}; {FAILURES} clips in a row") from e
-                warn(f"{e}; clip left out")
+                    raise UserError(f"{why}; {FAILURES} clips in a row failed") from e
+                print(f"warning: {one_line(why)}; a clip is left out", file=sys.stderr, flush=True)
                 scores.append(clips.new_tensor(math.nan))
         return torch.stack(scores)
     return replace(reward, judge=judge, clip=True)
