@@ -277,7 +277,7 @@ WAN_SAMPLE = Sampling(
     shift=5.0, negative=WAN_NEGATIVE)
 WAN_I2V = replace(WAN_SAMPLE, sample_steps=40, shift=3.0, negative=WAN_I2V_NEGATIVE)
 HD = dict(height=720, width=1280)
-TEXT_TO_VIDEO = ("t2v", "videolcm", "vader", "instructvideo", "videodpo", "demo")
+TEXT_TO_VIDEO = ("t2v", "videolcm", "vader", "grpo", "instructvideo", "videodpo", "demo")
 # The tiny world. Noise hides so redundant a signal less well, hence the schedule's shift. With
 # v-prediction and zero terminal SNR, sampling starts where training ended.
 TINY_NET = UNetConfig(
@@ -302,7 +302,7 @@ BASES = {
         millions=1.8, methods=("tft2v", *TEXT_TO_VIDEO)),
     "tiny-clean": Row(
         "tiny, trained on clips without flaws; what customises and controls starts from it",
-        TINY_NET, **TINY, millions=1.8, methods=("t2v", "tft2v", "vader", "videolcm")),
+        TINY_NET, **TINY, millions=1.8, methods=("t2v", "tft2v", "vader", "grpo", "videolcm")),
     # I2VGen-XL's network and conditions. Words have 32 numbers, not 64, to make room for the layers
     # that read the image: the file stays below 4 MB.
     "tiny-i2v": Row(
@@ -310,7 +310,7 @@ BASES = {
         replace(TINY_NET, context_dim=32, image_to_video=True, concat_dim=4),
         **TINY | dict(assets=dict.fromkeys(("net", "text", "image"), "tiny-i2v") | {"vae": "tiny"}),
         image=TINY_TOWER, words=(*TINY_WORDS, *NEW_MOTIONS), millions=1.9,
-        methods=("i2vgen", "vader")),
+        methods=("i2vgen", "vader", "grpo")),
     # A CogVideoX-I2V of 9 frames. Latents are 2x smaller in time, height and width, so that a frame
     # still has 8 x 8 tokens. Positions and schedule are 5B-I2V's, with a shift by which noise hides
     # an object's path as in tiny (left against right, over the noise at the sampler's second step:
@@ -323,7 +323,8 @@ BASES = {
         TINY_COGVIDEOX_VAE, None, COGVIDEOX | dict(shift=0.7),
         replace(TINY_SAMPLE, frames=9, cfg=2.0),
         assets=dict.fromkeys(("net", "vae", "text"), "tiny-cogvideox"),
-        words=(*TINY_WORDS, *NEW_MOTIONS), millions=1.5, methods=("i2vgen", "vader", "das")),
+        words=(*TINY_WORDS, *NEW_MOTIONS), millions=1.5,
+        methods=("i2vgen", "vader", "grpo", "das")),
     # Wan's network on tiny's latents: a frame has 4 x 4 tokens
     "tiny-wan": Row(
         "text to video in the tiny world, Wan's network and flow matching, flawed as tiny; may "
@@ -335,7 +336,7 @@ BASES = {
             sample=replace(TINY_SAMPLE, sampler="flow-unipc", spacing="wan", sample_steps=20,
                            shift=5.0),
             assets={"net": "tiny-wan", "vae": "tiny", "text": "tiny-wan"}),
-        keeps_first=True, flawed=True, millions=1.7, methods=("t2v", "vader", "videodpo")),
+        keeps_first=True, flawed=True, millions=1.7, methods=("t2v", "vader", "grpo", "videodpo")),
     # an extreme case of what DEMO says of CLIP: to this text encoder all motions are one word
     "tiny-weak": Row(
         "tiny with a text encoder that cannot tell motions apart, for demo.py",
@@ -390,7 +391,7 @@ BASES = {
         UNetConfig(**VC2_NET), schedule=VC2_EPS,
         sample=Sampling(height=320, width=512, fps=28, save_fps=10, cfg=12.0, eta=1.0),
         files={"original": VC2_FILES}, millions=1413.3,
-        methods=("t2v", "videolcm", "vader", "instructvideo", "videodpo")),
+        methods=("t2v", "videolcm", "vader", "grpo", "instructvideo", "videodpo")),
     "t2v-turbo": Row(
         "VideoCrafter2 distilled to 4 steps (T2V-Turbo, arXiv 2405.18750)",
         UNetConfig(**VC2_NET, guidance_dim=256), sample=TURBO,
@@ -412,7 +413,7 @@ BASES = {
                                          image="image_encoder/model.safetensors"),
             # what i2vgen.py may start from instead; OpenCLIP's file holds both towers
             START: MODELSCOPE_FILES | {"image": MODELSCOPE_FILES["text"]}},
-        millions=1420.5, methods=("i2vgen", "vader")),
+        millions=1420.5, methods=("i2vgen", "vader", "grpo")),
     "sr600": Row(
         "video to video at 720x1280 (SR600, in VGen): any clip, sharper; needs --video",
         UNetConfig(super_resolution=True),
@@ -460,16 +461,16 @@ BASES = {
         CogVideoXVAEConfig(scale=1.15258426), T5Config(), COGVIDEOX | dict(divisor=3.0),
         Sampling(frames=49, height=480, width=720, spacing="cogvideox", cfg=6.0),
         cogvideox_files("hf:THUDM/CogVideoX-2b"), millions=1693.8,
-        methods=("t2v", "vader", "instructvideo", "das", "videodpo")),
+        methods=("t2v", "vader", "grpo", "instructvideo", "das", "videodpo")),
     "cogvideox-5b": Row(
         "CogVideoX-5B, 49 frames of 480x720",
         CogVideoXConfig(), **COGVIDEOX_5B, files=cogvideox_files("hf:THUDM/CogVideoX-5b"),
-        millions=5570.3, methods=("t2v", "vader", "instructvideo", "das", "videodpo")),
+        millions=5570.3, methods=("t2v", "vader", "grpo", "instructvideo", "das", "videodpo")),
     "cogvideox-5b-i2v": Row(
         "CogVideoX-5B-I2V, image to video",
         CogVideoXConfig(**COGVIDEOX_I2V), **COGVIDEOX_5B,
         files=cogvideox_files("hf:THUDM/CogVideoX-5b-I2V"),
-        millions=5570.5, methods=("i2vgen", "vader", "das")),
+        millions=5570.5, methods=("i2vgen", "vader", "grpo", "das")),
     "das": Row(
         "Diffusion as Shader (arXiv 2501.03847): CogVideoX-5B-I2V that follows a tracking video",
         CogVideoXConfig(**COGVIDEOX_I2V, tracking_blocks=18), **COGVIDEOX_5B,
@@ -484,30 +485,30 @@ BASES = {
                       "vae": "hf:hpcai-tech/OpenSora-VAE-v1.2:model.safetensors",
                       "text": "hf:DeepFloyd/t5-v1_1-xxl:pytorch_model.bin",
                       "tokenizer": "hf:DeepFloyd/t5-v1_1-xxl:spiece.model"}},
-        millions=1207.6, methods=("t2v", "vader", "videodpo")),
+        millions=1207.6, methods=("t2v", "vader", "grpo", "videodpo")),
     "wan2.1-t2v-1.3b": Row(
         "Wan2.1 T2V-1.3B (arXiv 2503.20314), 81 frames of 480x832, other sizes and lengths too",
         WanConfig(), **WAN, sample=WAN_SAMPLE,
         files=wan_files("Wan2.1-T2V-1.3B", "Wan_2.1_ComfyUI_repackaged", "wan2.1_t2v_1.3B_bf16"),
-        millions=1419.0, methods=("t2v", "vader", "videodpo")),
+        millions=1419.0, methods=("t2v", "vader", "grpo", "videodpo")),
     "wan2.1-t2v-14b": Row(
         "Wan2.1 T2V-14B, 81 frames of 720x1280 or 480x832",
         WAN_14B, **WAN, sample=replace(WAN_SAMPLE, **HD),
         files=wan_files("Wan2.1-T2V-14B", "Wan_2.1_ComfyUI_repackaged", "wan2.1_t2v_14B_bf16"),
-        millions=14288.5, methods=("t2v", "vader", "videodpo")),
+        millions=14288.5, methods=("t2v", "vader", "grpo", "videodpo")),
     "wan2.1-i2v-14b-480p": Row(
         "Wan2.1 I2V-14B-480P, image to video, as many pixels as 480x832 in the image's shape",
         WAN_CLIP_14B, **WAN | dict(schedule=dict(name="flow", shift=3.0)), sample=WAN_I2V,
         image=WAN_CLIP,
         files=wan_files("Wan2.1-I2V-14B-480P", "Wan_2.1_ComfyUI_repackaged",
                         "wan2.1_i2v_480p_14B_bf16", image=True),
-        millions=16394.9, methods=("vader",)),
+        millions=16394.9, methods=("vader", "grpo")),
     "wan2.1-i2v-14b-720p": Row(
         "Wan2.1 I2V-14B-720P, image to video, as many pixels as 720x1280 in the image's shape",
         WAN_CLIP_14B, **WAN, sample=replace(WAN_I2V, **HD, shift=5.0), image=WAN_CLIP,
         files=wan_files("Wan2.1-I2V-14B-720P", "Wan_2.1_ComfyUI_repackaged",
                         "wan2.1_i2v_720p_14B_bf16", image=True),
-        millions=16394.9, methods=("vader",)),
+        millions=16394.9, methods=("vader", "grpo")),
     "wan2.2-ti2v-5b": Row(
         "Wan2.2 TI2V-5B, from text or (--image) from a first frame, 121 frames of 704x1280",
         WanConfig(in_channels=48, out_channels=48, dim=3072, ffn_dim=14336, heads=24),
@@ -515,7 +516,7 @@ BASES = {
         sample=replace(WAN_SAMPLE, frames=121, height=704, width=1280, save_fps=24),
         files=wan_files("Wan2.2-TI2V-5B", "Wan_2.2_ComfyUI_Repackaged", "wan2.2_ti2v_5B_fp16",
                         vae="2.2"),
-        millions=4999.8, methods=("t2v", "vader", "videodpo")),
+        millions=4999.8, methods=("t2v", "vader", "grpo", "videodpo")),
     "wan2.2-t2v-a14b": Row(
         "Wan2.2 T2V-A14B, 81 frames of 720x1280 or 480x832; two experts, one on the device",
         WAN_14B, **WAN | dict(schedule=dict(name="flow", shift=12.0)),
@@ -695,6 +696,12 @@ class Base:
     learned: dict = field(default_factory=dict)
     encoded: dict = field(default_factory=dict)  # {(prompt, motion): tokens (n, d)}, see remember()
     low_net: nn.Module | None = None
+
+    def sampling_schedule(self, sampling):
+        """Its noise schedule with the shift of these settings, for the sampler."""
+        if sampling.shift is None:
+            return self.schedule
+        return replace(self.schedule, shift=sampling.shift)
 
     def latent_shape(self, sampling):
         """(c, f, h, w) of the latents of clips of this size."""

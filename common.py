@@ -529,6 +529,12 @@ OPTIONS = {
         "--out": dict(help="folder of this run: checkpoints, log, pictures"),
         "--resume": dict(action="store_true", help="continue the run in --out, exactly"),
     },
+    "prompts": {
+        "--prompts": dict(help="file of training prompts (with a first frame: image|||caption "
+                               "lines)"),
+        "--activities": dict(help="file of activities; --prompts then holds nouns, and prompts are "
+                                  "a NOUN ACTIVITY"),
+    },
     "data": {
         "--data": dict(help="clips with captions: a folder, .csv, .jsonl or a VGen list (tiny "
                             "bases make their own)"),
@@ -787,10 +793,15 @@ class Run:
 
     def micro_steps(self):
         """Yield the numbers of this process's samples, micro-step by micro-step."""
-        for micro in range(self.args.accum):
-            for net in self.nets:
-                average_gradients(net, micro == self.args.accum - 1)
+        for micro in self.turns(range(self.args.accum)):
             yield self.numbers[(self.step - self.start) * self.args.accum + micro]
+
+    def turns(self, calls):
+        """Yield the backward passes of an update: the last averages the processes' gradients."""
+        for turn, call in enumerate(calls, 1):
+            for net in self.nets:
+                average_gradients(net, turn == len(calls))
+            yield call
 
     def say(self, message):
         """Print a line, from one process only; None: nothing."""
@@ -814,25 +825,33 @@ class Run:
         """Context for network calls: autocast and --offload."""
         return self.env.autocast()
 
-    def backward(self, loss, /, **values):
+    def backward(self, loss, /, turns=None, **values):
         """Accumulate the gradients of loss.mean(). `values` are averaged over the update and
         logged.
 
-        Without values, the loss itself is logged as "loss".
+        turns: backward passes per update (default: --accum). Without values, the loss itself is
+        logged as "loss".
         """
-        self.scaler.scale(loss.mean() / self.args.accum).backward()
+        turns = turns or self.args.accum
+        self.scaler.scale(loss.mean() / turns).backward()
         for name, value in (values or {"loss": loss}).items():
-            mean = value.detach().float().mean() / self.args.accum
+            mean = value.detach().float().mean() / turns
             self.totals[name] = self.totals.get(name, 0.0) + mean
 
-    def update(self, **more):
-        """Make the optimizer step; log (with `more` floats), and save when due."""
+    def optimize(self):
+        """Make an optimizer step. -> what backward() averaged, {name: value}, and the norm of the
+        gradients."""
         totals, self.totals = self.totals, {}
         norm = self.guard.step(
             self.opt, self.scaler, self.params.values(), self.args.clip, **totals)
         if self.ema is not None:
             warm = (self.step + 1) / (self.step + 10) if self.ema_warmup else 1.0
             move_average(self.ema, self.params, min(self.ema_decay, warm))
+        return totals, norm
+
+    def update(self, **more):
+        """Make the optimizer step; log (with `more` floats), and save when due."""
+        totals, norm = self.optimize()
         self.samples_read += self.args.batch * self.args.accum * self.env.world
         self.log.step(self.step, **totals | more, grad=norm, lr=self.opt.param_groups[0]["lr"])
         self.done = self.step + 1
@@ -887,6 +906,19 @@ class Run:
     def gather(self, rows):
         """A list from each process -> all of them, sorted. Every process must call it."""
         return sorted(gather_rows(rows, self.env))
+
+    def share_out(self, samples, chosen, name):
+        """Samples of this process -> those to train on, each with its value of `chosen` as `name`.
+
+        samples: dictionaries with a "number"; chosen {number: value}, of all processes. Each gets
+        as many, in whole batches, as the one with most; spare ones have the value 0. Values are
+        scaled so that a mean over samples and processes is the mean over the chosen ones.
+        """
+        own = sum(sample["number"] in chosen for sample in samples)
+        most = -(-max(self.gather([own])) // self.args.batch) * self.args.batch
+        scale = self.env.world * most / len(chosen)
+        mine = sorted(samples, key=lambda sample: sample["number"] not in chosen)[:most]
+        return [sample | {name: scale * chosen.get(sample["number"], 0.0)} for sample in mine]
 
     def append(self, file, rows):
         """Rows {name: value} of the current update -> lines of OUT/file."""
@@ -1535,7 +1567,8 @@ def state_fault(state):
         if not isinstance(moment, dict) or moment.keys() != {"step", "exp_avg", "exp_avg_sq"}:
             return f"moments of {key} are not step, exp_avg, exp_avg_sq"
         done = moment["step"]
-        if not is_plain(done) or done.ndim or not 0 <= done <= step:
+        # grpo.py may make several optimizer steps per step
+        if not is_plain(done) or done.ndim or not 0 <= done <= max(step, 0) * 10 ** 4:
             return f"moments of {key} have another step"
     if step >= 10 and weights and not having:  # FiniteGuard ends a run of so many bad steps
         return "moments are missing"

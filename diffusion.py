@@ -126,6 +126,14 @@ class Schedule:
             columns = table[:, t:t + 1]
         return columns.reshape(3, -1, *[1] * (like.ndim - 1)).unbind()
 
+    def level(self, t):
+        """(a, s) of x_t = a x0 + s eps at step t, an int: floats; t = -1 stands for x0."""
+        if t < 0:
+            return 1.0, 0.0
+        ab = self.alpha_bar[t].item()
+        scale = 1.0 if self.scale is None else self.scale[t].item()
+        return ab ** 0.5 * scale, (1 - ab) ** 0.5
+
     def steps(self, u, size=None):
         """u (b,) in 0..1, how far towards the noise -> steps t (b,). size: as Flow's, not used."""
         return (u * len(self.alpha_bar)).long()
@@ -193,6 +201,10 @@ class Flow:
         """t / 1000, shaped to multiply `like` (b, ...)."""
         sigma = torch.as_tensor(t, dtype=torch.float32, device=like.device) / 1000
         return sigma.to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+
+    def level(self, t):
+        """(a, s) of x_t = a x0 + s eps at step t: floats."""
+        return 1 - t / 1000, t / 1000
 
     def add_noise(self, x0, noise, t):
         """x0, noise like x0, t -> x_t."""
@@ -399,6 +411,75 @@ def mix_noise(inverted, noise, strength):
     return strength ** 0.5 * inverted + (1 - strength) ** 0.5 * noise
 
 
+# ---- one update as a Gaussian: what stochastic samplers draw from, and the policy of grpo.py
+
+NOISES = ("ddim", "cps", "flow", "dance")
+
+
+def drawn_noise(kind, level, s, s_next):
+    """-> (std, k): an update from noise s to s' draws x' from N(a' x0 + k eps, std^2).
+
+    level: how much noise, 0 for none. "ddim" (2010.02502, eq. 16): level is eta; needs a^2 + s^2
+    = 1. "cps" (2509.05952): any schedule. Both replace a part of the noise, k^2 + std^2 = s'^2.
+    "flow" (Flow-GRPO, 2505.05470) and "dance" (DanceGRPO, 2505.07818), for flow matching: an
+    Euler step of the SDE with noise strength g that has the flow's marginals,
+
+        x' = x - d (v + g^2 / (2 s) eps) + g sqrt(d) noise,    d = s - s'
+    """
+    if level == 0:
+        return 0.0, s_next
+    if kind == "ddim":
+        std = level * s_next / s * ((s ** 2 - s_next ** 2) / (1 - s_next ** 2)) ** 0.5
+    elif kind == "cps":
+        std = s_next * math.sin(level * math.pi / 2)
+    else:
+        signal = 1 - s if s < 1 else 1 - s_next  # as published; pure noise has none
+        g = level if kind == "dance" else level * (s / signal) ** 0.5
+        std = g * (s - s_next) ** 0.5
+        return std, s_next - std ** 2 / (2 * s)
+    return std, max(s_next ** 2 - std ** 2, 0.0) ** 0.5  # below 0 by rounding: zero terminal SNR
+
+
+def gaussian_step(schedule, out, x, t, t_next, kind="ddim", level=0.0):
+    """Mean, like x, and standard deviation, a float, of the state at step t_next.
+
+    out: the network's output at x = x_t, (b,c,f,h,w); t, t_next: numbers, see Schedule.level();
+    kind and level: see drawn_noise(). With level 0 the mean is the deterministic sampler's state.
+    """
+    (_, s), (a_next, s_next) = schedule.level(t), schedule.level(t_next)
+    std, k = drawn_noise(kind, level, s, s_next)
+    return a_next * schedule.to_x0(out, x, t) + k * schedule.to_eps(out, x, t), std
+
+
+def policy(net_fn, schedule, x, t, t_next, noise="ddim", level=0.0):
+    """gaussian_step() of a network: mean and std of pi(x' | x), x at step t and x' at t_next."""
+    out = net_fn(x, full_step(x, t)).float()
+    return gaussian_step(schedule, out, x, t, t_next, noise, level)
+
+
+def log_prob(x_next, mean, std):
+    """log N(x'; mean, std^2), (b,): as published the mean over a clip's elements, not the sum."""
+    z = (x_next - mean) / std
+    return -z.square().flatten(1).mean(1) / 2 - math.log(std) - math.log(2 * math.pi) / 2
+
+
+@torch.no_grad()
+def recorded(net_fn, x_T, schedule, updates, noisy, noise, level, generators):
+    """Sample with noise: x_T (b,...) -> states x_T ... x_0 (b,n+1,...), log pi (b,n) of n updates.
+
+    updates: [(t, t_next)]; noisy: numbers of those that draw noise, of this kind and level. All is
+    in fp32: rounded to bf16, a state has another log-probability (off by 1e-3 where std is 0.04).
+    """
+    states, log_probs = [x_T], []
+    for i, (t, t_next) in enumerate(updates):
+        x = states[-1]
+        mean, std = policy(net_fn, schedule, x, t, t_next, noise, level if i in noisy else 0.0)
+        x_next = mean + std * randn_like(x, generators) if std else mean
+        states.append(x_next)
+        log_probs.append(log_prob(x_next, mean, std) if std else x.new_zeros(len(x)))
+    return torch.stack(states, 1), torch.stack(log_probs, 1)
+
+
 # ---- DDIM (Song et al., arXiv 2010.02502)
 
 def ddim_timesteps(steps, num=1000, spacing="leading"):
@@ -429,6 +510,16 @@ def ddim_updates(steps, num=1000, spacing="leading"):
     return [(t, t - num // steps) for t in times]
 
 
+def sampler_updates(schedule, steps, size=None, spacing="leading"):
+    """The updates of a sampler with noise, pairs (t, t_next): ddim_updates(), or Euler's steps
+    from level to level, see flow_levels(). size: of the clips in pixels, see Flow."""
+    if isinstance(schedule, Schedule):
+        return ddim_updates(steps, len(schedule.alpha_bar), spacing)
+    _, sigmas = flow_levels("euler", steps, schedule.shift_of(size), spacing)
+    times = [1000 * sigma for sigma in sigmas]
+    return list(zip(times, times[1:]))
+
+
 def number_of_updates(sampler, steps, spacing="leading") -> int:
     """How many updates a sampler makes: `steps`, or what DDIM's spacing makes of them."""
     if sampler == "dpm":
@@ -437,19 +528,13 @@ def number_of_updates(sampler, steps, spacing="leading") -> int:
 
 
 def ddim_step(schedule, out, x, t, t_prev, eta=0.0, noise=None):
-    """One DDIM update from step t to t_prev (Song et al., eq. 12).
+    """One DDIM update from step t to t_prev (Song et al., eq. 12), see gaussian_step().
 
     out: the network's output at x = x_t, (b,c,f,h,w); t, t_prev: ints, t_prev = -1 means x0.
     eta: 0 is deterministic, 1 is DDPM; above 0 it needs `noise` like x.
     """
-    x0, eps = schedule.to_x0(out, x, t), schedule.to_eps(out, x, t)
-    if t_prev < 0:
-        return x0
-    ab, ab_prev = schedule.alpha_bar[t].item(), schedule.alpha_bar[t_prev].item()
-    sigma = eta * ((1 - ab_prev) / (1 - ab) * (1 - ab / ab_prev)) ** 0.5
-    _, _, scale = schedule.at(t_prev, x0)
-    x = ab_prev ** 0.5 * scale * x0 + max(1 - ab_prev - sigma ** 2, 0.0) ** 0.5 * eps
-    return x if sigma == 0 else x + sigma * noise
+    mean, std = gaussian_step(schedule, out, x, t, t_prev, "ddim", eta)
+    return mean if std == 0 else mean + std * noise
 
 
 def ddim(net_fn, x_T, schedule, steps, eta=0.0, generators=None, grad_last=0, spacing="leading",

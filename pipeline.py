@@ -6,7 +6,6 @@ show() writes what an evaluation made.
 """
 import json
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,7 +24,7 @@ from data import (
     read_prompts, read_seeded_prompts, to_uint8, write_video)
 from diffusion import (
     FLOW_SAMPLERS, cogvideox_dpm, ddim, ddim_invert, dpmpp_2m, dynamic_guidance, guided, higen, lcm,
-    make_schedule, mix_noise, offset_noise, randn, sr600)
+    make_schedule, mix_noise, offset_noise, randn, recorded, sampler_updates, sr600)
 from dit import STDiT3Config, WanConfig
 from metrics import psnr
 from models import (
@@ -46,32 +45,52 @@ def rollout(net, base, prompts, x_T, sampling, generators, cond=None, null_cond=
     """Prompts and noise x_T (n,c,f,h,w) -> latents (n,c,f,h,w), by the base's sampler with
     guidance.
 
-    net: base.net, perhaps wrapped by DDP or FSDP. cond, null_cond: {condition of the network:
-    tensor (n, ...)}; the second replaces some in the unconditional branch. generators: one per
-    clip, for the noise that a sampler draws. grad_last: the last K updates record gradients; the
-    state before them is a constant, and texts and conditions have none. last: as in ddim(), the
-    only sampler that has it.
+    generators: one per clip, for the noise that a sampler draws. grad_last: the last K updates
+    record gradients; the state before them is a constant, and texts and conditions have none.
+    last: as in ddim(), the only sampler that has it. The rest: see guided_net().
     """
-    texts, n, device = [prompt + sampling.suffix for prompt in prompts], len(prompts), x_T.device
-    cond = dict(cond or {}) | frame_rate(sampling.fps, n, device)
-    null_cond = dict(null_cond or {})
+    fn = guided_net(net, base, prompts, sampling, cond, null_cond, sequential)
+    steps, shared = sampling.sample_steps, dict(grad_last=grad_last, progress=progress)
+    if sampling.sampler == "lcm":
+        return lcm(fn, x_T, base.schedule, steps, generators, sampling.origin, sampling.spacing,
+                   progress)
+    if sampling.sampler in FLOW_SAMPLERS:
+        x_0 = FLOW_SAMPLERS[sampling.sampler](
+            fn, x_T, base.sampling_schedule(sampling), steps, sampling.size, sampling.spacing,
+            **shared)
+        kept = (cond or {}).get("kept")
+        return x_0 if kept is None else torch.cat([kept, x_0[:, :, 1:]], dim=2)
+    if sampling.sampler == "dpm":
+        return cogvideox_dpm(fn, x_T, base.schedule, steps, generators, **shared)
+    if sampling.sampler == "dpmpp":
+        return dpmpp_2m(fn, x_T, base.schedule, steps, **shared)
+    return ddim(fn, x_T, base.schedule, steps, sampling.eta, generators,
+                spacing=sampling.spacing, last=last, **shared)
+
+
+def guided_net(net, base, prompts, sampling, cond=None, null_cond=None, sequential=False):
+    """-> fn(x, t): the network as samplers call it, with these n prompts, conditions and guidance.
+
+    net: base.net, perhaps wrapped by DDP or FSDP. cond, null_cond: {condition of the network:
+    tensor (n, ...)}; the second replaces some in the unconditional branch.
+    """
+    texts, n = [prompt + sampling.suffix for prompt in prompts], len(prompts)
     with torch.no_grad():
         text, null = base.encode_text(texts), base.encode_null(sampling.negative, n)
+        device = text.device
+        cond = dict(cond or {}) | frame_rate(sampling.fps, n, device)
+        null_cond = dict(null_cond or {})
         if base.row.unet.motion_blocks:
             cond["motion_text"] = base.encode_text(texts, motion=True)
             null_cond["motion_text"] = base.encode_text([sampling.negative] * n, motion=True)
-    steps = sampling.sample_steps
     if sampling.sampler == "lcm":
-        fn = distilled(net, text, cond, sampling)
-        return lcm(fn, x_T, base.schedule, steps, generators, sampling.origin, sampling.spacing,
-                   progress)
+        return distilled(net, text, cond, sampling)
     if isinstance(base.row.net, STDiT3Config):
         cond |= clip_size(sampling, n, device)
         cond["text_mask"] = (base.tokenize(texts) != 0).to(device)  # in both branches, as published
-
     cfg, rule = sampling.cfg, sampling.dynamic_cfg or "off"
     if rule != "off":
-        cfg = dynamic_guidance(cfg, steps, as_published=rule == "published")
+        cfg = dynamic_guidance(cfg, sampling.sample_steps, as_published=rule == "published")
     kept = cond.pop("kept", None)
     branches = dict(sequential=sequential, null_cond=null_cond, **cond)
     fn = guided(net, text, null, cfg, **branches)
@@ -82,20 +101,26 @@ def rollout(net, base, prompts, x_T, sampling, generators, cond=None, null_cond=
         fn = keep_first(fn, kept)
     if sampling.subject_below is not None:
         fn = late_subject(fn, net, sampling.subject_below)
-    shared = dict(grad_last=grad_last, progress=progress)
-    if sampling.sampler in FLOW_SAMPLERS:
-        schedule = base.schedule
-        if sampling.shift is not None:
-            schedule = replace(schedule, shift=sampling.shift)
-        x_0 = FLOW_SAMPLERS[sampling.sampler](
-            fn, x_T, schedule, steps, sampling.size, sampling.spacing, **shared)
-        return x_0 if kept is None else torch.cat([kept, x_0[:, :, 1:]], dim=2)
-    if sampling.sampler == "dpm":
-        return cogvideox_dpm(fn, x_T, base.schedule, steps, generators, **shared)
-    if sampling.sampler == "dpmpp":
-        return dpmpp_2m(fn, x_T, base.schedule, steps, **shared)
-    return ddim(fn, x_T, base.schedule, steps, sampling.eta, generators,
-                spacing=sampling.spacing, last=last, **shared)
+    return fn
+
+
+def recorded_rollout(net, base, env, prompts, images, starts, generators, sampling, noise, noisy):
+    """Clips sampled with noise: videos (b,3,f,h,w), and for each clip what its training needs.
+
+    images: first frames or None; starts, generators: one per clip, of x_T and of the other noise;
+    noise: its (kind, level); noisy: numbers of the updates that draw it, see recorded(). A clip is
+    a dictionary of its prompt, conditions of both branches, states and log-probabilities.
+    """
+    cond, null_cond = conditions(base, env, sampling, images)
+    fn = guided_net(net, base, prompts, sampling, cond, null_cond)
+    x_T = randn((len(prompts), *base.latent_shape(sampling)), starts, env.device)
+    updates = sampler_updates(
+        base.sampling_schedule(sampling), sampling.sample_steps, sampling.size, sampling.spacing)
+    states, log_probs = recorded(fn, x_T, base.schedule, updates, noisy, *noise, generators)
+    clips = [dict(prompt=prompts[i], states=states[i], log_probs=log_probs[i],
+                  cond={k: v[i] for k, v in cond.items()},
+                  null_cond={k: v[i] for k, v in null_cond.items()}) for i in range(len(prompts))]
+    return decode(base, states[:, -1], sampling.frames), clips
 
 
 def distilled(net, text, cond, sampling):

@@ -9,7 +9,8 @@
         return frames[:, 2].mean((1, 2))
 
 A clip's reward is the mean of its frames' rewards. A function that judges whole clips sets
-`fn.clip = True` and gets clips (b,3,f,h,w) in [0,1] and b prompts.
+`fn.clip = True` and gets clips (b,3,f,h,w) in [0,1] and b prompts. For grpo.py, which needs no
+gradient, it may run any code and return plain numbers.
 
     python rewards.py --video out/sample --reward hps,aesthetic   # score clips that exist
 
@@ -26,12 +27,13 @@ Differences from the original code
  - action takes batches and any number of frames.
 """
 from common import (  # first: for signals
-    Parser, UserError, check_file, run_command, setup, steps_saved, warn)
+    Parser, UserError, check_file, one_line, run_command, setup, steps_saved, warn)
 import importlib.util
 import itertools
 import math
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -96,6 +98,7 @@ class WeightedSum:
 
     def __init__(self, parts):
         self.parts = parts
+        self.weights = [weight for _, weight, _ in parts]
         self.clip = any(part.clip for _, _, part in parts)  # does one of them judge whole clips?
 
     def __call__(self, clips, prompts):
@@ -105,6 +108,10 @@ class WeightedSum:
         """Refuse prompts that a part cannot read, before any long work."""
         for _, _, part in self.parts:
             part.check(prompts)
+
+    def each(self, videos, prompts):
+        """score(), part by part and without their weights: (parts, b)."""
+        return torch.stack([score(part, videos, prompts) for _, _, part in self.parts])
 
     def scores(self, clips, prompts):
         """-> {name: plain scores (b,)}, and for several parts "sum": what training maximises."""
@@ -665,11 +672,12 @@ WITH_ARGUMENT = {
 }
 
 
-def get_reward(spec, device, weights=None, out=None) -> WeightedSum:
+def get_reward(spec, device, weights=None, out=None, gradient=True) -> WeightedSum:
     """`name[=argument][:weight]` or `file.py:function[:weight]`, joined by commas -> their sum.
 
     weights: folder with the rewards' public files (None: fetch them from their hub). out: folder
-    of the run, whose last checkpoint is named if a function of the user's fails. Raises UserError.
+    of the run, whose last checkpoint is named if a function of the user's fails. gradient False:
+    functions of the user's are forgiving(). Raises UserError.
     """
     files, parts = Files(device, weights), []
     for text in spec.split(","):
@@ -684,6 +692,7 @@ def get_reward(spec, device, weights=None, out=None) -> WeightedSum:
             raise UserError(f"--reward {text}: weight {weight!r} is no number; write name:weight "
                             "or name=argument:weight")
         part = users_reward(file + ".py", name, out) if dot_py else named_reward(name, files)
+        part = part if gradient or not dot_py else forgiving(part)
         parts.append((text.removesuffix(f":{weight}") if colon else text, number, part))
     return WeightedSum(parts)
 
@@ -732,6 +741,44 @@ def users_reward(file, function, out=None) -> Reward:
     return Reward(called, clip=bool(getattr(judge, "clip", False)), name=name)
 
 
+FAILURES = 8  # of a user's function in a row, after which a run ends
+
+
+def forgiving(reward) -> Reward:
+    """A user's reward that needs no gradient: it may return plain numbers, and may fail on a clip.
+
+    Such a clip scores nothing, NaN, and a warning says why; FAILURES in a row raise UserError.
+    """
+    failed = itertools.count(1)
+
+    def numbers(pictures, prompts):
+        out = reward.judge(pictures, prompts)
+        try:
+            return torch.as_tensor(out).to(pictures).reshape(-1)
+        except (TypeError, ValueError, RuntimeError):
+            return out  # of_clips() says what it is
+    plain = replace(reward, judge=numbers)
+
+    def judge(clips, prompts):
+        nonlocal failed
+        scores = []
+        for clip, prompt in zip(clips, prompts):
+            try:
+                scores.append(plain(clip[None], [prompt])[0])
+                if not scores[-1].isfinite():
+                    raise UserError(f"{reward.name} returned {scores.pop().item()}")
+                failed = itertools.count(1)
+            except UserError as e:
+                cause = e.__cause__
+                why = f"{reward.name}: {type(cause).__name__}: {cause}" if cause else str(e)
+                if next(failed) == FAILURES:
+                    raise UserError(f"{why}; {FAILURES} clips in a row failed") from e
+                print(f"warning: {one_line(why)}; a clip is left out", file=sys.stderr, flush=True)
+                scores.append(clips.new_tensor(math.nan))
+        return torch.stack(scores)
+    return replace(reward, judge=judge, clip=True)
+
+
 # ---- scoring clips
 
 def score(reward, videos, prompts):
@@ -745,7 +792,8 @@ def statistics(reward, videos, prompts, device):
     """Videos (n,3,f,h,w) in [-1,1] -> {"reward": mean, "reward_sd": standard deviation}.
 
     They describe what training maximises. The parts of a sum, and a plain score that differs from
-    what is maximised, follow under their names.
+    what is maximised, follow under their names. Clips that scored nothing, see forgiving(), are
+    counted ("unscored") and left out.
     """
     rows = []
     for i in range(0, len(videos), 8):
@@ -758,8 +806,11 @@ def statistics(reward, videos, prompts, device):
     result = {}
     for name in rows[0]:
         values = torch.cat([row[name] for row in rows]).cpu()
+        if values.isnan().any():
+            result["unscored"] = values.isnan().float().mean().item()
+            values = values[~values.isnan()]
         result[name] = values.mean().item()
-        result[f"{name}_sd"] = values.std(unbiased=False).item()
+        result[f"{name}_sd"] = values.std(unbiased=False).item() if len(values) else math.nan
     return result
 
 

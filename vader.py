@@ -91,11 +91,7 @@ def get_args(argv=None):
     p.add_argument("--continue", dest="continuations", type=p.NATURAL, default=0, metavar="K",
                    help="with a first frame: K further clips, each from the last frame of the one "
                         "before")
-    p.add_argument("--prompts",
-                   help="file of training prompts (with a first frame: image|||caption lines)")
-    p.add_argument("--activities",
-                   help="file of activities; --prompts then holds nouns, and prompts are a NOUN "
-                        "ACTIVITY")
+    p.options("prompts")
     p.add_argument("--watch", metavar="REWARD", help="a second reward, used only to evaluate")
     p.add_argument("--patience", type=p.NATURAL, default=0, metavar="K",
                    help="stop when --watch (else --reward) has not risen for K evaluations; 0: "

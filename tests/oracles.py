@@ -41,6 +41,7 @@ import demo
 import diffusion
 import dit
 import dreamvideo
+import grpo
 import instructvideo
 import metrics
 import models
@@ -2640,6 +2641,264 @@ def train_step_videolcm(case):
 
 
 KINDS["train_step", "videolcm"] = train_step_videolcm
+
+
+# ---- policy gradients
+
+PROCESSES = {"ddim": ("ddim", "eta"), "flow_sde": ("flow", "noise_level"), "dance_sde": ("dance", "eta"),
+             "flow_cps": ("cps", "noise_level")}
+
+
+def process_of(config):
+    """(kind, level) of the noise, in our words."""
+    if config["process"] not in PROCESSES:
+        raise Unsupported(f"process {config['process']}")
+    kind, level = PROCESSES[config["process"]]
+    return kind, config[level]
+
+
+def policy_schedule(config):
+    if config["process"] != "ddim":
+        return diffusion.Flow()
+    fixed(config, beta_schedule="scaled_linear", spacing="leading")
+    return diffusion.make_schedule(
+        "linear_sd", config["prediction"], zero_snr=config.get("zero_snr", False), num=config["num_train_timesteps"],
+        first=config["linear_start"], last=config["linear_end"])
+
+
+def policy_steps(case, config):
+    """[(t, t_next)] of the rows of a case: by t on DDIM's grid, or by index into the levels."""
+    if config["process"] == "ddim":
+        step = config["num_train_timesteps"] // config["steps"]
+        return [(t, max(t - step, 0)) for t in case.input("t").tolist()]
+    sigmas, index = case.input("sigmas").double(), case.input("index").tolist()
+    return [(1000 * sigmas[i].item(), 1000 * sigmas[i + 1].item()) for i in index]
+
+
+def published_log_prob(config, x_next, mean, std):
+    """CPS as published: minus the mean square, no density."""
+    if config["process"] == "flow_cps":
+        return -(x_next - mean).square().flatten(1).mean(1)
+    return diffusion.log_prob(x_next, mean, std)
+
+
+def sde_step(case):
+    result, x, out, noise = {}, case.input("x"), case.input("out"), case.input("noise")
+    for name, variant in case.config["variants"].items():
+        config, rows = case.config | variant, []
+        schedule, sample = policy_schedule(config), case.input(f"{name}.sample")
+        for r, step in enumerate(policy_steps(case, config)):
+            one = slice(r, r + 1)
+            mean, std = diffusion.gaussian_step(schedule, out[one], x[one], *step, *process_of(config))
+            rows.append((mean, torch.tensor([std]), published_log_prob(config, sample[one], mean, std),
+                         mean + std * noise[one], schedule.to_x0(out[one], x[one], step[0])))
+        for quantity, column in zip(("mean", "std", "log_prob", "next", "x0"), zip(*rows)):
+            result[f"{name}.{quantity}"] = torch.cat(column)
+    return result
+
+
+def channel_tanh(case, lora, cfg, t=None, uncond_grad=True):
+    """The toy with guidance: fn(x, t). lora: what is added to its matrix; t: what it is given in a call
+    instead, a list."""
+    toy, calls = case.toy, iter(t or ())
+    if toy["name"] != "channel_tanh":
+        raise Unsupported(f"toy {toy['name']}")
+
+    def net(x, t, text):
+        mixed = torch.einsum("ij,bjfhw->bifhw", case.input("base_w") + lora, x)
+        shift = t.view(-1, 1, 1, 1, 1) / toy["t_div"] + text.flatten(1).mean(1).view(-1, 1, 1, 1, 1)
+        return toy["skip"] * x + toy["gain"] * torch.tanh(toy["inner"] * mixed + shift)
+
+    def fn(x, now, rows=slice(None)):
+        now = torch.full((len(x),), next(calls)) if t is not None else now
+        cond, uncond = case.input("cond")[rows], case.input("uncond")[rows]
+        if uncond_grad or cfg == 1:
+            return diffusion.guided(net, cond, uncond, cfg)(x, now)
+        return diffusion.guided(lambda x, t, text: text, net(x, now, cond), net(x, now, uncond).detach(), cfg,
+                                sequential=True)(x, now)
+    return fn
+
+
+def sde_trajectory(case):
+    config, x_T, noise = case.config, case.input("x_T"), case.input("step_noise")
+    schedule, (kind, level), t, n = policy_schedule(config), process_of(config), None, config["calls"]
+    result = {}
+    if config["process"] == "ddim":
+        step = config["num_train_timesteps"] // config["steps"]
+        updates = [(1 + k * step, max(1 + (k - 1) * step, 0)) for k in reversed(range(n))]
+        result["timesteps"] = torch.tensor([t for t, _ in updates])
+    else:
+        t = case.input("t").tolist()
+        if "shift" in config:
+            sigmas = diffusion.flow_levels("euler", config["steps"], config["shift"])[1]
+            result["sigmas"] = torch.tensor(sigmas)
+        else:
+            sigmas = case.input("sigmas").tolist()
+        updates = [(1000 * a, 1000 * b) for a, b in zip(sigmas, sigmas[1:])]
+        result["timesteps"] = torch.tensor([now for now, _ in updates])
+
+    def rolled(level):
+        fn = channel_tanh(case, case.input("lora_w"), config["cfg"], t)
+        with mock.patch.object(diffusion, "randn_like", side_effect=noise):
+            return diffusion.recorded(fn, x_T, schedule, updates, range(n), kind, level, None)
+    states, log_probs = rolled(level)
+
+    def rescored(weights):
+        fn, rows = channel_tanh(case, case.input(weights), config["cfg"], t), []
+        for i, step in enumerate(updates):
+            mean, std = diffusion.policy(fn, schedule, states[:, i], *step, kind, level)
+            rows.append(published_log_prob(config, states[:, i + 1], mean, std))
+        return torch.stack(rows)
+    old, new = rescored("lora_w") if kind == "cps" else log_probs.T, rescored("lora_w_new")
+    result |= {"final": states[:, -1], "log_prob": old, "log_prob_new": new, "log_ratio": new - old}
+    result |= {f"x_after{i}": states[:, i + 1] for i in range(n)}
+    if t:  # the last call's clean estimate: a last update without noise
+        result["ode"] = rolled(0.0)[0][:, -1]
+        fn = channel_tanh(case, case.input("lora_w"), config["cfg"], t[-1:])
+        result["decoded"], _ = diffusion.policy(fn, schedule, states[:, -2], *updates[-1], kind, 0.0)
+    return result
+
+
+def clipped_losses(case, fn, reference, x, x_next, steps, process, old, advantages, clip_range):
+    """log pi, loss of the clipped ratio and KL, (b,) each; sample b makes steps[b]. reference: a network."""
+    schedule, columns = policy_schedule(process), []
+    for b, step in enumerate(steps):
+        one = slice(b, b + 1)
+        rows = dict(rows=one)
+        mean, std = diffusion.policy(lambda x, t, rows=rows: fn(x, t, **rows), schedule, x[one], *step,
+                                *process_of(process))
+        new = diffusion.log_prob(x_next[one], mean, std)
+        loss, _ = grpo.policy_loss(new, old[one], advantages[one], clip_range)
+        kl = torch.zeros(1)
+        if reference:
+            with torch.no_grad():
+                ref, _ = diffusion.policy(lambda x, t, rows=rows: reference(x, t, **rows), schedule, x[one], *step,
+                                     *process_of(process))
+            euler = process["process"] in ("flow_sde", "dance_sde")  # as published: g alone, not g sqrt(d)
+            kl = grpo.gaussian_kl(mean, ref, std / ((step[0] - step[1]) / 1000) ** 0.5 if euler else std)
+        columns.append((new, loss, kl))
+    return [torch.cat(column) for column in zip(*columns)]
+
+
+def policy_losses(case):
+    result, x, x_next = {}, case.input("x"), case.input("x_next")
+    old = case.input("old_log_prob")
+    for name, variant in case.config["variants"].items():
+        config, lora = case.config | variant, case.input("lora_w").requires_grad_()
+        fn = channel_tanh(case, lora, config["cfg"], uncond_grad=config["uncond_grad"])
+        reference = channel_tanh(case, 0.0, config["cfg"]) if config["kl_beta"] else None
+        new, loss, kl = clipped_losses(
+            case, fn, reference, x, x_next, policy_steps(case, config), config, old,
+            case.input("advantages").clamp(-config["adv_clip"], config["adv_clip"]), config["clip_range"])
+        total = loss.mean() + config["kl_beta"] * kl.mean()
+        total.backward()
+        ratio = (new - old).exp()
+        result |= {f"{name}.{k}": v for k, v in dict(
+            log_prob=new, log_ratio=new - old, policy_loss=loss.mean()[None], kl_loss=kl.mean()[None],
+            loss=total[None], grad_lora_w=lora.grad, approx_kl=(new - old).square().mean()[None] / 2,
+            clip_fraction=((ratio - 1).abs() > config["clip_range"]).float().mean()[None]).items()}
+    return result
+
+
+def grpo_step(case):
+    """Advantages, which clips and steps are trained, and the accumulated gradients."""
+    c, lora = case.config, case.input("lora_w").requires_grad_()
+    steps, groups, size = c["steps"], c["groups"], c["num_generations"]
+    sigmas, times = case.input("sigmas").tolist(), case.input("t").tolist()
+    latents, old, perms = (case.input(k) for k in ("latents", "old_log_prob", "perms"))
+    keys = [n // size if c["use_group"] else 0 for n in range(groups * size)]
+    parts = {name: grpo.group_advantages(
+        case.input(name), keys, "group", c["std_eps"], int(c["std"] == "unbiased")) for name in c["coefficients"]}
+    order = list(range(groups * size))
+    if c["best_of_n"]:
+        total = sum(weight * parts[name] for name, weight in c["coefficients"].items())
+        chosen = grpo.best_and_worst(total, c["best_of_n"])
+        order = case.input("order").tolist()
+        if sorted(order) != sorted([*chosen[0], *chosen[1]]):
+            raise ValueError(f"clips {chosen} instead of {order}")
+    grads, total_loss = [], 0.0
+    trained = max(1, int((steps - 1) * c["timestep_fraction"]))
+    for place, n in enumerate(order):
+        for i in perms[place].tolist()[:trained]:
+            one = slice(n, n + 1)
+            fn = channel_tanh(case, lora, c["cfg"], [times[i]])
+            step = [(1000 * sigmas[i], 1000 * sigmas[i + 1])]
+            mean, std = diffusion.policy(lambda x, t, fn=fn, one=one: fn(x, t, one), policy_schedule(c),
+                                    latents[one, i], *step[0], *process_of(c))
+            new = diffusion.log_prob(latents[one, i + 1], mean, std)
+            loss = sum(weight * grpo.policy_loss(
+                new, old[one, i], parts[name][one].clamp(-c["adv_clip"], c["adv_clip"]), c["clip_range"])[0]
+                for name, weight in c["coefficients"].items())
+            loss = loss.sum() / (c["gradient_accumulation_steps"] * trained)
+            loss.backward()
+            total_loss += loss.item()
+        if (place + 1) % c["gradient_accumulation_steps"] == 0:
+            grads.append(lora.grad.clone())
+            lora.grad = None
+    return {"grad": torch.stack(grads), "grad_norm": grads[-1].norm()[None],
+            "total_loss": torch.tensor([total_loss])}
+
+
+def advantages_row(rewards, groups, std, eps, over="group"):
+    rewards = torch.tensor(rewards, dtype=torch.float64)
+    return grpo.group_advantages(rewards, groups, over, eps, int(std == "unbiased"))
+
+
+def mixed_row(rewards, weights, sum, trimmed=0.0, **how):
+    if trimmed:  # debug
+        return {}
+    weights = weights if isinstance(weights, dict) else dict(zip(rewards, weights))
+    if sum == "rewards":
+        mixed = [torch.tensor(r, dtype=torch.float64) * weights[name] for name, r in rewards.items()]
+        return {"advantages": advantages_row(torch.stack(mixed).sum(0).tolist(), **how)}
+    parts = [weights[name] * advantages_row(r, **how) for name, r in rewards.items()]
+    return {"advantages": torch.stack(parts).sum(0)}
+
+
+def best_row(scores, n):
+    best, worst = grpo.best_and_worst(scores, n)
+    return {"best": best, "worst": worst}
+
+
+def tracker_row(buffer_size, min_count, eps, updates):
+    if eps != 1e-6:
+        raise Unsupported(f"a tracker's eps {eps}")
+    tracker = instructvideo.PromptStatistics(buffer_size, min_count)
+    advantages = [tracker.update(u["prompts"], u["rewards"]) for u in updates]
+    past = [tracker.past[prompt] for prompt in sorted(tracker.past)]
+    return {"advantages": advantages, "count": [len(p) for p in past], "mean": [np.mean(p) for p in past],
+            "std": [np.std(p) for p in past]}
+
+
+def ema_row(start, values, decay, every):
+    ema, seen = {"w": torch.tensor(start, dtype=torch.float64)}, []
+    for i, value in enumerate(values):
+        if (i + 1) % every == 0:
+            now = {"w": torch.tensor(value, dtype=torch.float64)}
+            common.move_average(ema, now, min((1 + i) / (10 + i), decay))
+        seen.append(ema["w"].item())
+    return {"ema": seen}
+
+
+def grpo_table(case):
+    functions = {"group_advantages": lambda **row: {"advantages": advantages_row(**row)},
+                 "mixed_rewards": mixed_row, "best_of_n": best_row, "prompt_tracker": tracker_row,
+                 "ema": ema_row, "zero_std": lambda **row: {}}  # debug
+    result = {}
+    for i, row in enumerate(case.rows):
+        if row["op"] not in functions:
+            raise Unsupported(f"a table of {row['op']}")
+        result |= {f"{i}.{k}": v for k, v in functions[row["op"]](**row["inputs"]).items()}
+    return result
+
+
+KINDS |= {
+    ("sde_step", "grpo"): sde_step,
+    ("sde_trajectory", "grpo"): sde_trajectory,
+    ("policy_loss", "grpo"): policy_losses,
+    ("train_step", "grpo"): grpo_step,
+    ("table", "grpo"): grpo_table,
+}
 
 
 # ---- grading

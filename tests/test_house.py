@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-METHODS = ("t2v", "videolcm", "i2vgen", "tft2v", "higen", "vcomposer", "vader", "instructvideo", "videodpo",
+METHODS = ("t2v", "videolcm", "i2vgen", "tft2v", "higen", "vcomposer", "vader", "grpo", "instructvideo", "videodpo",
            "dreamvideo", "demo", "das")
 # who may import whom: from a later row to an earlier one, or within a row without a cycle
 FLOORS = [
