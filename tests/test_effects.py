@@ -336,7 +336,7 @@ def test_videodpo(seed, tmp_path):
 # ---- DreamVideo
 
 BACKS = ("gray", "black", "brown")
-JOINT = []  # options of sample.py for subject and motion together
+JOINT = ["--subject-below", 300]  # options of sample.py for subject and motion together
 
 
 def played(out, prompts, *command, n):
