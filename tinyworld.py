@@ -11,13 +11,12 @@ is hacked.
 
     python tinyworld.py --train scorer           # trains assets/tiny-scorer.safetensors
     python tinyworld.py --train autoencoder      # trains the autoencoder in assets/tiny.safetensors
-    python tinyworld.py --train autoencoder --extend --steps 800    # goes on, on flawed clips, too
+    python tinyworld.py --train autoencoder --flawed --steps 800    # goes on, on flawed clips, too
 """
 from common import Parser, UserError, run_command  # first: for signals
 import copy
 import time
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -1076,29 +1075,14 @@ def tiny_clips(seed, n):
     return torch.cat([tiny_batch(seed, n - n // 2, TINY_CLIP)[0], torch.stack(wild)])
 
 
-def crooked_clips(seed, n):
-    """-> (n, 3, TINY_CLIP, 32, 32): what das.py reads, in turn with wild_clip: a wandering object,
-    wild_clip, the tracks of a wandering object."""
-    clips = []
-    for i in range(n):
-        if i % 3 == 1:
-            clips.append(wild_clip(np.random.default_rng((*seed, i)), TINY_CLIP))
-        else:
-            clip, _ = tiny_track_clip((*seed, i), "wandering", TINY_CLIP)
-            clips.append(clip["tracks" if i % 3 else "video"])
-    return torch.stack(clips)
-
-
-def autoencoder_loss(images, mean, logvar, decode, noise=0.0):
+def autoencoder_loss(images, mean, logvar, decode):
     """-> loss, {name: 0-d tensor} to print: L1 + MSE + 1e-4 KL, errors relative to a frame's
     contrast.
 
     In units of each frame's own contrast, because blue on gray costs little and would stay
-    blurred. noise: the decoder's latents are off by up to so much, standard deviation, as those
-    that a network makes.
+    blurred.
     """
-    sd = (0.5 * logvar).exp() + noise * torch.rand(len(mean), *[1] * (mean.ndim - 1)).to(mean)
-    error = decode(mean + sd * torch.randn_like(mean)).float() - images
+    error = decode(mean + (0.5 * logvar).exp() * torch.randn_like(mean)).float() - images
     kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
     centred = images - images.mean((-2, -1), keepdim=True)
     contrast = centred.square().mean((1, -2, -1), keepdim=True).sqrt()
@@ -1107,27 +1091,23 @@ def autoencoder_loss(images, mean, logvar, decode, noise=0.0):
     return loss, {"mse": error.square().mean(), "kl": kl, "latent std": mean.std()}
 
 
-def train_autoencoder(base, out, steps, decoder_steps, batch, extend=False, noise=0.0, seed=0,
+def train_autoencoder(base, out, steps, decoder_steps, batch, flawed=False, seed=0,
                       device="cpu"):
     """Train a tiny base's autoencoder on rendered clips, then its decoder alone, and put it into
     `out`.
 
     The second stage leaves the latents as they are, since a base may already be trained on them;
-    there they get `noise`, see autoencoder_loss(). With steps 0 it starts from the file's
-    autoencoder. So it does with `extend`: five of eight frames may have flaws (tiny), or five of
-    eight clips are crooked_clips() (tiny-cogvideox); the others keep their latents, on which bases
-    are trained.
+    with steps 0 it starts from the file's autoencoder. So it does with `flawed`: five of
+    eight frames may have flaws, and the others keep their latents, on which bases are trained.
     """
     torch.manual_seed(seed)
     build, cfg = TINY_VAES[base]
-    vae, start, lr = build(cfg).to(device), time.time(), 1.5e-3 if extend else 2e-3
+    vae, start, lr = build(cfg).to(device), time.time(), 1.5e-3 if flawed else 2e-3
     if base == "tiny":
-        draw, moments, decode = tiny_frames, AutoencoderKL.image_moments, vae.decode_images
-        draw_new = partial(tiny_frames, flawed=True)
+        draw, moments, decode = tiny_frames, vae.image_moments, vae.decode_images
     else:
-        draw, moments, decode = tiny_clips, CogVideoXVAE.moments, vae.decode_latents
-        draw_new = crooked_clips
-    if extend or not steps:
+        draw, moments, decode = tiny_clips, vae.moments, vae.decode_latents
+    if flawed or not steps:
         state = {k.removeprefix("vae."): v.float() for k, v in load_weights(out).items()
                  if k.startswith("vae.")}
         vae.load_state_dict(state)
@@ -1141,20 +1121,19 @@ def train_autoencoder(base, out, steps, decoder_steps, batch, extend=False, nois
             opt, lr, total_steps=max(n, 1), pct_start=0.05)
         for step in range(n):
             images = draw((seed, first + step), batch).to(device)
-            if extend:
-                plain = images[:batch * 3 // 8]  # tiny_clips() begins with the tiny world's
-                new = draw_new((seed, 1, first + step), batch * 5 // 8)
-                images = torch.cat([plain, new.to(device)])
+            if flawed:
+                clean = images[:batch * 3 // 8]
+                spoiled = draw((seed, 1, first + step), batch * 5 // 8, flawed=True)
+                images = torch.cat([clean, spoiled.to(device)])
             # 3-D convolutions in bf16 take half the time on a CPU that has it, too
             kind = torch.device(device).type
             with torch.autocast(kind, torch.bfloat16, enabled=base != "tiny"):
                 with torch.set_grad_enabled(part == "all"):
-                    mean, logvar = moments(vae, images)
-                loss, terms = autoencoder_loss(images, mean.float(), logvar.float(), decode,
-                                               noise if part == "decoder" else 0.0)
-                if extend:
-                    kept = moments(before, plain)[0]
-                    terms["moved"] = (mean[:len(plain)] - kept).square().mean()
+                    mean, logvar = moments(images)
+                loss, terms = autoencoder_loss(images, mean.float(), logvar.float(), decode)
+                if flawed:
+                    kept = before.image_moments(clean)[0]
+                    terms["moved"] = (mean[:len(clean)] - kept).square().mean()
                     loss = loss + terms["moved"]
             opt.zero_grad()
             loss.backward()
@@ -1175,24 +1154,21 @@ def get_args(argv=None):
                    help="what to train")
     p.add_argument("--base", choices=TINY_VAES, default="tiny",
                    help="tiny base whose autoencoder is trained")
-    p.add_argument("--extend", action="store_true",
-                   help="autoencoder: go on from the file's one, on flawed frames (tiny), or on "
-                        "crooked paths and tracks (tiny-cogvideox); other clips keep their latents")
+    p.add_argument("--flawed", action="store_true",
+                   help="autoencoder of tiny: go on from the file's one, on flawed frames as well; "
+                        "clean ones keep their latents")
     p.add_argument("--out", help="file to write (default: the one in assets/)")
     p.add_argument("--steps", type=p.NATURAL,
                    help="optimizer steps (scorer: 800, autoencoder: 2000; 0: its decoder alone)")
     p.add_argument("--decoder-steps", type=p.NATURAL, default=1000,
                    help="further steps of the autoencoder in which the encoder is frozen")
-    p.add_argument("--noise", type=p.UNSIGNED, default=0.0,
-                   help="noise on the latents in these further steps: up to so much, standard "
-                        "deviation")
     p.add_argument("--batch", type=p.COUNT,
                    help="frames (tiny: 64) or clips (tiny-cogvideox: 8) per step")
     p.add_argument("--device", default="cpu", help="cuda or cpu")
     args = p.parse_args(argv)
-    if args.extend and args.train != "autoencoder":
-        raise UserError("--extend: goes with --train autoencoder")
-    least = 4 if args.base == "tiny" or args.extend else 2
+    if args.flawed and (args.train, args.base) != ("autoencoder", "tiny"):
+        raise UserError("--flawed: goes with --train autoencoder --base tiny")
+    least = 4 if args.base == "tiny" else 2
     if args.batch and args.batch < least:
         raise UserError(f"--batch {args.batch}: {args.base} needs {least} or more")
     if args.device != "cpu" and not torch.cuda.is_available():
@@ -1208,8 +1184,8 @@ def main(argv=None):
     batch = args.batch or (64 if args.base == "tiny" else 8)
     train_autoencoder(
         args.base, args.out or f"assets/{args.base}.safetensors",
-        2000 if args.steps is None else args.steps, args.decoder_steps, batch, args.extend,
-        args.noise, device=args.device)
+        2000 if args.steps is None else args.steps, args.decoder_steps, batch, args.flawed,
+        device=args.device)
 
 
 if __name__ == "__main__":

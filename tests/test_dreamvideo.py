@@ -368,6 +368,19 @@ def test_likeness_and_path_error_on_the_truth():
     clips, captions, _ = tinyworld.tiny_batch(1, 24)
     other = tinyworld.subject_likeness(clips, subject)
     assert other["colours"] < 0.3 and other["shape"] < 0.75
+    moved = tinyworld.moved_pictures(subject, 8)
+    assert len(moved) == 4 * 5 and all(x["video"].shape == (3, 8, 32, 32) for x in moved)
+    truth = tinyworld.subject_likeness([x["video"] for x in moved], subject)
+    assert truth["colours"] > 0.9 and truth["shape"] > 0.9
+    for clip in moved[::5]:  # those that stand still are the pictures
+        assert torch.equal(clip["video"], clip["video"][:, :1].expand(-1, 8, -1, -1))
+    left = moved[1]
+    assert left["text"] == "a * moving left on a black background"
+    x, _ = tinyworld._centres(left["mask"][0].numpy())
+    assert -9.5 < x[-1] - x[0] < -8.5 and (np.diff(x) < 0).all()
+    steady = tinyworld.steadiness([x["video"] for x in moved])["steady"]
+    assert steady > 1.9 > tinyworld.steadiness([torch.cat([a["video"][:, :4], b[:, :4]], 1)
+                                                for a, b in zip(moved, clips)])["steady"]
     for motion in tinyworld.NEW_MOTIONS:
         few, path = tinyworld.tiny_motion(3, 3, motion)
         items = few.items

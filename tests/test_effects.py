@@ -399,7 +399,7 @@ def test_best_eighth(tmp_path):
 # ---- DreamVideo
 
 BACKS = ("gray", "black", "brown")
-JOINT = []  # options of sample.py for subject and motion together
+JOINT = ["--subject-below", 300]  # options of sample.py for subject and motion together
 
 
 def played(out, prompts, *command, n):
