@@ -1,12 +1,14 @@
 """Fixtures shared by the tests. Every test runs on a CPU, with no network and no public weights."""
 import os
+import sys
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a missing file must be an error at once, not a time-out
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # a worker a core: more threads would only wait for each other
-os.environ.setdefault("MKL_CBWR", "COMPATIBLE")  # see tests/oracles.py
+if "effect" not in sys.argv:  # trainings take three times as long in it
+    os.environ.setdefault("MKL_CBWR", "COMPATIBLE")  # see tests/oracles.py
 
 import torch  # noqa: E402
 
