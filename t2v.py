@@ -137,7 +137,7 @@ def t2v_loss(net, base, sampling, x0, captions, generators, args):
     cond = training_conditions(base, sampling, captions, t, sampling.fps)
 
     learned = None
-    if args.keep_first:
+    if args.keep_first and x0.shape[2] > 1:  # not of an image
         given = torch.stack([torch.rand((), generator=g) < args.keep_first for g in generators])
         learned = torch.ones(len(x0), x0.shape[2], dtype=torch.bool, device=x0.device)  # b f
         learned[:, 0] = ~given
