@@ -71,7 +71,7 @@ WAN = dict(frames=33, lora_targets=["q", "k", "v", "o"])  # ours: there is no pu
 PRESETS = {
     "wan2.1-t2v-1.3b": WAN, "wan2.1-t2v-14b": WAN, "wan2.1-i2v-14b-480p": WAN,
     "wan2.1-i2v-14b-720p": WAN, "wan2.2-ti2v-5b": WAN,
-    "tiny-wan": TINY | dict(lora_targets=WAN["lora_targets"]),
+    "tiny-wan": TINY | dict(steps=20, lora_targets=WAN["lora_targets"]),
     "videocrafter2": VIDEOCRAFTER2, "opensora": OPENSORA, "modelscope": MODELSCOPE,
     "modelscope-v1.4": MODELSCOPE, "modelscope-v1.5": MODELSCOPE,
     "tiny": TINY, "tiny-clean": TINY, "tiny-i2v": TINY_I2V, "tiny-cogvideox": TINY_I2V}
