@@ -58,7 +58,8 @@ from bases import (
     AUTOENCODERS, BASES, NETWORKS, Base, Row, Sampling, base_row, choose_sampling, latent_shape)
 from diffusion import make_schedule, randn
 from dit import (
-    TRACK_BRANCH, CogVideoXConfig, STDiT3Config, WanConfig, rope_positions, wan_diffusers_name)
+    PATCH, TRACK_BRANCH, CogVideoXConfig, STDiT3Config, WanConfig, rope_positions,
+    wan_diffusers_name)
 from models import UNetConfig, add_lora, unet_diffusers_name
 from pipeline import decode, generate, rollout
 from text_encoders import CLIPConfig, OpenCLIPVision, T5Config
@@ -291,6 +292,9 @@ def peer_network(case, env):
             freq_dim=cfg.freq_dim, ffn_dim=cfg.ffn_dim, num_layers=cfg.num_layers,
             image_dim=cfg.image_dim or None, added_kv_proj_dim=cfg.dim if cfg.image_dim else None),
             env, wan_diffusers_name, like)
+        # its tables of positions are no weights
+        peer.rope = type(peer.rope)(cfg.dim // cfg.heads, (1, PATCH, PATCH), 1024)
+        peer.rope.to(env.device)
 
         def answer(x, t, text, first_frame=None, image=None):
             x = x if first_frame is None else torch.cat([x, first_frame], dim=1)

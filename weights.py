@@ -377,6 +377,7 @@ KINDS = {  # part of a key that only this kind of file has -> the kind; the firs
     "vace_": "Wan's VACE",
     "condition_embedder.time_proj": "Wan in diffusers layout",
     "time_projection.": "Wan",
+    "fusion1.layer1.": "MiDaS",
     "cls_embedding": "Wan's CLIP",
     "pos_embedding.embedding": "a UMT5 encoder",
     "conv_y": "a CogVideoX autoencoder",
@@ -396,7 +397,6 @@ KINDS = {  # part of a key that only this kind of file has -> the kind; the firs
     "text_model.": "a transformers CLIP text model",
     "vision_model.": "a transformers CLIP image model",
     "transformer_blocks.0.norm1.linear": "CogVideoX",
-    "fusion1.layer1.": "MiDaS",
 }
 
 

@@ -197,7 +197,7 @@ def test_masks_and_dropped_conditions_reach_the_loss(runs, no_previews, tmp_path
     train("identity", tmp_path / "a", runs["token"], "--steps", "1", "--masked-loss")
     train("identity", tmp_path / "b", runs["token"], "--steps", "1", "--no-masked-loss")
     mask = seen[0][0]
-    assert mask.shape == (2, 1, 8, 8, 8) and set(mask.unique().tolist()) == {0, 1} and seen[1][0] is None
+    assert mask.shape == (2, 1, 8, 8, 8) and 0 <= mask.min() < mask.max() <= 1 and seen[1][0] is None
     assert 0.1 < mask.mean() < 0.5 and not seen[0][2]
     seen.clear()
     train("motion", tmp_path / "c", None, "--steps", "1", "--drop-text", "1", "--drop-image", "1")

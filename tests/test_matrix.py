@@ -11,7 +11,7 @@ from runs import same_training
 
 import bases
 from data import write_video
-from dit import WanConfig
+from dit import STDiT3Config, WanConfig
 from models import UNetConfig
 
 CELLS = [(name, method) for name, row in bases.BASES.items() for method in row.methods
@@ -47,18 +47,28 @@ def inputs(method, row, folder):
         (folder / "metadata.json").write_text(json.dumps(rows))
         pair = dict(video1=0, video2=1, label=0, frame_caption=["a red ball"], score=0.5, diff_score=0.1)
         (folder / "pair.json").write_text(json.dumps([pair]))
-        return ["--pairs", str(folder), "--rank", "4"]
+        targets = {WanConfig: "q k v o", STDiT3Config: "qkv q_linear kv_linear"}
+        targets = targets.get(type(row.net), "to_q to_k to_v").split()
+        return ["--pairs", str(folder), "--rank", "4", "--lora-targets", *targets]
     (folder / "clips.csv").write_text("path,caption\n0.mp4,a red ball\n1.mp4,two blue squares\n")
     keep = ["--keep-first", "0.5"] if row.keeps_first else []
     return ["--data", str(folder / "clips.csv"), "--workers", "0", *keep]
 
 
-@pytest.mark.parametrize("name, method", CELLS)
+# one cell of each kind of network by default
+QUICK = "wan2.1-t2v-1.3b", "wan2.1-i2v-14b-480p", "opensora", "cogvideox-2b"
+
+
+@pytest.mark.parametrize("name, method", [
+    pytest.param(*cell, marks=[] if cell[0] in QUICK else [pytest.mark.slow]) for cell in CELLS])
 def test_two_steps_and_a_resume(name, method, monkeypatch, tmp_path):
     row = small(monkeypatch, tmp_path / "weights", name)
     options = ["--base", name, "--weights", str(tmp_path / "weights"), *inputs(method, row, tmp_path / "in"),
                "--batch", "1", "--accum", "1", "--warmup", "0", "--dtype", "fp32", "--device", "cpu", "--lr", "1e-3",
                "--eval-n", "1", "--preview-every", "0", "--save-every", "1"]
+    for flag, value in zip(("frames", "height", "width"), row.sample.size):  # presets have larger ones
+        options += [f"--{flag}", str(value)]
+    options += ["--sample-steps", "2"] if method != "t2v" else []
     train = importlib.import_module(method).main
     train([*options, "--steps", "2", "--out", str(tmp_path / "whole")])
     train([*options, "--steps", "1", "--out", str(tmp_path / "parts")])

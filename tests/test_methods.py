@@ -101,7 +101,7 @@ def test_accumulation_equals_a_large_batch(method, tmp_path):
         assert state["seen"] == 4
         grads.append(torch.cat([state["moments"][k]["exp_avg"].flatten() for k in sorted(state["moments"])]))
     for g in grads[1:]:
-        assert (g - grads[0]).norm() < 2e-6 * grads[0].norm()
+        assert (g - grads[0]).norm() < 5e-6 * grads[0].norm()
 
 
 @pytest.mark.parametrize("method", ["t2v", "vader"])

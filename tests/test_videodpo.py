@@ -448,7 +448,7 @@ def test_a_reference_of_other_numerics_is_noticed(released, tmp_path, capfd, mon
     def rounded(net, dtype, *rest):
         return frozen_copy(net.to(torch.bfloat16).float(), None, *rest)
     monkeypatch.setattr(videodpo, "frozen_copy", lambda net, *rest: rounded(copy.deepcopy(net), *rest))
-    train(released, tmp_path / "run", 1, "--rank", "0", "--batch", "1")
+    train(released, tmp_path / "run", 1, "--rank", "0", "--batch", "1", "--beta-dpo", "5000")
     assert "warning: policy and reference differ before training" in capfd.readouterr().err
 
 
