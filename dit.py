@@ -588,7 +588,8 @@ class Linear32(nn.Linear):
     """A Linear computed in float32, whatever the types of weights and x, autocast or not."""
 
     def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):
+        device = "cpu" if x.is_meta else x.device.type  # there is no autocast for tensors on meta
+        with torch.autocast(device, enabled=False):
             return F.linear(x.float(), self.weight.float(), self.bias.float())
 
 

@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 README, RESULTS = (ROOT / "README.md").read_text(), (ROOT / "RESULTS.md").read_text()
 ALLOWED = {
     "torch", "einops", "safetensors", "open_clip", "transformers", "tqdm", "imageio", "numpy", "PIL",
-    "matplotlib", "tensorboard", "huggingface_hub", "sentencepiece", "ftfy", "torchvision", "modelscope", "wandb", "pyiqa", "av"}
+    "matplotlib", "tensorboard", "huggingface_hub", "sentencepiece", "ftfy",
+    "tokenizers", "torchvision", "modelscope", "wandb", "pyiqa", "av"}
 
 
 def commands():
