@@ -10,8 +10,6 @@ downloads.
     python bench.py sample --sample-steps 50     # a clip from noise to pixels, its text encoded
     python bench.py decode --base cogvideox-5b
     python bench.py tracks --base das            # drawing a tracking video
-    python bench.py fit --base wan2.1-t2v-1.3b --trained lora --grad-ckpt --frames 33 \
-        --height 240 --width 416 --dtype bf16    # what training and VADER would hold, by counting
 
 Sizes are the base's own on a GPU. A CPU gets the largest clip, and as many blocks of a
 transformer, whose weights fit into half of the free memory and whose step takes about --budget
@@ -39,7 +37,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import weakref
 from argparse import Namespace
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -49,9 +46,6 @@ from zlib import crc32
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from bases import (
@@ -86,8 +80,7 @@ class Case:
 
 def get_args(argv=None):
     p = Parser(__doc__)
-    p.add_argument("question", choices=[*QUESTIONS, "fit"],
-                   help="what to time; fit: how much memory a training step needs")
+    p.add_argument("question", choices=QUESTIONS, help="what to time")
     p.add_argument("--base", default="modelscope", choices=BASES, help="base network to time")
     p.options("pixels sampling", without=("--fps", "--eta", "--negative", "--cfg"))
     p.add_argument("--layers", type=p.COUNT, help="blocks of a transformer (default: the base's)")
@@ -126,84 +119,6 @@ def random_like(key, shape):
     if len(shape) > 1:
         return noise / max(1, n // shape[0]) ** 0.5
     return 0.1 * noise + float("norm" in key and key.endswith("weight"))
-
-
-# ---- what a step would hold, counted on tensors without numbers
-
-class Peak(TorchDispatchMode):
-    """Counts the bytes of the tensors that are alive, `now`, and at most, `top`."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.top = 0
-        self.seen = weakref.WeakSet()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
-            if storage is not None and storage not in self.seen:
-                self.seen.add(storage)
-                weakref.finalize(storage, self.freed, storage.nbytes())
-                self.now += storage.nbytes()
-                self.top = max(self.top, self.now)
-        return out
-
-    def freed(self, size):
-        self.now -= size
-
-
-def of_dtype(make, dtype):
-    """make() -> a frozen network of this type."""
-    torch.set_default_dtype(dtype)
-    try:
-        return make().requires_grad_(False)
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-def fit(args):
-    """Print the bytes of a LoRA or full training step and of a VADER step: weights, what trains
-    (fp32, with gradients and AdamW's moments), and the most that is alive besides them.
-
-    The text encoder is gone by then. What a GPU's libraries and allocator add is not counted.
-    """
-    row, sampling = base_row(args.base), choose_sampling(args.base, args)
-    if args.layers and type(row.net) in DEPTH:
-        row = fewer_blocks(row, args.layers)
-    case = Case(args, row, sampling)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.dtype, torch.float32)
-    with FakeTensorMode(), Peak() as peak, torch.autocast("cpu", dtype, dtype != torch.float32):
-        net = of_dtype(lambda: network(row), dtype)
-        weights = peak.now
-        if args.trained == "lora":
-            lora(net, row)
-        for p in net.parameters() if args.trained == "all" else ():
-            p.data = p.data.float()
-            p.requires_grad_(True)
-        net.grad_ckpt = args.grad_ckpt
-        trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
-        given, cond = inputs(case, "cpu")
-        before = peak.top = peak.now
-        net(*given, **cond).float().square().mean().backward()
-        rows = {"train": peak.top - before - 4 * trained}
-        net.zero_grad()
-        if args.trained == "lora":
-            vae = of_dtype(lambda: AUTOENCODERS[type(row.vae)](row.vae), dtype)
-            branches = {k: torch.cat([v, v]) for k, v in cond.items()}
-            held = peak.top = peak.now
-            out = net(*(torch.cat([v, v]) for v in given), **branches)  # guidance
-            x_0 = given[0] - out.chunk(2)[0]
-            vae.decode(x_0, [sampling.frames // 2]).float().mean().backward()
-            rows["vader"] = peak.top - before - 4 * trained
-            print(f"autoencoder {(held - before) / 1e9:.2f} GB, in vader's figure")
-    state = 16 * trained  # weights, gradients, two moments
-    frozen = weights if args.trained == "lora" else 0
-    print(args.base, "{} x {}x{},".format(*sampling.size), args.dtype or "fp32")
-    for name, held in rows.items():
-        print(f"{name}: {(frozen + state + held) / 1e9:.2f} GB: frozen weights {frozen / 1e9:.2f}, "
-              f"trained {trained / 1e6:.1f} M with gradients and moments {state / 1e9:.2f}, "
-              f"activations {held / 1e9:.2f}")
 
 
 @torch.no_grad()
@@ -609,9 +524,6 @@ def figures_of(runs, flops, best, clock):
 
 def main(argv=None):
     args = get_args(argv)
-    if args.question == "fit":
-        fit(args)
-        return
     torch.set_num_threads(args.threads)
     env = setup(args.device, args.dtype)
     case = fitted(args, env)
