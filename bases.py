@@ -40,8 +40,8 @@ from vae import (
     wan_vae_state)
 from weights import (
     PARTS, START, below, export_comfyui, export_diffusers, export_dreamvideo, export_peft, fetch,
-    load_checkpoint, load_safetensors,
-    load_strict, load_weights, lora_file, public_files, read_learned, replace_part, run_parts)
+    load_checkpoint, load_safetensors, load_strict, load_weights, lora_file, public_files,
+    read_learned, replace_part, run_parts)
 
 ASSETS = Path(__file__).parent / "assets"
 

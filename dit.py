@@ -21,6 +21,15 @@ from models import (
     zero_init)
 from weights import below, rename
 
+
+def init_linears(net):
+    """Xavier's weights and biases of zero for all linear layers: where STDiT3 and Wan start."""
+    for module in net.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+
+
 # ---- STDiT3: Open-Sora 1.2's transformer over space and time (github.com/hpcaitech/Open-Sora)
 
 @dataclass(frozen=True)
@@ -175,10 +184,7 @@ class STDiT3(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        init_linears(self)
         nn.init.normal_(self.fps_embedder.mlp[0].weight, std=0.02)
         zero_init(self.fps_embedder.mlp[2])
         for block in self.temporal_blocks:  # the network starts as an image model
@@ -707,10 +713,7 @@ class Wan(nn.Module):
 
     def init_weights(self):
         """As published, for training from scratch."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        init_linears(self)
         nn.init.xavier_uniform_(self.patch_embedding.weight.view(self.cfg.dim, -1))
         for layer in (*self.text_embedding[::2], *self.time_embedding[::2]):
             nn.init.normal_(layer.weight, std=0.02)

@@ -166,7 +166,7 @@ def main(argv=None):
     run = Run(args, "videodpo", trains="train" in stages)
     score_clip = omniscore.clip_scorer(args.base, sampling.size, args.score_weights,
                                        args.flow_weights, run.device, "score" in stages)
-    base = None  # scoring and pairing need none
+    base = None  # scoring and pairing need no network of the base
     if "generate" in stages or "train" in stages:
         dtype = run.dtype if args.rank else torch.float32  # what trains is fp32
         base = load_base(args.base, args.weights, run.device, dtype)

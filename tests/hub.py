@@ -7,6 +7,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
 import bases
@@ -78,6 +79,16 @@ def text_part(state):
 
 def image_part(state):
     return {k.removeprefix("visual."): v for k, v in state.items() if k.startswith("visual.")}
+
+
+def spiece_model(path):
+    """A small tokenizer of sentencepiece's, as T5's spiece.model -> `path`."""
+    spm = pytest.importorskip("sentencepiece")
+    words = ["a red ball moves to the left", "two blue squares", "The green ball, then the red one"] * 20
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(words), model_prefix=str(path.with_suffix("")), vocab_size=60, hard_vocab_limit=False,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
+    return path
 
 
 def prefixed(prefix, state):

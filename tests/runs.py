@@ -1,8 +1,11 @@
 """What tests of whole runs share: a run's files, and a kill in an evaluation. No tests here."""
 import pytest
+import test_transformers
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
+import bases
 from common import read_lines
 
 
@@ -18,6 +21,24 @@ def same_training(a, b):
     logs = [[row | {"seconds": 0} for row in read_lines(d / "log.jsonl")] for d in (a, b)]
     equal = all(torch.equal(v, tensors[1][k]) for k, v in tensors[0].items())
     return equal and tensors[0].keys() == tensors[1].keys() and logs[0] == logs[1]
+
+
+def on_small_base(method, name, public, monkeypatch, folder):
+    """The arguments of a run on the small network of a base with public file names, with one prompt (and first
+    frame). A method's preset for the base keeps to the small size."""
+    if name in test_transformers.NAMES:
+        test_transformers.small(monkeypatch, name)
+        weights = folder / "weights"
+        test_transformers.publish(weights, name)
+    else:
+        weights, _ = public(name)
+    row = bases.BASES[name]
+    size = dict(zip(("frames", "height", "width"), row.sample.size))
+    monkeypatch.setitem(method.PRESETS, name, method.PRESETS.get(name, {}) | size)
+    Image.new("RGB", (30, 20), (9, 99, 9)).save(folder / "first.png")
+    first = f"{folder / 'first.png'}|||" if row.first_frame else ""
+    (folder / "prompts.txt").write_text(f"{first}a red ball\n")
+    return ["--base", name, "--weights", str(weights), "--prompts", str(folder / "prompts.txt")]
 
 
 class Killed(Exception):

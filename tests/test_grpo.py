@@ -7,10 +7,8 @@ import subprocess
 
 import pytest
 import test_dist
-import test_transformers
 import torch
-from PIL import Image
-from runs import same_training
+from runs import on_small_base, same_training
 
 import bases
 import common
@@ -424,18 +422,7 @@ def test_each_reward_is_normalised_by_itself(monkeypatch, tmp_path):
 def small(public, monkeypatch, tmp_path):
     """name -> the arguments of one short step on a small network with public file names."""
     def get(name):
-        if name in test_transformers.NAMES:
-            test_transformers.small(monkeypatch, name)
-            folder = tmp_path / "weights"
-            test_transformers.publish(folder, name)
-        else:
-            folder, _ = public(name)
-        size = dict(zip(("frames", "height", "width"), bases.BASES[name].sample.size))
-        monkeypatch.setitem(grpo.PRESETS, name, grpo.PRESETS.get(name, {}) | size)
-        Image.new("RGB", (30, 20), (9, 99, 9)).save(tmp_path / "first.png")
-        first = f"{tmp_path / 'first.png'}|||" if bases.BASES[name].first_frame else ""
-        (tmp_path / "prompts.txt").write_text(f"{first}a red ball\n")
-        return ["--base", name, "--weights", str(folder), "--prompts", str(tmp_path / "prompts.txt"),
+        return [*on_small_base(grpo, name, public, monkeypatch, tmp_path),
                 "--reward", "brightness", "--steps", "1", "--batch", "2", "--accum", "1", "--group", "2", "--rank", "2",
                 "--sample-steps", "2", "--updates", "1", "--eval-n", "1", "--out", str(tmp_path / "run")]
     return get

@@ -581,18 +581,14 @@ def test_t5_equals_transformers(tmp_path):
 
 
 def test_t5_tokenizer(tmp_path, message):
-    spm = pytest.importorskip("sentencepiece")
-    words = ["a red ball moves to the left", "two blue squares", "The green ball, then the red one"] * 20
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(words), model_prefix=str(tmp_path / "spiece"), vocab_size=60,
-        hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
-    tokenize = t5_tokenizer(tmp_path / "spiece.model", 9)
+    tokenize = t5_tokenizer(hub.spiece_model(tmp_path / "spiece.model"), 9)
     ids = tokenize(["a red ball", "", "two blue squares " * 9])
     assert ids.shape == (3, 9) and ids.dtype == torch.long
     end = ids[0].tolist().index(1)
     assert (ids[0, :end] > 1).all() and (ids[0, end + 1:] == 0).all()
     assert ids[1].tolist() == [1] + 8 * [0]  # the empty prompt: the end, then padding
     assert (ids[2, :8] > 1).all() and ids[2, 8] == 1  # cut, but it ends
+    spm = pytest.importorskip("sentencepiece")
     pieces = spm.SentencePieceProcessor(model_file=str(tmp_path / "spiece.model"))
     assert pieces.decode(ids[0, :end].tolist()) == "a red ball"
     assert "spiece.model" in message(t5_tokenizer, tmp_path / "nowhere" / "spiece.model", 9)

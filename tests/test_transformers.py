@@ -50,7 +50,6 @@ def small(monkeypatch, name):
 
 def publish(folder, name):
     """Write the small base's files; CogVideoX's network and T5 in shards. -> {part: tensors to expect}"""
-    spm = pytest.importorskip("sentencepiece")
     row, expected = bases.BASES[name], {}
     kinds = {"net": (bases.NETWORKS, row.net), "vae": (bases.AUTOENCODERS, row.vae),
              "text": ({T5Config: text_encoders.T5Text}, row.text)}
@@ -65,10 +64,7 @@ def publish(folder, name):
         path = folder / (repo.split("/")[-1] if name == "opensora" else "") / file  # three have one name
         path.parent.mkdir(parents=True, exist_ok=True)
         if part == "tokenizer":
-            words = ["a red ball moves to the left", "two blue squares", "The green ball, the red one"] * 20
-            spm.SentencePieceTrainer.train(
-                sentence_iterator=iter(words), model_prefix=str(path.with_suffix("")), vocab_size=60,
-                hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
+            hub.spiece_model(path)
             continue
         state = {k: v.contiguous() for k, v in expected[part].items()}
         if part == "net" and name == "opensora":

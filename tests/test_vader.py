@@ -3,9 +3,9 @@ import json
 from dataclasses import replace
 
 import pytest
-import test_transformers
 import torch
 from PIL import Image
+from runs import on_small_base
 from safetensors.torch import load_file
 from test_effects import write
 from test_keys import on_meta, read
@@ -37,18 +37,7 @@ def lines(path):
 def small(public, monkeypatch, tmp_path):
     """name -> the arguments of one short step on a small network with public file names."""
     def get(name):
-        if bases.BASES[name].files and name in test_transformers.NAMES:
-            test_transformers.small(monkeypatch, name)
-            folder = tmp_path / "weights"
-            test_transformers.publish(folder, name)
-        else:
-            folder, _ = public(name)
-        size = dict(zip(("frames", "height", "width"), bases.BASES[name].sample.size))
-        monkeypatch.setitem(vader.PRESETS, name, vader.PRESETS.get(name, {}) | size)
-        Image.new("RGB", (30, 20), (9, 99, 9)).save(tmp_path / "first.png")
-        first = f"{tmp_path / 'first.png'}|||" if bases.BASES[name].first_frame else ""
-        (tmp_path / "prompts.txt").write_text(f"{first}a red ball\n")
-        return ["--base", name, "--weights", str(folder), "--prompts", str(tmp_path / "prompts.txt"),
+        return [*on_small_base(vader, name, public, monkeypatch, tmp_path),
                 "--reward", "brightness", "--steps", "1", "--accum", "1", "--rank", "2", "--sample-steps",
                 "2", "--eval-n", "1", "--sweep", "0", "--out", str(tmp_path / "run")]
     return get

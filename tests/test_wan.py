@@ -4,6 +4,7 @@ import gzip
 import json
 from pathlib import Path
 
+import hub
 import oracles
 import pytest
 import torch
@@ -440,11 +441,7 @@ def test_a_t5_is_no_umt5(message):
 def test_tokenizers_of_both_files_agree(tmp_path, message):
     spm = pytest.importorskip("sentencepiece")
     tokenizers = pytest.importorskip("tokenizers")
-    words = ["a red ball moves to the left", "two blue squares", "The green ball, then the red one"] * 20
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(words), model_prefix=str(tmp_path / "spiece"), vocab_size=60, hard_vocab_limit=False,
-        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
-    pieces = spm.SentencePieceProcessor(model_file=str(tmp_path / "spiece.model"))
+    pieces = spm.SentencePieceProcessor(model_file=str(hub.spiece_model(tmp_path / "spiece.model")))
     model = tokenizers.models.Unigram([(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(len(pieces))], 2)
     fast = tokenizers.Tokenizer(model)
     fast.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()

@@ -89,17 +89,11 @@ def clip_of_transformers(state):
 
 def publish(folder, name, layout, low_seed=7):
     """Write the small base's files as `layout` has them. -> {part: tensors to expect}"""
-    spm = pytest.importorskip("sentencepiece")
     row, expected = bases.BASES[name], {}
     for seed, (part, module) in enumerate(modules_of(row).items()):
         expected[part] = hub.random_state(module, low_seed if part == "low_net" else seed)
-    words = ["a red ball moves to the left", "two blue squares", "The green ball, the red one"] * 20
-    pieces = folder / "spiece"
     folder.mkdir(parents=True, exist_ok=True)
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(words), model_prefix=str(pieces), vocab_size=60, hard_vocab_limit=False, pad_id=0,
-        eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
-    model = pieces.with_suffix(".model").read_bytes()
+    model = hub.spiece_model(folder / "spiece.model").read_bytes()
     for part, url in row.files[layout].items():
         path = folder / url.split(":", 2)[2].removeprefix("split_files/")
         path.parent.mkdir(parents=True, exist_ok=True)

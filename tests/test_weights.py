@@ -348,7 +348,7 @@ STATES = [
     ("weights", {}), ("weights.a", NAN), ("weights.a", [1]), ("weights.a", BROAD), ("weights.a", torch.ones(2, 3).int()),
     ("moments", {}), ("moments", KeyError), ("moments.a", KeyError), ("moments.a.exp_avg", NAN), ("moments.a.exp_avg", BROAD),
     ("moments.a.exp_avg", KeyError), ("moments.a.exp_avg_sq", -torch.ones(2, 3)), ("moments.a.step", torch.tensor(torch.nan)),
-    ("moments.a.step", torch.tensor(-9.0)), ("ema", {}), ("ema.a", NAN), ("ema.a", BROAD), ("meta", None), ("meta.args", 3),
+    ("moments.a.step", torch.tensor(-9.0)), ("moments.a.step", torch.tensor(9e9)), ("ema", {}), ("ema.a", NAN), ("ema.a", BROAD), ("meta", None), ("meta.args", 3),
     ("meta.base", KeyError), ("scaler", {"scale": "x"}), ("scaler", {"scale": torch.nan}), ("more", 1)]
 
 
