@@ -569,7 +569,8 @@ OPTIONS = {
         "--eta": dict(type=SHARE, help="DDIM noise: 0 is deterministic, 1 is DDPM (default: the "
                                        "base's)"),
         "--shift": dict(type=POSITIVE, help="flow matching: moves the sampler's steps towards the "
-                                           "noise (default: the base's; small clips need less)"),
+                                           "noise (default: the base's; small clips need less); "
+                                           "training keeps the base's"),
         "--cfg": dict(type=REAL, help="guidance scale w in u + w (c - u); 1 turns guidance off "
                                       "(default: the base's)"),
     },

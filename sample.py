@@ -303,8 +303,8 @@ def check_conditions(args, row, sampling):
     if args.continuations and (not row.first_frame or row.tracks):
         raise UserError("--continue: only a base that makes video from an image alone goes on from "
                         "a frame")
-    if row.first_frame and args.judge and args.image:
-        raise UserError("--judge: brings its own first frames; leave --image out")
+    if row.takes_first_frame and args.judge and args.image:
+        raise UserError("--judge: chooses what its clips start from; leave --image out")
     if row.first_frame and not args.image and not args.prompts and not args.judge:
         raise UserError("image to video: give --image FILE, or --prompts of image|||caption lines")
     if args.track_strength is not None and not row.tracks:

@@ -219,3 +219,6 @@ def test_sizes_and_options(monkeypatch, message, tmp_path):
     assert "--image" in message(sample.main, ["--base", "wan2.1-i2v-14b-480p", *word])
     assert "no such condition" in message(sample.main, ["--base", "wan2.1-t2v-1.3b", "--low-cfg", "3", *word])
     assert "no such condition" in message(sample.main, ["--base", "modelscope", "--shift", "3", *word])
+    Image.new("RGB", (32, 32)).save(tmp_path / "image.png")  # it would not be read
+    judged = ["--base", "tiny-wan", "--judge", "2", "--image", str(tmp_path / "image.png"), "--out", str(tmp_path / "out")]
+    assert "leave --image out" in message(sample.main, judged)
