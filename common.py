@@ -768,6 +768,11 @@ class Run:
             kept = min(self.start + 1, self.args.steps) if self.resumed else 0
             keep_lines(self.out / "eval.jsonl", kept)
 
+    def adamw(self, params):
+        """The optimizer of these parameters or groups of them, by --lr, --betas and --wd."""
+        args = self.args
+        return torch.optim.AdamW(params, args.lr, args.betas, weight_decay=args.wd)
+
     def own(self):
         """Be the only run in --out from now on; called before anything is written."""
         own_folder(self.out)

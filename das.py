@@ -144,9 +144,9 @@ def main(argv=None):
     train_branch(base.net, run.dtype)
     base.net.grad_ckpt = args.grad_ckpt
     base.net.train()
-    net = parallelize(base.net, args.parallel, run.device, args.offload)
+    net = parallelize(base.net, args, run.device)
     params = trained({"": base.net})
-    opt = torch.optim.AdamW(params.values(), args.lr, args.betas, weight_decay=args.wd)
+    opt = run.adamw(params.values())
     meta = dict(tracking_blocks=args.tracking_blocks, sample=sampling.metadata())
     run.attach(opt, params, [net], base.parts(), meta, ema_decay=args.ema)
     if args.cache_latents:

@@ -190,13 +190,13 @@ def main(argv=None):
     train_motion(base, args.encoder_from, run.dtype)
     base.net.grad_ckpt = args.grad_ckpt
     base.net.train()
-    shards = args.parallel, run.device, args.offload, args.zero == 3
+    shards = args, run.device, args.zero == 3
     net = parallelize(base.net, *shards)
     base.motion_encoder = encoder = parallelize(base.motion_encoder, *shards)
     blocks, words = trained({"": net}), trained({"motion_encoder.": encoder})
     groups = [dict(params=list(blocks.values())),
               dict(params=list(words.values()), lr_factor=args.encoder_lr / args.lr)]
-    opt = torch.optim.AdamW(groups, args.lr, args.betas, weight_decay=args.wd)
+    opt = run.adamw(groups)
     run.attach(opt, blocks | words, [net, encoder], base.parts(),
                dict(sample=sampling.metadata()), ema_decay=args.ema)
 

@@ -174,11 +174,11 @@ def main(argv=None):
     base.net.train()
     net = base.net
     if args.stage != "token":  # the text tower is done, too
-        net = parallelize(base.net, args.parallel, run.device, args.offload)
+        net = parallelize(base.net, args, run.device)
         base.remember(texts, run.env)
     params = trained({"": net}) | word
     learning = [p for p in params.values() if p.requires_grad]
-    opt = torch.optim.AdamW(learning, args.lr, args.betas, weight_decay=args.wd)
+    opt = run.adamw(learning)
     run.attach(opt, params, [net], base.parts() | {"word": nn.ParameterList(word.values())},
                dict(stage=args.stage, sample=sampling.metadata()))
 

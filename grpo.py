@@ -232,9 +232,9 @@ def main(argv=None):
     base.tokenize(texts)  # refuses words that the tiny world does not know
     add_lora(base.net, args.rank, args.alpha, args.lora_targets)
     base.net.grad_ckpt = args.grad_ckpt
-    net = parallelize(base.net, args.parallel, run.device, args.offload)
+    net = parallelize(base.net, args, run.device)
     params = trained({"": net})
-    opt = torch.optim.AdamW(params.values(), args.lr, args.betas, weight_decay=args.wd)
+    opt = run.adamw(params.values())
     sampling = replace(sampling, eta=base.row.sample.eta)
     run.attach(opt, params, [net], base.parts(), dict(sample=sampling.metadata()))
     base.remember(texts, run.env)  # every text is encoded once; then the text tower goes

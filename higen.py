@@ -131,9 +131,9 @@ def main(argv=None):
     base = load(args, run)
     clips.check_words(base)
     # images leave out the layers over time
-    net = parallelize(base.net, args.parallel, run.device, args.offload, unused=True)
+    net = parallelize(base.net, args, run.device, unused=True)
     params = trained({"": net})
-    opt = torch.optim.AdamW(params.values(), args.lr, args.betas, weight_decay=args.wd)
+    opt = run.adamw(params.values())
     meta = dict(sample=sampling.metadata())
     run.attach(opt, params, [net], base.parts(), meta, ema_decay=args.ema)
     clips.open(run, base, lambda video, _: {"alike": likeness(base, run.env, video)})

@@ -161,7 +161,7 @@ def main(argv=None):
         base.tokenize([*texts, *(caption for _, _, caption in rows)])
     nets = train(args, run, base)
     net, params = nets[""], trained(nets)
-    opt = torch.optim.AdamW(params.values(), args.lr, args.betas, weight_decay=args.wd)
+    opt = run.adamw(params.values())
     meta = dict(sample=sampling.metadata())
     run.attach(opt, params, list(nets.values()), base.parts(), meta, ema_decay=args.ema)
     if args.cache_latents:
@@ -212,11 +212,12 @@ def train(args, run, base):
     if trains_encoders(args):
         encoders = {"text_encoder": base.text_encoder, "image_encoder": base.image_encoder}
     base.train_net(args, run.dtype, also=[name.replace("_", " ") for name in encoders])
-    nets = {"": parallelize(base.net, args.parallel, run.device, args.offload)}
+    nets = {"": parallelize(base.net, args, run.device)}
     for name, encoder in encoders.items():
         if encoder is not None:
-            nets[f"{name}."] = parallelize(encoder.requires_grad_(True), "ddp", run.device)
-            setattr(base, name, nets[f"{name}."])
+            encoder = parallelize(encoder.requires_grad_(True), args, run.device, whole=True)
+            nets[f"{name}."] = encoder
+            setattr(base, name, encoder)
     return nets
 
 

@@ -212,9 +212,9 @@ def main(argv=None):
     if lora:
         start_from_lora(base.net, *lora)
     base.net.grad_ckpt = args.grad_ckpt
-    net = parallelize(base.net, args.parallel, run.device, args.offload)
+    net = parallelize(base.net, args, run.device)
     params = trained({"": net})
-    opt = torch.optim.AdamW(params.values(), args.lr, args.betas, weight_decay=args.wd)
+    opt = run.adamw(params.values())
     meta = dict(sample=sampling.metadata())
     run.attach(opt, params, [net], base.parts(), meta)
     base.remember(texts, run.env)  # every text is encoded once; then the text tower goes

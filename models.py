@@ -1111,7 +1111,7 @@ def lora_strength(net, strength):
             layer.lora_scale = scale
 
 
-def frozen_copy(net, dtype, mode, device, offload=False):
+def frozen_copy(net, dtype, args, device):
     """The network as it is before all its weights are trained; sharded with fsdp.
 
     dtype: of the layers whose weights autocast would cast anyway; norms and tables keep theirs,
@@ -1121,7 +1121,7 @@ def frozen_copy(net, dtype, mode, device, offload=False):
     for module in frozen.modules() if dtype else ():
         if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             module.to(dtype)
-    return parallelize(frozen, mode, device, offload) if mode == "fsdp" else frozen
+    return parallelize(frozen, args, device) if args.parallel == "fsdp" else frozen
 
 
 def without_lora(net):
@@ -1326,21 +1326,22 @@ def start_from_lora(net, path, scale=1.0):
 
 # ---- many GPUs
 
-def parallelize(net, mode, device, offload=False, reshard=True, unused=False):
+def parallelize(net, args, device, reshard=True, unused=False, whole=False):
     """Wrap a network for data parallel training; call the returned network in rollouts and losses.
 
-    mode: "ddp" (a full copy on each GPU) or "fsdp" (FSDP2: block by block, then the rest; frozen
-    weights may have another type than trained ones). offload: FSDP's shards, their gradients and
-    the optimizer's state stay in CPU memory. reshard False: ZeRO-2. unused: a step may leave out
-    parts of the network. A single process without FSDP gets its network back unchanged.
+    --parallel ddp: a full copy on each GPU, with `whole` always; fsdp: FSDP2, block by block, then
+    the rest (frozen weights may have another type than trained ones), with --offload its shards,
+    their gradients and the optimizer's state in CPU memory. reshard False: ZeRO-2. unused: a step
+    may leave out parts of the network. A single process without FSDP gets its network back
+    unchanged.
     """
     if not torch.distributed.is_initialized():
         return net
     meet()  # a machine may have downloaded for an hour
-    if mode == "fsdp":
+    if args.parallel == "fsdp" and not whole:
         from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
         policy = {} if reshard else {"reshard_after_forward": False}
-        if offload:
+        if args.offload:
             policy["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
         for block in net.units():
             fully_shard(block, **policy)

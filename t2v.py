@@ -161,14 +161,14 @@ def main(argv=None):
     clips.check_words(base)
     # TF-T2V's layers for an image stay unused
     unused = base.row.unet.style_image
-    net = parallelize(base.net, args.parallel, run.device, args.offload, unused=unused)
+    net = parallelize(base.net, args, run.device, unused=unused)
     nets = {"": net}
     if trains_text(args):
-        base.text_encoder = parallelize(base.text_encoder, "ddp", run.device)
+        base.text_encoder = parallelize(base.text_encoder, args, run.device, whole=True)
         nets["text_encoder."] = base.text_encoder
     params = trained(nets)
     groups = parameter_groups(base.net, params, args.spatial_lr)
-    opt = torch.optim.AdamW(groups, args.lr, args.betas, weight_decay=args.wd)
+    opt = run.adamw(groups)
     meta = dict(sample=sampling.metadata(), schedule=schedule)
     run.attach(opt, params, list(nets.values()), base.parts(), meta, ema_decay=args.ema)
     clips.open(run, base, texts=None if trains_text(args) else ())

@@ -120,9 +120,9 @@ def main(argv=None):
     base = load(args, run)
     clips.check_words(base)
     has_image = base.row.unet.style_image  # layers that image steps leave out
-    net = parallelize(base.net, args.parallel, run.device, args.offload, unused=has_image)
+    net = parallelize(base.net, args, run.device, unused=has_image)
     params = trained({"": net})
-    opt = torch.optim.AdamW(params.values(), args.lr, args.betas, weight_decay=args.wd)
+    opt = run.adamw(params.values())
     meta = dict(sample=sampling.metadata())
     run.attach(opt, params, [net], base.parts(), meta, ema_decay=args.ema)
 

@@ -134,9 +134,9 @@ def main(argv=None):
     base, flow = load(args, run)
     clips.check_words(base)
     # images leave out the encoders of maps
-    net = parallelize(base.net, args.parallel, run.device, args.offload, unused=True)
+    net = parallelize(base.net, args, run.device, unused=True)
     params = trained({"": net})
-    opt = torch.optim.AdamW(params.values(), args.lr, args.betas, weight_decay=args.wd)
+    opt = run.adamw(params.values())
     meta = dict(sample=sampling.metadata())
     run.attach(opt, params, [net], base.parts(), meta, ema_decay=args.ema)
 

@@ -201,13 +201,13 @@ def train(run, base, sampling, score_clip, pairs, held_out):
     if args.rank:  # the reference is the network without LoRA, or a copy
         add_lora(base.net, args.rank, args.alpha, args.lora_targets)
     else:
-        frozen = frozen_copy(base.net, run.dtype, args.parallel, run.device, args.offload)
+        frozen = frozen_copy(base.net, run.dtype, args, run.device)
         base.net.requires_grad_(True)
     base.net.grad_ckpt = args.grad_ckpt
-    net = parallelize(base.net, args.parallel, run.device, args.offload)
+    net = parallelize(base.net, args, run.device)
     reference = without_lora(net) if args.rank else frozen
     params = trained({"": net})
-    opt = torch.optim.AdamW(params.values(), args.lr, args.betas, weight_decay=args.wd)
+    opt = run.adamw(params.values())
     run.attach(opt, params, [net], base.parts(), dict(sample=sampling.metadata()))
     weights = torch.tensor([pair_weight(score, args.reweight) for score in pairs.scores])
     pairs = encode_pairs(run, base, sampling, pairs, "train")

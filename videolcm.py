@@ -195,7 +195,7 @@ def main(argv=None):
     net, teacher, target, meta = student_teacher_target(args, run, base)
     params = trained({"": net})
     target_params = {k: p for k, p in target.named_parameters() if k in params}
-    opt = torch.optim.AdamW(params.values(), args.lr, args.betas, weight_decay=args.wd)
+    opt = run.adamw(params.values())
     meta["sample"] = sampling.metadata()
     run.attach(
         opt, params, [net], base.parts(), meta, ema=target_params, ema_decay=args.ema)
@@ -251,7 +251,7 @@ def read_clips(args, sampling):
 def student_teacher_target(args, run, base):
     """-> the student that trains, wrapped by DDP or FSDP; the frozen teacher: a copy of the
     base, or with LoRA the student with its branches off; the target; metadata."""
-    place, targets = (args.parallel, run.device, args.offload), list(args.lora_targets)
+    place, targets = (args, run.device), list(args.lora_targets)
     if args.cfg_range:
         add_guidance(base, GUIDANCE_DIM)  # a layer for the scale, zero at first
         targets.append("time_cond_proj")

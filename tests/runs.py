@@ -1,4 +1,6 @@
 """What tests of whole runs share: a run's files, and a kill in an evaluation. No tests here."""
+from argparse import Namespace
+
 import pytest
 import test_transformers
 import torch
@@ -7,6 +9,11 @@ from safetensors.torch import load_file
 
 import bases
 from common import read_lines
+
+
+def spread(mode):
+    """The options that models.parallelize() reads."""
+    return Namespace(parallel=mode, offload=False)
 
 
 def files(folder, *kinds):

@@ -12,6 +12,7 @@ import hub
 import numpy as np
 import pytest
 import torch
+from runs import spread
 from safetensors.torch import load_file
 
 import bases
@@ -356,7 +357,7 @@ def test_zero_2_keeps_whole_weights_until_the_backward_pass(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     encoder = tinyworld.TinyText(["a"])
     for reshard in (False, True):
-        models.parallelize(encoder, "fsdp", torch.device("cpu"), reshard=reshard)
+        models.parallelize(encoder, spread("fsdp"), torch.device("cpu"), reshard=reshard)
     assert seen == [{"reshard_after_forward": False}] * 2 + [{}] * 2
 
 

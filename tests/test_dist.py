@@ -139,13 +139,14 @@ def test_two_nodes_meet(tmp_path):
 
 DOUBLE = """
 import sys
-sys.path.insert(0, {root!r})
+sys.path[:0] = [{root!r}, {tests!r}]
 import argparse
 import torch, torch.distributed as dist
 import bases, t2v
 from common import Env, FiniteGuard, SampleNumbers, average_gradients, full, generator, trained
 from data import read_batches
 from models import add_lora, parallelize
+from runs import spread
 from pipeline import draw_latents, encode_clips
 from tinyworld import TinyWorld
 
@@ -158,7 +159,7 @@ def run(mode, env, accum, rank):
     else:
         base.net.requires_grad_(True)
     base.net.grad_ckpt = True
-    net = parallelize(base.net, mode, env.device) if mode else base.net
+    net = parallelize(base.net, spread(mode), env.device) if mode else base.net
     params = trained({{"": net}})
     opt = torch.optim.AdamW(params.values(), 1e-3)
     args = argparse.Namespace(batch=1, accum=accum, steps=5, offset_noise=0.1, timesteps="uniform",
@@ -197,7 +198,7 @@ dist.destroy_process_group()
 @pytest.mark.parametrize("processes", [2, 4])
 def test_in_float64_many_processes_equal_one(processes, tmp_path):
     script = tmp_path / "double.py"
-    script.write_text(DOUBLE.format(root=str(ROOT), bound=1e-12))
+    script.write_text(DOUBLE.format(root=str(ROOT), tests=str(ROOT / "tests"), bound=1e-12))
     done = subprocess.run(command(processes, str(script)), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
 
@@ -209,6 +210,7 @@ import torch, torch.distributed as dist
 from common import full
 from dit import CogVideoX
 from models import parallelize
+from runs import spread
 from test_cogvideox import SMALL, filled, inputs
 torch.manual_seed(0)
 args, cond = inputs()
@@ -218,7 +220,7 @@ one(*args, **cond).square().mean().backward()
 for mode in ("ddp", "fsdp"):
     net = filled(CogVideoX(SMALL))
     net.grad_ckpt = True
-    net = parallelize(net, mode, torch.device("cpu"))
+    net = parallelize(net, spread(mode), torch.device("cpu"))
     mine = {{k: v[rank:rank + 1] for k, v in cond.items()}}
     net(*(a[rank:rank + 1] for a in args), **mine).square().mean().backward()
     pairs = [(full(p.grad), q.grad) for p, q in zip(net.parameters(), one.parameters())]

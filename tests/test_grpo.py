@@ -301,13 +301,13 @@ import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import argparse
 import torch, torch.distributed as dist
-import bases, grpo, models, test_grpo
+import bases, grpo, models, runs, test_grpo
 dist.init_process_group("gloo")
 torch.manual_seed(0)
 base = bases.load_base("tiny")
 models.add_lora(base.net, 4, 4.0, ["to_q", "to_v"])
 base.net.grad_ckpt = True
-net = models.parallelize(base.net, "fsdp", torch.device("cpu"))
+net = models.parallelize(base.net, runs.spread("fsdp"), torch.device("cpu"))
 sampling = grpo.replace(base.row.sample, sample_steps=3, cfg=2.0)
 clips, updates = test_grpo.rolled(base, range(2), sampling)
 args = argparse.Namespace(updates=2, clip_ratio=1e-4, even_steps=True, kl=0.1)
