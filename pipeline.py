@@ -358,9 +358,7 @@ def show(run, name, videos, prompts, fps, row=None, sheet=None, headers=None, fi
     of the picture (None: the clips), with column headers; files: number of clips to write.
     """
     if row is not None:
-        run.record(name, row)
-    if name == "after" and "judge" in (row or {}):
-        say_what_changed(run)
+        record(run, name, row)
     contact_sheet(list(videos[:16]) if sheet is None else sheet, run.out / f"{name}.png",
                   list(prompts[:16]), headers=headers)
     for i, video in enumerate(videos[:files]):
@@ -369,10 +367,12 @@ def show(run, name, videos, prompts, fps, row=None, sheet=None, headers=None, fi
         run.log.video(run.done, f"held-out/{i}", to_uint8(video), fps, prompts[i])
 
 
-def say_what_changed(run):
-    """Print, in plain words, what a run on a tiny base did to the clips of its held-out prompts."""
+def record(run, name, row):
+    """run.record(). After the last evaluation of a run on a tiny base say, in plain words, what it
+    did to the clips of its held-out prompts."""
+    run.record(name, row)
     rows = read_lines(run.out / "eval.jsonl")
-    if len(rows) < 2 or rows[0]["step"] > 0:
+    if name != "after" or "judge" not in row or len(rows) < 2 or rows[0]["step"] > 0:
         return
     was, now = rows[0]["judge"], rows[-1]["judge"]
     flaws = [flaw for flaw in FLAW_SHARES if was[flaw] or now[flaw]]

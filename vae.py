@@ -883,21 +883,26 @@ class Chain(nn.Sequential):
 
 
 class FrameConv(nn.Conv3d):
-    """nn.Conv3d. On a CPU one output frame at a time: oneDNN rounds otherwise for another number of
-    frames, and is not faster for many.
+    """nn.Conv3d. On a CPU it makes the output frames of one latent frame at a time (`together`, see
+    WanVAE), however long the chunk is: oneDNN rounds otherwise for another number of frames.
 
     alone: the first output frame sees zeros and one frame, so that the others need no work.
     """
+    together = 1
 
     def forward(self, x, alone=False):
         if x.device.type != "cpu":
             return super().forward(x)
-        length, out = self.kernel_size[0], []
-        for i in range(0, x.shape[2] - length + 1, self.stride[0]):
+        length, stride, out = self.kernel_size[0], self.stride[0], []
+        frames = (x.shape[2] - length) // stride + 1
+        over = frames % self.together  # a clip's first frame, or where a part of a clip begins
+        for i, n in enumerate([1] * over + [self.together] * (frames // self.together)):
+            i = i if i < over else over + (i - over) * self.together
             first = length - 1 if alone and i == 0 else 0  # tap
-            out.append(F.conv3d(x[:, :, i + first:i + length], self.weight[:, :, first:], self.bias,
-                                self.stride, self.padding))
-        return torch.cat(out, dim=2)
+            seen = x[:, :, i * stride + first:(i + n - 1) * stride + length]
+            out.append(F.conv3d(
+                seen, self.weight[:, :, first:], self.bias, self.stride, self.padding))
+        return torch.cat(out, dim=2) if len(out) > 1 else out[0]
 
 
 class WanConv(FrameConv):
@@ -1127,6 +1132,14 @@ class WanVAE(TiledAutoencoder):
         self.encoder, self.decoder = wan_encoder(cfg), wan_decoder(cfg)
         self.conv1 = FrameConv(2 * cfg.z_channels, 2 * cfg.z_channels, 1)
         self.conv2 = FrameConv(cfg.z_channels, cfg.z_channels, 1)
+        frames = cfg.time_factor  # per latent frame
+        for layer in (*self.encoder.modules(), *self.decoder.modules()):
+            if isinstance(layer, WanHalve):
+                frames //= 2
+            if isinstance(layer, FrameConv):
+                layer.together = frames
+            if isinstance(layer, WanDouble):
+                frames *= 2
 
     def mean_std(self, like):
         """Of the latents' channels, (c,1,1,1) each."""

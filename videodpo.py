@@ -37,7 +37,7 @@ from bases import choose_sampling, load_base
 from diffusion import noised, randn
 from models import add_lora, frozen_copy, parallelize, without_lora
 from pipeline import (
-    cache_latents, generate_folder, plan_stages, sample_held_out, training_conditions)
+    cache_latents, generate_folder, plan_stages, record, sample_held_out, training_conditions)
 
 # The released configs/vc2_dpo (all weights of VideoCrafter2) and four clips per prompt
 PAPER = dict(
@@ -292,7 +292,7 @@ def evaluate_policy(run, loss_of, base, sampling, held_out, prompts, score_clip,
         was = omniscore.saved(run.out / "before")
         better = [a["total"] > b["total"] for a, b in zip(now, was)]
         row |= omniscore.means(now) | {"wins": sum(better) / len(better)}
-    run.record(name, row)
+    record(run, name, row)
 
 
 if __name__ == "__main__":
