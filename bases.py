@@ -937,7 +937,7 @@ def tiny_state(row, part):
     state = {k.removeprefix(f"{part}."): v for k, v in tensors.items() if k.startswith(f"{part}.")}
     if not state:
         raise UserError(f"{path} is missing or holds no {part}: check out the repository whole, or "
-                        "train it (README, 'The tiny world')")
+                        "train it (docs/tinyworld.md)")
     if part == "text":
         table = state["token_embedding.weight"]
         if row.motion_words < 1:

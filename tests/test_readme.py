@@ -1,4 +1,4 @@
-"""README.md and RESULTS.md are true: commands parse, line counts match, figures are those of results/."""
+"""README.md, docs/ and RESULTS.md are true: commands parse, links lead somewhere, figures are those of results/."""
 import ast
 import importlib
 import json
@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README, RESULTS = (ROOT / "README.md").read_text(), (ROOT / "RESULTS.md").read_text()
+PAGES = {file: file.read_text() for file in (ROOT / "README.md", ROOT / "RESULTS.md", *ROOT.glob("docs/**/*.md"))}
 ALLOWED = {
     "torch", "einops", "safetensors", "open_clip", "transformers", "tqdm", "imageio", "numpy", "PIL",
     "matplotlib", "tensorboard", "huggingface_hub", "sentencepiece", "ftfy",
@@ -18,8 +19,8 @@ ALLOWED = {
 
 
 def commands():
-    """Every `python x.py ...` or `torchrun ... x.py ...` of the README and of the files' docstrings."""
-    text = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S))
+    """Every `python x.py ...` or `torchrun ... x.py ...` of the pages and of the files' docstrings."""
+    text = "\n".join(block for page in PAGES.values() for block in re.findall(r"```bash\n(.*?)```", page, re.S))
     files = sorted(ROOT.glob("*.py"))
     text += "\n".join(ast.get_docstring(ast.parse(f.read_text())) or "" for f in files)
     lines = [x.strip().split(" && ")[-1].split("   ")[0].split("  #")[0] for x in text.splitlines()]
@@ -41,7 +42,28 @@ def test_there_are_commands_to_check():
     assert len(commands()) > 15
 
 
-def test_the_file_table_is_whole():
+def test_the_readme_is_short():
+    lines = README.splitlines()
+    assert len(lines) <= 160
+    assert not [line for line in lines if len(line) > 120 and not line.startswith("|")]
+
+
+def anchors(page):
+    """GitHub's names of a page's headings."""
+    titles = re.findall(r"^#+ (.*)$", page, re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_links_lead_somewhere():
+    for file, page in PAGES.items():
+        for link in re.findall(r"\]\((?!https?:)([^)]+)\)", page):
+            path, _, anchor = link.partition("#")
+            target = file.parent / path if path else file
+            assert target.exists(), f"{file.name}: {link}"
+            assert not anchor or anchor in anchors(target.read_text()), f"{file.name}: {link}"
+
+
+def test_the_file_tables_are_whole():
     rows = re.findall(r"^\| `([\w.]+\.py)` \|", README, re.M)
     assert len(rows) == len(set(rows)) and set(rows) == {f.name for f in ROOT.glob("*.py")}
 
