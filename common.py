@@ -599,8 +599,8 @@ OPTIONS = {
         "--rank": dict(type=NATURAL, default=16, help="LoRA rank; 0 trains all weights, where the "
                                                       "method allows it"),
         "--alpha": dict(type=POSITIVE, default=16.0, help="LoRA is scaled by alpha / rank"),
-        "--lora-targets": dict(nargs="+", default=["to_q", "to_k", "to_v", "to_out.0"],
-                               help="names of the linear layers that get LoRA branches"),
+        "--lora-targets": dict(nargs="+", help="names of the linear layers that get LoRA branches "
+                                               "(default: the network's attentions)"),
     },
     "machine": {
         "--device": dict(help="cuda, cuda:1, mps or cpu (default: cuda if there is one)"),
@@ -760,6 +760,8 @@ class Run:
         self.own()
         self.done = self.start
         lora = {k: v for k, v in vars(self.args).items() if k in ("rank", "alpha", "lora_targets")}
+        if lora:  # without --lora-targets, the network's own
+            lora["lora_targets"] = lora["lora_targets"] or parts["net"].lora_targets
         self.meta = dict({"rank": 0} | lora | meta, method=self.method, base=self.args.base)
         self.numbers = SampleNumbers(self.args, self.env, self.start, self.samples_read)
         self.guard = FiniteGuard(self.env)

@@ -55,12 +55,12 @@ OPENSORA = dict(
 WAN = dict(
     noise="flow", sample_steps=20, cfg=4.5, group=8, steps_trained=("share", 0.99),
     clip_ratio=1e-3, kl=0.004, even_steps=False, frames=33, height=240, width=416, accum=16,
-    lr=1e-4, rank=32, alpha=64.0, lora_targets=["q", "k", "v", "o"])
+    lr=1e-4, rank=32, alpha=64.0)
 TINY = dict(  # the gradients of later updates are all noise, see docs/differences/grpo.md
     reward="tiny", sample_steps=5, cfg=1.0, group=8, steps_trained=("first", 2), updates=1,
     steps=20, batch=16, accum=4, lr=3e-3, rank=8, alpha=8.0, eval_n=64, grad_ckpt=False)
 PRESETS = {"opensora": OPENSORA, "wan2.1-t2v-1.3b": WAN, "tiny": TINY, "tiny-clean": TINY,
-           "tiny-wan": TINY | dict(lora_targets=WAN["lora_targets"])} | (
+           "tiny-wan": TINY} | (
     dict.fromkeys(("tiny-i2v", "tiny-cogvideox"), TINY | dict(reward="temporal", eval_n=32)))
 LEVELS = {"ddim": 1.0, "cps": 0.8, "flow": 0.7, "dance": 0.3}  # published, of --eta
 

@@ -648,6 +648,7 @@ def fits(cfg, f, h, w) -> bool:
 
 class UNet3D(nn.Module):
     """The VGen family's UNet; ModelScope T2V by default."""
+    lora_targets = "to_q", "to_k", "to_v", "to_out.0"  # what --lora-targets is if it is not given
 
     def __init__(self, cfg=UNetConfig()):
         super().__init__()
@@ -1066,18 +1067,21 @@ def with_motion_blocks(state, net, source):
 def add_lora(net, rank, alpha, targets):
     """Freeze `net` and give each layer whose name ends in one of `targets` a LoRA branch. -> names
 
+    targets None: the network's own, its class's lora_targets.
+
     The branch of `layer` is `layer.lora_A.weight` and `layer.lora_B.weight`, in fp32; B starts at
     zero. On a convolution A has its kernel, stride and padding, and B is 1x1 (as in T2V-Turbo). A
     rank above a layer's width is cut to that.
     """
     net.requires_grad_(False)
+    targets = targets or net.lora_targets
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     layers = {n: m for n, m in net.named_modules()
               if isinstance(m, kinds) and any(f".{n}".endswith(f".{target}") for target in targets)}
     for target in targets:
         if not any(f".{n}".endswith(f".{target}") for n in layers):
             raise UserError(f"--lora-targets {target}: no layer of the network has such a name "
-                            "(try to_q to_k to_v to_out.0 net.2; Wan: q k v o ffn.0 ffn.2)")
+                            f"(its attentions: {' '.join(net.lora_targets)}; the default)")
     for layer in layers.values():
         new = dict(bias=False, device=layer.weight.device, dtype=torch.float32)
         cout, cin = layer.weight.shape[:2]

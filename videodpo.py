@@ -48,7 +48,7 @@ TINY = dict(  # without guidance clips take half the time, score higher and diff
     beta_dpo=100.0, steps=40, batch=8, accum=1, lr=2e-3, lr_schedule="cosine", rank=16,
     eval_n=128, workers=0, save_every=40, log_every=10, grad_ckpt=False)
 
-PRESETS = {"tiny": TINY, "tiny-wan": TINY | dict(lora_targets=["q", "k", "v", "o"])}
+PRESETS = {"tiny": TINY, "tiny-wan": TINY}
 
 
 def get_args(argv=None):

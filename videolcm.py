@@ -251,7 +251,7 @@ def read_clips(args, sampling):
 def student_teacher_target(args, run, base):
     """-> the student that trains, wrapped by DDP or FSDP; the frozen teacher: a copy of the
     base, or with LoRA the student with its branches off; the target; metadata."""
-    place, targets = (args, run.device), list(args.lora_targets)
+    place, targets = (args, run.device), list(args.lora_targets or base.net.lora_targets)
     if args.cfg_range:
         add_guidance(base, GUIDANCE_DIM)  # a layer for the scale, zero at first
         targets.append("time_cond_proj")
