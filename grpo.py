@@ -34,7 +34,7 @@ from dataclasses import replace
 import torch
 from torch.utils.data import default_collate
 
-from bases import choose_sampling, load_base
+from bases import choose_sampling, start_base
 from diffusion import FLOW_SAMPLERS, log_prob, policy, sampler_updates
 from models import add_lora, lora_strength, parallelize
 from pipeline import evaluate_reward, guided_net, read_items, recorded_rollout
@@ -227,7 +227,7 @@ def main(argv=None):
     reward.check(prompts)
 
     # a frozen base, LoRA branches on its attentions
-    base = load_base(args.base, args.weights, run.device, run.dtype)
+    base = start_base(run, run.dtype)
     texts = [*(prompt + sampling.suffix for prompt in prompts), sampling.negative]
     base.tokenize(texts)  # refuses words that the tiny world does not know
     add_lora(base.net, args.rank, args.alpha, args.lora_targets)

@@ -25,8 +25,8 @@ from torch.utils.checkpoint import checkpoint
 
 from common import UserError, is_finite, is_plain, meet, seed_of
 from weights import (
-    bare_keys, below, load_strict, looks_like, lora_format, named_lora, open_weights, rename,
-    turbo_lora)
+    DIFFERENCES, bare_keys, below, load_strict, looks_like, lora_format, named_lora, open_weights,
+    rename, turbo_lora)
 
 # ---- layers shared by all networks
 
@@ -1201,14 +1201,38 @@ def lora_pairs(net, lora, path):
     return pairs
 
 
+def plain_lora(net, path, scale=1.0):
+    """A LoRA file, peft's, diffusers', ComfyUI's, kohya's or T2V-Turbo's -> the same `scale` times
+    under our names, for merge_public_lora(): each layer has its alpha, and no config is needed."""
+    state, text = open_weights(path)
+    if lora_format(state) == "turbo":
+        lora, scales, differences = turbo_lora(state, turbo_lora_layers(net), path), {}, {}
+    elif lora_format(state) == "named":
+        lora, scales, differences = named_lora(state, text, path, public_layers(net))
+    else:
+        raise UserError(f"--lora {path}: no plain LoRA: {looks_like(state)}; it goes to sample.py "
+                        "--lora, or to --lora of its own method")
+    plain = {}
+    for layer, (down, up) in lora_pairs(net, lora, path).items():
+        alpha = torch.tensor(scale * scales.get(layer, 1.0) * len(down))
+        plain |= {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up,
+                  f"{layer}.alpha": alpha}
+    ends = {parameter: end for end, parameter in DIFFERENCES.items()}
+    for key, value in differences.items():
+        layer, _, parameter = key.rpartition(".")
+        plain[layer + ends[parameter]] = scale * value.float()
+    return plain
+
+
 @torch.no_grad()
-def merge_public_lora(net, path, scale=1.0):
+def merge_public_lora(net, path, scale=1.0, opened=None):
     """Add a LoRA file of any known format to the weights; see weights.named_lora().
 
     InstructVideo's file also holds the base's weights, which replace the network's. DreamVideo's
-    adapters are no LoRA: they fill the network's own and have no scale.
+    adapters are no LoRA: they fill the network's own and have no scale. opened: what
+    open_weights(path) gives, if it was read before.
     """
-    state, text = open_weights(path)
+    state, text = opened or open_weights(path)
     kind, scales = lora_format(state), {}
     if kind == "named":
         lora, scales, differences = named_lora(state, text, path, public_layers(net))

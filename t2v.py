@@ -40,7 +40,7 @@ Differences from the original code (the others: docs/differences/t2v.md)
 from common import Parser, Run, UserError, run_command, trained  # first: for signals
 import torch
 
-from bases import base_row, choose_sampling, load_base
+from bases import base_row, choose_sampling, start_base
 from diffusion import diffusion_loss, draw_noise, make_schedule
 from models import (
     TemporalConv, TemporalTransformer, UNetConfig, forget_motion, parallelize, seed_dropout)
@@ -224,7 +224,7 @@ def load(args, run):
     What is trained is kept in fp32. A resumed run's weights come later.
     """
     dtype = run.dtype if args.rank else torch.float32
-    base = load_base(args.base, args.weights, run.device, dtype, args.scratch)
+    base = start_base(run, dtype, args.scratch)
     if args.forget_motion:
         forget_motion(base.net)
     schedule = None

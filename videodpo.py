@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 
 import omniscore
-from bases import choose_sampling, load_base
+from bases import choose_sampling, start_base
 from diffusion import noised, randn
 from models import add_lora, frozen_copy, parallelize, without_lora
 from pipeline import (
@@ -169,7 +169,7 @@ def main(argv=None):
     base = None  # scoring and pairing need no network of the base
     if "generate" in stages or "train" in stages:
         dtype = run.dtype if args.rank else torch.float32  # what trains is fp32
-        base = load_base(args.base, args.weights, run.device, dtype)
+        base = start_base(run, dtype)
         base.freeze(run.dtype, but=[] if args.rank else ["net"])
         texts = [row[-1] for part in pairs if part for row in part.rows]
         texts = [text + sampling.suffix for text in sum(prompts.values(), texts)]

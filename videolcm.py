@@ -49,7 +49,7 @@ import models
 import pipeline
 import rewards
 import tinyworld
-from bases import add_guidance, base_row, choose_sampling, load_base
+from bases import add_guidance, base_row, choose_sampling, start_base
 from diffusion import consistency, guided, randn
 
 GUIDANCE_DIM = 256  # numbers that tell the student the scale, as in T2V-Turbo
@@ -189,7 +189,7 @@ def main(argv=None):
         reward.check([*captions, *prompts])
 
     dtype = run.dtype if args.rank else torch.float32  # what trains is kept in fp32
-    base = load_base(args.base, args.weights, run.device, dtype)
+    base = start_base(run, dtype)
     texts = [*captions, *(prompt + sampling.suffix for prompt in prompts), sampling.negative]
     base.tokenize(texts)  # refuses words that the tiny world does not know
     net, teacher, target, meta = student_teacher_target(args, run, base)
