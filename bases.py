@@ -705,6 +705,7 @@ class Base:
     learned: dict = field(default_factory=dict)
     encoded: dict = field(default_factory=dict)  # {(prompt, motion): tokens (n, d)}, see remember()
     low_net: nn.Module | None = None
+    init: list = field(default_factory=list)  # checksums of what --init put on it
 
     def sampling_schedule(self, sampling):
         """Its noise schedule with the shift of these settings, for the sampler."""
@@ -1075,8 +1076,10 @@ def start_base(run, dtype, scratch=False, tracks=0, motion=False, **options) -> 
             raise UserError(f"--init {args.init}: {run.method}.py copies layers of the public "
                             f"base; it can only start from a run of its own")
     run.init = [(link.checksum, link.kept) for link in links]
-    return load_base(args.base, args.weights, run.device, dtype, scratch, tracks=tracks,
+    base = load_base(args.base, args.weights, run.device, dtype, scratch, tracks=tracks,
                      motion=motion, links=links, **options)
+    base.init = [checksum for checksum, _ in run.init]
+    return base
 
 
 def put_link(base, link):

@@ -164,7 +164,7 @@ def load(args, run):
     """-> the base in training mode; what is trained is kept in fp32."""
     dtype = run.dtype if args.rank else torch.float32
     base = start_base(run, dtype, image=True)
-    if base.row.tiny and not (run.resumed or args.rank):
+    if base.row.tiny and not (run.resumed or args.rank or args.init):
         fit_resampler(base)
     base.train_net(args, run.dtype)
     return base

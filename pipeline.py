@@ -325,6 +325,7 @@ def generate_folder(base, env: Env, folder, prompts, n, sampling, batch, seed, r
         raise UserError(f"{folder} already holds clips: --resume goes on, --out FOLDER starts anew")
     about = folder / "settings.json"
     wanted = dict(sampling.metadata(), base=base.name, n=n, seed=seed, batch=batch, prompts=prompts)
+    wanted |= {"init": base.init} if base.init else {}
     wanted = json.dumps(wanted, indent=1)
     if about.exists() and about.read_text("utf-8") != wanted:
         raise UserError(f"{folder}: its clips were made with other options or prompts: give the "

@@ -4,26 +4,30 @@ import shutil
 from argparse import Namespace
 from pathlib import Path
 
+import hub
 import pytest
+import test_keys
+import test_transformers
 import torch
-import vader
 from runs import on_small_base, same_training
 from safetensors.torch import load_file, save_file
 
 import bases
+import das
 import sample
+import vader
 from common import INIT, crc32
-from models import add_lora, merge_lora
-from weights import load_checkpoint, write_lora
+from models import add_lora, merge_lora, merge_public_lora
+from weights import load_checkpoint, lora_file, write_lora
 
 TARGETS = ["to_q", "to_out.0"]
 VADER = ["--base", "tiny", "--batch", "1", "--sample-steps", "2", "--eval-n", "1", "--sweep", "0", "--no-grad-ckpt",
          "--rank", "2", "--device", "cpu"]
 
 
-def write_run(folder, rank=0, base="tiny", init=(), seed=0):
+def write_run(folder, rank=0, base="tiny", init=(), seed=0, net=None):
     """A run of one step that trained all weights of a base's network, or a LoRA; init: runs it started from."""
-    net, g = bases.load_base(base).net, torch.Generator().manual_seed(seed)
+    net, g = net or bases.load_base(base).net, torch.Generator().manual_seed(seed)
     if rank:
         add_lora(net, rank, 2.0 * rank, TARGETS)
     tensors = {k: v + 0.05 * torch.randn(v.shape, generator=g) for k, v in net.named_parameters()
@@ -107,6 +111,40 @@ def test_a_chain_of_lora_is_exported_as_one(form, tmp_path):
     assert all(torch.allclose(2 * half[k] - plain[k], v, atol=1e-5) for k, v in whole.items())
 
 
+@pytest.mark.parametrize("name", ["modelscope", "cogvideox-2b"])
+def test_diffusers_takes_an_export(name, monkeypatch, tmp_path):
+    """Its pipeline for a transformer; for a UNet, which it has no loader for, peft."""
+    diffusers, peft = pytest.importorskip("diffusers"), pytest.importorskip("peft")
+    unet, rank = name == "modelscope", 40  # wider than some layers
+    row = (hub if unet else test_transformers).small(monkeypatch, name)
+    net = test_keys.filled(bases.NETWORKS[type(row.net)](row.net))
+    if unet:
+        peer = diffusers.UNet3DConditionModel(
+            block_out_channels=(32, 64), layers_per_block=1, attention_head_dim=16, cross_attention_dim=32,
+            down_block_types=("CrossAttnDownBlock3D",) * 2, up_block_types=("CrossAttnUpBlock3D",) * 2).eval()
+        peer.load_state_dict(hub.to_diffusers(net.state_dict(), peer, 1))
+    else:
+        peer = test_keys.cogvideox_peer(diffusers, row.net)
+        peer.load_state_dict(net.state_dict())
+    write_run(tmp_path / "run", rank, name, net=net)
+    net.load_state_dict(load_file(tmp_path / "run" / "ckpt.safetensors"), strict=False)
+    bases.main(["--export", "diffusers", str(tmp_path / "run"), str(tmp_path / "lora")])
+    x, t, text = torch.randn(2, 4, 3, 8, 12), torch.tensor([7, 900]), torch.randn(2, 8, 32)
+    if unet:
+        theirs = peft.PeftModel.from_pretrained(peer, str(tmp_path / "lora")).eval()
+    else:
+        pipe = diffusers.CogVideoXPipeline(None, None, None, peer, diffusers.CogVideoXDDIMScheduler())
+        pipe.load_lora_weights(str(tmp_path / "lora"))
+    with torch.no_grad():
+        ours = net(x, t, text)
+        out = theirs(x, t, text).sample if unet else peer(x.transpose(1, 2), text, t).sample.transpose(1, 2)
+        test_keys.close(ours, out)
+        merge_lora(net)
+    fresh = test_keys.filled(bases.NETWORKS[type(row.net)](row.net))
+    merge_public_lora(fresh, lora_file(str(tmp_path / "lora"))[0])
+    assert same(fresh.state_dict(), net.state_dict(), 1e-5)
+
+
 def test_a_run_on_a_public_lora_keeps_it(tmp_path):
     """peft's folder, whose scale stands in a config beside the file, at half strength."""
     layer = "input_blocks.1.1.transformer_blocks.0.attn1.to_q"
@@ -142,7 +180,6 @@ def test_merged_weights_are_a_start_and_a_base(public, monkeypatch, tmp_path, me
 
 
 def test_a_branch_of_copies_starts_from_its_own_kind(tmp_path, message):
-    import das
     write_run(tmp_path / "run", 2, "tiny-cogvideox")
     text = message(das.main, ["--base", "tiny-cogvideox", "--init", str(tmp_path / "run"), "--out", str(tmp_path / "o")])
     assert "das.py copies layers of the public base" in text
