@@ -1,24 +1,30 @@
 """The table of base models, and load_base(): a base's network, autoencoder, text tower, schedule.
 
-    python bases.py                                       # print the table
-    python bases.py --download NAME                       # fetch a base's public files
-    python bases.py --export-peft FOLDER --ckpt RUN       # write a run's LoRA for peft
-    python bases.py --export-diffusers FOLDER --ckpt RUN  # for pipelines of diffusers
-    python bases.py --export-comfyui FOLDER --ckpt RUN    # for ComfyUI
-    python bases.py --export-adapters FOLDER --ckpt RUN   # write DreamVideo's file of a run
+    python bases.py                                # print the table
+    python bases.py --download NAME                # fetch a base's public files
+    python bases.py --export FORMAT RUN OUT        # write a run's LoRA for another program
+    python bases.py --merge RUN OUT --weights W    # write its whole network, in the public layout
+
+FORMAT: diffusers (load_lora_weights() of its pipelines; for UNets, which it gives no LoRA loader,
+PeftModel.from_pretrained(pipe.unet, OUT)), comfyui, kohya, original (peft's folder for the original
+code's network), or dreamvideo (a word or adapters as DreamVideo's own file). RUN may be
+FOLDER:STEP. LoRA runs that RUN started from (--init) are in the file, too.
 
 Public files are downloaded, or read from the folder --weights, in the original or in diffusers'
 layout.
 """
-from common import Parser, UserError, run_command  # first: for signals
+from common import (  # first: for signals
+    INIT, STATES, Parser, UserError, crc32, run_command, warn, write_atomic)
 import os
-from contextlib import suppress
+import re
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffusion import FLOW_SAMPLERS, make_schedule, number_of_updates
@@ -26,8 +32,9 @@ from dit import (
     PATCH, CogVideoX, CogVideoXConfig, STDiT3, STDiT3Config, Wan, WanConfig, cogvideox_state,
     stdit3_state, wan_diffusers_name, wan_state)
 from models import (
-    UNet3D, UNetConfig, add_lora, fits, merge_public_lora, read_peft_lora, unet_state,
-    videocrafter_name, with_motion_blocks, with_new_conditions, zero_init)
+    UNet3D, UNetConfig, add_lora, fits, merge_lora, merge_public_lora, plain_lora, read_peft_lora,
+    unet_diffusers_name, unet_state, videocrafter_name, with_motion_blocks, with_new_conditions,
+    zero_init)
 from text_encoders import (
     UMT5_XXL, WAN_CLIP, CLIPConfig, OpenCLIPText, OpenCLIPVision, T5Config, T5Text, clean_text,
     image_state, placeholder_id, t5_state, t5_tokenizer, text_state, tokenize)
@@ -39,9 +46,9 @@ from vae import (
     Tiles, VAEConfig, WanVAE, WanVAEConfig, cogvideox_vae_state, opensora_vae_state, vae_state,
     wan_vae_state)
 from weights import (
-    PARTS, START, below, export_comfyui, export_diffusers, export_dreamvideo, export_peft, fetch,
-    load_checkpoint, load_safetensors, load_strict, load_weights, lora_file, public_files,
-    read_learned, replace_part, run_parts)
+    PARTS, START, below, export_dreamvideo, fetch, load_checkpoint, load_safetensors, load_strict,
+    load_weights, lora_file, lora_format, name_of, open_weights, public_files, read_learned,
+    replace_part, run_file, run_meta, run_parts, write_lora)
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -648,13 +655,15 @@ def choose_sampling(name, args, run=None, method=None, **fixed) -> Sampling:
     """The sampling settings for base `name`: its own, then a run's, then flags, then `fixed`.
 
     args: a parsed command line. Its options count that have the name of a field and are not None.
-    run: the settings that a checkpoint holds. Sizes that do not fit and bases that the method
-    does not run on are refused here, before anything is loaded.
+    run: the settings that a checkpoint holds, by default --init's. Sizes that do not fit and bases
+    that the method does not run on are refused here, before anything is loaded.
     """
     row = base_row(name)
     if method and method not in row.methods:
         known = ", ".join(n for n, r in BASES.items() if method in r.methods)
         raise UserError(f"--base {name}: {method}.py does not run on it; it runs on {known}")
+    if method and args.init:
+        run = init_sampling(name, args)
     names = {f.name for f in fields(Sampling)}
     given = {k: v for k, v in vars(args).items() if k in names and v is not None}
     for option in ("fps", "motion_factor", "appearance_factor", "motion_cfg", "dynamic_cfg",
@@ -696,6 +705,7 @@ class Base:
     learned: dict = field(default_factory=dict)
     encoded: dict = field(default_factory=dict)  # {(prompt, motion): tokens (n, d)}, see remember()
     low_net: nn.Module | None = None
+    init: list = field(default_factory=list)  # checksums of what --init put on it
 
     def sampling_schedule(self, sampling):
         """Its noise schedule with the shift of these settings, for the sampler."""
@@ -822,7 +832,7 @@ def token_of(name, word) -> int:
 
 
 def load_base(name, weights=None, device="cpu", dtype=torch.float32, scratch=False, start=False,
-              tracks=0, motion=False, image=False) -> Base:
+              tracks=0, motion=False, image=False, links=()) -> Base:
     """Build a base and load its public weights: all parts frozen, in eval mode and in `dtype`.
 
     weights: folder of the public files (original or diffusers layout); None: assets/ (tiny) or
@@ -830,8 +840,11 @@ def load_base(name, weights=None, device="cpu", dtype=torch.float32, scratch=Fal
     network, and tiny encoders, at their random start. start: image to video may start from
     ModelScope's files. tracks: number of tracking blocks to add. motion: with DEMO's motion
     blocks and motion encoder, copies of the base's own layers where it has none. image: with the
-    image tower in the text tower's file.
+    image tower in the text tower's file. links: what is put on the base, the first one first.
     """
+    for meta in (link.meta for link in links if link.meta):
+        start, motion = start or not meta["rank"], motion or meta["method"] == "demo"
+        tracks = tracks or meta.get("tracking_blocks", 0)
     row = base_row(name, tracks)
     files = dict(public_files(name, row, weights, start))  # its errors come before any work
     copied = motion and not row.unet.motion_blocks
@@ -853,6 +866,8 @@ def load_base(name, weights=None, device="cpu", dtype=torch.float32, scratch=Fal
     base = Base(name, row, parts["net"], parts["vae"], parts["text"],
                 make_schedule(**row.schedule), ids_of, parts.get("image"), parts.get("motion_text"))
     base.low_net = parts.get("low_net")
+    for link in links:
+        put_link(base, link)
     base.freeze(dtype)  # before it moves: float32 on the GPU would be the run's peak
     base.to(device)
     for module in base.parts().values():
@@ -950,10 +965,186 @@ def tiny_state(row, part):
     return state
 
 
+# ---- what lies on a base: a run, and what it started from (--init)
+
+@dataclass
+class Link:
+    """One thing to put on a base: a run of ours, a public LoRA, or whole public weights.
+
+    tensors: under our names; meta: of a run. kept: what the folder of a run that starts from it
+    gets, see common.keep_init(): the file, or of a LoRA, whose config may be beside it, tensors.
+    """
+    file: Path
+    tensors: dict
+    meta: dict | None = None
+    kept: Path | dict | None = None
+
+    @property
+    def checksum(self) -> str:
+        return str(crc32(self.tensors, ""))
+
+
+def init_file(text):
+    """--init RUN, RUN:STEP, FILE or FILE:SCALE -> path of the file, scale."""
+    run = text.rpartition(":")[0]
+    return lora_file(str(run_file(text)) if os.path.isdir(run) else text)
+
+
+def read_link(name, file, scale=1.0) -> Link:
+    """A file that --init names, or a run's copy of it, if it fits the network of base `name`."""
+    meta = run_meta(file)
+    if meta:
+        check_same_base(name, file, meta)
+        return Link(file, *load_checkpoint(file), kept=file)
+    with torch.device("meta"):
+        row = base_row(name)
+        net = NETWORKS[type(row.net)](row.net)  # for its names and shapes
+    if lora_format(open_weights(file)[0]):
+        tensors = plain_lora(net, file, scale)
+        return Link(file, tensors, kept=tensors)
+    if scale != 1:
+        raise UserError(f"{file}: whole weights have no scale; leave out :{scale:g}")
+    tensors = CONVERT[type(net)](below(load_weights(file), *PARTS["net"]), net, file)
+    load_strict(net, tensors, file)
+    return Link(file, tensors, kept=tensors if file.suffix == ".json" else file)  # of shards
+
+
+def check_same_base(name, file, meta):
+    """Refuse a run on another base."""
+    if meta["base"] != name:
+        raise UserError(f"{file}: a run on base {meta['base']}, not {name}; give --base "
+                        f"{meta['base']}")
+
+
+def read_chain(name, folder, checksums) -> list:
+    """What a run started from, [Link], from its own folder; checksums: its metadata's "init"."""
+    links = []
+    for k, checksum in enumerate(checksums):
+        file = Path(folder, INIT.format(k))
+        if not file.exists():
+            raise UserError(f"{file}: missing; the run started from it (--init), and nothing else "
+                            "has it: copy the whole folder of the run")
+        links.append(read_link(name, file))
+        if links[-1].checksum != checksum:
+            raise UserError(f"{file}: not what the run started from (its checksum differs): copy "
+                            "the whole folder of the run again")
+    return links
+
+
+def read_init(args, state) -> list:
+    """--init -> [Link], the first lies on the base; state: of a resumed run, which has copies."""
+    if state:
+        return read_chain(args.base, args.out, state["meta"].get("init", ()))
+    file, scale = init_file(args.init)
+    link = read_link(args.base, file, scale)
+    before = link.meta.get("init", ()) if link.meta else ()
+    return [*read_chain(args.base, file.parent, before), link]
+
+
+def init_sampling(name, args) -> dict:
+    """The sampling settings of the run that --init names; {} of other files. Reads no tensors."""
+    resumed = args.resume and any(Path(args.out, state).exists() for state in STATES)
+    copies = sorted(Path(args.out).glob(INIT.format("*"))) if resumed else []
+    with as_init():
+        file = copies[-1] if copies else init_file(args.init)[0]
+        meta = run_meta(file)
+        if meta:
+            check_same_base(name, file, meta)
+    return meta["sample"] if meta else {}
+
+
+@contextmanager
+def as_init():
+    """Context in which errors of what other flags read, too, speak of --init."""
+    try:
+        yield
+    except UserError as e:
+        raise UserError(re.sub(r"^(--lora |--ckpt |(?!--))", "--init ", str(e))) from None
+
+
+def start_base(run, dtype, scratch=False, tracks=0, motion=False, **options) -> Base:
+    """load_base() for a training run, on its device, with what --init names on it."""
+    args, links = run.args, []
+    if args.init:
+        if scratch:
+            raise UserError("--init: --scratch starts from random weights; leave one of them out")
+        with as_init():
+            links = read_init(args, run.state)
+        row, methods = base_row(args.base), [link.meta["method"] for link in links if link.meta]
+        copies = (motion and not row.unet.motion_blocks) or (tracks and not row.tracks)
+        if copies and run.method not in methods:
+            raise UserError(f"--init {args.init}: {run.method}.py copies layers of the public "
+                            f"base; it can only start from a run of its own")
+    run.init = [(link.checksum, link.kept) for link in links]
+    base = load_base(args.base, args.weights, run.device, dtype, scratch, tracks=tracks,
+                     motion=motion, links=links, **options)
+    base.init = [checksum for checksum, _ in run.init]
+    return base
+
+
+def put_link(base, link):
+    """Put a link on a base that is on the CPU. LoRA is merged, in fp32."""
+    base.net.float()
+    if link.meta:
+        put_run(base, link.file, link.tensors, link.meta)
+    elif any(".lora_A." in k for k in link.tensors):
+        merge_public_lora(base.net, link.file, opened=(link.tensors, {}))
+    else:
+        load_strict(base.net, link.tensors, link.file)
+
+
+def put_run(base, path, tensors, meta):
+    """Put the trained tensors of a run, load_checkpoint(path), into its base, on the CPU."""
+    if meta.get("guidance_dim"):
+        add_guidance(base, meta["guidance_dim"])
+    if meta["rank"]:
+        add_lora(base.net, meta["rank"], meta["alpha"], meta["lora_targets"])
+    modules = {"net": base.net, "text": base.text_encoder, "image": base.image_encoder,
+               "motion": base.motion_encoder}
+    parts = run_parts(tensors)
+    words = parts.pop("learned")
+    base.learn({base.token_of(word): vectors for word, vectors in words.items()}, path)
+    for part, state in parts.items():
+        ours = modules[part].state_dict() if state and modules[part] else {}
+        wrong = [k for k, v in state.items() if k not in ours or ours[k].shape != v.shape]
+        if part == "net" and meta["rank"]:
+            wrong += [k for k in ours if ".lora_" in k and k not in state]
+        if wrong:
+            raise UserError(f"--ckpt {path}: does not fit base {base.name}: {len(wrong)} tensors "
+                            f"are not its own, missing or of another shape, first {wrong[0]}")
+        if state:
+            modules[part].float().load_state_dict(state, strict=False)
+    merge_lora(base.net)
+    base.schedule = make_schedule(**meta["schedule"]) if meta.get("schedule") else base.schedule
+
+
+def run_links(path, tensors, meta) -> list:
+    """The result of load_checkpoint(path) -> [Link], what the run started from and the run."""
+    folder = Path(path) if Path(path).is_dir() else run_file(str(path)).parent
+    return [*read_chain(meta["base"], folder, meta.get("init", ())), Link(path, tensors, meta)]
+
+
+def load_run(path, tensors, meta, weights, base=None):
+    """The result of load_checkpoint(path) -> the run's base in fp32 on the CPU, with what the run
+    started from and its trained tensors.
+
+    base: a base that already holds another run of the same start, to load this one into.
+    """
+    if base:
+        put_run(base, path, tensors, meta)
+        return base
+    links = run_links(path, tensors, meta)
+    # a run of all weights holds the whole network, whatever it started from
+    scratch = bool(not meta["rank"] and len(links) == 1 and meta["args"].get("scratch"))
+    return load_base(meta["base"], weights, "cpu", torch.float32, scratch, links=links)
+
+
 # ---- what methods add to a base
 
 def add_guidance(base, dim):
     """Give a base's UNet T2V-Turbo's input for a guidance scale, `dim` numbers, zero at first."""
+    if base.row.unet.guidance_dim == dim:
+        return  # of a run that it started from
     base.row = replace(base.row, net=replace(base.row.net, guidance_dim=dim))
     like = base.net.time_embed[0].weight
     base.net.cfg = replace(base.net.cfg, guidance_dim=dim)
@@ -976,13 +1167,75 @@ def read_lora(name, text):
 
 # ---- the command
 
-def public_name(name, key):
-    """Key of our LoRA -> that in peft's file for the public network (VideoCrafter2: VADER's)."""
-    net = base_row(name).net
-    if isinstance(net, WanConfig):
+FORMATS = "diffusers", "comfyui", "kohya", "original", "dreamvideo"  # of --export
+
+
+def public_name(name, key, diffusers=False):
+    """Key of our network -> that in base `name`'s original file, or in diffusers' class for it."""
+    row = base_row(name)
+    if not diffusers:
+        crafter = isinstance(row.net, UNetConfig) and row.net.temporal_linear
+        return f"model.diffusion_model.{videocrafter_name(key)}" if crafter else key
+    if isinstance(row.net, WanConfig):
         return wan_diffusers_name(key)
-    crafter = isinstance(net, UNetConfig) and net.temporal_linear
-    return f"model.diffusion_model.{videocrafter_name(key)}" if crafter else key
+    if isinstance(row.net, CogVideoXConfig):
+        return key
+    if not any("diffusers" in other.files for other in BASES.values() if other.net == row.net):
+        raise UserError(f"--export diffusers: it has no network like that of {name}; choose "
+                        "comfyui, kohya or original")
+    return unet_diffusers_name(key, row.net.num_res_blocks)
+
+
+def lora_of_run(run):
+    """A run's LoRA and those that it started from, as one -> {layer: (A, B)}, the scale in B, and
+    its base's name."""
+    path, found = run_file(run), {}
+    tensors, meta = load_checkpoint(path)
+    for link in run_links(path, tensors, meta):
+        own, lora = link.meta, run_parts(link.tensors)["net"]
+        if own and not own["rank"] or not all(k.endswith((".lora_A.weight", ".lora_B.weight",
+                                                          ".alpha")) for k in lora):
+            raise UserError(f"{link.file}: holds whole weights, no LoRA to export; --merge writes "
+                            "the whole network")
+        for key in (k for k in lora if ".lora_A." in k):
+            layer, down = key.removesuffix(".lora_A.weight"), lora[key]
+            up = lora[key.replace(".lora_A.", ".lora_B.")]
+            scale = own["alpha"] / own["rank"] if own else lora[f"{layer}.alpha"] / len(down)
+            found.setdefault(layer, []).append((down, scale * up))
+    pairs = {layer: tuple(zip(*parts)) for layer, parts in found.items()}  # of A, of B
+    return {k: (torch.cat(a), torch.cat(b, 1)) for k, (a, b) in pairs.items()}, meta["base"]
+
+
+def export(form, run, folder):
+    """Write a run's LoRA in one of FORMATS. -> the file"""
+    if form not in FORMATS:
+        raise UserError(f"--export {form}: no such format; choose from {', '.join(FORMATS)}")
+    if form == "dreamvideo":
+        return export_dreamvideo(run, folder, token_of)
+    pairs, base = lora_of_run(run)
+    peft = form == "original" or form == "diffusers" and isinstance(base_row(base).net, UNetConfig)
+    named = {}
+    for layer, pair in pairs.items():
+        name = public_name(base, f"{layer}.weight", form == "diffusers").removesuffix(".weight")
+        named[name if peft else name.removeprefix("model.diffusion_model.")] = pair
+    return write_lora(named, "peft" if peft else form, folder, base)
+
+
+def merge(run, folder, weights):
+    """Write the whole network of a run, what it started from merged in, in fp32. -> the file
+
+    It has the name that --weights looks for, and is a file for --init.
+    """
+    tensors, meta = load_checkpoint(run_file(run))
+    others = [part for part, state in run_parts(tensors).items() if state and part != "net"]
+    if others:
+        warn(f"--merge {run}: holds more than a network, which is left out: {', '.join(others)}")
+    name, net = meta["base"], load_run(run, tensors, meta, weights).net
+    files = next(iter(base_row(name).files.values()), {"net": f"::{name}"})
+    path = Path(folder, name_of(files["net"])).with_suffix(".safetensors")
+    state = {public_name(name, k): v.contiguous() for k, v in net.state_dict().items()}
+    write_atomic(path, lambda p: save_file(state, p))
+    return path
 
 
 def pack(name, run):
@@ -1013,43 +1266,26 @@ def download(name):
 def get_args(argv=None):
     p = Parser(__doc__)
     p.add_argument("--download", metavar="NAME", help="fetch the public files of this base")
-    p.add_argument("--pack", metavar="NAME",
-                   help="put network and encoders of the --scratch run --ckpt into "
+    p.add_argument("--export", nargs=3, metavar=("FORMAT", "RUN", "OUT"),
+                   help="write the LoRA of a run into folder OUT as diffusers, comfyui, kohya or "
+                        "original (peft) have it, or DreamVideo's file (dreamvideo)")
+    p.add_argument("--merge", nargs=2, metavar=("RUN", "OUT"),
+                   help="write the whole network of a run into folder OUT, in the public layout")
+    p.options("base", only=["--weights"])
+    p.add_argument("--pack", nargs=2, metavar=("NAME", "RUN"),
+                   help="put network and encoders of a --scratch run into "
                         "assets/NAME.safetensors")
-    p.add_argument("--export-peft", metavar="FOLDER",
-                   help="write the LoRA of the run --ckpt for peft")
-    p.add_argument("--export-diffusers", metavar="FOLDER",
-                   help="write the LoRA of the run --ckpt, on a transformer, for diffusers")
-    p.add_argument("--export-comfyui", metavar="FOLDER",
-                   help="write the LoRA of the run --ckpt for ComfyUI")
-    p.add_argument("--export-adapters", metavar="FOLDER",
-                   help="write the word or the adapters of the run --ckpt as DreamVideo's own file")
-    p.add_argument("--ckpt", metavar="RUN", help="folder of the run to pack or export")
-    args = p.parse_args(argv)
-    wanted = (args.pack, args.export_peft, args.export_diffusers, args.export_comfyui,
-              args.export_adapters)
-    if any(wanted) != bool(args.ckpt):
-        raise UserError("--ckpt RUN: goes with one of --pack NAME, --export-peft, "
-                        "--export-diffusers, --export-comfyui and --export-adapters FOLDER")
-    return args
+    return p.parse_args(argv)
 
 
 def main(argv=None):
     args = get_args(argv)
-    if args.export_adapters:
-        print(export_dreamvideo(args.ckpt, args.export_adapters, token_of))
-    elif args.export_peft:
-        export_peft(args.ckpt, args.export_peft, public_name)
-    elif args.export_diffusers:
-        name = load_checkpoint(args.ckpt)[1]["base"]
-        if isinstance(base_row(name).net, UNetConfig):
-            raise UserError(f"--export-diffusers: {name} is no transformer; --export-peft is for "
-                            "UNets")
-        export_diffusers(args.ckpt, args.export_diffusers, public_name)
-    elif args.export_comfyui:
-        export_comfyui(args.ckpt, args.export_comfyui)
+    if args.export:
+        print(export(*args.export))
+    elif args.merge:
+        print(merge(*args.merge, args.weights))
     elif args.pack:
-        pack(args.pack, args.ckpt)
+        pack(*args.pack)
     elif args.download:
         download(args.download)
     else:

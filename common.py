@@ -208,10 +208,11 @@ SCHEDULE_FIELDS = dict(
     scale=[(float, 1e-3, 1e3), (float, 1e-3, 1e3), (int, 1, 10 ** 4)])
 # what a resumed run may not change; the number of processes, --batch and --accum may
 SAME = dict(
-    base=str, stage=str, rank=(int, 0, 10 ** 6), alpha=(float, 1e-12, 1e9), lora_targets=[str],
-    tracking_blocks=(int, 0, 1000), seed=(int, 0, 2 ** 64))
-META_FIELDS = dict(
-    SAME, method=str, step=(int, 0, 10 ** 9), guidance_dim=(int, 0, 10 ** 5),
+    base=str, init=str, stage=str, rank=(int, 0, 10 ** 6), alpha=(float, 1e-12, 1e9),
+    lora_targets=[str], tracking_blocks=(int, 0, 1000), seed=(int, 0, 2 ** 64))
+# init: checksums of init-0.safetensors, init-1 ... beside the checkpoint, see keep_init()
+META_FIELDS = SAME | dict(
+    init=[str], method=str, step=(int, 0, 10 ** 9), guidance_dim=(int, 0, 10 ** 5),
     sample=SAMPLE_FIELDS, schedule=SCHEDULE_FIELDS, args=dict(SAME, scratch=bool))
 
 
@@ -526,6 +527,9 @@ OPTIONS = {
     "base": {
         "--base": dict(help="base model; `python bases.py` lists them"),
         "--weights": dict(help="folder with the base's public weights (default: download them)"),
+        "--init": dict(metavar="RUN|FILE",
+                       help="what to start from: a run on this base, FOLDER[:STEP], or a public "
+                            "file, of LoRA (FILE[:SCALE]) or weights (default: the base alone)"),
         "--out": dict(help="folder of this run: checkpoints, log, pictures"),
         "--resume": dict(action="store_true", help="continue the run in --out, exactly"),
     },
@@ -599,8 +603,8 @@ OPTIONS = {
         "--rank": dict(type=NATURAL, default=16, help="LoRA rank; 0 trains all weights, where the "
                                                       "method allows it"),
         "--alpha": dict(type=POSITIVE, default=16.0, help="LoRA is scaled by alpha / rank"),
-        "--lora-targets": dict(nargs="+", default=["to_q", "to_k", "to_v", "to_out.0"],
-                               help="names of the linear layers that get LoRA branches"),
+        "--lora-targets": dict(nargs="+", help="names of the linear layers that get LoRA branches "
+                                               "(default: the network's attentions)"),
     },
     "machine": {
         "--device": dict(help="cuda, cuda:1, mps or cpu (default: cuda if there is one)"),
@@ -723,6 +727,7 @@ class Run:
         self.env = setup(args.device, args.dtype, args.seed, args.parallel, args.offload)
         self.resumed, self.stopped = self.state is not None, False
         self.totals, self.saved = {}, None
+        self.init = []  # what --init puts on the base, see bases.start_base()
         self.together = False  # else one process may have worked for the others
 
     @property
@@ -760,7 +765,13 @@ class Run:
         self.own()
         self.done = self.start
         lora = {k: v for k, v in vars(self.args).items() if k in ("rank", "alpha", "lora_targets")}
+        if lora:  # without --lora-targets, the network's own
+            lora["lora_targets"] = lora["lora_targets"] or parts["net"].lora_targets
         self.meta = dict({"rank": 0} | lora | meta, method=self.method, base=self.args.base)
+        if self.init:
+            self.meta["init"] = [checksum for checksum, _ in self.init]
+        if self.main and not self.resumed:
+            keep_init(self.out, [source for _, source in self.init])
         self.numbers = SampleNumbers(self.args, self.env, self.start, self.samples_read)
         self.guard = FiniteGuard(self.env)
         self.log = Log(self.args, self.env, parts, self.start)
@@ -1444,6 +1455,27 @@ def save_checkpoint(args, env, step, seen, params, meta, opt, ema=None, scaler=N
         (out / f"ckpt-{old}.safetensors").unlink()
 
 
+def keep_init(out, sources):
+    """Put what a run starts from into its folder, as init-0.safetensors, init-1 ..., so that the
+    folder is whole without the originals.
+
+    sources: files, which get hard links if possible (no space, and a run's files never change), or
+    {key: tensor}.
+    """
+    for old in out.glob(INIT.format("*")):  # of a run that ended before its first checkpoint
+        old.unlink()
+    for k, source in enumerate(sources):
+        path = out / INIT.format(k)
+        if isinstance(source, dict):
+            write_atomic(path, lambda p: save_file(source, p))
+            continue
+        try:
+            os.link(Path(source).resolve(), path)
+        except OSError:  # another disk, or another owner
+            write_atomic(path, lambda p: shutil.copy(source, p))
+
+
+INIT = "init-{}.safetensors"
 STATES = "state.pt", "state-previous.pt"
 
 

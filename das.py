@@ -40,7 +40,7 @@ import torch
 
 import tinyworld
 import tracks
-from bases import choose_sampling, load_base
+from bases import choose_sampling, start_base
 from diffusion import diffusion_loss, randn
 from dit import TRACK_BRANCH
 from models import parallelize
@@ -135,8 +135,7 @@ def main(argv=None):
 
     # a frozen base, a branch that starts from copies of its blocks. dtype=None: as in the
     # files, so that the weights that train reach fp32 without a detour through fp16
-    base = load_base(
-        args.base, args.weights, run.device, dtype=None, tracks=args.tracking_blocks)
+    base = start_base(run, dtype=None, tracks=args.tracking_blocks)
     if args.data:
         captions = [row[-1] for part in parts for row in part.rows]
         base.tokenize([*captions, sampling.negative])  # refuses unknown words on tiny

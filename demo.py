@@ -41,7 +41,7 @@ import torch.nn.functional as F
 import data
 import pipeline
 import tinyworld
-from bases import NEGATIVE, base_row, choose_sampling, load_base
+from bases import NEGATIVE, base_row, choose_sampling, start_base
 from diffusion import diffusion_loss, randn
 from models import MotionBlock, parallelize, seed_dropout
 
@@ -182,8 +182,7 @@ def main(argv=None):
                "text_motion": args.text_motion, "regularization": args.regularization}
 
     optical_flow = load_flow(args, run.device)
-    base = load_base(args.base, args.weights, run.device, torch.float32, motion=True,
-                     image=args.regularization > 0)
+    base = start_base(run, torch.float32, motion=True, image=args.regularization > 0)
     if base.row.tiny:  # refuses words that the tiny world does not know
         base.tokenize([*prompts, sampling.negative, *(caption for _, _, caption in rows)])
     embed_image = image_embedding(args, base, run)

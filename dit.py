@@ -156,6 +156,7 @@ class STDiT3FinalLayer(nn.Module):
 class STDiT3(nn.Module):
     """Open-Sora 1.2: pairs of a spatial and a temporal block, flow prediction, any size."""
     patch = 2  # a token is 2 x 2 latent pixels
+    lora_targets = "qkv", "q_linear", "kv_linear", "proj"  # if --lora-targets is not given
 
     def __init__(self, cfg=STDiT3Config()):
         super().__init__()
@@ -437,6 +438,7 @@ class CogVideoX(nn.Module):
     tracks' tokens, and each adds its output, through a linear layer that starts at zero, to the
     video tokens.
     """
+    lora_targets = "to_q", "to_k", "to_v", "to_out.0"  # if --lora-targets is not given
 
     def __init__(self, cfg=CogVideoXConfig()):
         super().__init__()
@@ -687,6 +689,7 @@ class WanHead(nn.Module):
 
 class Wan(nn.Module):
     """Wan2.1-T2V-1.3B by default; flow matching, any size and length."""
+    lora_targets = "q", "k", "v", "o"  # if --lora-targets is not given
 
     def __init__(self, cfg=WanConfig()):
         super().__init__()

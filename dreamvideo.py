@@ -25,7 +25,7 @@ the path is decided before the subject, which was learned from still pictures, a
     python dreamvideo.py --base tiny --stage identity --learned out/token --out out/dog
     python dreamvideo.py --base tiny --stage motion --out out/motion
     python sample.py --ckpt out/dog --ckpt out/motion --subject-below 300 --prompt "a *"
-    python dreamvideo.py --weights W --stage token --data dog --init dog --out out/token
+    python dreamvideo.py --weights W --stage token --data dog --word-init dog --out out/token
     torchrun --nproc_per_node=4 dreamvideo.py --weights W --stage motion --data clips
     python dreamvideo.py ... --resume            # continue, bit for bit
     python sample.py --ckpt out/dog:500 --ckpt out/motion:1500 ...     # RUN:STEP
@@ -42,7 +42,7 @@ from torch import nn
 import data
 import pipeline
 import tinyworld
-from bases import base_row, choose_sampling, load_base, read_words
+from bases import base_row, choose_sampling, read_words, start_base
 from diffusion import diffusion_loss, randn
 from models import Adapter, parallelize, seed_dropout
 from weights import LEARNED
@@ -59,7 +59,7 @@ STAGES = {
     "motion": dict(steps=1000, batch=1, lr=1e-5, save_every=100, drop_text=0.5, drop_image=0.5)}
 # tiny never saw single frames, so pictures stand still or move for 8; its word is two vectors
 TINY = dict(
-    vectors=2, init="white circle", masked_loss=False, picture_frames=8, offset_noise=0.0,
+    vectors=2, word_init="white circle", masked_loss=False, picture_frames=8, offset_noise=0.0,
     batch=4, betas=(0.9, 0.99), lr_schedule="cosine", cache_latents=True, workers=0,
     grad_ckpt=False, log_every=50)
 TINY_STAGES = {
@@ -75,7 +75,8 @@ def get_args(argv=None):
                    help="tiny bases: the clips' motion")
     p.add_argument("--learned", metavar="FILE",
                    help="words of a textual inversion: a run of dreamvideo.py or DreamVideo's file")
-    p.add_argument("--init", help="words whose vectors it starts from (default: random)")
+    p.add_argument("--word-init",
+                   help="words whose vectors it starts from (default: random)")
     p.add_argument("--vectors", type=p.COUNT, help="number of vectors of the word")
     p.add_argument("--masked-loss", action=p.YES_NO, help="only the subject's pixels count")
     p.add_argument("--picture-frames", type=p.COUNT, help="frames of a still picture")
@@ -94,8 +95,8 @@ def get_args(argv=None):
                         f"{', '.join(tinyworld.NEW_MOTIONS)}")
     if args.learned and stage != "identity":
         raise UserError("--learned: only --stage identity goes on from a word")
-    if args.init and len(args.init.split()) not in (1, args.vectors):
-        raise UserError(f"--init {args.init!r}: give one word, or one for each of the "
+    if args.word_init and len(args.word_init.split()) not in (1, args.vectors):
+        raise UserError(f"--word-init {args.word_init!r}: give one word, or one for each of the "
                         f"{args.vectors} vectors")
     return args
 
@@ -131,12 +132,12 @@ def clip_loss(net, base, batch, x0, generators, args, negative):
 
 
 def first_vectors(base, args, g):
-    """Where the word starts, (N, width): vectors of --init's words, or uniform in 0..1."""
+    """Where the word starts, (N, width): --word-init's words, or uniform in 0..1."""
     table = base.text_encoder.token_embedding.weight
-    if not args.init:
+    if not args.word_init:
         return torch.rand(args.vectors, table.shape[1], generator=g)
     # of each word its first token; CLIP's texts begin with a start token
-    tokens = base.tokenize(args.init.split())[:, 0 if base.row.tiny else 1]
+    tokens = base.tokenize(args.word_init.split())[:, 0 if base.row.tiny else 1]
     return table[tokens.to(table.device)].float().expand(args.vectors, -1).clone()
 
 
@@ -166,7 +167,7 @@ def main(argv=None):
     if args.stage == "identity" and not args.learned and any("*" in x.split() for x in texts):
         raise UserError("--learned: the captions hold *; give the word of --stage token")
     run = Run(args, "dreamvideo")
-    base = load_base(args.base, args.weights, run.device, run.dtype)
+    base = start_base(run, run.dtype)
     texts += [sampling.negative, *(prompt for _, prompt in previews)]
     base.tokenize(texts)  # refuses words that the tiny world does not know
     word = prepare(args, base, run)

@@ -34,7 +34,7 @@ from dataclasses import replace
 import torch
 from torch.utils.data import default_collate
 
-from bases import choose_sampling, load_base
+from bases import choose_sampling, start_base
 from diffusion import FLOW_SAMPLERS, log_prob, policy, sampler_updates
 from models import add_lora, lora_strength, parallelize
 from pipeline import evaluate_reward, guided_net, read_items, recorded_rollout
@@ -55,12 +55,12 @@ OPENSORA = dict(
 WAN = dict(
     noise="flow", sample_steps=20, cfg=4.5, group=8, steps_trained=("share", 0.99),
     clip_ratio=1e-3, kl=0.004, even_steps=False, frames=33, height=240, width=416, accum=16,
-    lr=1e-4, rank=32, alpha=64.0, lora_targets=["q", "k", "v", "o"])
+    lr=1e-4, rank=32, alpha=64.0)
 TINY = dict(  # the gradients of later updates are all noise, see docs/differences/grpo.md
     reward="tiny", sample_steps=5, cfg=1.0, group=8, steps_trained=("first", 2), updates=1,
     steps=20, batch=16, accum=4, lr=3e-3, rank=8, alpha=8.0, eval_n=64, grad_ckpt=False)
 PRESETS = {"opensora": OPENSORA, "wan2.1-t2v-1.3b": WAN, "tiny": TINY, "tiny-clean": TINY,
-           "tiny-wan": TINY | dict(lora_targets=WAN["lora_targets"])} | (
+           "tiny-wan": TINY} | (
     dict.fromkeys(("tiny-i2v", "tiny-cogvideox"), TINY | dict(reward="temporal", eval_n=32)))
 LEVELS = {"ddim": 1.0, "cps": 0.8, "flow": 0.7, "dance": 0.3}  # published, of --eta
 
@@ -227,7 +227,7 @@ def main(argv=None):
     reward.check(prompts)
 
     # a frozen base, LoRA branches on its attentions
-    base = load_base(args.base, args.weights, run.device, run.dtype)
+    base = start_base(run, run.dtype)
     texts = [*(prompt + sampling.suffix for prompt in prompts), sampling.negative]
     base.tokenize(texts)  # refuses words that the tiny world does not know
     add_lora(base.net, args.rank, args.alpha, args.lora_targets)

@@ -38,7 +38,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from bases import choose_sampling, load_base
+from bases import choose_sampling, start_base
 from data import clip_frames
 from diffusion import appearance_rows, diffusion_loss, draw_noise
 from models import parallelize, seed_dropout
@@ -163,8 +163,8 @@ def main(argv=None):
 def load(args, run):
     """-> the base in training mode; what is trained is kept in fp32."""
     dtype = run.dtype if args.rank else torch.float32
-    base = load_base(args.base, args.weights, run.device, dtype, image=True)
-    if base.row.tiny and not (run.resumed or args.rank):
+    base = start_base(run, dtype, image=True)
+    if base.row.tiny and not (run.resumed or args.rank or args.init):
         fit_resampler(base)
     base.train_net(args, run.dtype)
     return base

@@ -43,7 +43,7 @@ import torch
 import data
 import pipeline
 import tinyworld
-from bases import base_row, choose_sampling, load_base
+from bases import base_row, choose_sampling, start_base
 from diffusion import diffusion_loss, offset_noise, randn
 from models import parallelize, seed_dropout
 
@@ -154,8 +154,7 @@ def main(argv=None):
     run = Run(args, "i2vgen")
 
     dtype = run.dtype if args.rank else torch.float32  # what trains is kept in fp32
-    base = load_base(
-        args.base, args.weights, run.device, dtype, args.scratch, start=not args.rank)
+    base = start_base(run, dtype, args.scratch, start=not args.rank)
     texts = [sampling.negative, *(caption for _, caption in held_out)]
     if base.row.tiny:  # refuses words that the tiny world does not know
         base.tokenize([*texts, *(caption for _, _, caption in rows)])

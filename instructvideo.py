@@ -37,7 +37,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from bases import choose_sampling, load_base
+from bases import choose_sampling, start_base
 from data import read_batches
 from diffusion import ddim_updates, randn
 from models import add_lora, parallelize, start_from_lora
@@ -202,7 +202,7 @@ def main(argv=None):
     run.say(changed_defaults(args))
 
     # a frozen base, LoRA branches on its attentions
-    base = load_base(args.base, args.weights, run.device, run.dtype)
+    base = start_base(run, run.dtype)
     texts = [*(prompt + sampling.suffix for prompt in prompts), sampling.negative]
     base.tokenize(texts)  # refuses words that the tiny world does not know
     add_lora(base.net, args.rank, args.alpha, args.lora_targets)

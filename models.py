@@ -25,8 +25,8 @@ from torch.utils.checkpoint import checkpoint
 
 from common import UserError, is_finite, is_plain, meet, seed_of
 from weights import (
-    bare_keys, below, load_strict, looks_like, lora_format, named_lora, open_weights, rename,
-    turbo_lora)
+    DIFFERENCES, bare_keys, below, load_strict, looks_like, lora_format, named_lora, open_weights,
+    rename, turbo_lora)
 
 # ---- layers shared by all networks
 
@@ -648,6 +648,7 @@ def fits(cfg, f, h, w) -> bool:
 
 class UNet3D(nn.Module):
     """The VGen family's UNet; ModelScope T2V by default."""
+    lora_targets = "to_q", "to_k", "to_v", "to_out.0"  # what --lora-targets is if it is not given
 
     def __init__(self, cfg=UNetConfig()):
         super().__init__()
@@ -1066,18 +1067,21 @@ def with_motion_blocks(state, net, source):
 def add_lora(net, rank, alpha, targets):
     """Freeze `net` and give each layer whose name ends in one of `targets` a LoRA branch. -> names
 
+    targets None: the network's own, its class's lora_targets.
+
     The branch of `layer` is `layer.lora_A.weight` and `layer.lora_B.weight`, in fp32; B starts at
     zero. On a convolution A has its kernel, stride and padding, and B is 1x1 (as in T2V-Turbo). A
     rank above a layer's width is cut to that.
     """
     net.requires_grad_(False)
+    targets = targets or net.lora_targets
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
     layers = {n: m for n, m in net.named_modules()
               if isinstance(m, kinds) and any(f".{n}".endswith(f".{target}") for target in targets)}
     for target in targets:
         if not any(f".{n}".endswith(f".{target}") for n in layers):
             raise UserError(f"--lora-targets {target}: no layer of the network has such a name "
-                            "(try to_q to_k to_v to_out.0 net.2; Wan: q k v o ffn.0 ffn.2)")
+                            f"(its attentions: {' '.join(net.lora_targets)}; the default)")
     for layer in layers.values():
         new = dict(bias=False, device=layer.weight.device, dtype=torch.float32)
         cout, cin = layer.weight.shape[:2]
@@ -1197,14 +1201,38 @@ def lora_pairs(net, lora, path):
     return pairs
 
 
+def plain_lora(net, path, scale=1.0):
+    """A LoRA file, peft's, diffusers', ComfyUI's, kohya's or T2V-Turbo's -> the same `scale` times
+    under our names, for merge_public_lora(): each layer has its alpha, and no config is needed."""
+    state, text = open_weights(path)
+    if lora_format(state) == "turbo":
+        lora, scales, differences = turbo_lora(state, turbo_lora_layers(net), path), {}, {}
+    elif lora_format(state) == "named":
+        lora, scales, differences = named_lora(state, text, path, public_layers(net))
+    else:
+        raise UserError(f"--lora {path}: no plain LoRA: {looks_like(state)}; it goes to sample.py "
+                        "--lora, or to --lora of its own method")
+    plain = {}
+    for layer, (down, up) in lora_pairs(net, lora, path).items():
+        alpha = torch.tensor(scale * scales.get(layer, 1.0) * len(down))
+        plain |= {f"{layer}.lora_A.weight": down, f"{layer}.lora_B.weight": up,
+                  f"{layer}.alpha": alpha}
+    ends = {parameter: end for end, parameter in DIFFERENCES.items()}
+    for key, value in differences.items():
+        layer, _, parameter = key.rpartition(".")
+        plain[layer + ends[parameter]] = scale * value.float()
+    return plain
+
+
 @torch.no_grad()
-def merge_public_lora(net, path, scale=1.0):
+def merge_public_lora(net, path, scale=1.0, opened=None):
     """Add a LoRA file of any known format to the weights; see weights.named_lora().
 
     InstructVideo's file also holds the base's weights, which replace the network's. DreamVideo's
-    adapters are no LoRA: they fill the network's own and have no scale.
+    adapters are no LoRA: they fill the network's own and have no scale. opened: what
+    open_weights(path) gives, if it was read before.
     """
-    state, text = open_weights(path)
+    state, text = opened or open_weights(path)
     kind, scales = lora_format(state), {}
     if kind == "named":
         lora, scales, differences = named_lora(state, text, path, public_layers(net))

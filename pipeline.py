@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
-from bases import Sampling, add_guidance, base_row, latent_shape, load_base, size_for_image
+from bases import Sampling, base_row, latent_shape, size_for_image
 from common import (
     Env, UserError, draw_curve, finish, gather_rows, generator, meet, read_lines, read_text,
     seed_of, write_lines)
@@ -24,15 +24,14 @@ from data import (
     read_prompts, read_seeded_prompts, to_uint8, write_video)
 from diffusion import (
     FLOW_SAMPLERS, cogvideox_dpm, ddim, ddim_invert, dpmpp_2m, dynamic_guidance, guided, higen, lcm,
-    make_schedule, mix_noise, offset_noise, randn, recorded, sampler_updates, sr600)
+    mix_noise, offset_noise, randn, recorded, sampler_updates, sr600)
 from dit import STDiT3Config, WanConfig
 from metrics import psnr
 from models import (
-    Adapter, SpatialTransformer, add_lora, guidance_embedding, lora_strength, merge_lora)
+    Adapter, SpatialTransformer, guidance_embedding, lora_strength)
 from rewards import statistics
 from tinyworld import FLAW_SHARES, TinyWorld, judge_captions, tiny_pairs, tiny_prompts
 from vae import OpenSoraVAE
-from weights import run_parts
 
 STRENGTHS = 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0  # of the LoRA, in sweep.png
 ASSET_PROMPTS = Path(__file__).parent / "assets" / "prompts"
@@ -326,6 +325,7 @@ def generate_folder(base, env: Env, folder, prompts, n, sampling, batch, seed, r
         raise UserError(f"{folder} already holds clips: --resume goes on, --out FOLDER starts anew")
     about = folder / "settings.json"
     wanted = dict(sampling.metadata(), base=base.name, n=n, seed=seed, batch=batch, prompts=prompts)
+    wanted |= {"init": base.init} if base.init else {}
     wanted = json.dumps(wanted, indent=1)
     if about.exists() and about.read_text("utf-8") != wanted:
         raise UserError(f"{folder}: its clips were made with other options or prompts: give the "
@@ -910,40 +910,3 @@ def read_image_rows(path, row, image=None, root=None):
     if not image and (row.first_frame or optional):
         return [(*pair, None) for pair in read_image_prompts(path, root)]
     return [(image, prompt, seed) for prompt, seed in read_seeded_prompts(path)]
-
-
-# ---- runs and public adapters
-
-def load_run(path, tensors, meta, weights, base=None):
-    """The result of load_checkpoint(path) -> the run's base with its trained tensors, on the CPU.
-
-    base: a base that already holds another run, to load this one into.
-    """
-    # a run of all weights holds the whole network, whatever it started from
-    whole = not meta["rank"]
-    base = base or load_base(
-        meta["base"], weights, "cpu", torch.float32,
-        scratch=bool(whole and meta["args"].get("scratch")), start=whole,
-        tracks=meta.get("tracking_blocks", 0), motion=meta["method"] == "demo")
-    if meta.get("guidance_dim"):
-        add_guidance(base, meta["guidance_dim"])
-    if meta["rank"]:
-        add_lora(base.net, meta["rank"], meta["alpha"], meta["lora_targets"])
-    modules = {"net": base.net, "text": base.text_encoder, "image": base.image_encoder,
-               "motion": base.motion_encoder}
-    parts = run_parts(tensors)
-    words = parts.pop("learned")
-    base.learn({base.token_of(word): vectors for word, vectors in words.items()}, path)
-    for part, state in parts.items():
-        ours = modules[part].state_dict() if state and modules[part] else {}
-        wrong = [k for k, v in state.items() if k not in ours or ours[k].shape != v.shape]
-        if part == "net" and meta["rank"]:
-            wrong += [k for k in ours if ".lora_" in k and k not in state]
-        if wrong:
-            raise UserError(f"--ckpt {path}: does not fit base {base.name}: {len(wrong)} tensors "
-                            f"are not its own, missing or of another shape, first {wrong[0]}")
-        if state:
-            modules[part].load_state_dict(state, strict=False)
-    merge_lora(base.net)
-    base.schedule = make_schedule(**meta["schedule"]) if meta.get("schedule") else base.schedule
-    return base

@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from bases import (
-    base_row, choose_sampling, load_base, nearest_side, read_words, size_for_image)
+    base_row, choose_sampling, load_base, load_run, nearest_side, read_words, size_for_image)
 from data import (
     center_crop_wide, clips_with_prompts, codec_motion, contact_sheet, image_tensor, is_clip,
     lucas_kanade, open_image, opensora_size, raft, read_map, read_video, video_info, video_maps,
@@ -48,7 +48,7 @@ from data import (
 from dit import STDiT3Config, WanConfig
 from models import merge_public_lora
 from pipeline import (
-    encode_tracks, first_frame_kept, frame_picture, generate_from, invert_clip, load_run,
+    encode_tracks, first_frame_kept, frame_picture, generate_from, invert_clip,
     read_image_rows)
 from rewards import get_reward, print_scores, score_files
 from text_encoders import CLIPConfig
@@ -76,7 +76,7 @@ class Clip:
 
 def get_args(argv=None):
     p = Parser(__doc__)
-    p.options("base", without=("--resume",))
+    p.options("base", without=("--resume", "--init"))
     p.add_argument("--ckpt", action="append", default=[], metavar="FOLDER[:STEP]",
                    help="folder of one of our runs; twice to join DreamVideo's subject and motion")
     p.add_argument("--learned", metavar="FILE",
@@ -259,6 +259,9 @@ def read_runs(args):
         if len(runs) > 1 and meta["method"] != "dreamvideo":
             raise UserError(f"--ckpt {text}: a run of {meta['method']}; only DreamVideo's can be "
                             "joined")
+        if meta.get("init") != runs[0][2].get("init"):
+            raise UserError(f"--ckpt {text}: started from another --init than {runs[0][0]}; they "
+                            "cannot be joined")
         twice = [k for k in tensors if k in owner and not k.startswith(LEARNED)]
         if twice:
             raise UserError(f"--ckpt {text}: trained the same as {owner[twice[0]]} ({twice[0]}); "

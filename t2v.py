@@ -40,7 +40,7 @@ Differences from the original code (the others: docs/differences/t2v.md)
 from common import Parser, Run, UserError, run_command, trained  # first: for signals
 import torch
 
-from bases import base_row, choose_sampling, load_base
+from bases import base_row, choose_sampling, start_base
 from diffusion import diffusion_loss, draw_noise, make_schedule
 from models import (
     TemporalConv, TemporalTransformer, UNetConfig, forget_motion, parallelize, seed_dropout)
@@ -56,20 +56,21 @@ TINY = dict(
     steps=2000, batch=16, lr=1.5e-3, lr_schedule="cosine", warmup=50, betas=(0.9, 0.99),
     wd=0.01, ema=0.995, rank=0, image_share=0.0, offset_noise=0.0, cache_latents=True,
     workers=0, grad_ckpt=False, log_every=50)
-# LoRA as users of the transformers train it: CogVideoX's own finetune/ (2 GPUs or more),
-# for Open-Sora the same, and DiffSynth-Studio's settings for Wan
+# LoRA as users of the transformers train it: CogVideoX's own finetune/ (2 GPUs or more) and,
+# for Open-Sora, the same
 COGVIDEOX = dict(
     rank=128, alpha=64.0, lr=2e-5, warmup=100, offset_noise=0.0, image_share=0.0, wd=1e-4,
     betas=(0.9, 0.95))
-OPENSORA = COGVIDEOX | dict(
-    rank=32, alpha=32.0, lora_targets=["qkv", "q_linear", "kv_linear", "proj"])
+OPENSORA = COGVIDEOX | dict(rank=32, alpha=32.0)
+# DiffSynth-Studio's examples/wanvideo/model_training/lora/*.sh. Clips have the base's 81 frames
+# at 480x832, of TI2V-5B 49; steps are uniform before a shift of 5, which is the base's.
 WAN = dict(
     rank=32, alpha=32.0, lr=1e-4, lora_targets=["q", "k", "v", "o", "ffn.0", "ffn.2"],
-    drop_text=0.0, offset_noise=0.0, image_share=0.0)
+    height=480, width=832, drop_text=0.0, offset_noise=0.0, image_share=0.0)
 PRESETS = dict.fromkeys(("tiny", "tiny-clean", "tiny-weak"), TINY) | {
     "cogvideox-2b": COGVIDEOX, "cogvideox-5b": COGVIDEOX, "opensora": OPENSORA,
     "tiny-wan": TINY | dict(keep_first=0.2),
-    "wan2.1-t2v-1.3b": WAN, "wan2.1-t2v-14b": WAN, "wan2.2-ti2v-5b": WAN}
+    "wan2.1-t2v-1.3b": WAN, "wan2.1-t2v-14b": WAN, "wan2.2-ti2v-5b": WAN | dict(frames=49)}
 
 
 def get_args(argv=None):
@@ -223,7 +224,7 @@ def load(args, run):
     What is trained is kept in fp32. A resumed run's weights come later.
     """
     dtype = run.dtype if args.rank else torch.float32
-    base = load_base(args.base, args.weights, run.device, dtype, args.scratch)
+    base = start_base(run, dtype, args.scratch)
     if args.forget_motion:
         forget_motion(base.net)
     schedule = None

@@ -35,7 +35,7 @@ Differences from the original: its training code is not public; this follows the
 from common import Parser, Run, UserError, run_command, trained  # first: for signals
 import torch
 
-from bases import choose_sampling, load_base
+from bases import choose_sampling, start_base
 from data import clip_frames
 from diffusion import draw_noise
 from models import forget_motion, parallelize, seed_dropout
@@ -159,7 +159,7 @@ def main(argv=None):
 def load(args, run):
     """-> the base in training mode; what is trained is kept in fp32."""
     dtype = run.dtype if args.rank else torch.float32
-    base = load_base(args.base, args.weights, run.device, dtype, image=True)
+    base = start_base(run, dtype, image=True)
     if args.forget_motion:  # a resumed run's weights come later
         forget_motion(base.net)
     base.train_net(args, run.dtype)

@@ -41,7 +41,7 @@ Differences from the original code (the others: docs/differences/vader.md)
 from common import Parser, Run, UserError, run_command, trained  # first: for signals
 import torch
 
-from bases import choose_sampling, load_base, read_lora
+from bases import choose_sampling, read_lora, start_base
 from diffusion import randn
 from models import add_lora, parallelize
 from pipeline import (
@@ -215,7 +215,7 @@ def main(argv=None):
 
     run.say(changed_defaults(args))
     # a frozen base, LoRA branches on its attentions
-    base = load_base(args.base, args.weights, run.device, run.dtype)
+    base = start_base(run, run.dtype)
     texts = [prompt + sampling.suffix for _, prompt in (*items, *held_out)]
     texts.append(sampling.negative)
     base.tokenize(texts)  # refuses words that the tiny world does not know

@@ -34,7 +34,7 @@ and VGen's network.
 from common import Parser, Run, run_command, trained  # first: for signals
 import torch
 
-from bases import choose_sampling, load_base
+from bases import choose_sampling, start_base
 from data import clip_frames, lucas_kanade, raft, video_maps
 from diffusion import diffusion_loss, draw_noise
 from models import parallelize, seed_dropout
@@ -170,7 +170,7 @@ def load(args, run):
     or None."""
     dtype = run.dtype if args.rank else torch.float32
     flow = raft("large", args.flow_weights, run.device) if args.flow_weights else None
-    base = load_base(args.base, args.weights, run.device, dtype, image=True)
+    base = start_base(run, dtype, image=True)
     base.train_net(args, run.dtype)
     return base, lucas_kanade if base.row.tiny else flow
 

@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 
 import omniscore
-from bases import choose_sampling, load_base
+from bases import choose_sampling, start_base
 from diffusion import noised, randn
 from models import add_lora, frozen_copy, parallelize, without_lora
 from pipeline import (
@@ -48,7 +48,7 @@ TINY = dict(  # without guidance clips take half the time, score higher and diff
     beta_dpo=100.0, steps=40, batch=8, accum=1, lr=2e-3, lr_schedule="cosine", rank=16,
     eval_n=128, workers=0, save_every=40, log_every=10, grad_ckpt=False)
 
-PRESETS = {"tiny": TINY, "tiny-wan": TINY | dict(lora_targets=["q", "k", "v", "o"])}
+PRESETS = {"tiny": TINY, "tiny-wan": TINY}
 
 
 def get_args(argv=None):
@@ -169,7 +169,7 @@ def main(argv=None):
     base = None  # scoring and pairing need no network of the base
     if "generate" in stages or "train" in stages:
         dtype = run.dtype if args.rank else torch.float32  # what trains is fp32
-        base = load_base(args.base, args.weights, run.device, dtype)
+        base = start_base(run, dtype)
         base.freeze(run.dtype, but=[] if args.rank else ["net"])
         texts = [row[-1] for part in pairs if part for row in part.rows]
         texts = [text + sampling.suffix for text in sum(prompts.values(), texts)]

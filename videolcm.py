@@ -49,7 +49,7 @@ import models
 import pipeline
 import rewards
 import tinyworld
-from bases import add_guidance, base_row, choose_sampling, load_base
+from bases import add_guidance, base_row, choose_sampling, start_base
 from diffusion import consistency, guided, randn
 
 GUIDANCE_DIM = 256  # numbers that tell the student the scale, as in T2V-Turbo
@@ -189,7 +189,7 @@ def main(argv=None):
         reward.check([*captions, *prompts])
 
     dtype = run.dtype if args.rank else torch.float32  # what trains is kept in fp32
-    base = load_base(args.base, args.weights, run.device, dtype)
+    base = start_base(run, dtype)
     texts = [*captions, *(prompt + sampling.suffix for prompt in prompts), sampling.negative]
     base.tokenize(texts)  # refuses words that the tiny world does not know
     net, teacher, target, meta = student_teacher_target(args, run, base)
@@ -251,7 +251,7 @@ def read_clips(args, sampling):
 def student_teacher_target(args, run, base):
     """-> the student that trains, wrapped by DDP or FSDP; the frozen teacher: a copy of the
     base, or with LoRA the student with its branches off; the target; metadata."""
-    place, targets = (args, run.device), list(args.lora_targets)
+    place, targets = (args, run.device), list(args.lora_targets or base.net.lora_targets)
     if args.cfg_range:
         add_guidance(base, GUIDANCE_DIM)  # a layer for the scale, zero at first
         targets.append("time_cond_proj")

@@ -72,6 +72,18 @@ def load_checkpoint(path):
     return tensors, read_meta(json_object(text["nanovideo"], file), file)
 
 
+def run_meta(path):
+    """The metadata of a run's file, None of other files. The tensors are not read."""
+    if Path(path).suffix == ".json" or kind_of(path) != "safetensors":  # an index of shards
+        return None
+    try:
+        with safe_open(path, "pt") as f:
+            text = (f.metadata() or {}).get("nanovideo")
+    except Exception as e:  # its own error
+        raise UserError(f"{path}: not a whole safetensors file ({str(e)[:100]})") from None
+    return read_meta(json_object(text, path), path) if text is not None else None
+
+
 # before the keys of a run's tensors that are not the network's
 LEARNED = "string_to_param."  # words of textual inversion, as in DreamVideo's files
 PREFIXES = {"text": "text_encoder.", "image": "image_encoder.", "motion": "motion_encoder.",
@@ -664,6 +676,8 @@ def lora_scales(path, text, state, names, ranks, alphas):
         meta = read_meta(json_object(text["nanovideo"], source), source)
         if not meta["rank"]:
             raise UserError(f"{source} is of whole weights, not of a LoRA")
+        if "init" in meta:
+            warn(f"{source}: was trained on top of --init, which is left out; --ckpt has it, too")
         config, plain = None, meta["alpha"] / meta["rank"]
     elif config is not None:
         check_config(config, source)
@@ -697,63 +711,39 @@ def lora_scales(path, text, state, names, ranks, alphas):
     return scales
 
 
-def lora_of_run(run):
-    """The tensors and the metadata of a run that trained a LoRA."""
-    tensors, meta = load_checkpoint(run)
-    if not meta["rank"]:
-        raise UserError(f"--ckpt {run}: holds whole weights, no LoRA to export")
-    return tensors, meta
+# what --export writes: (before a layer's name, A, B, the file)
+LORA_FILES = {
+    "diffusers": ("transformer.", "lora_A", "lora_B", "pytorch_lora_weights.safetensors"),
+    "comfyui": ("diffusion_model.", "lora_down", "lora_up", "comfyui_lora.safetensors"),
+    "kohya": ("lora_unet_", "lora_down", "lora_up", "kohya_lora.safetensors"),
+    "peft": ("base_model.model.", "lora_A", "lora_B", "adapter_model.safetensors")}
 
 
-def export_peft(run, folder, public_name):
-    """Write a run's LoRA in peft's format: adapter_model.safetensors and adapter_config.json.
+def write_lora(pairs, form, folder, base):
+    """Write a LoRA {layer: (A, B)} for another program, in a form of LORA_FILES. -> the file
 
-    public_name(base, key): a key of our network -> that in the base's public file.
+    The layers have the program's names. Their scale is in B, so every alpha is the layer's rank.
+    base: its name, for peft's adapter_config.json.
     """
-    tensors, meta = lora_of_run(run)
-    rank, alpha, head = meta["rank"], meta["alpha"], "base_model.model."
-    named = {head + public_name(meta["base"], k): v for k, v in tensors.items()}
-    ranks = {k.removeprefix(head).removesuffix(".lora_A.weight"): v.shape[0]
-             for k, v in named.items() if k.endswith(".lora_A.weight")}
-    # a narrow layer has a smaller rank than asked for, but the same scale alpha / rank
-    cut = {k: r for k, r in ranks.items() if r != rank}
-    config = dict(
-        peft_type="LORA", base_model_name_or_path=meta["base"], r=rank, lora_alpha=alpha,
-        rank_pattern=cut, alpha_pattern={k: alpha * r / rank for k, r in cut.items()},
-        target_modules=list(ranks), bias="none", lora_dropout=0.0, inference_mode=True)
-    text = json.dumps(config, indent=1)
-    write_atomic(Path(folder, "adapter_model.safetensors"), lambda p: save_file(named, p))
-    write_atomic(Path(folder, "adapter_config.json"), lambda p: p.write_text(text, "utf-8"))
-
-
-def export_diffusers(run, folder, public_name):
-    """Write a transformer's LoRA for load_lora_weights() of diffusers' pipelines.
-
-    pytorch_lora_weights.safetensors has the scale alpha / rank in B, so it needs no alpha.
-    public_name: see export_peft().
-    """
-    tensors, meta = lora_of_run(run)
-    scale = meta["alpha"] / meta["rank"]
-    named = {f"transformer.{public_name(meta['base'], k)}": scale * v if ".lora_B." in k else v
-             for k, v in tensors.items()}
-    path = Path(folder, "pytorch_lora_weights.safetensors")
+    head, down, up, file = LORA_FILES[form]
+    named, path = {}, Path(folder, file)
+    for layer, (a, b) in pairs.items():
+        key = head + (layer.replace(".", "_") if form == "kohya" else layer)
+        named |= {f"{key}.{down}.weight": a, f"{key}.{up}.weight": b}
+        if form in ("comfyui", "kohya"):
+            named[f"{key}.alpha"] = torch.tensor(float(len(a)))
     write_atomic(path, lambda p: save_file(named, p))
-
-
-def export_comfyui(run, folder):
-    """Write a run's LoRA as ComfyUI reads it: comfyui_lora.safetensors, the original's names.
-
-    A layer's scale is alpha / rank, of its own alpha and rank.
-    """
-    tensors, meta = lora_of_run(run)
-    named, sides = {}, {"lora_A": "lora_down", "lora_B": "lora_up"}
-    for key, value in tensors.items():
-        layer, side, end = key.rsplit(".", 2)
-        named[f"diffusion_model.{layer}.{sides[side]}.{end}"] = value
-        if side == "lora_A":
-            own = meta["alpha"] / meta["rank"] * len(value)
-            named[f"diffusion_model.{layer}.alpha"] = torch.tensor(own)
-    write_atomic(Path(folder, "comfyui_lora.safetensors"), lambda p: save_file(named, p))
+    if form == "peft":
+        ranks = {layer: len(a) for layer, (a, _) in pairs.items()}
+        most = max(ranks.values())
+        others = {layer: rank for layer, rank in ranks.items() if rank != most}
+        config = dict(
+            peft_type="LORA", base_model_name_or_path=base, r=most, lora_alpha=most,
+            rank_pattern=others, alpha_pattern=others, target_modules=list(ranks), bias="none",
+            lora_dropout=0.0, inference_mode=True)
+        text = json.dumps(config, indent=1)
+        write_atomic(path.with_name("adapter_config.json"), lambda p: p.write_text(text, "utf-8"))
+    return path
 
 
 # ---- DreamVideo's files: words of a textual inversion, adapters

@@ -253,14 +253,14 @@ def test_inverse_noise(runs, tmp_path):
 def test_published_layout_both_ways(runs, no_previews, tmp_path, capsys):
     files = {}
     for stage in STAGES:
-        bases.main(["--ckpt", str(runs[stage]), "--export-adapters", str(tmp_path / stage)])
+        bases.main(["--export", "dreamvideo", str(runs[stage]), str(tmp_path / stage)])
         files[stage] = Path(capsys.readouterr().out.strip())
     assert files["token"].name == "text_embedding_of_*_0000004.pth"
     assert files["motion"].name == files["identity"].name == "adapter_00000004.pth"
     state = load_pickle(files["motion"])
     assert set(state) == {"state_dict", "step"} and state["step"] == 4
     assert all(isinstance(v, torch.nn.Parameter) for v in state["state_dict"].values())
-    bases.main(["--ckpt", f"{runs['motion']}:2", "--export-adapters", str(tmp_path)])
+    bases.main(["--export", "dreamvideo", f"{runs['motion']}:2", str(tmp_path)])
     assert capsys.readouterr().out.strip().endswith("adapter_00000002.pth")
     prompt = ["--prompt", "a * moving on a gray background"]
     ours = play(tmp_path / "ours", *prompt, "--ckpt", runs["identity"], "--ckpt", runs["motion"])[0]
@@ -279,7 +279,7 @@ def test_refused(runs, no_previews, tmp_path, message):
     assert "kept are 2, 4" in message(sample.main, ["--ckpt", f"{runs['motion']}:3", *prompt])
     other = other_run(tmp_path)
     assert "cannot be joined" in message(sample.main, [*subject, "--ckpt", other, *prompt])
-    assert "a run of t2v" in message(bases.main, ["--ckpt", other, "--export-adapters", "x"])
+    assert "a run of t2v" in message(bases.main, ["--export", "dreamvideo", other, "x"])
     assert "give the same" in message(dreamvideo.main, [
         "--base", "tiny", "--stage", "motion", "--out", str(runs["token"]), "--resume"])
     assert "captions hold *" in message(dreamvideo.main, [
@@ -323,7 +323,7 @@ def all_stages(public, tmp_path, pictures, clips, *more):
     common = ["--base", "modelscope-v1.5", "--weights", folder, "--steps", "1", "--batch", "1",
               "--workers", "0"]
     out = {stage: str(tmp_path / stage) for stage in STAGES}
-    dreamvideo.main([*common, "--stage", "token", "--data", pictures, "--init", "dog",
+    dreamvideo.main([*common, "--stage", "token", "--data", pictures, "--word-init", "dog",
                      "--out", out["token"]])
     dreamvideo.main([*common, "--stage", "identity", "--data", pictures, "--learned", out["token"],
                      "--out", out["identity"]])

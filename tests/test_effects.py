@@ -518,7 +518,7 @@ def test_videolcm(tmp_path):
     minutes = (time.process_time() - start) / 60
     prompts, tiny = 2 * tinyworld.tiny_prompts(held_out=True), bases.load_base("tiny-clean")
     tensors, meta = load_checkpoint(tmp_path)
-    student = pipeline.load_run(tmp_path, tensors, meta, None)
+    student = bases.load_run(tmp_path, tensors, meta, None)
     runs, clips, table = {}, {}, []
     for name, base, run, counts in (("base", tiny, {}, (50, 1, 2, 4, 8)),
                                     ("student", student, meta["sample"], (1, 2, 4, 8))):
@@ -647,7 +647,7 @@ def followed_maps(run, minutes):
     maps = [data.video_maps(v, ("sketch", "motion"), flow=data.lucas_kanade) |
             {"depth": tinyworld.render(s, with_mask=True)[1]} for v, s in zip(videos, scenes)]
     tensors, meta = load_checkpoint(run)
-    base = pipeline.load_run(run, tensors, meta, None)
+    base = bases.load_run(run, tensors, meta, None)
     sampling = bases.choose_sampling(base.name, argparse.Namespace(sample_steps=10), meta["sample"])
     env, found, rows, clips = Env(0, 1, torch.device("cpu"), torch.float32), {}, [], [list(videos)]
     for name in (None, "depth", "sketch", "motion"):

@@ -124,7 +124,7 @@ def test_from_scratch_to_packed_base_to_fine_tuning(tmp_path, monkeypatch):
     (assets / "tiny.safetensors").symlink_to(bases.ASSETS / "tiny.safetensors")
     monkeypatch.setattr(bases, "ASSETS", assets)
     train(tmp_path / "run", 1)
-    bases.main(["--pack", "tiny-i2v", "--ckpt", str(tmp_path / "run")])
+    bases.main(["--pack", "tiny-i2v", str(tmp_path / "run")])
     packed = load_file(assets / "tiny-i2v.safetensors")
     assert {k.split(".")[0] for k in packed} == {"net", "text", "image"}  # the autoencoder is tiny's
     assert (assets / "tiny-i2v.safetensors").stat().st_size <= 3.9e6

@@ -11,7 +11,7 @@ from runs import same_training
 
 import bases
 from data import write_video
-from dit import STDiT3Config, WanConfig
+from dit import WanConfig
 from models import UNetConfig
 
 CELLS = [(name, method) for name, row in bases.BASES.items() for method in row.methods
@@ -47,9 +47,7 @@ def inputs(method, row, folder):
         (folder / "metadata.json").write_text(json.dumps(rows))
         pair = dict(video1=0, video2=1, label=0, frame_caption=["a red ball"], score=0.5, diff_score=0.1)
         (folder / "pair.json").write_text(json.dumps([pair]))
-        targets = {WanConfig: "q k v o", STDiT3Config: "qkv q_linear kv_linear"}
-        targets = targets.get(type(row.net), "to_q to_k to_v").split()
-        return ["--pairs", str(folder), "--rank", "4", "--lora-targets", *targets]
+        return ["--pairs", str(folder), "--rank", "4"]
     (folder / "clips.csv").write_text("path,caption\n0.mp4,a red ball\n1.mp4,two blue squares\n")
     keep = ["--keep-first", "0.5"] if row.keeps_first else []
     return ["--data", str(folder / "clips.csv"), "--workers", "0", *keep]

@@ -138,7 +138,7 @@ def test_one_step_of_videocrafter2(method, public, tmp_path, monkeypatch):
     (t2v, ["--rank", "2", "--eval-n", "1", "--sample-steps", "1"]), (t2v, ["--eval-n", "1", "--sample-steps", "1"]), (videolcm, ["--eval-n", "1"]),
     (i2vgen, ["--base", "tiny-i2v", "--eval-n", "1", "--sample-steps", "1"])])
 def test_the_text_tower_goes_when_all_texts_are_encoded(module, args, tmp_path, monkeypatch):
-    towers, load, save = [], module.load_base, common.save_checkpoint
+    towers, load, save = [], module.start_base, common.save_checkpoint
 
     def spy(*args, **kw):
         base = load(*args, **kw)
@@ -149,7 +149,7 @@ def test_the_text_tower_goes_when_all_texts_are_encoded(module, args, tmp_path, 
         gc.collect()
         towers.append(towers[0]() is None)
         save(*args, **kw)
-    monkeypatch.setattr(module, "load_base", spy)
+    monkeypatch.setattr(module, "start_base", spy)
     monkeypatch.setattr(common, "save_checkpoint", check)
     monkeypatch.setattr(tinyworld.TinyWorld, "__len__", lambda self: 4)
     module.main(["--base", "tiny", "--steps", "1", "--batch", "1", *args, "--out", str(tmp_path)])

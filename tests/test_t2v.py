@@ -198,7 +198,7 @@ def test_zero_snr_goes_with_the_run(tmp_path, monkeypatch):
     monkeypatch.setitem(bases.BASES, "tiny", replace(
         row, schedule=weak, sample=replace(row.sample, spacing="leading")))
     tensors, meta = train(t2v, tmp_path / "run", "--base", "tiny", "--steps", 1, "--zero-snr", "--rank", 2)
-    base = pipeline.load_run(tmp_path / "run", tensors, meta, None)
+    base = bases.load_run(tmp_path / "run", tensors, meta, None)
     assert base.schedule.prediction == "v" and base.schedule.alpha_bar[-1] < 1e-12
     assert meta["sample"]["spacing"] == "trailing"
     assert load_base("tiny").schedule.prediction == "eps"

@@ -85,7 +85,7 @@ def test_pack_takes_a_run_that_holds_what_was_trained(assets, tmp_path):
     save_file({k: p.detach() for k, p in tensors.items()}, tmp_path / "run" / "ckpt.safetensors",
               {"nanovideo": json.dumps({"base": NAME, "method": "i2vgen", "step": 1, "sample": {}})})
     before = load_weights(assets / f"{NAME}.safetensors")
-    bases.main(["--pack", NAME, "--ckpt", str(tmp_path / "run")])
+    bases.main(["--pack", NAME, str(tmp_path / "run")])
     base, after = load_base(NAME), load_weights(assets / f"{NAME}.safetensors")
     assert torch.allclose(base.net.proj_out.weight, parts["net"].proj_out.weight, atol=1e-3)
     assert after.keys() == before.keys()

@@ -144,7 +144,7 @@ def test_public_lora_is_a_start_and_a_file_to_sample_with(small, tmp_path):
     tensors, meta = load_checkpoint(tmp_path / "run")
     assert meta["rank"] == 4 and meta["alpha"] == 8 and len(tensors) == len(file)
     assert torch.allclose(tensors[f"{layer}.lora_A.weight"], a)
-    run = pipeline.load_run(str(tmp_path / "run"), tensors, meta, args[3])
+    run = bases.load_run(str(tmp_path / "run"), tensors, meta, args[3])
     for k, v in run.net.state_dict().items():
         assert torch.allclose(v, base.net.state_dict()[k], atol=1e-5), k
     vader.main([*args, "--lora", str(tmp_path / "lora.pt"), "--steps", "2", "--resume"])
@@ -171,10 +171,10 @@ def test_our_lora_loads_in_peft(small, tmp_path):
     peft = pytest.importorskip("peft")
     args = small("modelscope")
     vader.main([*args, "--lr", "0.1", "--rank", "40", "--alpha", "20"])  # wider than some layers
-    bases.main(["--export-peft", str(tmp_path / "peft"), "--ckpt", str(tmp_path / "run")])
+    bases.main(["--export", "original", str(tmp_path / "run"), str(tmp_path / "peft")])
     base = bases.load_base("modelscope", args[3])
     tensors, meta = load_checkpoint(tmp_path / "run")
-    ours = pipeline.load_run(str(tmp_path / "run"), tensors, meta, args[3]).net
+    ours = bases.load_run(str(tmp_path / "run"), tensors, meta, args[3]).net
     theirs = peft.PeftModel.from_pretrained(base.net, str(tmp_path / "peft")).eval()
     x, t, text = torch.randn(1, 4, 3, 4, 6), torch.tensor([500]), torch.randn(1, 77, 32)
     plain = bases.load_base("modelscope", args[3]).net
@@ -191,7 +191,7 @@ def test_our_lora_loads_in_peft(small, tmp_path):
 
 def test_export_for_videocrafter_has_vaders_layout(small, tmp_path):
     vader.main(small("videocrafter2"))
-    bases.main(["--export-peft", str(tmp_path / "peft"), "--ckpt", str(tmp_path / "run")])
+    bases.main(["--export", "original", str(tmp_path / "run"), str(tmp_path / "peft")])
     keys = load_file(tmp_path / "peft" / "adapter_model.safetensors")
     assert all(k.startswith(PEFT + CRAFTER) for k in keys)
     assert any("init_attn.0." in k for k in keys) and not any("input_blocks.0.1." in k for k in keys)

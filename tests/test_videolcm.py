@@ -253,7 +253,7 @@ def test_what_is_previewed_is_what_is_saved(ema, name, tmp_path):
     clips = [data.read_video(tmp_path / "run" / when / "0000.mp4")[0] for when in ("before", "after")]
     assert (clips[0] - clips[1]).abs().max() > 0.02
     tensors, meta = load_checkpoint(tmp_path / "run")
-    base = pipeline.load_run(tmp_path / "run", tensors, meta, None)
+    base = bases.load_run(tmp_path / "run", tensors, meta, None)
     sampling = replace(base.row.sample, **{k: v for k, v in meta["sample"].items()})
     env = Env(0, 1, torch.device("cpu"), torch.float32)
     made = pipeline.generate(base, env, ["a red circle moving left"], ["preview-0"], sampling)

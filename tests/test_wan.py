@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+import bases
 import data
 import weights
 from dit import CogVideoX, CogVideoXConfig, Wan, WanConfig, wan_diffusers_name, wan_state
@@ -356,52 +357,32 @@ def run(tmp_path):
     """The folder of a run with a LoRA, and its network. -> its net"""
     net, _ = adapted()
     tensors = {k: v.clone() for k, v in net.state_dict().items() if ".lora_" in k}
-    meta = dict(method="t2v", base="wan", step=1, sample={}, rank=3, alpha=6.0, lora_targets=list(LAYERS))
+    meta = dict(method="t2v", base="wan2.1-t2v-1.3b", step=1, sample={}, rank=3, alpha=6.0, lora_targets=list(LAYERS))
     (tmp_path / "run").mkdir()
     save_file(tensors, tmp_path / "run" / "ckpt.safetensors", {"nanovideo": json.dumps(meta)})
     return net
 
 
-def public_name(base, key):
-    return wan_diffusers_name(key)
-
-
-@pytest.mark.parametrize("form", ["peft", "diffusers", "comfyui"])
-def test_exports_come_back(form, run, tmp_path, message):
-    folder, source = tmp_path / form, tmp_path / "run"
-    folder.mkdir()
-    if form == "comfyui":
-        weights.export_comfyui(source, folder)
-        file = folder / "comfyui_lora.safetensors"
-        keys = weights.load_safetensors(file)[0]
-        assert {"diffusion_model.blocks.0.ffn.0.lora_down.weight", "diffusion_model.blocks.0.ffn.0.alpha"} <= keys.keys()
-    else:
-        export = {"peft": weights.export_peft, "diffusers": weights.export_diffusers}[form]
-        export(source, folder, public_name)
-        file = weights.lora_file(str(folder))[0]
+@pytest.mark.parametrize("form", bases.FORMATS[:4])
+def test_exports_come_back(form, run, tmp_path):
+    """Here, and in diffusers or (original) in peft."""
+    bases.main(["--export", form, str(tmp_path / "run"), str(tmp_path / form)])
+    file = next((tmp_path / form).glob("*.safetensors"))
     net, (args, _) = filled(Wan(T2V)), given(T2V)
     merge_public_lora(net, file)
+    peer = peer_of(T2V)
+    peer.load_state_dict({wan_diffusers_name(k): v for k, v in filled(Wan(T2V)).state_dict().items()})
     with torch.no_grad():
         out = run(*args)
         close(net(*args), out)
-        if form == "comfyui":
-            return
-        peer = peer_of(T2V)
-        peer.load_state_dict({wan_diffusers_name(k): v for k, v in filled(Wan(T2V)).state_dict().items()})
-        if form == "peft":
+        if form == "original":
             peft = pytest.importorskip("peft")
-            peer = peft.PeftModel.from_pretrained(peer, str(folder)).eval()
-        else:
-            pytest.importorskip("peft")
-            peer.load_lora_adapter(weights.load_safetensors(file)[0], prefix="transformer")
+            theirs = peft.PeftModel.from_pretrained(filled(Wan(T2V)), str(tmp_path / form)).eval()
+            return close(theirs(*args), out)
+        diffusers = pytest.importorskip("diffusers")
+        pipe = diffusers.WanPipeline(None, None, None, diffusers.UniPCMultistepScheduler(), transformer=peer)
+        pipe.load_lora_weights(str(tmp_path / form), weight_name=file.name)
         close(ask_peer(peer, T2V, *args), out)
-
-
-def test_whole_weights_are_no_lora(run, tmp_path, message):
-    meta = dict(method="t2v", base="wan", step=1, sample={})
-    save_file({"a": torch.ones(1)}, tmp_path / "run" / "ckpt.safetensors", {"nanovideo": json.dumps(meta)})
-    for export in (weights.export_comfyui, lambda *args: weights.export_diffusers(*args, public_name)):
-        assert "no LoRA" in message(export, tmp_path / "run", tmp_path)
 
 
 # ---- encoders

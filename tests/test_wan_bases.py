@@ -13,8 +13,10 @@ from safetensors.torch import save_file
 import bases
 import pipeline
 import sample
+import t2v
 from data import read_video, video_info
 from dit import WanConfig, wan_diffusers_name
+from models import add_lora
 from text_encoders import OpenCLIPVision, T5Text, umt5_name, wan_clip_name
 from vae import wan_vae_diffusers_name
 
@@ -222,3 +224,13 @@ def test_sizes_and_options(monkeypatch, message, tmp_path):
     Image.new("RGB", (32, 32)).save(tmp_path / "image.png")  # it would not be read
     judged = ["--base", "tiny-wan", "--judge", "2", "--image", str(tmp_path / "image.png"), "--out", str(tmp_path / "out")]
     assert "leave --image out" in message(sample.main, judged)
+
+
+@pytest.mark.parametrize("name", sorted(t2v.PRESETS))
+def test_presets_of_t2v_fit_their_bases(name):
+    """Sizes and lengths; and the layers of LoRA, given or the network's own."""
+    args = t2v.get_args(["--base", name])
+    bases.choose_sampling(name, args, method="t2v")
+    row = bases.BASES[name]
+    with torch.device("meta"):
+        assert add_lora(bases.NETWORKS[type(row.net)](row.net), 1, 1, args.lora_targets)
