@@ -132,7 +132,8 @@ def t2v_loss(net, base, sampling, x0, captions, generators, args):
     --keep-first: how often the first latent frame is given, clean and with a step of 0.
     """
     t, noise = draw_noise(
-        base.schedule, x0, generators, args.offset_noise, sampling.size, args.timesteps)
+        base.sampling_schedule(sampling), x0, generators, args.offset_noise, sampling.size,
+        args.timesteps)
     text = base.encode_text(captions)
     cond = training_conditions(base, sampling, captions, t, sampling.fps)
 

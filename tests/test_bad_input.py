@@ -318,7 +318,7 @@ BAD = [
     ("videolcm", "", "--data: give a folder"),
     ("videolcm", "--base videolcm --data clips", "does not run on it; it runs on tiny"),
     ("videolcm", "--base tinny", "--base tinny: unknown"),
-    ("videolcm", "--base tiny --origin 30", "--origin 30: must divide the 1000 steps"),
+    ("videolcm", "--base tiny --origin 30", "--origin 30: must divide 1000"),
     ("videolcm", "--base tiny --origin 0", "--origin: '0' is not a whole number of 1 or more"),
     ("videolcm", "--base tiny --sample-steps 21", "--sample-steps 21: this consistency model takes 1 to 20"),
     ("videolcm", "--base tiny --cfg-range 3 1", "--cfg-range: the first is the lower one"),

@@ -59,7 +59,7 @@ def test_the_last_updates_are_the_whole_chains(spacing, eta):
 
 def test_partial_chain_as_published(message):
     sampling = bases.Sampling(sample_steps=20)
-    assert instructvideo.partial_chain(sampling, 0.6) == (551, 12)
+    assert instructvideo.partial_chain(make_schedule(), sampling, 0.6) == (551, 12)
 
     def check(**given):
         args = argparse.Namespace(**dict(partial=0.6, backprop=12, segments=16) | given)
@@ -98,11 +98,13 @@ def test_segments():
 
 
 class Fake:
-    """An autoencoder whose frame shows the latents' first channel three times."""
+    """A base whose frame shows the latents' first channel three times."""
 
-    def decode(self, z, frames=None):
-        z = z if frames is None else z[:, :, frames]
-        return z[:, :1].expand(-1, 3, -1, -1, -1)
+    class vae:
+        @staticmethod
+        def decode(z, frames=None, chunk=16):
+            z = z if frames is None else z[:, :, frames]
+            return z[:, :1].expand(-1, 3, -1, -1, -1)
 
 
 def test_segmental_reward():
@@ -113,7 +115,7 @@ def test_segmental_reward():
         assert prompts == ["a"] * 4 + ["b"] * 4
         return pictures.mean((1, 2, 3))
     reward = Reward(judge)
-    found = instructvideo.segmental_reward(reward, Fake(), z, ["a", "b"], 16, frames, 0.5)
+    found = instructvideo.segmental_reward(reward, Fake, z, ["a", "b"], 16, frames, 0.5)
     for k in range(2):
         values = [np.exp(-0.5 * abs(i - 8)) * (z[k, 0, i].mean().item() / 2 + 0.5) for i in frames[k]]
         assert found[k].item() == pytest.approx(np.mean(values), rel=1e-5)
@@ -125,7 +127,7 @@ def test_segmental_reward():
         assert prompts == ["a", "b"]
         return clips.mean((1, 2, 3, 4))
     found = instructvideo.segmental_reward(
-        Reward(of_clips, clip=True), Fake(), z, ["a", "b"], 16, frames, 0.5)
+        Reward(of_clips, clip=True), Fake, z, ["a", "b"], 16, frames, 0.5)
     assert torch.allclose(found, z[:, 0].mean((1, 2, 3)) / 2 + 0.5)  # unweighted
 
 
