@@ -249,20 +249,25 @@ def make_schedule(name="linear_sd", prediction="eps", zero_snr=False, shift=1.0,
 
 # ---- training losses
 
-def diffusion_loss(net_fn, schedule, x0, noise, t, mask=None, frame_mask=None):
+def diffusion_loss(net_fn, schedule, x0, noise, t, mask=None, frame_mask=None, given=None):
     """Mean of |net(x_t, t) - target|^2 over all elements of a sample, (b,) in fp32.
 
     net_fn(x_t, t) -> prediction; t (b,). mask (b,1,f,h,w) multiplies prediction and target
     (DreamVideo's subject masks); the mean still runs over all elements. frame_mask (b,f): True or
     1 for frames to learn. The others are conditions: they are given clean and are not counted,
-    and net_fn gets the mask as `frame_mask` (Open-Sora; the first frame of Wan2.2 TI2V).
+    and net_fn gets the mask as `frame_mask` (Open-Sora). given (b,): True or 1 where the first
+    frame is such a condition, with a step of 0 in net_fn's t (b,f) (Wan2.2 TI2V).
     """
-    x_t, now = schedule.add_noise(x0, noise, t), {}
+    x_t, now, steps = schedule.add_noise(x0, noise, t), {}, t
+    if given is not None:
+        frame_mask = torch.ones(len(x0), x0.shape[2], dtype=torch.bool, device=x0.device)
+        frame_mask[:, 0] = given == 0
+        steps = t[:, None] * frame_mask
+    elif frame_mask is not None:
+        now["frame_mask"] = frame_mask = frame_mask.bool()
     if frame_mask is not None:
-        frame_mask = frame_mask.bool()
         x_t = torch.where(frame_mask[:, None, :, None, None], x_t, x0)
-        now["frame_mask"] = frame_mask
-    out = net_fn(x_t, t, **now).float()
+    out = net_fn(x_t, steps, **now).float()
     target = schedule.target(x0, noise, t).float()
     if mask is not None:
         out, target = out * mask, target * mask
@@ -523,12 +528,12 @@ def ddim_updates(steps, num=1000, spacing="leading"):
     return [(t, t - num // steps) for t in times]
 
 
-def sampler_updates(schedule, steps, size=None, spacing="leading", solver="euler"):
+def sampler_updates(schedule, steps, size=None, spacing="leading", sampler="rflow"):
     """A sampler's updates, pairs (t, t_next): ddim_updates(), or of flow matching from level to
     level, see flow_levels(). size: of the clips in pixels, see Flow."""
     if isinstance(schedule, Schedule):
         return ddim_updates(steps, len(schedule.alpha_bar), spacing)
-    _, sigmas = flow_levels(solver, steps, schedule.shift_of(size), spacing)
+    _, sigmas = flow_levels(FLOW_SOLVERS[sampler], steps, schedule.shift_of(size), spacing)
     times = [1000 * sigma for sigma in sigmas]
     return list(zip(times, times[1:]))
 

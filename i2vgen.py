@@ -1,5 +1,5 @@
 """Image to video by plain denoising: I2VGen-XL (Zhang et al., arXiv 2311.04145), whose
-trainer was never released, CogVideoX-I2V (Yang et al., arXiv 2408.06072) and Wan (2503.20314).
+trainer was never released, CogVideoX-I2V (arXiv 2408.06072) and Wan (arXiv 2503.20314).
 
     L = E_{x0, text, eps, t} || net(x_t, t, text, image) - v ||^2
     x_t = sqrt(ab_t) x0 + sqrt(1 - ab_t) eps
@@ -60,10 +60,10 @@ PAPER = dict(
 COGVIDEOX = dict(
     rank=128, alpha=64.0, lr=2e-5, warmup=100, ema=0.0, drop_text=0.0, drop_image=0.05,
     image_share=0.0, offset_noise=0.0, read_fps=8.0)
-# DiffSynth-Studio's LoRA; Wan's sampler gives the image to both branches, so none is dropped
+# DiffSynth-Studio's LoRA. Both branches of Wan's guidance see the image: it is never dropped
 WAN = dict(
-    rank=32, alpha=32.0, lr=1e-4, lora_targets=["q", "k", "v", "o", "ffn.0", "ffn.2"], ema=0.0,
-    drop_text=0.0, drop_image=0.0, image_share=0.0, offset_noise=0.0)
+    rank=32, alpha=32.0, lr=1e-4, lora_targets=["q", "k", "v", "o", "ffn.0", "ffn.2"],
+    ema=0.0, drop_text=0.0, drop_image=0.0, image_share=0.0, offset_noise=0.0)
 TINY = dict(
     steps=200, batch=16, lr=5e-4, lr_schedule="cosine", warmup=20, betas=(0.9, 0.99), wd=0.01,
     ema=0.99, rank=0, motion="zigzagging", replay=0.5, image_share=0.0, offset_noise=0.0,
@@ -91,7 +91,8 @@ def get_args(argv=None):
                    help="tiny bases: share of clips with motions that the base knows, so that it "
                         "keeps them (on others: list such clips in --data)")
     p.options("images", without=("--images",))
-    p.add_argument("--drop-image", type=p.SHARE, help="probability of dropping the image condition")
+    p.add_argument("--drop-image", type=p.SHARE,
+                   help="probability of dropping the image condition")
     p.options("pixels sampling optimisation ema lora")
     p.add_argument("--offset-noise", type=p.UNSIGNED,
                    help="strength of noise that all pixels of a frame share: it teaches brightness")
@@ -118,9 +119,9 @@ def image_condition(base, x0, seen, keep, generators):
     x0 (b,c,f,h,w): the clips' latents; seen: see encode(); keep (b,): 1, or 0 where the
     image is dropped.
     """
-    if isinstance(base.row.net, WanConfig):  # channels b c f h w, tokens b n d; TI2V: neither
+    if isinstance(base.row.net, WanConfig):  # first_frame b c f h w, image b n d; or neither
         cond = {k: v * keep.view(-1, *[1] * (v.ndim - 1)) for k, v in seen.items()}
-        return {k: v[:, :, :x0.shape[2]] if k == "first_frame" else v for k, v in cond.items()}
+        return {k: v[:, :, :x0.shape[2]] if v.ndim == 5 else v for k, v in cond.items()}
     picture = seen["picture"]
     if base.row.unet.image_to_video:
         # the embedding alone is dropped, as in the second branch of the published guidance
@@ -148,14 +149,11 @@ def i2v_loss(net, base, sampling, x0, seen, captions, generators, args):
     cond = image_condition(base, x0, seen, keep, generators)
     cond |= pipeline.frame_rate(sampling.fps, len(x0), x0.device)
 
-    learned = None
-    if base.row.keeps_first and x0.shape[2] > 1:  # b f: all frames but a first one that is kept
-        learned = torch.ones(x0.shape[0], x0.shape[2], device=x0.device)
-        learned[:, 0] = 1 - keep
+    given = keep if base.row.keeps_first and x0.shape[2] > 1 else None
 
-    def predict(x_t, t, frame_mask=None):
-        return net(x_t, t if frame_mask is None else t[:, None] * frame_mask, text, **cond)
-    return diffusion_loss(predict, base.schedule, x0, noise.to(x0.device), t, frame_mask=learned)
+    def predict(x_t, t):
+        return net(x_t, t, text, **cond)
+    return diffusion_loss(predict, base.schedule, x0, noise.to(x0.device), t, given=given)
 
 
 def main(argv=None):
@@ -185,7 +183,7 @@ def main(argv=None):
         source = seed_of(rows or (args.motion, args.replay))
         about = dict(size=sampling.size, fps=read_fps, rows=source)
         clips = pipeline.cache_latents(
-            run, clips, lambda batch: encode(base, run.env, sampling, batch["video"]), about)
+            run, clips, lambda b: encode(base, run.env, sampling, b["video"]), about)
         if not trains_encoders(args):
             base.remember([*clips.texts(), *texts], run.env)  # then the text tower goes
     batches = data.read_batches(clips, run.numbers, args.seed, args.workers)
@@ -204,7 +202,8 @@ def main(argv=None):
             seen = {k: batch[k].float().to(run.device) for k in SEEN if k in batch}
             seed_dropout(net, args.seed, numbers)
             with run.forward():
-                loss = i2v_loss(net, base, sampling, x0, seen, batch["text"], generators, args)
+                loss = i2v_loss(
+                    net, base, sampling, x0, seen, batch["text"], generators, args)
             run.backward(loss)
         run.update()
         if run.preview_due:
@@ -255,13 +254,14 @@ def held_out_pairs(args, sampling, clips):
 
 @torch.no_grad()
 def encode(base, env, sampling, video):
-    """Clips (b,3,f,h,w) in [-1,1] -> {"mean", "std"} (b,c,f',h',w') of their latents and what
-    image_condition() needs of the first frame beside its latent.
+    """Clips (b,3,f,h,w) in [-1,1] -> {"mean", "std"} (b,c,f',h',w') of their latents, and
+    what image_condition() needs of the first frame beside its latent.
 
-    "picture": the image tower's input (b,3,s,s); for CogVideoX the pixels (b,3,h,w), as their
-    noise is new each time. For Wan-I2V the conditions themselves. All on the CPU.
+    "picture": the image tower's input (b,3,s,s); for CogVideoX the pixels (b,3,h,w), as
+    their noise is new each time. For Wan-I2V the conditions themselves. All on the CPU.
     """
-    seen, frames = {"picture": video[:, :, 0]}, [pipeline.frame_picture(v[:, 0]) for v in video]
+    seen = {"picture": video[:, :, 0]}
+    frames = [pipeline.frame_picture(frame) for frame in video[:, :, 0]]
     if base.row.keeps_first:
         seen = {}
     elif isinstance(base.row.net, WanConfig):

@@ -39,7 +39,7 @@ import torch
 
 from bases import choose_sampling, load_base
 from data import read_batches
-from diffusion import FLOW_SOLVERS, randn, sampler_updates
+from diffusion import randn, sampler_updates
 from models import add_lora, parallelize, start_from_lora
 from pipeline import decode, evaluate_reward, read_captioned, rollout
 from rewards import get_reward, score
@@ -112,8 +112,8 @@ def changed_defaults(args):
 def partial_chain(schedule, chain, partial):
     """-> (t, n): the step that clips are noised to, and the number of updates from there."""
     n = int(partial * chain.sample_steps)
-    updates = sampler_updates(schedule, chain.sample_steps, chain.size, chain.spacing,
-                              FLOW_SOLVERS.get(chain.sampler))
+    updates = sampler_updates(
+        schedule, chain.sample_steps, chain.size, chain.spacing, chain.sampler)
     return updates[-n][0], n
 
 
