@@ -303,7 +303,7 @@ BASES = {
         millions=1.8, methods=("tft2v", *TEXT_TO_VIDEO)),
     "tiny-clean": Row(
         "tiny, trained on clips without flaws; what customises and controls starts from it",
-        TINY_NET, **TINY, millions=1.8, methods=("t2v", "tft2v", "vader", "grpo", "videolcm")),
+        TINY_NET, **TINY, millions=1.8, methods=(*ANY_TEXT, "tft2v")),
     # I2VGen-XL's network and conditions. Words have 32 numbers, not 64, to make room for the layers
     # that read the image: the file stays below 4 MB.
     "tiny-i2v": Row(
@@ -386,7 +386,7 @@ BASES = {
         files={"original": MODELSCOPE_FILES | {
             "net": "hf:Ryan-PR/DEMO:demo.pth",
             "motion_text": "hf:Ryan-PR/DEMO:motion_encoder.pth"}},
-        millions=1684.9, methods=("instructvideo", "demo")),
+        millions=1684.9, methods=("vader", "grpo", "instructvideo", "demo")),
     "videocrafter2": Row(
         "VideoCrafter2 (arXiv 2401.09047), 16 frames of 320x512",
         UNetConfig(**VC2_NET), schedule=VC2_EPS,
@@ -432,13 +432,13 @@ BASES = {
         "TF-T2V (arXiv 2312.15770), 16 frames of 256x448",
         UNetConfig(concat_dim=8, style_image=True), schedule=V_ZERO_SNR, sample=TFT2V,
         files=vgen_files("ms:iic/tf-t2v:tft2v_t2v_non_ema_512000.pth"), millions=1416.5,
-        methods=("t2v", "tft2v", "instructvideo", "videolcm")),
+        methods=(*ANY_TEXT, "tft2v")),
     "tft2v-32": Row(
         "TF-T2V, 32 frames of 256x448",
         UNetConfig(concat_dim=8, style_image=True), schedule=V_ZERO_SNR,
         sample=replace(TFT2V, frames=32),
         files=vgen_files("ms:iic/tf-t2v:tft2v_t2v_32frames_non_ema_560000.pth"), millions=1416.5,
-        methods=("t2v", "tft2v", "instructvideo", "videolcm")),
+        methods=(*ANY_TEXT, "tft2v")),
     "vcomposer": Row(
         "VideoComposer by TF-T2V (arXiv 2306.02018): depth, sketch, motion, images as conditions",
         VCOMPOSER, schedule=V_ZERO_SNR, sample=TFT2V,
