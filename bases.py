@@ -284,7 +284,8 @@ WAN_SAMPLE = Sampling(
     shift=5.0, negative=WAN_NEGATIVE)
 WAN_I2V = replace(WAN_SAMPLE, sample_steps=40, shift=3.0, negative=WAN_I2V_NEGATIVE)
 HD = dict(height=720, width=1280)
-TEXT_TO_VIDEO = ("t2v", "videolcm", "vader", "grpo", "instructvideo", "videodpo", "demo")
+ANY_TEXT = ("t2v", "videolcm", "vader", "grpo", "instructvideo", "videodpo")
+TEXT_TO_VIDEO = (*ANY_TEXT, "demo")
 # The tiny world. Noise hides so redundant a signal less well, hence the schedule's shift. With
 # v-prediction and zero terminal SNR, sampling starts where training ended.
 TINY_NET = UNetConfig(
@@ -309,7 +310,7 @@ BASES = {
         millions=1.8, methods=("tft2v", *TEXT_TO_VIDEO)),
     "tiny-clean": Row(
         "tiny, trained on clips without flaws; what customises and controls starts from it",
-        TINY_NET, **TINY, millions=1.8, methods=("t2v", "tft2v", "vader", "grpo", "videolcm")),
+        TINY_NET, **TINY, millions=1.8, methods=(*ANY_TEXT, "tft2v")),
     # I2VGen-XL's network and conditions. Words have 32 numbers, not 64, to make room for the layers
     # that read the image: the file stays below 4 MB.
     "tiny-i2v": Row(
@@ -343,7 +344,7 @@ BASES = {
             sample=replace(TINY_SAMPLE, sampler="flow-unipc", spacing="wan", sample_steps=20,
                            shift=5.0),
             assets={"net": "tiny-wan", "vae": "tiny", "text": "tiny-wan"}),
-        keeps_first=True, flawed=True, millions=1.7, methods=("t2v", "vader", "grpo", "videodpo")),
+        keeps_first=True, flawed=True, millions=1.7, methods=ANY_TEXT),
     # an extreme case of what DEMO says of CLIP: to this text encoder all motions are one word
     "tiny-weak": Row(
         "tiny with a text encoder that cannot tell motions apart, for demo.py",
@@ -392,13 +393,12 @@ BASES = {
         files={"original": MODELSCOPE_FILES | {
             "net": "hf:Ryan-PR/DEMO:demo.pth",
             "motion_text": "hf:Ryan-PR/DEMO:motion_encoder.pth"}},
-        millions=1684.9, methods=("instructvideo", "demo")),
+        millions=1684.9, methods=("vader", "grpo", "instructvideo", "demo")),
     "videocrafter2": Row(
         "VideoCrafter2 (arXiv 2401.09047), 16 frames of 320x512",
         UNetConfig(**VC2_NET), schedule=VC2_EPS,
         sample=Sampling(height=320, width=512, fps=28, save_fps=10, cfg=12.0, eta=1.0),
-        files={"original": VC2_FILES}, millions=1413.3,
-        methods=("t2v", "videolcm", "vader", "grpo", "instructvideo", "videodpo")),
+        files={"original": VC2_FILES}, millions=1413.3, methods=ANY_TEXT),
     "t2v-turbo": Row(
         "VideoCrafter2 distilled to 4 steps (T2V-Turbo, arXiv 2405.18750)",
         UNetConfig(**VC2_NET, guidance_dim=256), sample=TURBO,
@@ -439,13 +439,13 @@ BASES = {
         "TF-T2V (arXiv 2312.15770), 16 frames of 256x448",
         UNetConfig(concat_dim=8, style_image=True), schedule=V_ZERO_SNR, sample=TFT2V,
         files=vgen_files("ms:iic/tf-t2v:tft2v_t2v_non_ema_512000.pth"), millions=1416.5,
-        methods=("t2v", "tft2v", "instructvideo", "videolcm")),
+        methods=(*ANY_TEXT, "tft2v")),
     "tft2v-32": Row(
         "TF-T2V, 32 frames of 256x448",
         UNetConfig(concat_dim=8, style_image=True), schedule=V_ZERO_SNR,
         sample=replace(TFT2V, frames=32),
         files=vgen_files("ms:iic/tf-t2v:tft2v_t2v_32frames_non_ema_560000.pth"), millions=1416.5,
-        methods=("t2v", "tft2v", "instructvideo", "videolcm")),
+        methods=(*ANY_TEXT, "tft2v")),
     "vcomposer": Row(
         "VideoComposer by TF-T2V (arXiv 2306.02018): depth, sketch, motion, images as conditions",
         VCOMPOSER, schedule=V_ZERO_SNR, sample=TFT2V,
@@ -468,11 +468,11 @@ BASES = {
         CogVideoXVAEConfig(scale=1.15258426), T5Config(), COGVIDEOX | dict(divisor=3.0),
         Sampling(frames=49, height=480, width=720, spacing="cogvideox", cfg=6.0),
         cogvideox_files("hf:THUDM/CogVideoX-2b"), millions=1693.8,
-        methods=("t2v", "vader", "grpo", "instructvideo", "das", "videodpo")),
+        methods=(*ANY_TEXT, "das")),
     "cogvideox-5b": Row(
         "CogVideoX-5B, 49 frames of 480x720",
         CogVideoXConfig(), **COGVIDEOX_5B, files=cogvideox_files("hf:THUDM/CogVideoX-5b"),
-        millions=5570.3, methods=("t2v", "vader", "grpo", "instructvideo", "das", "videodpo")),
+        millions=5570.3, methods=(*ANY_TEXT, "das")),
     "cogvideox-5b-i2v": Row(
         "CogVideoX-5B-I2V, image to video",
         CogVideoXConfig(**COGVIDEOX_I2V), **COGVIDEOX_5B,
@@ -492,30 +492,30 @@ BASES = {
                       "vae": "hf:hpcai-tech/OpenSora-VAE-v1.2:model.safetensors",
                       "text": "hf:DeepFloyd/t5-v1_1-xxl:pytorch_model.bin",
                       "tokenizer": "hf:DeepFloyd/t5-v1_1-xxl:spiece.model"}},
-        millions=1207.6, methods=("t2v", "vader", "grpo", "videodpo")),
+        millions=1207.6, methods=ANY_TEXT),
     "wan2.1-t2v-1.3b": Row(
         "Wan2.1 T2V-1.3B (arXiv 2503.20314), 81 frames of 480x832, other sizes and lengths too",
         WanConfig(), **WAN, sample=WAN_SAMPLE,
         files=wan_files("Wan2.1-T2V-1.3B", "Wan_2.1_ComfyUI_repackaged", "wan2.1_t2v_1.3B_bf16"),
-        millions=1419.0, methods=("t2v", "vader", "grpo", "videodpo")),
+        millions=1419.0, methods=ANY_TEXT),
     "wan2.1-t2v-14b": Row(
         "Wan2.1 T2V-14B, 81 frames of 720x1280 or 480x832",
         WAN_14B, **WAN, sample=replace(WAN_SAMPLE, **HD),
         files=wan_files("Wan2.1-T2V-14B", "Wan_2.1_ComfyUI_repackaged", "wan2.1_t2v_14B_bf16"),
-        millions=14288.5, methods=("t2v", "vader", "grpo", "videodpo")),
+        millions=14288.5, methods=ANY_TEXT),
     "wan2.1-i2v-14b-480p": Row(
         "Wan2.1 I2V-14B-480P, image to video, as many pixels as 480x832 in the image's shape",
         WAN_CLIP_14B, **WAN | dict(schedule=dict(name="flow", shift=3.0)), sample=WAN_I2V,
         image=WAN_CLIP,
         files=wan_files("Wan2.1-I2V-14B-480P", "Wan_2.1_ComfyUI_repackaged",
                         "wan2.1_i2v_480p_14B_bf16", image=True),
-        millions=16394.9, methods=("vader", "grpo")),
+        millions=16394.9, methods=("i2vgen", "vader", "grpo")),
     "wan2.1-i2v-14b-720p": Row(
         "Wan2.1 I2V-14B-720P, image to video, as many pixels as 720x1280 in the image's shape",
         WAN_CLIP_14B, **WAN, sample=replace(WAN_I2V, **HD, shift=5.0), image=WAN_CLIP,
         files=wan_files("Wan2.1-I2V-14B-720P", "Wan_2.1_ComfyUI_repackaged",
                         "wan2.1_i2v_720p_14B_bf16", image=True),
-        millions=16394.9, methods=("vader", "grpo")),
+        millions=16394.9, methods=("i2vgen", "vader", "grpo")),
     "wan2.2-ti2v-5b": Row(
         "Wan2.2 TI2V-5B, from text or (--image) from a first frame, 121 frames of 704x1280",
         WanConfig(in_channels=48, out_channels=48, dim=3072, ffn_dim=14336, heads=24),
@@ -523,7 +523,7 @@ BASES = {
         sample=replace(WAN_SAMPLE, frames=121, height=704, width=1280, save_fps=24),
         files=wan_files("Wan2.2-TI2V-5B", "Wan_2.2_ComfyUI_Repackaged", "wan2.2_ti2v_5B_fp16",
                         vae="2.2"),
-        millions=4999.8, methods=("t2v", "vader", "grpo", "videodpo")),
+        millions=4999.8, methods=(*ANY_TEXT, "i2vgen")),
     "wan2.2-t2v-a14b": Row(
         "Wan2.2 T2V-A14B, 81 frames of 720x1280 or 480x832; two experts, one on the device",
         WAN_14B, **WAN | dict(schedule=dict(name="flow", shift=12.0)),
@@ -651,6 +651,15 @@ def size_for_image(name, height, width):
     return min(choices, key=lambda size: max(size[0] / size[1] / shape, shape * size[1] / size[0]))
 
 
+# why a method runs on few bases, and what to use instead
+ELSEWHERE = {
+    "das": " (its branch for tracks is made of CogVideoX's blocks)",
+    "dreamvideo": " (its adapters are layers of that UNet); elsewhere t2v.py --rank 16 learns a "
+                  "subject (--data PICTURES --frames 1) or a motion (--data CLIPS)",
+    "demo": " (its motion blocks are layers of UNets); elsewhere t2v.py --rank 16 --data CLIPS "
+            "learns a motion"}
+
+
 def choose_sampling(name, args, run=None, method=None, **fixed) -> Sampling:
     """The sampling settings for base `name`: its own, then a run's, then flags, then `fixed`.
 
@@ -660,8 +669,12 @@ def choose_sampling(name, args, run=None, method=None, **fixed) -> Sampling:
     """
     row = base_row(name)
     if method and method not in row.methods:
+        if row.two_experts:
+            raise UserError(f"--base {name}: sample.py alone plays its two experts; no method "
+                            "trains them")
         known = ", ".join(n for n, r in BASES.items() if method in r.methods)
-        raise UserError(f"--base {name}: {method}.py does not run on it; it runs on {known}")
+        raise UserError(f"--base {name}: {method}.py does not run on it; it runs on {known}"
+                        f"{ELSEWHERE.get(method, '')}")
     if method and args.init:
         run = init_sampling(name, args)
     names = {f.name for f in fields(Sampling)}
@@ -674,7 +687,8 @@ def choose_sampling(name, args, run=None, method=None, **fixed) -> Sampling:
     known = {k: v for k, v in (run or {}).items() if k in names and v is not None}
     sampling = replace(row.sample, **known | given | fixed)
     own = row.sample.sampler  # UNets that are sampled by DDIM and flow matching have a choice
-    kin = FLOW_SAMPLERS if own in FLOW_SAMPLERS else {own}
+    kin = FLOW_SAMPLERS if own in FLOW_SAMPLERS else (own,)
+    kin = (*kin, "lcm") if "videolcm" in row.methods else kin  # for what was distilled
     if isinstance(row.net, UNetConfig) and own in ("ddim", "lcm", "dpmpp"):
         kin = ("ddim", "lcm", "dpmpp")
     if sampling.sampler not in kin:
@@ -708,7 +722,7 @@ class Base:
     init: list = field(default_factory=list)  # checksums of what --init put on it
 
     def sampling_schedule(self, sampling):
-        """Its noise schedule with the shift of these settings, for the sampler."""
+        """Its noise schedule with the shift of these settings."""
         if sampling.shift is None:
             return self.schedule
         return replace(self.schedule, shift=sampling.shift)
@@ -1291,9 +1305,9 @@ def main(argv=None):
     else:
         methods = {name: " ".join(sorted(row.methods)) for name, row in BASES.items()}
         width = max(map(len, methods.values()))
-        print(f"{'base':17}{'parameters':>12}  {'methods':{width}}  about")
+        print(f"{'base':20}{'parameters':>11}  {'methods':{width}}  about")
         for name, row in BASES.items():
-            print(f"{name:17}{row.millions:>10.1f} M  {methods[name]:{width}}  {row.about}")
+            print(f"{name:20}{row.millions:>9.1f} M  {methods[name]:{width}}  {row.about}")
 
 
 if __name__ == "__main__":

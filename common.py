@@ -572,9 +572,9 @@ OPTIONS = {
         "--sample-steps": dict(type=COUNT, help="sampler steps (default: the base's)"),
         "--eta": dict(type=SHARE, help="DDIM noise: 0 is deterministic, 1 is DDPM (default: the "
                                        "base's)"),
-        "--shift": dict(type=POSITIVE, help="flow matching: moves the sampler's steps towards the "
-                                           "noise (default: the base's; small clips need less); "
-                                           "training keeps the base's"),
+        "--shift": dict(type=POSITIVE, help="flow matching: moves the steps of sampling and of "
+                                           "training towards the noise (default: the base's; small "
+                                           "clips need less)"),
         "--cfg": dict(type=REAL, help="guidance scale w in u + w (c - u); 1 turns guidance off "
                                       "(default: the base's)"),
     },

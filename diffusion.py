@@ -138,6 +138,10 @@ class Schedule:
         """u (b,) in 0..1, how far towards the noise -> steps t (b,). size: as Flow's, not used."""
         return (u * len(self.alpha_bar)).long()
 
+    def grid(self, k, origin, size=None):
+        """k (b,), 0 (clean) to origin (noise) -> steps of a chain of `origin` equal parts."""
+        return (len(self.alpha_bar) // origin * k - 1).clamp(min=0)
+
     def add_noise(self, x0, noise, t):
         """x0, noise like x0, t -> x_t."""
         a, s, k = self.at(t, x0)
@@ -197,6 +201,10 @@ class Flow:
         """u (b,) in 0..1, how far towards the noise -> steps t (b,)."""
         return 1000 * shifted(u, self.shift_of(size))
 
+    def grid(self, k, origin, size=None):
+        """k (b,), 0 (clean) to origin (noise) -> steps of a chain of `origin` Euler steps."""
+        return self.steps(k / origin, size)
+
     def sigma(self, t, like):
         """t / 1000, shaped to multiply `like` (b, ...)."""
         sigma = torch.as_tensor(t, dtype=torch.float32, device=like.device) / 1000
@@ -241,20 +249,25 @@ def make_schedule(name="linear_sd", prediction="eps", zero_snr=False, shift=1.0,
 
 # ---- training losses
 
-def diffusion_loss(net_fn, schedule, x0, noise, t, mask=None, frame_mask=None):
+def diffusion_loss(net_fn, schedule, x0, noise, t, mask=None, frame_mask=None, given=None):
     """Mean of |net(x_t, t) - target|^2 over all elements of a sample, (b,) in fp32.
 
     net_fn(x_t, t) -> prediction; t (b,). mask (b,1,f,h,w) multiplies prediction and target
     (DreamVideo's subject masks); the mean still runs over all elements. frame_mask (b,f): True or
     1 for frames to learn. The others are conditions: they are given clean and are not counted,
-    and net_fn gets the mask as `frame_mask` (Open-Sora; the first frame of Wan2.2 TI2V).
+    and net_fn gets the mask as `frame_mask` (Open-Sora). given (b,): True or 1 where the first
+    frame is such a condition, with a step of 0 in net_fn's t (b,f) (Wan2.2 TI2V).
     """
-    x_t, now = schedule.add_noise(x0, noise, t), {}
+    x_t, now, steps = schedule.add_noise(x0, noise, t), {}, t
+    if given is not None:
+        frame_mask = torch.ones(len(x0), x0.shape[2], dtype=torch.bool, device=x0.device)
+        frame_mask[:, 0] = given == 0
+        steps = t[:, None] * frame_mask
+    elif frame_mask is not None:
+        now["frame_mask"] = frame_mask = frame_mask.bool()
     if frame_mask is not None:
-        frame_mask = frame_mask.bool()
         x_t = torch.where(frame_mask[:, None, :, None, None], x_t, x0)
-        now["frame_mask"] = frame_mask
-    out = net_fn(x_t, t, **now).float()
+    out = net_fn(x_t, steps, **now).float()
     target = schedule.target(x0, noise, t).float()
     if mask is not None:
         out, target = out * mask, target * mask
@@ -283,7 +296,12 @@ def boundary_scalings(t, sigma_data=0.5, timestep_scaling=10.0):
 
 
 def consistency(schedule, out, x_t, t):
-    """f(x_t, t) = c_skip x_t + c_out x0, from the network's answer; t (b,) or int."""
+    """f(x_t, t) = c_skip x_t + c_out x0, from the network's answer; t (b,) or a number.
+
+    Flow matching needs no scalings (c_skip = 0, c_out = 1): x0 = x_t - sigma v is x_t at sigma = 0.
+    """
+    if isinstance(schedule, Flow):
+        return schedule.to_x0(out, x_t, t)
     c_skip, c_out = boundary_scalings(torch.as_tensor(t).to(x_t).reshape(-1, *[1] * (x_t.ndim - 1)))
     return c_skip * x_t + c_out * schedule.to_x0(out, x_t, t)
 
@@ -402,7 +420,7 @@ def noised(schedule, x0, noise, u, size=None, origin=None):
     if origin is None:
         t = schedule.steps(u, size)
     else:
-        t = len(schedule.alpha_bar) // origin * ((u * origin).long() + 1) - 1
+        t = schedule.grid((u * origin).long() + 1, origin, size)
     return schedule.add_noise(x0, noise, t), t, schedule.target(x0, noise, t)
 
 
@@ -510,12 +528,12 @@ def ddim_updates(steps, num=1000, spacing="leading"):
     return [(t, t - num // steps) for t in times]
 
 
-def sampler_updates(schedule, steps, size=None, spacing="leading"):
-    """The updates of a sampler with noise, pairs (t, t_next): ddim_updates(), or Euler's steps
-    from level to level, see flow_levels(). size: of the clips in pixels, see Flow."""
+def sampler_updates(schedule, steps, size=None, spacing="leading", sampler="rflow"):
+    """A sampler's updates, pairs (t, t_next): ddim_updates(), or of flow matching from level to
+    level, see flow_levels(). size: of the clips in pixels, see Flow."""
     if isinstance(schedule, Schedule):
         return ddim_updates(steps, len(schedule.alpha_bar), spacing)
-    _, sigmas = flow_levels("euler", steps, schedule.shift_of(size), spacing)
+    _, sigmas = flow_levels(FLOW_SOLVERS[sampler], steps, schedule.shift_of(size), spacing)
     times = [1000 * sigma for sigma in sigmas]
     return list(zip(times, times[1:]))
 
@@ -583,29 +601,33 @@ def ddim_invert(net_fn, x0, schedule, steps, levels=None):
 
 # ---- latent consistency models (arXiv 2310.04378)
 
-def lcm_timesteps(steps, num=1000, origin=50, spacing="stride"):
-    """Descending list of integer steps, chosen from the `origin` steps of the distillation.
+def lcm_timesteps(steps, schedule, origin=50, spacing="stride", size=None):
+    """Descending list of steps, chosen from the `origin` steps of the distillation.
 
-    Those are 999, 979, ..., 19 for 50. "stride": T2V-Turbo takes every (origin // steps)-th of
-    them, e.g. 999, 759, 519, 279. "even": VideoLCM takes i origin / steps, rounded down
-    (diffusers 0.26), e.g. 999, 759, 499, 259.
+    Those are 999, 979, ..., 19 for 50; with flow matching Euler's, for clips of `size`. "stride":
+    T2V-Turbo takes every (origin // steps)-th of them, e.g. 999, 759, 519, 279. "even": VideoLCM
+    takes i origin / steps, rounded down (diffusers 0.26), e.g. 999, 759, 499, 259.
     """
     if not 1 <= steps <= origin:
         raise UserError(f"--sample-steps {steps}: this consistency model takes 1 to {origin}")
-    grid = [j * (num // origin) - 1 for j in range(origin, 0, -1)]
+    k = torch.arange(origin, 0, -1)
     if spacing == "even":
-        return [grid[i * origin // steps] for i in range(steps)]
-    return grid[::origin // steps][:steps]
+        k = k[torch.arange(steps) * origin // steps]
+    else:
+        k = k[::origin // steps][:steps]
+    return schedule.grid(k, origin, size).tolist()
 
 
 @torch.no_grad()
-def lcm(net_fn, x_T, schedule, steps, generators=None, origin=50, spacing="stride", progress=None):
+def lcm(net_fn, x_T, schedule, steps, generators=None, origin=50, spacing="stride", size=None,
+        progress=None):
     """Sample a consistency model: noise x_T (b,c,f,h,w) -> latents, by jumps to x0.
 
     Each step jumps to x0 and adds noise for the next. It calls the network once: guidance was
-    distilled into the network, and may be one of its conditions.
+    distilled into the network, and may be one of its conditions. size: of the clips in pixels, see
+    Flow.
     """
-    times = lcm_timesteps(steps, len(schedule.alpha_bar), origin, spacing)
+    times = lcm_timesteps(steps, schedule, origin, spacing, size)
     x = x_T
     for i, t in enumerate(progress(times) if progress else times):
         out = net_fn(x, full_step(x, t))
@@ -723,8 +745,9 @@ def cogvideox_dpm(net_fn, x_T, schedule, steps, generators=None, grad_last=0, pr
 
 # ---- flow matching: Euler, DPM-Solver++ and UniPC on levels sigma from 1 (noise) to 0 (clean)
 
-def flow_levels(solver, steps, shift, spacing="wan"):
+def flow_levels(solver, steps, shift, spacing="wan", last=None):
     """-> steps for the network, a list, and levels sigma, `steps` + 1 floats, the last one 0.
+    last: only those of the last so many updates.
 
     solver: "euler", "dpmpp" or "unipc". Levels are even from 1 to 0, then moved by `shift` (Wan,
     Open-Sora). spacing "diffusers" gives those of diffusers' schedulers. Euler reads the real
@@ -742,7 +765,8 @@ def flow_levels(solver, steps, shift, spacing="wan"):
         sigma = sigma.clip(max=1 - 1e-6)
     # in float32, 0.9 would give step 899; as float32 the first real step is 1000, as masks need it
     times = np.float32(1000 * sigma) if solver == "euler" else (1000 * sigma).astype(int)
-    return times.tolist(), [*np.float32(sigma).tolist(), 0.0]
+    first = 0 if last is None else steps - last
+    return times.tolist()[first:], [*np.float32(sigma).tolist()[first:], 0.0]
 
 
 def log_ratios(sigmas):
@@ -752,19 +776,19 @@ def log_ratios(sigmas):
 
 
 def rflow(net_fn, x_T, schedule, steps, size=None, spacing="wan", frame_mask=None, generators=None,
-          grad_last=0, progress=None):
+          grad_last=0, progress=None, last=None):
     """Sample by Euler steps, x' = x + (sigma' - sigma) v: noise x_T (b,c,f,h,w) -> latents.
 
     size: (frames, height, width) in pixels, see Flow. spacing: see flow_levels(). grad_last: see
-    recording(). frame_mask (b,f) in 0..1: 1 makes a frame from noise. The others start as latents
-    in x_T: 0 keeps them; m in between keeps them until t = 1000 m, noises them to there and then
-    lets them join (Open-Sora's edits). net_fn gets `frame_mask` (b,f), True for frames that take
-    part. generators: one per sample, for that noise.
+    recording(). last: see ddim(). frame_mask (b,f) in 0..1: 1 makes a frame from noise. The others
+    start as latents in x_T: 0 keeps them; m in between keeps them until t = 1000 m, noises them to
+    there and then lets them join (Open-Sora's edits). net_fn gets `frame_mask` (b,f), True for
+    frames that take part. generators: one per sample, for that noise.
     """
-    times, sigmas = flow_levels("euler", steps, schedule.shift_of(size), spacing)
+    times, sigmas = flow_levels("euler", steps, schedule.shift_of(size), spacing, last)
     x, active = x_T, None if frame_mask is None else frame_mask == 1
     for i, t in enumerate(progress(times) if progress else times):
-        with recording(i, steps, grad_last):
+        with recording(i, len(times), grad_last):
             now = {}
             if frame_mask is not None:
                 joined, active = active, 1000 * frame_mask >= t
@@ -778,7 +802,8 @@ def rflow(net_fn, x_T, schedule, steps, size=None, spacing="wan", frame_mask=Non
     return x
 
 
-def flow_dpmpp(net_fn, x_T, schedule, steps, size=None, spacing="wan", grad_last=0, progress=None):
+def flow_dpmpp(net_fn, x_T, schedule, steps, size=None, spacing="wan", grad_last=0, progress=None,
+               last=None):
     """DPM-Solver++(2M) for flow matching: noise x_T (b,c,f,h,w) -> latents. Arguments: see rflow().
 
     With h = lambda' - lambda, from sigma to sigma' (compare dpmpp_2m):
@@ -786,22 +811,23 @@ def flow_dpmpp(net_fn, x_T, schedule, steps, size=None, spacing="wan", grad_last
         x' = sigma' / sigma x + (1 - sigma') (1 - exp(-h)) D
         D = x0 + h / (2 h_last) (x0 - x0_last)
     """
-    times, sigmas = flow_levels("dpmpp", steps, schedule.shift_of(size), spacing)
+    times, sigmas = flow_levels("dpmpp", steps, schedule.shift_of(size), spacing, last)
     lam = log_ratios(sigmas)
-    x, last = x_T, None
+    x, before = x_T, None
     for i, t in enumerate(progress(times) if progress else times):
-        with recording(i, steps, grad_last):
+        with recording(i, len(times), grad_last):
             x0 = x - sigmas[i] * net_fn(x, full_step(x, t)).float()
-            if i + 1 == steps:
+            if i + 1 == len(times):
                 return x0
-            h, d = lam[i + 1] - lam[i], x0  # the first h is infinite
-            if last is not None:
-                d = x0 + h / (2 * (lam[i] - lam[i - 1])) * (x0 - last)
+            h, d = lam[i + 1] - lam[i], x0  # from pure noise, h is infinite
+            if before is not None:
+                d = x0 + h / (2 * (lam[i] - lam[i - 1])) * (x0 - before)
             x = sigmas[i + 1] / sigmas[i] * x - (1 - sigmas[i + 1]) * math.expm1(-h) * d
-            last = x0
+            before = x0
 
 
-def flow_unipc(net_fn, x_T, schedule, steps, size=None, spacing="wan", grad_last=0, progress=None):
+def flow_unipc(net_fn, x_T, schedule, steps, size=None, spacing="wan", grad_last=0, progress=None,
+               last=None):
     """UniPC of order 2 with B(h) = exp(-h) - 1 (arXiv 2302.04867), Wan's default: noise x_T
     (b,c,f,h,w) -> latents. Arguments: see rflow().
 
@@ -810,7 +836,7 @@ def flow_unipc(net_fn, x_T, schedule, steps, size=None, spacing="wan", grad_last
 
         y' = sigma' / sigma y - (1 - sigma') B(h) (x0 + change)
     """
-    times, sigmas = flow_levels("unipc", steps, schedule.shift_of(size), spacing)
+    times, sigmas = flow_levels("unipc", steps, schedule.shift_of(size), spacing, last)
     lam = log_ratios(sigmas)
 
     def update(i, y, x0, change):
@@ -820,17 +846,17 @@ def flow_unipc(net_fn, x_T, schedule, steps, size=None, spacing="wan", grad_last
     x = y = x_T  # y: x after its correction
     history = []  # the last three estimates of x0; all come from states before their correction
     for i, t in enumerate(progress(times) if progress else times):
-        with recording(i, steps, grad_last):
+        with recording(i, len(times), grad_last):
             x0 = x - sigmas[i] * net_fn(x, full_step(x, t)).float()
-            if i + 1 == steps:
+            if i + 1 == len(times):
                 return x0
             history = [*history[-2:], x0]
             change = 0.0
             if i > 0:
-                last = history[-2]
-                y = update(i - 1, y, last, unipc_correction(history, lam[max(i - 2, 0):i + 1]))
+                before = history[-2]
+                y = update(i - 1, y, before, unipc_correction(history, lam[max(i - 2, 0):i + 1]))
                 ratio = (lam[i - 1] - lam[i]) / (lam[i + 1] - lam[i])  # below 0
-                change = (last - x0) / (2 * ratio)
+                change = (before - x0) / (2 * ratio)
             x = update(i, y, x0, change)
 
 
@@ -853,6 +879,7 @@ def unipc_correction(history, lam):
 
 
 FLOW_SAMPLERS = {"rflow": rflow, "flow-dpmpp": flow_dpmpp, "flow-unipc": flow_unipc}
+FLOW_SOLVERS = {"rflow": "euler", "flow-dpmpp": "dpmpp", "flow-unipc": "unipc"}  # of flow_levels()
 
 
 # ---- HiGen (arXiv 2312.04483) and SR600: samplers of two passes

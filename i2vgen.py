@@ -1,9 +1,10 @@
 """Image to video by plain denoising: I2VGen-XL (Zhang et al., arXiv 2311.04145), whose
-trainer was never released, and CogVideoX-I2V (Yang et al., arXiv 2408.06072).
+trainer was never released, CogVideoX-I2V (arXiv 2408.06072) and Wan (arXiv 2503.20314).
 
     L = E_{x0, text, eps, t} || net(x_t, t, text, image) - v ||^2
     x_t = sqrt(ab_t) x0 + sqrt(1 - ab_t) eps
     v = sqrt(ab_t) eps - sqrt(1 - ab_t) x0                        (arXiv 2202.00512)
+    flow matching (Wan): x_t = (1 - sigma) x0 + sigma eps, v = eps - x0
 
 The image is the clip's own first frame. The networks receive it as follows:
 
@@ -11,6 +12,9 @@ The image is the clip's own first frame. The networks receive it as follows:
                 4 tokens of its CLIP embedding
     CogVideoX   the latent of its pixels with a little noise, log sigma ~ N(-3, 0.5), as
                 channels beside x_t
+    Wan-I2V     a mask, its latents and those of grey frames behind it, as channels beside
+                x_t, and the tokens of its CLIP
+    Wan-TI2V    its latent as the first frame of x_t, with a step of 0; it has no loss
 
 (CogVideoX's loss, |x0_pred - x0|^2 / (1 - ab_t), is L.) Some captions and some images are
 dropped, so that sampling can use guidance; some steps train on the first frames alone.
@@ -19,7 +23,7 @@ dropped, so that sampling can use guidance; some steps train on the first frames
     python i2vgen.py --base tiny-i2v --scratch --out out/tiny-i2v    # how it was made
     python i2vgen.py --weights W --data clips.csv --lr 1e-4          # LoRA, one GPU
     torchrun --nproc_per_node=4 i2vgen.py --weights W --data clips.csv --rank 0
-    python i2vgen.py --base cogvideox-5b-i2v --weights W --data clips.csv
+    python i2vgen.py --base wan2.1-i2v-14b-480p --weights W --data clips.csv
     python i2vgen.py ... --resume                      # continue, bit for bit
     python sample.py --ckpt out/i2vgen --image first.png --prompt "a red circle zigzagging"
 
@@ -35,7 +39,6 @@ Differences from the original code (the others: docs/differences/i2vgen.md)
  - I2VGen-XL's configuration names a trainer that is not in the code. Learning rate, offset
    noise and moving average are the configuration's. It drops nothing, but its sampler's
    unconditional branch must have been trained: --drop-text and --drop-image 0.1.
- - CogVideoX: sigma and the image's dropout are drawn per clip, not per batch.
 """
 from common import Parser, Run, UserError, run_command, seed_of, trained  # first: for signals
 import torch
@@ -45,6 +48,7 @@ import pipeline
 import tinyworld
 from bases import base_row, choose_sampling, start_base
 from diffusion import diffusion_loss, offset_noise, randn
+from dit import WanConfig
 from models import parallelize, seed_dropout
 
 # I2VGen-XL's configuration; LoRA is ours.
@@ -56,6 +60,10 @@ PAPER = dict(
 COGVIDEOX = dict(
     rank=128, alpha=64.0, lr=2e-5, warmup=100, ema=0.0, drop_text=0.0, drop_image=0.05,
     image_share=0.0, offset_noise=0.0, read_fps=8.0)
+# DiffSynth-Studio's LoRA. Both branches of Wan's guidance see the image: it is never dropped
+WAN = dict(
+    rank=32, alpha=32.0, lr=1e-4, lora_targets=["q", "k", "v", "o", "ffn.0", "ffn.2"],
+    ema=0.0, drop_text=0.0, drop_image=0.0, image_share=0.0, offset_noise=0.0)
 TINY = dict(
     steps=200, batch=16, lr=5e-4, lr_schedule="cosine", warmup=20, betas=(0.9, 0.99), wd=0.01,
     ema=0.99, rank=0, motion="zigzagging", replay=0.5, image_share=0.0, offset_noise=0.0,
@@ -64,6 +72,7 @@ TINY = dict(
 SCRATCH = TINY | dict(
     steps=1200, batch=64, lr=1.5e-3, warmup=50, ema=0.995, motion=None, preview_every=1000,
     log_every=50)
+SEEN = "picture", "first_frame", "image"  # of the first frame, see encode()
 TINY_CLIPS = {False: 2048, True: 8192}  # with --scratch or without
 
 
@@ -90,7 +99,8 @@ def get_args(argv=None):
     p.options("machine evaluation run")
     tiny = SCRATCH if p.parse_known_args(argv)[0].scratch else TINY
     args = p.parse(argv, PAPER, {
-        "cogvideox-5b-i2v": COGVIDEOX, "tiny-i2v": tiny, "tiny-cogvideox": COGVIDEOX | tiny})
+        "cogvideox-5b-i2v": COGVIDEOX, "tiny-i2v": tiny, "tiny-cogvideox": COGVIDEOX | tiny,
+        "wan2.1-i2v-14b-480p": WAN, "wan2.1-i2v-14b-720p": WAN, "wan2.2-ti2v-5b": WAN})
     if args.scratch and args.rank:
         raise UserError("--scratch: LoRA on random weights cannot learn; add --rank 0")
     if not base_row(args.base).tiny and not args.data:
@@ -103,12 +113,16 @@ def get_args(argv=None):
 
 # ---- the method
 
-def image_condition(base, x0, picture, keep, generators):
+def image_condition(base, x0, seen, keep, generators):
     """What the network is told of the first frames, {name: tensor}.
 
-    x0 (b,c,f,h,w): the clips' latents; picture: see encode(); keep (b,): 1, or 0 where the
+    x0 (b,c,f,h,w): the clips' latents; seen: see encode(); keep (b,): 1, or 0 where the
     image is dropped.
     """
+    if isinstance(base.row.net, WanConfig):  # first_frame b c f h w, image b n d; or neither
+        cond = {k: v * keep.view(-1, *[1] * (v.ndim - 1)) for k, v in seen.items()}
+        return {k: v[:, :, :x0.shape[2]] if v.ndim == 5 else v for k, v in cond.items()}
+    picture = seen["picture"]
     if base.row.unet.image_to_video:
         # the embedding alone is dropped, as in the second branch of the published guidance
         embedding = base.image_encoder(picture)[:, None].float()  # b 1 d
@@ -117,14 +131,14 @@ def image_condition(base, x0, picture, keep, generators):
     return {"first_frame": latent}  # b c 1 h w
 
 
-def i2v_loss(net, base, sampling, x0, picture, captions, generators, args):
+def i2v_loss(net, base, sampling, x0, seen, captions, generators, args):
     """The denoising loss of clips (b,).
 
-    x0 (b,c,f,h,w): their latents; picture: see encode(); generators: one per clip.
+    x0 (b,c,f,h,w): their latents; seen: see encode(); generators: one per clip.
     """
     uniform = torch.stack([torch.rand(3, generator=g) for g in generators])  # b 3
     for_step, for_text, for_image = uniform.unbind(1)
-    t = base.schedule.steps(for_step).to(x0.device)
+    t = base.sampling_schedule(sampling).steps(for_step, sampling.size).to(x0.device)
     text = base.encode_text([sampling.negative if u < args.drop_text else caption
                              for caption, u in zip(captions, for_text)])
     keep = (for_image >= args.drop_image).float().to(x0.device)
@@ -132,12 +146,14 @@ def i2v_loss(net, base, sampling, x0, picture, captions, generators, args):
     # noise that a frame shares: plain noise hardly touches its mean, its brightness
     shared = randn((*x0.shape[:3], 1, 1), generators)
     noise = offset_noise(randn(x0.shape, generators), shared, args.offset_noise)
-    cond = image_condition(base, x0, picture, keep, generators)
+    cond = image_condition(base, x0, seen, keep, generators)
     cond |= pipeline.frame_rate(sampling.fps, len(x0), x0.device)
+
+    given = keep if base.row.keeps_first and x0.shape[2] > 1 else None
 
     def predict(x_t, t):
         return net(x_t, t, text, **cond)
-    return diffusion_loss(predict, base.schedule, x0, noise.to(x0.device), t)
+    return diffusion_loss(predict, base.schedule, x0, noise.to(x0.device), t, given=given)
 
 
 def main(argv=None):
@@ -147,9 +163,8 @@ def main(argv=None):
     if args.data:
         clips = pipeline.open_data(args, sampling.size, read_fps)
     else:
-        clips = tinyworld.TinyWorld(
-            TINY_CLIPS[args.scratch], sampling.frames, args.seed, args.motion,
-            replay=args.replay)
+        clips = tinyworld.TinyWorld(TINY_CLIPS[args.scratch], sampling.frames, args.seed,
+                                    args.motion, replay=args.replay)
     rows, held_out = clips.rows if args.data else [], held_out_pairs(args, sampling, clips)
     run = Run(args, "i2vgen")
 
@@ -164,10 +179,10 @@ def main(argv=None):
     meta = dict(sample=sampling.metadata())
     run.attach(opt, params, list(nets.values()), base.parts(), meta, ema_decay=args.ema)
     if args.cache_latents:
-        source = rows or (args.motion, args.replay)
-        about = dict(size=sampling.size, fps=read_fps, rows=seed_of(source))
+        source = seed_of(rows or (args.motion, args.replay))
+        about = dict(size=sampling.size, fps=read_fps, rows=source)
         clips = pipeline.cache_latents(
-            run, clips, lambda batch: encode(base, run.env, batch["video"]), about)
+            run, clips, lambda b: encode(base, run.env, sampling, b["video"]), about)
         if not trains_encoders(args):
             base.remember([*clips.texts(), *texts], run.env)  # then the text tower goes
     batches = data.read_batches(clips, run.numbers, args.seed, args.workers)
@@ -180,14 +195,14 @@ def main(argv=None):
         for numbers in run.micro_steps():
             batch, generators = next(batches), run.generators(numbers)
             if not args.cache_latents:
-                batch |= encode(base, run.env, batch["video"])
+                batch |= encode(base, run.env, sampling, batch["video"])
             x0 = pipeline.draw_latents(base, run.env, batch, generators)
             x0 = x0[:, :, :1] if draw < args.image_share else x0
-            picture = batch["picture"].float().to(run.device)
+            seen = {k: batch[k].float().to(run.device) for k in SEEN if k in batch}
             seed_dropout(net, args.seed, numbers)
             with run.forward():
                 loss = i2v_loss(
-                    net, base, sampling, x0, picture, batch["text"], generators, args)
+                    net, base, sampling, x0, seen, batch["text"], generators, args)
             run.backward(loss)
         run.update()
         if run.preview_due:
@@ -237,19 +252,25 @@ def held_out_pairs(args, sampling, clips):
 
 
 @torch.no_grad()
-def encode(base, env, video):
-    """Clips (b,3,f,h,w) in [-1,1] -> {"mean", "std"} (b,c,f',h',w') of their latents and
-    "picture": of the first frame, what image_condition() needs beside its latent.
+def encode(base, env, sampling, video):
+    """Clips (b,3,f,h,w) in [-1,1] -> {"mean", "std"} (b,c,f',h',w') of their latents, and
+    what image_condition() needs of the first frame beside its latent.
 
-    That is the image tower's input (b,3,s,s); for CogVideoX the pixels (b,3,h,w), as their
-    noise is new each time. All on the CPU.
+    "picture": the image tower's input (b,3,s,s); for CogVideoX the pixels (b,3,h,w), as
+    their noise is new each time. For Wan-I2V the conditions themselves. All on the CPU.
     """
-    picture = video[:, :, 0]
-    if base.row.unet.image_to_video:
+    seen = {"picture": video[:, :, 0]}
+    frames = [pipeline.frame_picture(frame) for frame in video[:, :, 0]]
+    if base.row.keeps_first:
+        seen = {}
+    elif isinstance(base.row.net, WanConfig):
+        cond = pipeline.wan_conditions(base, env, sampling, frames)
+        seen = {k: v.cpu() for k, v in cond.items()}
+    elif base.row.unet.image_to_video:
         size, width = (base.row.image or base.row.text).image_size, video.shape[4]
-        frames = [pipeline.frame_picture(frame) for frame in picture]
-        picture = torch.stack([pipeline.tower_image(frame, width, size) for frame in frames])
-    return pipeline.encode_clips(base, env, video) | {"picture": picture}
+        pictures = [pipeline.tower_image(frame, width, size) for frame in frames]
+        seen["picture"] = torch.stack(pictures)
+    return pipeline.encode_clips(base, env, video) | seen
 
 
 # ---- evaluation
@@ -265,7 +286,7 @@ def evaluate(run, base, sampling, pairs, name):
             base, run.env, captions, seeds, sampling, run.args.batch, images)
     if not run.main:
         return
-    size = sampling.height, sampling.width
+    size = sampling.size[1:]
     pictures = [data.image_tensor(data.center_crop_wide(image, size)) for image in images]
     row = pipeline.first_frame_kept(videos, pictures)
     if base.row.tiny and not run.args.data:

@@ -4,7 +4,7 @@
     w(i) = exp(-lambda |i - f/2|),   loss = 1 - J
 
 Sampling a whole clip for a single reward is expensive. Instead, add noise to a real clip
-up to the step where 0.6 of the DDIM updates are left, let these updates edit it with
+up to the step where 0.6 of the sampler's updates are left, let these updates edit it with
 guidance, decode a random frame from each of 4 segments (SegVR), and backpropagate through
 the last update into LoRA weights. The farther a frame is from the middle, the less it
 counts (TAR): with equal weights, a clip of one repeated picture would score best.
@@ -39,9 +39,9 @@ import torch
 
 from bases import choose_sampling, start_base
 from data import read_batches
-from diffusion import ddim_updates, randn
+from diffusion import randn, sampler_updates
 from models import add_lora, parallelize, start_from_lora
-from pipeline import evaluate_reward, read_captioned, rollout
+from pipeline import decode, evaluate_reward, read_captioned, rollout
 from rewards import get_reward, score
 from weights import lora_file
 
@@ -56,6 +56,12 @@ TINY = dict(
     min_history=2)
 # A reward that ignores the prompt pulls every clip the same way: each step does far more.
 TINY_PROMPTLESS = dict(steps=30, lr=3e-4)
+# ours: nobody published a run on flow matching
+OPENSORA = dict(offset_noise=0.0, read_fps=24.0, lora_targets=["qkv", "q_linear", "kv_linear"])
+WAN = dict(frames=33, offset_noise=0.0, read_fps=16.0, lora_targets=["q", "k", "v", "o"])
+PRESETS = {
+    "opensora": OPENSORA, "wan2.1-t2v-1.3b": WAN, "wan2.1-t2v-14b": WAN,
+    "wan2.2-ti2v-5b": WAN | dict(read_fps=24.0)}
 
 
 def get_args(argv=None):
@@ -83,7 +89,9 @@ def get_args(argv=None):
     p.options("pixels sampling optimisation lora machine evaluation run")
 
     promptless = p.parse_known_args(argv)[0].reward not in (None, "tiny")
-    args = p.parse(argv, PAPER, {"tiny": TINY | TINY_PROMPTLESS if promptless else TINY})
+    tiny = TINY | TINY_PROMPTLESS if promptless else TINY
+    tiny_wan = tiny | dict(lora_targets=WAN["lora_targets"])
+    args = p.parse(argv, PAPER, PRESETS | {"tiny": tiny, "tiny-wan": tiny_wan})
     if args.rank < 1:
         raise UserError("--rank 0: InstructVideo trains LoRA weights; give a rank of 1 or more")
     if args.backprop == "rand":
@@ -93,7 +101,7 @@ def get_args(argv=None):
 
 def changed_defaults(args):
     """What the log must say where --reward changed other defaults (TINY_PROMPTLESS), or None."""
-    if args.base != "tiny" or args.reward == "tiny":
+    if args.base not in ("tiny", "tiny-wan") or args.reward == "tiny":
         return None
     flags = [f"--{k.replace('_', '-')} {v}" for k, v in TINY_PROMPTLESS.items()]
     return f"--reward {args.reward}: defaults for rewards other than tiny: {', '.join(flags)}"
@@ -101,11 +109,12 @@ def changed_defaults(args):
 
 # ---- the method
 
-def partial_chain(chain, partial, num=1000):
-    """-> (t, n): the step, out of num, that clips are noised to, and the number of DDIM
-    updates from there."""
+def partial_chain(schedule, chain, partial):
+    """-> (t, n): the step that clips are noised to, and the number of updates from there."""
     n = int(partial * chain.sample_steps)
-    return ddim_updates(chain.sample_steps, num, chain.spacing)[-n][0], n
+    updates = sampler_updates(
+        schedule, chain.sample_steps, chain.size, chain.spacing, chain.sampler)
+    return updates[-n][0], n
 
 
 def noise_clips(base, env, video, generators, chain, t, offset):
@@ -129,15 +138,16 @@ def segment_frames(frames, segments, g):
     return [s * span + int(torch.randint(span, (), generator=g)) for s in range(segments)]
 
 
-def segmental_reward(reward, vae, latents, prompts, frames, chosen, attenuation):
+def segmental_reward(reward, base, latents, prompts, frames, chosen, attenuation):
     """mean_s w(i_s) r(frame i_s), (b,), with w(i) = exp(-attenuation |i - frames // 2|).
 
     latents: x_0 (b,c,f',h',w'); frames: of a clip; chosen: the i_s of each clip, a list
     of lists. A reward that judges whole clips gets them, with weight 1.
     """
     if reward.clip:
-        return score(reward, vae.decode(latents), prompts)
-    shown = torch.cat([vae.decode(z[None], frames=i) for z, i in zip(latents, chosen)])
+        return score(reward, decode(base, latents, frames), prompts)
+    shown = torch.cat([decode(base, z[None], frames, chosen=i)
+                       for z, i in zip(latents, chosen)])
     b, s = shown.shape[0], shown.shape[2]                     # shown: b 3 s h w
     alone = shown.transpose(1, 2).flatten(0, 1).unsqueeze(2)  # (b s) 3 1 h w
     each_prompt = [prompt for prompt in prompts for _ in range(s)]
@@ -155,13 +165,13 @@ def instructvideo_loss(net, base, env, reward, video, prompts, generators, chain
 
     video (b,3,f,h,w) in [-1,1], with its captions as prompts; generators: one per clip.
     """
-    t, n = partial_chain(chain, args.partial, len(base.schedule.alpha_bar))
+    t, n = partial_chain(base.sampling_schedule(chain), chain, args.partial)
     x_t = noise_clips(base, env, video, generators, chain, t, args.offset_noise)
     chosen = [segment_frames(chain.frames, args.segments, g) for g in generators]
     x_0 = rollout(net, base, prompts, x_t, chain, generators, grad_last=args.backprop,
                   last=n)
     return 1 - segmental_reward(
-        reward, base.vae, x_0, prompts, chain.frames, chosen, args.attenuation)
+        reward, base, x_0, prompts, chain.frames, chosen, args.attenuation)
 
 
 class PromptStatistics:
@@ -251,7 +261,7 @@ def editing_chain(args, sampling):
     chain = sampling
     if sampling.sampler == "dpm":  # CogVideoX-5B's, which can only start from pure noise
         chain = replace(sampling, sampler="ddim", spacing="cogvideox")
-    _, n = partial_chain(chain, args.partial)
+    n = int(args.partial * chain.sample_steps)
     if args.backprop > n:
         raise UserError(f"--partial {args.partial:g} of {chain.sample_steps} steps is {n}: "
                         f"--backprop last-{args.backprop} needs as many")

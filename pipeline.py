@@ -46,25 +46,26 @@ def rollout(net, base, prompts, x_T, sampling, generators, cond=None, null_cond=
 
     generators: one per clip, for the noise that a sampler draws. grad_last: the last K updates
     record gradients; the state before them is a constant, and texts and conditions have none.
-    last: as in ddim(), the only sampler that has it. The rest: see guided_net().
+    last: as in ddim(); flow matching's samplers have it, too. The rest: see guided_net().
     """
     fn = guided_net(net, base, prompts, sampling, cond, null_cond, sequential)
-    steps, shared = sampling.sample_steps, dict(grad_last=grad_last, progress=progress)
+    schedule, steps = base.sampling_schedule(sampling), sampling.sample_steps
+    shared = dict(grad_last=grad_last, progress=progress)
     if sampling.sampler == "lcm":
-        return lcm(fn, x_T, base.schedule, steps, generators, sampling.origin, sampling.spacing,
-                   progress)
-    if sampling.sampler in FLOW_SAMPLERS:
+        x_0 = lcm(fn, x_T, schedule, steps, generators, sampling.origin, sampling.spacing,
+                  sampling.size, progress)
+    elif sampling.sampler in FLOW_SAMPLERS:
         x_0 = FLOW_SAMPLERS[sampling.sampler](
-            fn, x_T, base.sampling_schedule(sampling), steps, sampling.size, sampling.spacing,
-            **shared)
-        kept = (cond or {}).get("kept")
-        return x_0 if kept is None else torch.cat([kept, x_0[:, :, 1:]], dim=2)
-    if sampling.sampler == "dpm":
-        return cogvideox_dpm(fn, x_T, base.schedule, steps, generators, **shared)
-    if sampling.sampler == "dpmpp":
-        return dpmpp_2m(fn, x_T, base.schedule, steps, **shared)
-    return ddim(fn, x_T, base.schedule, steps, sampling.eta, generators,
-                spacing=sampling.spacing, last=last, **shared)
+            fn, x_T, schedule, steps, sampling.size, sampling.spacing, last=last, **shared)
+    elif sampling.sampler == "dpm":
+        x_0 = cogvideox_dpm(fn, x_T, schedule, steps, generators, **shared)
+    elif sampling.sampler == "dpmpp":
+        x_0 = dpmpp_2m(fn, x_T, schedule, steps, **shared)
+    else:
+        x_0 = ddim(fn, x_T, schedule, steps, sampling.eta, generators, spacing=sampling.spacing,
+                   last=last, **shared)
+    kept = (cond or {}).get("kept")
+    return x_0 if kept is None else torch.cat([kept, x_0[:, :, 1:]], dim=2)
 
 
 def guided_net(net, base, prompts, sampling, cond=None, null_cond=None, sequential=False):
@@ -82,15 +83,16 @@ def guided_net(net, base, prompts, sampling, cond=None, null_cond=None, sequenti
         if base.row.unet.motion_blocks:
             cond["motion_text"] = base.encode_text(texts, motion=True)
             null_cond["motion_text"] = base.encode_text([sampling.negative] * n, motion=True)
-    if sampling.sampler == "lcm":
-        return distilled(net, text, cond, sampling)
     if isinstance(base.row.net, STDiT3Config):
         cond |= clip_size(sampling, n, device)
         cond["text_mask"] = (base.tokenize(texts) != 0).to(device)  # in both branches, as published
+    kept = cond.pop("kept", None)
+    if sampling.sampler == "lcm":
+        fn = distilled(net, base.row.unet, text, cond, sampling)
+        return fn if kept is None else keep_first(fn, kept)
     cfg, rule = sampling.cfg, sampling.dynamic_cfg or "off"
     if rule != "off":
         cfg = dynamic_guidance(cfg, sampling.sample_steps, as_published=rule == "published")
-    kept = cond.pop("kept", None)
     branches = dict(sequential=sequential, null_cond=null_cond, **cond)
     fn = guided(net, text, null, cfg, **branches)
     if base.row.two_experts:
@@ -122,17 +124,17 @@ def recorded_rollout(net, base, env, prompts, images, starts, generators, sampli
     return decode(base, states[:, -1], sampling.frames), clips
 
 
-def distilled(net, text, cond, sampling):
+def distilled(net, unet, text, cond, sampling):
     """A consistency model's fn(x, t): no second branch, the guidance scale is a condition
-    (T2V-Turbo)."""
+    (T2V-Turbo). unet: the options of the network, see Row.unet."""
     def embedded(scale):
         scales = torch.full((len(text),), scale, device=text.device)
-        return guidance_embedding(scales, net.cfg.guidance_dim)
-    if net.cfg.guidance_dim:
+        return guidance_embedding(scales, unet.guidance_dim)
+    if unet.guidance_dim:
         cond = cond | {"guidance": embedded(sampling.cfg)}
 
     def fn(x, t):
-        if not net.cfg.motion_guidance_dim:
+        if not unet.motion_guidance_dim:
             return net(x, t, text, **cond)
         early = t[0] >= 1000 * (1 - sampling.motion_share)  # motion is decided in the first steps
         motion = embedded(sampling.motion_cfg if early else 0.0)
@@ -749,7 +751,8 @@ def preview(run, base, sampling, prompts, name):
     with run.averaged(base.net):
         videos = generate_split(base, run.env, prompts, seeds, sampling, run.args.batch)
     if run.main:
-        row = {"judge": judge_captions(videos, prompts)} if base.row.tiny else None
+        judged = base.row.tiny and sampling.frames > 1  # a still picture has no motion to judge
+        row = {"judge": judge_captions(videos, prompts)} if judged else None
         show(run, name, videos, prompts, sampling.save_fps, row)
 
 

@@ -133,21 +133,18 @@ def t2v_loss(net, base, sampling, x0, captions, generators, args):
     --keep-first: how often the first latent frame is given, clean and with a step of 0.
     """
     t, noise = draw_noise(
-        base.schedule, x0, generators, args.offset_noise, sampling.size, args.timesteps)
+        base.sampling_schedule(sampling), x0, generators, args.offset_noise, sampling.size,
+        args.timesteps)
     text = base.encode_text(captions)
     cond = training_conditions(base, sampling, captions, t, sampling.fps)
 
-    learned = None
+    given = None
     if args.keep_first and x0.shape[2] > 1:  # not of an image
         given = torch.stack([torch.rand((), generator=g) < args.keep_first for g in generators])
-        learned = torch.ones(len(x0), x0.shape[2], dtype=torch.bool, device=x0.device)  # b f
-        learned[:, 0] = ~given
 
-    def predict(x_t, t, frame_mask=None):
-        if frame_mask is not None:
-            t = t[:, None] * frame_mask  # b f
+    def predict(x_t, t):
         return net(x_t, t, text, **cond)
-    return diffusion_loss(predict, base.schedule, x0, noise, t, frame_mask=learned)
+    return diffusion_loss(predict, base.schedule, x0, noise, t, given=given)
 
 
 def main(argv=None):

@@ -144,7 +144,8 @@ def pair_loss(net, reference, base, sampling, args, pairs, captions, u, noise, w
     # 2p c f h w: p winners, then their losers
     x0, u, noise = (x.transpose(0, 1).flatten(0, 1) for x in (pairs, u, noise))
     origin = sampling.origin if base.row.unet.guidance_dim else None  # T2V-Turbo's steps
-    x_t, t, target = noised(base.schedule, x0, noise, u, sampling.size, origin)
+    schedule = base.sampling_schedule(sampling)
+    x_t, t, target = noised(schedule, x0, noise, u, sampling.size, origin)
     texts = [sampling.negative if c is None else c + sampling.suffix for c in captions]
     text, null = base.encode_text(texts), base.encode_null(sampling.negative, len(texts))
     text = torch.stack([n if c is None else x for c, x, n in zip(captions, text, null)])

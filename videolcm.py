@@ -13,7 +13,8 @@ land at the same place. x_t = sqrt(ab_t) x0 + sqrt(1 - ab_t) eps is a noised cli
 neighbour x_s is one DDIM step of the base (the teacher) with guidance u + w (c - u), from
 t to s = t - 1000 / origin. theta are the student's weights, theta- the target's, a moving
 average of them. So the student learns guidance, too, and a clip costs 4 network calls
-instead of 2 x 50. T2V-Turbo (Li et al., arXiv 2405.18750) adds
+instead of 2 x 50. With flow matching the step is Euler's, and f = x0 = x - sigma net(x, t,
+text): it is x at sigma = 0. T2V-Turbo (Li et al., arXiv 2405.18750) adds
 
     --cfg-range   w is drawn per clip and given to the student: --cfg still works
     --reward      L - E r(decode(f(x_t, t; theta)), text), a reward of the jump (eq. 13)
@@ -66,8 +67,14 @@ TINY = dict(
     origin=20, cfg=1.5, steps=300, batch=8, accum=1, lr=5e-4, lr_schedule="cosine",
     warmup=20, cache_latents=True, workers=0, grad_ckpt=False, preview_every=100,
     save_every=100, log_every=25)
-PRESETS = {"tft2v": dict(cfg=10.0), "videocrafter2": TURBO} | dict.fromkeys(
-    ("tiny", "tiny-clean", "tiny-weak"), TINY)
+# ours: nobody published such a run on these transformers
+COGVIDEOX = dict(steps=10000, accum=2, lr=1e-5, warmup=0, rank=64, alpha=64.0)
+OPENSORA = COGVIDEOX | dict(lora_targets=["qkv", "q_linear", "kv_linear"])
+WAN = COGVIDEOX | dict(frames=33, lora_targets=["q", "k", "v", "o"])
+PRESETS = {"tft2v": dict(cfg=10.0), "videocrafter2": TURBO, "opensora": OPENSORA} | (
+    dict.fromkeys(("tiny", "tiny-clean", "tiny-weak", "tiny-wan"), TINY)
+    | dict.fromkeys(("cogvideox-2b", "cogvideox-5b"), COGVIDEOX)
+    | dict.fromkeys(("wan2.1-t2v-1.3b", "wan2.1-t2v-14b", "wan2.2-ti2v-5b"), WAN))
 
 
 def get_args(argv=None):
@@ -77,7 +84,7 @@ def get_args(argv=None):
                    help="draw the scale of the teacher's guidance from here, per clip, and "
                         "tell it to the student (default: always --cfg)")
     p.add_argument("--origin", type=p.COUNT,
-                   help="steps of the teacher's DDIM, from noise to clip; divides 1000")
+                   help="steps of the teacher's DDIM or Euler, from noise to clip; divides 1000")
     p.options("reward")
     p.add_argument("--reward-frames", type=p.COUNT,
                    help="random frames per clip that the reward sees, if it judges frames")
@@ -89,13 +96,14 @@ def get_args(argv=None):
     p.options("lora machine evaluation run")
     args = p.parse(argv, PAPER, PRESETS)
     if 1000 % args.origin:
-        raise UserError(
-            f"--origin {args.origin}: must divide the 1000 steps of the noise, such as 50 or 20")
+        raise UserError(f"--origin {args.origin}: must divide 1000, such as 50 or 20")
     if args.sample_steps > args.origin:
         raise UserError(f"--sample-steps {args.sample_steps}: this consistency model takes 1 to "
                         f"{args.origin}")
     if args.cfg_range and args.cfg_range[0] > args.cfg_range[1]:
         raise UserError("--cfg-range: the first is the lower one")
+    if args.cfg_range and not isinstance(base_row(args.base).net, models.UNetConfig):
+        raise UserError("--cfg-range: only UNets can be told the scale; give one with --cfg")
     if not args.data and not base_row(args.base).tiny:
         raise UserError("--data: give a folder, csv, jsonl or list of clips with captions")
     return args
@@ -109,32 +117,23 @@ def pseudo_huber(a, b, c=0.001):
     return ((a.float() - b.float()).square() + c ** 2).sqrt().sub(c).flatten(1).mean(1)
 
 
-def ddim_step(schedule, out, x_t, t, s):
-    """One DDIM step without noise, from x_t to x_s (Song et al., 2010.02502, eq. 12).
-
-        x_s = sqrt(ab_s) x0 + sqrt(1 - ab_s) eps
-
-    x0, eps: what the network's answer `out` at x_t stands for; t, s: steps (b,).
-    """
-    x0, eps = schedule.to_x0(out, x_t, t), schedule.to_eps(out, x_t, t)
-    signal, noise, damping = schedule.at(s, x_t)  # damping: 1 but for VideoCrafter2
-    return signal * damping * x0 + noise * eps
-
-
-def consistency_step(student, teacher, target, schedule, x0, eps, n, origin=50, c=0.001):
+def consistency_step(student, teacher, target, schedule, x0, eps, n, origin=50, c=0.001,
+                     size=None):
     """-> the loss of each clip (b,), and the student's jumps to clean latents, like x0.
 
     f is diffusion.consistency(), which the sampler calls, too. student, teacher (with
     guidance), target: fn(x, t (b,)) -> the network's answer. x0, eps: clean latents and
     noise (b,c,f,h,w). n (b,): which of the teacher's `origin` steps to look at; 0 is the
-    last one, which ends at step 0. c: of the norm.
+    last one, which ends at step 0. c: of the norm. size: of the clips in pixels, see Flow.
     """
-    length = len(schedule.alpha_bar) // origin  # of one step of the teacher
-    t = length * (n + 1) - 1                    # 19, 39, ..., 999 if origin = 50
-    s = (t - length).clamp(min=0)               # t = 19: the teacher's own clean clip, f(x, 0) = x
+    t = schedule.grid(n + 1, origin, size)  # 19, 39, ..., 999 if origin = 50
+    s = schedule.grid(n, origin, size)      # 0 for t = 19: the teacher's own clip, f(x, 0) = x
     x_t = schedule.add_noise(x0, eps, t)
     with torch.no_grad():
-        x_s = ddim_step(schedule, teacher(x_t, t).float(), x_t, t, s)
+        out = teacher(x_t, t).float()
+        # DDIM (2010.02502, eq. 12): what `out` says of the clip and of the noise, mixed anew;
+        # with flow matching this is Euler's step
+        x_s = schedule.add_noise(schedule.to_x0(out, x_t, t), schedule.to_eps(out, x_t, t), s)
         # f(x_s, s; theta-), where the student should land
         wanted = consistency(schedule, target(x_s, s).float(), x_s, s)
     # f(x_t, t; theta), where it lands
@@ -148,30 +147,35 @@ def distil(student, teacher, target, base, sampling, captions, x0, generators, s
     generators: one per clip, for its step, its noise and its guidance scale in `scales`.
     """
     n = torch.stack([torch.randint(sampling.origin, (), generator=g) for g in generators])
+    n = n.to(x0.device)
     eps = randn(x0.shape, generators, x0.device)
     uniform = torch.stack([torch.rand((), generator=g) for g in generators])
     w = (scales[0] + (scales[1] - scales[0]) * uniform).to(x0.device)
 
     text, null = base.encode_text(captions), base.encode_null(sampling.negative, len(x0))
-    cond = pipeline.frame_rate(sampling.fps, len(x0), x0.device)
+    cond = pipeline.training_conditions(base, sampling, captions, n, sampling.fps)
     told, dim = dict(cond), base.row.unet.guidance_dim
     if dim:  # of add_guidance(): student and target are told w
+        cond.pop("guidance")
         told["guidance"] = models.guidance_embedding(w, dim)
 
     def scale(step):  # of guidance: one per clip, the same at each step
         return w.view(-1, 1, 1, 1, 1)
     return consistency_step(
         partial(student, text=text, **told), guided(teacher, text, null, scale, **cond),
-        partial(target, text=text, **told), base.schedule, x0, eps, n.to(x0.device),
-        sampling.origin)
+        partial(target, text=text, **told), base.sampling_schedule(sampling), x0, eps,
+        n, sampling.origin, size=sampling.size)
 
 
-def reward_of(reward, base, jump, prompts, generators, frames):
-    """Reward (b,) of clean latents (b,c,f,h,w): of random frames, or of whole clips."""
-    if not reward.clip:
-        order = [torch.randperm(jump.shape[2], generator=g) for g in generators]
-        jump = torch.stack([x[:, i[:frames].sort().values] for x, i in zip(jump, order)])
-    return rewards.score(reward, pipeline.decode(base, jump, jump.shape[2]), prompts)
+def reward_of(reward, base, jump, prompts, generators, frames, shown):
+    """Reward (b,) of clean latents (b,c,f',h',w') of clips of so many frames: of as many random
+    ones as are shown, or of whole clips."""
+    if reward.clip:
+        return rewards.score(reward, pipeline.decode(base, jump, frames), prompts)
+    order = [torch.randperm(frames, generator=g)[:shown].sort().values for g in generators]
+    videos = [pipeline.decode(base, x[None], frames, chosen=i.tolist())
+              for x, i in zip(jump, order)]
+    return rewards.score(reward, torch.cat(videos), prompts)
 
 
 def main(argv=None):
@@ -197,8 +201,7 @@ def main(argv=None):
     target_params = {k: p for k, p in target.named_parameters() if k in params}
     opt = run.adamw(params.values())
     meta["sample"] = sampling.metadata()
-    run.attach(
-        opt, params, [net], base.parts(), meta, ema=target_params, ema_decay=args.ema)
+    run.attach(opt, params, [net], base.parts(), meta, ema=target_params, ema_decay=args.ema)
 
     def encode(batch):
         return pipeline.encode_clips(base, run.env, batch["video"])
@@ -221,7 +224,8 @@ def main(argv=None):
                                     generators, scales)
                 if reward:
                     gain["reward"] = reward_of(
-                        reward, base, jump, batch["text"], generators, args.reward_frames)
+                        reward, base, jump, batch["text"], generators, sampling.frames,
+                        args.reward_frames)
             run.backward(loss - sum(gain.values()), loss=loss, **gain)
         run.update()
         if run.preview_due:

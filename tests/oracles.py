@@ -18,6 +18,7 @@ import tempfile
 import traceback
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 # MKL rounds exp() differently on each kind of processor: one unit in the last place of a frequency, times
@@ -1057,7 +1058,7 @@ def sampler_ops(case):
                 last = diffusion.lcm(record, x, schedule, steps, origin=origin, spacing="even")
             result[name] = torch.stack([*states[1:], last])
         elif op == "lcm_timesteps":
-            times = diffusion.lcm_timesteps(steps, len(schedule.alpha_bar), origin, "even")
+            times = diffusion.lcm_timesteps(steps, schedule, origin, "even")
             result[name] = torch.tensor(times)
         elif op == "alphas_cumprod":
             result[name] = schedule.alpha_bar
@@ -1720,7 +1721,7 @@ def instructvideo_step(case):
     schedule, frames = diffusion_schedule(config["diffusion"]), config["frames"]
     steps, grad_last = config["ddim_timesteps"], config["trunc_backprop_timestep"]
     t, last = instructvideo.partial_chain(
-        bases.Sampling(sample_steps=steps), config["starting_partial"], len(schedule.alpha_bar))
+        schedule, bases.Sampling(sample_steps=steps), config["starting_partial"])
     x_t = schedule.add_noise(case.input("latent"), case.input("noise"), t)
     null = case.input("zero_y").expand(len(x_t), -1, -1)
     fn, times = diffusion.guided(net, case.input("y"), null, config["guide_scale"]), []
@@ -1738,7 +1739,8 @@ def instructvideo_step(case):
         raise ValueError(f"segments of {span} frames")
     numbers = [[s * span + i for s, i in enumerate(row)] for row in case.input("local_index").tolist()]
     values = instructvideo.segmental_reward(
-        rewards.Reward(reward), autoencoder, x0, captions, frames, numbers, config["lambda_TAR"])
+        rewards.Reward(reward), SimpleNamespace(vae=autoencoder), x0, captions, frames, numbers,
+        config["lambda_TAR"])
     loss = (1 - values).mean()
     loss.backward()
     fed, features, cosines = rewarded

@@ -1,12 +1,22 @@
 """Flow matching: a schedule like the others, and its samplers next to diffusers'."""
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
+from PIL import Image
 
-from bases import BASES, choose_sampling, load_base
-from common import Parser, UserError, read_meta
+import i2vgen
+import instructvideo
+import pipeline
+import t2v
+import videodpo
+from bases import BASES, Base, Sampling, choose_sampling, load_base
+from common import Env, Parser, UserError, read_meta
 from diffusion import (
-    FLOW_SAMPLERS, Flow, diffusion_loss, draw_noise, flow_dpmpp, flow_levels, flow_unipc, logit_normal,
-    make_schedule, noised, randn, rflow)
+    FLOW_SAMPLERS, FLOW_SOLVERS, Flow, diffusion_loss, draw_noise, flow_dpmpp, flow_levels, flow_unipc, lcm,
+    lcm_timesteps, logit_normal, make_schedule, noised, randn, rflow)
 
 SOLVERS = [rflow, flow_dpmpp, flow_unipc]
 
@@ -165,6 +175,90 @@ def test_a_first_frame_that_the_network_puts_in_leaves_the_others_alone(sampler)
     results = [sampler(fn, torch.cat([start, x_T[:, :, 1:]], dim=2), Flow(5.0), 6)
                for start in (first, x_T[:, :, :1])]
     assert torch.equal(results[0][:, :, 1:], results[1][:, :, 1:])
+
+
+@pytest.mark.parametrize("name", FLOW_SAMPLERS)
+def test_the_last_updates_start_from_a_clip_noised_to_their_level(name):
+    """What InstructVideo edits: the chain's last updates, from (1 - sigma) x0 + sigma noise at their first level."""
+    states, schedule, x0 = [], Flow(5.0), torch.randn(2, 2, 3, 3, 3)
+    chain = Sampling(sampler=name, spacing="wan", sample_steps=10)
+    t, n = instructvideo.partial_chain(schedule, chain, 0.6)
+    times, sigmas = flow_levels(FLOW_SOLVERS[name], 10, 5.0)
+    assert n == 6 and t == pytest.approx(1000 * sigmas[4])
+
+    def exact(x, t):
+        states.append(t[0].item())
+        return (x - x0) / sigmas[times.index(t[0].item())]
+    x_t = schedule.add_noise(x0, torch.randn_like(x0), t)
+    assert torch.allclose(FLOW_SAMPLERS[name](exact, x_t, schedule, 10, last=n), x0, atol=1e-4)
+    assert states == pytest.approx(times[4:])
+    states.clear()  # all of them are the whole chain
+    whole = FLOW_SAMPLERS[name](curved, x_t, schedule, 10)
+    assert torch.equal(FLOW_SAMPLERS[name](curved, x_t, schedule, 10, last=10), whole)
+
+
+def test_a_consistency_model_jumps_on_the_grid_of_its_teacher():
+    """Its steps are moved by the shift and the clip's size; between jumps it noises anew, and lands on x0."""
+    assert lcm_timesteps(4, Flow(5.0), 20) == pytest.approx([1000 * 5 * u / (1 + 4 * u) for u in (1, 0.75, 0.5, 0.25)])
+    size = (51, 240, 426)
+    by_size = lcm_timesteps(2, Flow(by_size=True), 20, size=size)
+    assert by_size == pytest.approx(Flow(by_size=True).steps(torch.tensor([1, 0.5]), size).tolist())
+    x0, seen = torch.randn(2, 2, 3, 3, 3), []
+
+    def exact(x, t):
+        seen.append((x, t[0].item()))
+        return (x - x0) * 1000 / t[0]
+    x_T, g = torch.randn_like(x0), [torch.Generator().manual_seed(i) for i in range(2)]
+    assert torch.allclose(lcm(exact, x_T, Flow(5.0), 4, g, 20), x0, atol=1e-5)
+    assert [t for _, t in seen] == lcm_timesteps(4, Flow(5.0), 20)
+    sigma = seen[1][1] / 1000
+    noise = randn(x0.shape, [torch.Generator().manual_seed(i) for i in range(2)])
+    assert torch.allclose(seen[1][0], (1 - sigma) * x0 + sigma * noise, atol=1e-5)
+
+
+def test_a_consistency_model_keeps_a_given_first_frame():
+    """sample.py --image with a distilled run: one call per step, without a second branch."""
+    base, env, calls = load_base("tiny-wan"), Env(0, 1, torch.device("cpu"), torch.float32), []
+    base.net.register_forward_pre_hook(lambda module, given: calls.append(given[:2]))
+    sampling = replace(base.row.sample, sampler="lcm", spacing="even", origin=20, sample_steps=2)
+    cond, _ = pipeline.conditions(base, env, sampling, [Image.new("RGB", (32, 32), (200, 30, 30))])
+    x_T, g = torch.randn(1, *base.latent_shape(sampling)), [torch.Generator()]
+    with torch.no_grad():
+        x = pipeline.rollout(base.net, base, ["a red circle moving left"], x_T, sampling, g, cond)
+    assert torch.equal(x[:, :, :1], cond["kept"]) and x[:, :, 1:].std() > 0.1
+    assert len(calls) == 2 and all(torch.equal(seen[:, :, :1], cond["kept"]) for seen, _ in calls)
+    assert all(not t[:, 0].any() and (t[:, 1:] == want).all()
+               for (_, t), want in zip(calls, lcm_timesteps(2, Flow(5.0), 20)))
+
+
+@pytest.mark.parametrize("method", ["t2v", "videodpo", "i2vgen"])
+def test_shift_moves_the_steps_of_training(method, monkeypatch):
+    """--shift means the same in training as in sampling."""
+    def steps(shift):
+        seen, row = [], BASES["wan2.2-ti2v-5b"]
+        base = SimpleNamespace(row=row, schedule=make_schedule(**row.schedule), net=None)
+        base.sampling_schedule = partial(Base.sampling_schedule, base)
+        base.encode_text = lambda texts: torch.zeros(len(texts), 1, 1)
+        base.encode_null = lambda text, n: torch.zeros(n, 1, 1)
+
+        def net(x, t, text, **cond):
+            seen.append(t)
+            return x
+        sampling, x0 = replace(row.sample, shift=shift), torch.zeros(2, 1, 2, 2, 2)
+        generators = [torch.Generator().manual_seed(i) for i in range(2)]
+        if method == "t2v":
+            args = SimpleNamespace(offset_noise=0.0, timesteps="uniform", keep_first=0.0)
+            t2v.t2v_loss(net, base, sampling, x0, ["a", "b"], generators, args)
+        elif method == "i2vgen":
+            args = SimpleNamespace(offset_noise=0.0, drop_text=0.0, drop_image=1.0)
+            i2vgen.i2v_loss(net, base, sampling, x0, {}, ["a", "b"], generators, args)
+        else:
+            args = SimpleNamespace(train_fps=None, beta_dpo=1.0)
+            u, pairs = torch.full((1, 2), 0.5), x0[None]
+            videodpo.pair_loss(net, net, base, sampling, args, pairs, ["a"], u, pairs, torch.ones(1))
+        return seen[0].flatten()[-1].item() / 1000
+    one, three = steps(1.0), steps(3.0)
+    assert three / (1 - three) == pytest.approx(3 * one / (1 - one), rel=1e-3)
 
 
 def test_progress_sees_every_update():

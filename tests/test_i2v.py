@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import test_transformers
+import test_wan_bases
 import torch
 from PIL import Image
 from runs import check_kill_in_evaluation, files
@@ -17,7 +18,7 @@ import i2vgen
 import models
 import pipeline
 import sample
-from common import generator, read_lines
+from common import Env, generator, read_lines
 from data import read_video, video_info, write_video
 from metrics import psnr
 from tinyworld import (
@@ -205,7 +206,7 @@ def test_every_trained_parameter_gets_a_gradient_and_the_image_reaches_the_netwo
 
     def loss(picture, **changed):
         models.seed_dropout(base.net, 0, range(2))
-        return i2vgen.i2v_loss(base.net, base, sampling, x0, picture, ["a ball", "a red ball"],
+        return i2vgen.i2v_loss(base.net, base, sampling, x0, {"picture": picture}, ["a ball", "a red ball"],
                                [generator("x", i) for i in range(2)], Namespace(**vars(args) | changed))
     first = loss(picture)
     first.mean().backward()
@@ -228,11 +229,39 @@ def test_cogvideox_noises_the_pixels_of_the_first_frame(small):
     n = 400
     x0, picture = torch.zeros(n, 4, 3, 4, 6), torch.zeros(n, 3, 16, 16)
     keep = (torch.arange(n) % 2).float()
-    cond = i2vgen.image_condition(base, x0, picture, keep, [generator("y", i) for i in range(n)])
+    cond = i2vgen.image_condition(base, x0, {"picture": picture}, keep, [generator("y", i) for i in range(n)])
     log_sigma = seen[0].flatten(1).std(1).log()
     assert abs(log_sigma.mean() + 3) < 0.1 and abs(log_sigma.std() - 0.5) < 0.06
     assert cond["first_frame"].shape == (n, 4, 1, 4, 6)
     assert not cond["first_frame"][::2].any() and cond["first_frame"][1::2].any(dim=1).all()
+
+
+@pytest.mark.parametrize("name", ["wan2.1-i2v-14b-480p", "wan2.2-ti2v-5b"])
+def test_wan_sees_the_first_frame_as_in_sampling(name, monkeypatch, tmp_path):
+    """Beside the noise and by CLIP, or as a clean first frame with a step of 0; not where it is dropped."""
+    row = test_wan_bases.small(monkeypatch, name)
+    test_wan_bases.publish(tmp_path, name, "original")
+    base, env = bases.load_base(name, tmp_path), Env(0, 1, torch.device("cpu"), torch.float32)
+    video = torch.rand(2, 3, *row.sample.size) * 2 - 1
+    encoded = i2vgen.encode(base, env, row.sample, video)
+    x0, calls = base.vae.normalise(encoded.pop("mean")), []
+    del encoded["std"]
+    first = [pipeline.frame_picture(clip[:, 0]) for clip in video]
+    expected, _ = pipeline.conditions(base, env, row.sample, first)
+    kept = expected.pop("kept", x0[:, :, :1])
+    assert encoded.keys() == expected.keys() and torch.allclose(kept, x0[:, :, :1], atol=0.1)
+
+    def net(x, t, text, **cond):
+        calls.append((x, t, cond))
+        return torch.zeros_like(x)
+    for drop in (0.0, 1.0):
+        args = Namespace(drop_text=0.0, drop_image=drop, offset_noise=0.0)
+        i2vgen.i2v_loss(net, base, row.sample, x0, encoded, ["a", "b"], [generator("w", i) for i in range(2)], args)
+    (x, t, cond), (x_dropped, t_dropped, dropped) = calls
+    assert all(torch.equal(cond[k], v) and not dropped[k].any() for k, v in expected.items())
+    if row.keeps_first:
+        assert torch.equal(x[:, :, 0], x0[:, :, 0]) and not t[:, 0].any() and (t[:, 1:] > 0).all()
+        assert not torch.equal(x_dropped[:, :, 0], x0[:, :, 0]) and (t_dropped > 0).all()
 
 
 def test_starts_from_modelscope(small, message, tmp_path):

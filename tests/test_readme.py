@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import bases
+
 ROOT = Path(__file__).parent.parent
 README, RESULTS = (ROOT / "README.md").read_text(), (ROOT / "RESULTS.md").read_text()
 PAGES = {file: file.read_text() for file in (ROOT / "README.md", ROOT / "RESULTS.md", *ROOT.glob("docs/**/*.md"))}
@@ -90,3 +92,12 @@ def test_figures_are_those_of_the_result_files():
     for file in files:
         for row in json.loads(file.read_text())["table"]:
             assert row in RESULTS, f"{file.name}: RESULTS.md lacks {row}"
+
+
+def test_bases_and_what_trains_them():
+    table = (ROOT / "docs/weights.md").read_text().split("| base | what | trained by | files |")[1].split("\n\n")[0]
+    shown = {}
+    for line in table.splitlines()[2:]:
+        cells = line.strip("| ").split(" | ")
+        shown |= dict.fromkeys(re.findall(r"`(.+?)`", cells[0]), sorted(cells[2].replace("-", "").split(", ")))
+    assert shown == {name: sorted(row.methods or [""]) for name, row in bases.BASES.items() if row.files}

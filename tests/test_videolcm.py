@@ -4,6 +4,7 @@ Its training step's and its sampler's numbers: the cases of oracle_data/videolcm
 from dataclasses import replace
 from pathlib import Path
 
+import hub
 import pytest
 import test_dist
 import torch
@@ -21,7 +22,7 @@ import tinyworld
 import videolcm
 from common import Env, generator, read_lines
 from data import write_video
-from diffusion import consistency, lcm_timesteps, make_schedule
+from diffusion import Flow, consistency, lcm_timesteps, make_schedule
 from weights import load_checkpoint, load_pickle
 
 # beside the repository, or one of its work trees
@@ -63,15 +64,25 @@ def test_a_student_that_jumps_to_the_clip_has_no_loss(schedule):
     assert loss.tolist() == pytest.approx([1, 1, 1], abs=0.05) and (jump - clean - 1).abs().max() < 5e-3
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=["v", "eps", "scaled"])
-def test_the_teachers_step_is_ddims(schedule):
-    """Each clip's own step of videolcm.ddim_step() is the sampler's ddim_step()."""
-    x, out, steps = torch.randn(3, 2, 2, 3, 3), torch.randn(3, 2, 2, 3, 3), [(999, 979), (519, 499), (19, 0)]
-    t, s = torch.tensor(steps).unbind(1)
-    together = videolcm.ddim_step(schedule, out, x, t, s)
-    for i, (now, then) in enumerate(steps):
-        alone = diffusion.ddim_step(schedule, out[i:i + 1], x[i:i + 1], now, then)
-        assert torch.allclose(together[i:i + 1], alone, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("schedule", [*SCHEDULES, Flow(3.0)], ids=["v", "eps", "scaled", "flow"])
+def test_the_teachers_step_is_the_samplers(schedule):
+    """From t to s each clip makes a step of DDIM, or with flow matching Euler's x + (sigma' - sigma) v."""
+    noise, out, n, seen = torch.randn(3, 2, 2, 3, 3), torch.randn(3, 2, 2, 3, 3), torch.tensor([49, 25, 0]), {}
+
+    def spy(name):
+        def net(x, t):
+            seen[name] = x, t
+            return out
+        return net
+    videolcm.consistency_step(spy("student"), spy("teacher"), spy("target"), schedule, noise, -noise, n)
+    (x_t, t), (x_s, s) = seen["teacher"], seen["target"]
+    for i in range(3):
+        if isinstance(schedule, Flow):
+            alone = x_t[i] + (s[i] - t[i]) / 1000 * out[i]
+        else:
+            alone = diffusion.ddim_step(schedule, out[i:i + 1], x_t[i:i + 1], t[i].item(), s[i].item())[0]
+        assert torch.allclose(x_s[i], alone, rtol=1e-5, atol=1e-6)
+    assert s[2] == 0 and torch.equal(s[:2], schedule.grid(n[:2], 50))
 
 
 def test_the_formulas_of_the_docstring():
@@ -89,6 +100,7 @@ def test_the_formulas_of_the_docstring():
 def test_the_boundary_condition():
     schedule, x, out = SCHEDULES[1], torch.randn(2, 2, 2, 3, 3), torch.randn(2, 2, 2, 3, 3)
     assert torch.equal(consistency(schedule, out, x, 0), x)
+    assert torch.equal(consistency(Flow(), out, x, 0), x)  # x0 = x - sigma v, without scalings
     both = consistency(schedule, out, x, torch.tensor([0, 400]))
     assert torch.equal(both[0], x[0]) and torch.equal(both[1], consistency(schedule, out[1:], x[1:], 400)[0])
     assert (both[1] - schedule.to_x0(out[1:], x[1:], 400)[0]).abs().max() < 1e-5
@@ -110,7 +122,7 @@ def test_steps_are_those_of_the_sampler(origin, steps):
     videolcm.consistency_step(spy("student"), spy("teacher"), spy("target"), SCHEDULES[0], x, x, n, origin)
     t, s = (list(column) for column in zip(*steps))
     assert seen == {"student": (t, True), "teacher": (t, False), "target": (s, False)}
-    assert set(t) <= set(lcm_timesteps(origin, origin=origin))
+    assert set(t) <= set(lcm_timesteps(origin, SCHEDULES[0], origin))
 
 
 class Fake:
@@ -120,6 +132,7 @@ class Fake:
     class vae:
         @staticmethod
         def decode(z, frames=None, chunk=16):
+            z = z if frames is None else z[:, :, frames]
             return z[:, :1].expand(-1, 3, -1, -1, -1)
 
 
@@ -133,7 +146,7 @@ def test_reward_of_random_frames_and_of_whole_clips():
     for k in (3, 8, 20):
         z.grad = None
         generators = [generator("r", i) for i in range(2)]
-        found = videolcm.reward_of(reward, Fake, z, ["a", "b"], generators, k)
+        found = videolcm.reward_of(reward, Fake, z, ["a", "b"], generators, 8, k)
         found.sum().backward()
         touched = z.grad[:, 0].abs().sum((2, 3)) > 0
         assert touched.sum(1).tolist() == [min(k, 8)] * 2
@@ -144,7 +157,7 @@ def test_reward_of_random_frames_and_of_whole_clips():
         assert clips.shape == (2, 3, 8, 2, 2)
         return clips.mean((1, 2, 3, 4))
     of_clips = rewards.Reward(of_clips, clip=True)
-    videolcm.reward_of(of_clips, Fake, z, ["a", "b"], None, 3)
+    videolcm.reward_of(of_clips, Fake, z, ["a", "b"], None, 8, 3)
 
 
 # ---- the method on the tiny base
@@ -298,7 +311,7 @@ def clips(tmp_path):
     return str(tmp_path / "clips")
 
 
-NAMES = [name for name, row in bases.BASES.items() if "videolcm" in row.methods and row.files]
+NAMES = [name for name in hub.PUBLIC if "videolcm" in bases.BASES[name].methods]  # the others: test_matrix.py
 
 
 @pytest.mark.parametrize("name", [
