@@ -10,7 +10,8 @@
 Public files are downloaded, or read from the folder --weights, in the original or in diffusers'
 layout.
 """
-from common import Parser, UserError, run_command  # first: for signals
+from common import (  # first: for signals
+    Parser, UserError, reads_weights, run_command, send_weights)
 import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -718,7 +719,9 @@ class Base:
         """Move its networks to a device; of two experts the second stays behind, see two_experts()
         in pipeline.py."""
         for module in self.parts().values():
-            module.to("cpu" if module is self.low_net else device)
+            place = "cpu" if module is self.low_net else device
+            meta = any(t.is_meta for t in module.state_dict().values())  # see send_weights()
+            module.to_empty(device=place) if meta else module.to(place)
 
     def freeze(self, dtype, but=()):
         """Turn gradients off and convert to `dtype` (None: keep), except for networks in `but`.
@@ -844,9 +847,11 @@ def load_base(name, weights=None, device="cpu", dtype=torch.float32, scratch=Fal
     with torch.device("cpu" if scratch else "meta"):
         parts = build_parts(row, image=bool(row.image) or "image" in files)
     random = () if not scratch else ("net", "text", "image") if row.tiny else ("net",)
-    load_parts({k: v for k, v in parts.items() if k not in random}, name, row, files, copied, start)
-    if "lora" in files:
-        merge_public_lora(parts["net"], files["lora"])
+    if reads_weights():  # with fsdp only the first process: the others get them below
+        load_parts({k: v for k, v in parts.items() if k not in random}, name, row, files, copied,
+                   start)
+        if "lora" in files:
+            merge_public_lora(parts["net"], files["lora"])
     if row.tracks:
         parts["vae"].tiles = Tiles()  # as the network was trained
     ids_of = make_tokenizer(row, parts["text"], files.get("tokenizer"))
@@ -855,6 +860,7 @@ def load_base(name, weights=None, device="cpu", dtype=torch.float32, scratch=Fal
     base.low_net = parts.get("low_net")
     base.freeze(dtype)  # before it moves: float32 on the GPU would be the run's peak
     base.to(device)
+    send_weights(base.parts().values())
     for module in base.parts().values():
         module.eval()
     return base
