@@ -271,7 +271,7 @@ class Learner:
 
     def result(self):
         values = [*self.params.values(), *self.ema.values()]
-        values += [t for p in self.params.values() for t in self.opt.state[p].values()]
+        values += [self.opt.state[p][n] for p in self.params.values() for n in ("exp_avg", "exp_avg_sq", "step")]
         return torch.cat([full(t).double().flatten() for t in values])
 
 out = Path({out!r})
