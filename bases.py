@@ -14,7 +14,8 @@ Public files are downloaded, or read from the folder --weights, in the original 
 layout.
 """
 from common import (  # first: for signals
-    INIT, STATES, Parser, UserError, crc32, run_command, warn, write_atomic)
+    INIT, STATES, Parser, UserError, crc32, reads_weights, run_command, send_weights, warn,
+    write_atomic)
 import os
 import re
 from contextlib import contextmanager, suppress
@@ -742,7 +743,9 @@ class Base:
         """Move its networks to a device; of two experts the second stays behind, see two_experts()
         in pipeline.py."""
         for module in self.parts().values():
-            module.to("cpu" if module is self.low_net else device)
+            place = "cpu" if module is self.low_net else device
+            meta = any(t.is_meta for t in module.state_dict().values())  # see send_weights()
+            module.to_empty(device=place) if meta else module.to(place)
 
     def freeze(self, dtype, but=()):
         """Turn gradients off and convert to `dtype` (None: keep), except for networks in `but`.
@@ -871,19 +874,24 @@ def load_base(name, weights=None, device="cpu", dtype=torch.float32, scratch=Fal
     with torch.device("cpu" if scratch else "meta"):
         parts = build_parts(row, image=bool(row.image) or "image" in files)
     random = () if not scratch else ("net", "text", "image") if row.tiny else ("net",)
-    load_parts({k: v for k, v in parts.items() if k not in random}, name, row, files, copied, start)
-    if "lora" in files:
-        merge_public_lora(parts["net"], files["lora"])
+    if reads_weights():  # with fsdp only the first process: the others get them below
+        load_parts({k: v for k, v in parts.items() if k not in random}, name, row, files, copied,
+                   start)
+        if "lora" in files:
+            merge_public_lora(parts["net"], files["lora"])
     if row.tracks:
         parts["vae"].tiles = Tiles()  # as the network was trained
     ids_of = make_tokenizer(row, parts["text"], files.get("tokenizer"))
     base = Base(name, row, parts["net"], parts["vae"], parts["text"],
                 make_schedule(**row.schedule), ids_of, parts.get("image"), parts.get("motion_text"))
     base.low_net = parts.get("low_net")
+    if links:
+        base.to("cpu")  # with fsdp the other processes have no weights yet
     for link in links:
         put_link(base, link)
     base.freeze(dtype)  # before it moves: float32 on the GPU would be the run's peak
     base.to(device)
+    send_weights(base.parts().values())
     for module in base.parts().values():
         module.eval()
     return base

@@ -100,7 +100,7 @@ def get_args(argv=None):
     p.add_argument("--repeats", type=p.COUNT, default=3, help="timed steps per process")
     p.add_argument("--budget", type=p.POSITIVE, default=30.0,
                    help="about the seconds per CPU step")
-    p.options("machine", without=("--grad-ckpt", "--parallel", "--offload"))
+    p.options("machine", without=("--grad-ckpt", "--parallel", "--shard-group", "--offload"))
     p.add_argument("--threads", type=p.COUNT, default=torch.get_num_threads(), help="CPU threads")
     p.add_argument("--out", default="results", help="folder of the bench_*.json to write")
     p.add_argument("--side", choices=("ours", "peer"), help=argparse.SUPPRESS)  # of one process

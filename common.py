@@ -324,6 +324,8 @@ def setup(device=None, dtype=None, seed=0, parallel="ddp", offload=False) -> Env
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     if world > 1:
         _patient.append(dist.new_group(backend="gloo", timeout=timedelta(days=1)))
+        if parallel == "fsdp":
+            _receives.append(rank > 0)
     torch.manual_seed(seed)
     dtype = DTYPES[dtype or ("bf16" if device.type == "cuda" else "fp32")]
     return Env(rank, world, device, dtype, offload)
@@ -332,11 +334,59 @@ def setup(device=None, dtype=None, seed=0, parallel="ddp", offload=False) -> Env
 _patient = []  # the last: a group of all processes with a long timeout
 
 
+@contextlib.contextmanager
+def one_per_machine():
+    """Let the processes of this machine do something one after the other, such as a download: the
+    first makes it, the others find it. A process that ends makes way for the next."""
+    path = Path(tempfile.gettempdir(), f"nanovideo-{os.getuid()}.lock")
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 def meet():
     """Wait for all processes, up to a day: one may have worked for the others (downloaded,
     encoded, sampled, saved). Each must call it."""
     if _patient:
         dist.barrier(_patient[-1])
+
+
+_receives = []  # the last: does this process get its weights from the first one?
+
+
+def reads_weights() -> bool:
+    """Does this process read the base's weight files? With fsdp the first one reads for all: see
+    send_weights()."""
+    return not (_receives and _receives[-1])
+
+
+def send_weights(modules):
+    """With fsdp: give each process the first one's parameters and buffers of these networks,
+    tensor by tensor. Every process must call it."""
+    if not _receives:
+        return
+    meet()  # the first may have read for an hour
+    for module in modules:
+        for tensors in (module.named_parameters, module.named_buffers):
+            found = [t for _, t in tensors(remove_duplicate=False)]
+            kinds = [[t.dtype for t in found]]  # a file's, which only the first process knows
+            dist.broadcast_object_list(kinds, 0)
+            for t, kind in zip(found, kinds[0]):
+                t.data = t.data.to(kind).contiguous()
+                dist.broadcast(t.data, 0)
+
+
+def check_shard_group(size, parallel):
+    """Refuse a --shard-group that does not fit to the processes."""
+    world = read_ranks()[1]
+    if size and parallel != "fsdp":
+        raise UserError("--shard-group: only for shards; add --parallel fsdp")
+    if size and world % size:
+        raise UserError(f"--shard-group {size}: does not divide the {world} processes of this run; "
+                        "give the number of processes per machine")
 
 
 def read_ranks():
@@ -614,6 +664,10 @@ OPTIONS = {
                             help="recompute blocks in the backward pass: less memory, slower"),
         "--parallel": dict(choices=("ddp", "fsdp"), default="ddp",
                            help="several GPUs: a full copy on each (ddp) or shards (fsdp)"),
+        "--shard-group": dict(type=COUNT, metavar="N",
+                              help="with fsdp: shard within groups of N processes, such as those "
+                                   "of one machine, with a copy in each group (default: one "
+                                   "group)"),
         "--offload": dict(action="store_true",
                           help="keep saved activations (with fsdp weights, too) in CPU memory"),
     },
@@ -722,6 +776,7 @@ class Run:
     def __init__(self, args, method, trains=True):
         """trains False: no training, so an earlier run in --out is no obstacle."""
         check_loggers(args)
+        check_shard_group(args.shard_group, args.parallel)
         self.args, self.method, self.out = args, method, Path(args.out)
         self.state = check_out(args, method) if trains else check_writable(args.out)
         self.env = setup(args.device, args.dtype, args.seed, args.parallel, args.offload)
@@ -1107,8 +1162,11 @@ class Log:
             self.board = SummaryWriter(args.out)
         if args.wandb:
             import wandb
-            self.wandb = wandb.init(
-                project="nanovideo", name=Path(args.out).name, config=vars(args))
+            path = Path(args.out, "wandb.id")  # a resumed run goes on in its W&B run
+            known = read_text(path).strip() if args.resume and path.exists() else None
+            self.wandb = wandb.init(project="nanovideo", name=Path(args.out).name,
+                                    config=vars(args), id=known, resume="allow")
+            write_atomic(path, lambda p: p.write_text(self.wandb.id, "utf-8"))
 
     def scalars(self, step, values):
         """{name: float} to TensorBoard and W&B."""
@@ -1269,12 +1327,9 @@ def write_atomic(path, write):
         tmp = Path(tmp)
         write(tmp)
         os.chmod(tmp, 0o666 & ~UMASK)  # safetensors writes files that only their owner may read
-        for name in (tmp, path.parent):  # the folder, too: the rename must outlive a power cut
-            handle = os.open(name, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
-            if name == tmp:
-                os.replace(tmp, path)
+        sync(tmp)
+        os.replace(tmp, path)
+        sync(path.parent)  # the rename, too, must outlive a power cut
     except (OSError, SafetensorError) as e:
         reason = getattr(e, "strerror", None) or str(e)
         raise UserError(f"{path}: cannot be written ({reason}); the old file is kept: free disk "
@@ -1283,6 +1338,13 @@ def write_atomic(path, write):
         with contextlib.suppress(OSError):
             if tmp:
                 tmp.unlink()
+
+
+def sync(path):
+    """Wait until a file or the names in a folder are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
 
 
 def finish(env, path, text):
@@ -1327,11 +1389,11 @@ def own_folder(folder):
     except OSError as e:
         raise UserError(f"--out {folder}: {lock.name} cannot be written ({e.strerror}); give "
                         "another folder") from None
-    for tmp in folder.rglob(f"{TEMPORARY}*"):
+    for tmp in list(folder.rglob(f"{TEMPORARY}*")):
         runs = [p for p in tmp.absolute().parents if p.is_relative_to(lock.parent)]
         if not any((p / LOCK).exists() for p in runs[:-1]):  # not of a run in a folder below
             with contextlib.suppress(OSError):
-                tmp.unlink()
+                shutil.rmtree(tmp) if tmp.is_dir() else tmp.unlink()
 
 
 LOCK, TEMPORARY = ".lock", ".nanovideo.tmp-"  # in a run's folder
@@ -1407,41 +1469,59 @@ def trained(parts: dict) -> dict:
 
 
 def save_checkpoint(args, env, step, seen, params, meta, opt, ema=None, scaler=None):
-    """Write out/ckpt.safetensors (averaged weights if `ema`) and out/state.pt after `step` updates.
+    """Write OUT/ckpt.safetensors (averaged weights if `ema`) and the state after `step` updates.
 
     seen: samples read so far, all processes together; params: {key: parameter} from trained();
     ema: {key: tensor} or None; meta: what sample.py needs to know, plain types. Every process
-    must call this; rank 0 writes. The last --keep of ckpt-<step>.safetensors and the
-    previous state are kept, in case a file is damaged.
+    must call this; rank 0 writes, and of a sharded network each process its part of the state.
+    The last --keep of ckpt-<step>.safetensors and the previous state are kept, in case a file is
+    damaged.
     """
     def whole(t):  # only rank 0 keeps it: 8 copies of a large network would not fit
         if env.main or hasattr(t, "full_tensor"):
             t = full(t).contiguous()
         return t if env.main else None
-    weights = {k: whole(p) for k, p in params.items()}
-    moments = {k: {n: whole(v) for n, v in opt.state[p].items()} for k, p in params.items()}
-    averaged = {k: whole(v) for k, v in ema.items()} if ema else None
-    if not env.main:
-        return
-    out = Path(args.out)
+    product = {k: whole(v) for k, v in (ema or params).items()}
     given = {k: v for k, v in vars(args).items() if v is not None}
-    meta = dict(meta, step=step, args=given, versions=versions())
-    product = averaged or weights
-    text = {"nanovideo": json.dumps(meta, default=str)}
-    text["crc32"] = str(crc32(product, text["nanovideo"]))
-    write_atomic(out / f"ckpt-{step}.safetensors", lambda p: save_file(product, p, text))
-    write_atomic(out / "ckpt.safetensors", lambda p: save_file(product, p, text))
-    # all that resume needs is in this one file: the two files need not be of the same moment
+    text = json.dumps(dict(meta, step=step, args=given, versions=versions()), default=str)
+    out = Path(args.out)
+    if env.main:
+        about = {"nanovideo": text, "crc32": str(crc32(product, text))}
+        for name in (f"ckpt-{step}.safetensors", "ckpt.safetensors"):
+            write_atomic(out / name, lambda p: save_file(product, p, about))
+    # all that resume needs is in the state: the two need not be of the same moment
+    state = dict(step=step, seen=seen, meta=json.loads(text),
+                 scaler=scaler.state_dict() if scaler else None)
+    moments = {k: opt.state[p] for k, p in params.items()}
+    if any(hasattr(p, "full_tensor") for p in params.values()):
+        save_shards(out, env, state, params, moments, ema)
+    elif env.main:
+        save_state(out, state, params, moments, ema)
+    if env.main:
+        later = [k for k in steps_saved(out) if k > step]  # a resume from an earlier state undid
+        for old in later + [k for k in steps_saved(out) if k <= step][args.keep:]:
+            (out / f"ckpt-{old}.safetensors").unlink()
+
+
+# a run has the files, or with --parallel fsdp the folders
+STATES = "state.pt", "state", "state-previous.pt", "state-previous"
+
+
+def save_state(out, state, weights, moments, ema):
+    """Write OUT/state.pt, from one process: fields of `state`, {key: tensor}, {key: {name:
+    tensor}}, {key: tensor} or None."""
     state = dict(
-        step=step, seen=seen, weights=weights, moments=moments, ema=averaged,
-        meta=json.loads(text["nanovideo"]), scaler=scaler.state_dict() if scaler else None)
-    if (out / STATES[0]).exists():  # a second name first: at any moment one of the two is whole
+        state, weights={k: full(p) for k, p in weights.items()},
+        moments={k: {n: full(v) for n, v in m.items()} for k, m in moments.items()},
+        ema={k: full(v) for k, v in ema.items()} if ema else None)
+    last, previous = out / "state.pt", out / "state-previous.pt"
+    if last.exists():  # a second name first: at any moment one of the two is whole
         with contextlib.suppress(FileNotFoundError):
-            (out / STATES[1]).unlink()
+            previous.unlink()
         try:
-            os.link(out / STATES[0], out / STATES[1])
+            os.link(last, previous)
         except OSError:  # a file system without links
-            os.replace(out / STATES[0], out / STATES[1])
+            os.replace(last, previous)
 
     def write(path):
         try:
@@ -1449,10 +1529,9 @@ def save_checkpoint(args, env, step, seen, params, meta, opt, ema=None, scaler=N
         except RuntimeError as e:  # torch's own writer hides the reason
             free = shutil.disk_usage(out).free / 1e9
             raise OSError(errno.ENOSPC, f"{free:.2f} GB free; {str(e).splitlines()[0][:80]}") from e
-    write_atomic(out / STATES[0], write)
-    later = [k for k in steps_saved(out) if k > step]  # a resume from an earlier state undid them
-    for old in later + [k for k in steps_saved(out) if k <= step][args.keep:]:
-        (out / f"ckpt-{old}.safetensors").unlink()
+    write_atomic(last, write)
+    for name in ("state", "state-previous"):
+        remove_folder(out / name)
 
 
 def keep_init(out, sources):
@@ -1476,7 +1555,55 @@ def keep_init(out, sources):
 
 
 INIT = "init-{}.safetensors"
-STATES = "state.pt", "state-previous.pt"
+
+
+def save_shards(out, env, state, weights, moments, ema):
+    """Write OUT/state/<number>.safetensors, a file per process of a shard group: like
+    save_state(), but every process must call it, and none holds more than its own part.
+
+    A tensor is what the files hold of it, one below the other; 0.safetensors has whole tensors,
+    too. The folder gets its name when all files are written.
+    """
+    tensors = {f"weights/{k}": p for k, p in weights.items()}
+    tensors |= {f"ema/{k}": t for k, t in (ema or {}).items()}
+    tensors |= {f"{name}/{k}": t for k, moment in moments.items() for name, t in moment.items()}
+    sharded = {name: t for name, t in tensors.items() if hasattr(t, "to_local")}
+    shards = next(iter(sharded.values())).device_mesh.size(-1)
+    own = {name: t.to_local() for name, t in sharded.items()}
+    if env.main:
+        own = tensors | own
+    # a small tensor does not reach the last process
+    own = {name: t.detach().cpu().contiguous() for name, t in own.items() if t.numel()}
+    fresh, last, previous = out / f"{TEMPORARY}state", out / "state", out / "state-previous"
+    if env.main:
+        remove_folder(fresh)
+    meet()
+    if env.rank < shards:  # the other groups hold copies
+        sums = {name: crc32({name: t}, "") for name, t in own.items()}
+        about = {"nanovideo": json.dumps(dict(state, files=shards, crc32=sums))}
+        write_atomic(fresh / f"{env.rank}.safetensors", lambda p: save_file(own, p, about))
+    meet()
+    if not env.main:
+        return
+    remove_folder(previous)
+    try:
+        for a, b in ((last, previous), (fresh, last)):
+            if a.exists():
+                os.rename(a, b)
+        sync(out)
+    except OSError as e:
+        raise UserError(f"{last}: cannot be written ({e.strerror}); the old state is kept") from e
+    for name in ("state.pt", "state-previous.pt"):
+        (out / name).unlink(missing_ok=True)
+
+
+def remove_folder(path):
+    """Remove a folder, if there is one; what a kill leaves of it has a temporary name."""
+    old = path.with_name(f"{TEMPORARY}old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.is_dir():
+        os.rename(path, old)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def crc32(tensors, text) -> int:
@@ -1505,7 +1632,7 @@ def check_out(args, method):
         raise UserError(
             f"{args.out} already holds a run: --resume continues it, --out FOLDER starts a new one")
     if not files and product.exists() and step_of(product) > args.save_every:
-        raise UserError(f"--resume: {args.out} holds {product.name} but no state.pt to go on from: "
+        raise UserError(f"--resume: {args.out} holds {product.name} but no state to go on from: "
                         "give another --out")
     if not files:
         return None
@@ -1528,12 +1655,16 @@ def check_out(args, method):
         raise UserError(f"--resume: the run in {args.out} is at step {state['step']}: give a "
                         "larger --steps")
     for bad in files[:files.index(file)] if MAIN else ():
+        remove_folder(bad.with_name(f"{bad.name}.corrupt"))
         os.replace(bad, f"{bad}.corrupt")  # else the next save would make it the spare one
     return state
 
 
 def load_state_file(path):
-    """state.pt: its checksums compared (torch.load does not), its fields checked."""
+    """state.pt: its checksums compared (torch.load does not), its fields checked. Of the folder
+    state/ the checksums are compared later, part by part."""
+    if Path(path).is_dir():
+        return check_state(open_shards(Path(path)), path)
     try:
         with zipfile.ZipFile(check_file(path, "state")) as file:
             packed = any(info.compress_type for info in file.infolist())  # torch never does
@@ -1549,6 +1680,75 @@ def load_state_file(path):
     except Exception as e:  # zip, pickle and EOF errors alike mean one thing to the user
         raise UserError(f"{path}: not a state of ours ({(str(e) or repr(e)).splitlines()[0][:100]})"
                         ) from e
+    return check_state(state, path)
+
+
+class Shards:
+    """A tensor in the files of a sharded state; shards[first:last] and shards[...] read it.
+
+    shape: that of the whole; pieces: its rows in each file, as (file, name there, number of rows,
+    checksum).
+    """
+
+    def __init__(self, folder):
+        self.folder, self.pieces, self.shape = folder, [], None
+
+    def add(self, file, name, crc):
+        """The rows that the next file has. UserError if they do not fit to those before."""
+        shape = file.get_slice(name).get_shape()
+        rows, width = shape[0], shape[1:]
+        before, *known = self.shape or (0, *width)
+        if known != width:
+            raise UserError(f"{self.folder}: its files hold {name} in different widths")
+        self.shape = torch.Size((before + rows, *width))
+        self.pieces.append((file, name, rows, crc))
+
+    def __getitem__(self, rows) -> Tensor:
+        """Rows, once their pieces match their checksums and are free of NaN; else UserError."""
+        first, last, _ = (slice(None) if rows is ... else rows).indices(self.shape[0])
+        file, name, *_ = self.pieces[0]
+        parts, start = [file.get_slice(name)[:0]], 0  # a small tensor has no rows for the last
+        for file, name, count, crc in self.pieces:
+            if first < start + count and start < last:
+                piece = file.get_tensor(name)
+                negative = name.startswith("exp_avg_sq/") and (piece < 0).any()
+                if crc32({name: piece}, "") != crc or negative or not is_plain(piece):
+                    raise UserError(f"{self.folder}: {name} is corrupt; move this folder away, "
+                                    "then --resume goes on from the state before it")
+                parts.append(piece[max(first - start, 0):last - start])
+            start += count
+        return torch.cat(parts)
+
+
+def open_shards(folder) -> dict:
+    """What save_shards() wrote -> the same as from state.pt, but its tensors are Shards."""
+    found, abouts = {}, []
+    while not abouts or len(abouts) < abouts[0]["files"]:
+        path = check_file(folder / f"{len(abouts)}.safetensors", "part of the state")
+        try:
+            file = safe_open(path, "pt")
+        except (SafetensorError, OSError) as e:
+            raise UserError(f"{path}: corrupt ({str(e)[:100]})") from e
+        about = json_object((file.metadata() or {}).get("nanovideo", "{}"), path)
+        abouts.append(about)
+        if not is_a(about.get("files"), (int, 1, 10 ** 5)) or type(about.get("crc32")) is not dict \
+                or any(about.get(k) != abouts[0].get(k) for k in ("files", "step", "seen")):
+            raise UserError(f"{path}: not a part of this state")
+        for name in file.keys():
+            group, _, key = name.partition("/")
+            known = found.setdefault(group, {})
+            if not file.get_slice(name).get_shape():  # such as AdamW's count of steps
+                known[key] = file.get_tensor(name)
+            elif isinstance(known.setdefault(key, Shards(folder)), Shards):
+                known[key].add(file, name, about["crc32"].get(name))
+    weights, ema = found.pop("weights", {}), found.pop("ema", None)
+    moments = {k: {name: group[k] for name, group in found.items() if k in group} for k in weights}
+    fields = {k: abouts[0].get(k) for k in ("step", "seen", "meta", "scaler")}
+    return dict(fields, weights=weights, moments=moments, ema=ema)
+
+
+def check_state(state, path) -> dict:
+    """A state whose fields are right, its metadata as read_meta() gives it; else UserError."""
     fault = state_fault(state)
     if fault:
         raise UserError(f"{path}: {fault}; it is damaged, or not a state of ours")
@@ -1561,6 +1761,8 @@ def is_plain(value) -> bool:
 
     A file of a kilobyte may hold a tensor that claims 10^12 numbers, all the same one.
     """
+    if isinstance(value, Shards):  # checked when it is read
+        return True
     if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
         return False
     return (value.is_floating_point() and value.nbytes <= value.untyped_storage().nbytes()
@@ -1615,7 +1817,8 @@ def state_fault(state):
     faults = [like_each_other(group, own, name) for name, group in groups.items()]
     if state["ema"] is not None:
         faults.append(like_each_other(state["ema"], weights, "ema"))
-    if not any(faults) and any((v < 0).any() for v in groups["exp_avg_sq"].values()):
+    squares = [v for v in groups["exp_avg_sq"].values() if isinstance(v, Tensor)]
+    if not any(faults) and any((v < 0).any() for v in squares):
         faults.append("exp_avg_sq is below 0")
     scaler, number = state["scaler"], (float, 1e-30, 1e30)
     fields = dict(scale=number, growth_factor=number, backoff_factor=number,
@@ -1641,7 +1844,6 @@ def load_state(args, env, state, params, opt, ema=None, scaler=None) -> tuple[in
 
     -> updates done, samples read. Raises UserError if the disk is too small for the checkpoints.
     """
-    from torch.distributed.tensor import DTensor, distribute_tensor
     copies = args.keep + 1 + 2 * (3 + bool(ema))  # checkpoints; two states: weights, two moments
     needed, out = copies * sum(4 * p.numel() for p in params.values()), Path(args.out).absolute()
     free = shutil.disk_usage(next(p for p in (out, *out.parents) if p.exists())).free
@@ -1658,10 +1860,6 @@ def load_state(args, env, state, params, opt, ema=None, scaler=None) -> tuple[in
     if not state:
         return 0, 0
 
-    def like(value, p):
-        if isinstance(p, DTensor):
-            return distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
-        return value.to(p.device)
     if set(params) != set(state["weights"]):
         first = sorted(set(params) ^ set(state["weights"]))[0]
         raise UserError("--resume: the run trained other tensors than these options would "
@@ -1674,10 +1872,11 @@ def load_state(args, env, state, params, opt, ema=None, scaler=None) -> tuple[in
         raise UserError("--resume: the run was made with another --ema, on or off: give the same")
     with torch.no_grad():
         for k, p in params.items():
-            p.copy_(like(state["weights"][k], p))
-            opt.state[p] = {n: like(v, p) if v.ndim else v for n, v in state["moments"][k].items()}
+            p.copy_(part_like(state["weights"][k], p))
+            opt.state[p] = {n: part_like(v, p) if v.shape else v
+                            for n, v in state["moments"][k].items()}
             if ema is not None:
-                ema[k].copy_(like(state["ema"][k], p))
+                ema[k].copy_(part_like(state["ema"][k], p))
     if scaler and state["scaler"]:
         scaler.load_state_dict(state["scaler"])
     for k in ("weights", "moments", "ema"):
@@ -1685,4 +1884,14 @@ def load_state(args, env, state, params, opt, ema=None, scaler=None) -> tuple[in
     return state["step"], state["seen"]
 
 
-# ---- weight files
+def part_like(value, p) -> Tensor:
+    """A saved tensor, whole or Shards, laid out as the parameter p: of a shard, this process's
+    rows (FSDP2 gives each the same number of rows, the last ones what is left)."""
+    from torch.distributed.tensor import DTensor
+    if not isinstance(p, DTensor):
+        return value[...].to(p.device)
+    share = -(-p.shape[0] // p.device_mesh.size(-1))
+    first = min(share * p.device_mesh.get_local_rank(p.device_mesh.ndim - 1), p.shape[0])
+    own = value[first:first + share].to(p.device, copy=True)  # not a view that keeps the whole
+    return DTensor.from_local(own, p.device_mesh, p.placements, run_check=False, shape=p.shape,
+                              stride=p.stride())

@@ -1359,16 +1359,22 @@ def parallelize(net, args, device, reshard=True, unused=False, whole=False):
 
     --parallel ddp: a full copy on each GPU, with `whole` always; fsdp: FSDP2, block by block, then
     the rest (frozen weights may have another type than trained ones), with --offload its shards,
-    their gradients and the optimizer's state in CPU memory. reshard False: ZeRO-2. unused: a step
-    may leave out parts of the network. A single process without FSDP gets its network back
-    unchanged.
+    their gradients and the optimizer's state in CPU memory, with --shard-group a copy in each group
+    of processes (hybrid sharding: weights are gathered within a group, gradients averaged over
+    all). reshard False: ZeRO-2. unused: a step may leave out parts of the network. A single process
+    without FSDP gets its network back unchanged.
     """
     if not torch.distributed.is_initialized():
         return net
     meet()  # a machine may have downloaded for an hour
     if args.parallel == "fsdp" and not whole:
+        from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
         policy = {} if reshard else {"reshard_after_forward": False}
+        if args.shard_group:
+            groups = torch.distributed.get_world_size() // args.shard_group
+            policy["mesh"] = init_device_mesh(device.type, (groups, args.shard_group),
+                                              mesh_dim_names=("copies", "shards"))
         if args.offload:
             policy["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
         for block in net.units():

@@ -118,7 +118,7 @@ def get_args(argv=None):
                    help="folder with its public weights (default: download them)")
     p.add_argument("--then-size", type=p.COUNT, nargs=2, metavar=("HEIGHT", "WIDTH"),
                    help="size of the enlarged clips in pixels (default: 720 1280)")
-    p.options("machine", without=("--grad-ckpt", "--parallel", "--offload"))
+    p.options("machine", without=("--grad-ckpt", "--parallel", "--shard-group", "--offload"))
     p.add_argument("--sequential", action="store_true",
                    help="run the two branches of guidance one after the other: less memory")
     p.add_argument("--decode-chunk", type=p.COUNT, default=16,

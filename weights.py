@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from common import (
     UserError, check_file, check_folder, crc32, is_a, is_finite, is_plain, json_object,
-    known_fields, read_meta, read_text, steps_saved, warn, write_atomic)
+    known_fields, one_per_machine, read_meta, read_text, steps_saved, warn, write_atomic)
 
 # ---- our own checkpoints
 
@@ -912,12 +912,13 @@ def fetch(url, name, flag="--base", option="--weights"):
     hub, repo, file = url.split(":", 2)
     site = {"hf": "huggingface.co", "ms": "modelscope.cn", "gh": "github.com"}[hub]
     try:
-        if hub == "gh":
-            return fetch_github(repo, file)
-        if hub == "hf":
-            return fetch_huggingface(repo, file)
-        from modelscope import model_file_download  # optional: pip install modelscope
-        return Path(model_file_download(repo, file))
+        with one_per_machine():
+            if hub == "gh":
+                return fetch_github(repo, file)
+            if hub == "hf":
+                return fetch_huggingface(repo, file)
+            from modelscope import model_file_download  # optional: pip install modelscope
+            return Path(model_file_download(repo, file))
     except Exception as e:  # offline, no such file, gated repository: all mean the same to the user
         hint = "pip install modelscope, or " if isinstance(e, ImportError) else ""
         raise UserError(
@@ -942,7 +943,8 @@ def fetch_address(url):
 def hub_weights(url, path, option):
     """The tensors of `path`, or if it is None those of `url`; `option` can give the file."""
     try:
-        local = path or fetch_address(url)
+        with one_per_machine():
+            local = path or fetch_address(url)
     except Exception as e:  # offline, or no such file any more
         raise UserError(f"cannot get {url} ({type(e).__name__}); download it elsewhere and give "
                         f"it with {option}") from None
@@ -950,13 +952,20 @@ def hub_weights(url, path, option):
 
 
 def fetch_huggingface(repo, file):
-    """A file of a Hugging Face repository, or its index if it is in shards -> the cached copy."""
+    """A file of a Hugging Face repository, or its index if it is in shards -> the cached copy,
+    for which the hub is not asked again."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    def get(name):
+        try:
+            return Path(hf_hub_download(repo, name, local_files_only=True))
+        except LocalEntryNotFoundError:
+            return Path(hf_hub_download(repo, name))
     try:
-        return Path(hf_hub_download(repo, file))
+        return get(file)
     except EntryNotFoundError:
-        index = Path(hf_hub_download(repo, f"{file}.index.json"))
+        index = get(f"{file}.index.json")
         for shard in shards_of(index):
-            hf_hub_download(repo, str(Path(file).with_name(shard)))
+            get(str(Path(file).with_name(shard)))
         return index

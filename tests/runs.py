@@ -8,12 +8,21 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import bases
-from common import read_lines
+from common import STATES, load_state_file, read_lines
 
 
-def spread(mode):
+def spread(mode, shard_group=None):
     """The options that models.parallelize() reads."""
-    return Namespace(parallel=mode, offload=False)
+    return Namespace(parallel=mode, offload=False, shard_group=shard_group)
+
+
+def read_state(folder):
+    """What a run goes on from, whole: of its file or of its shards."""
+    state = load_state_file(next(folder / name for name in STATES if (folder / name).exists()))
+
+    def whole(values):
+        return values and {k: whole(v) if isinstance(v, dict) else v[...] for k, v in values.items()}
+    return state | {part: whole(state[part]) for part in ("weights", "moments", "ema")}
 
 
 def files(folder, *kinds):

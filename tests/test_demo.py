@@ -12,7 +12,7 @@ import hub
 import numpy as np
 import pytest
 import torch
-from runs import spread
+from runs import read_state, spread
 from safetensors.torch import load_file
 
 import bases
@@ -327,7 +327,7 @@ def launch(processes, out, *more):
          "--out", str(out), *more],
         cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    return load_pickle(Path(out, "state.pt"))
+    return read_state(Path(out))
 
 
 @pytest.fixture(scope="module")

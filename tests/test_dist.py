@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import read_state
 
 from common import read_lines
 from weights import load_pickle
@@ -36,7 +37,7 @@ def launch(processes, out, *args):
     done = subprocess.run([*command(processes, *args), "--out", str(out)], cwd=ROOT, capture_output=True,
                           text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    return load_pickle(Path(out, "state.pt"))
+    return read_state(Path(out))
 
 
 def relative(state, other, part):
@@ -159,7 +160,7 @@ def run(mode, env, accum, rank):
     else:
         base.net.requires_grad_(True)
     base.net.grad_ckpt = True
-    net = parallelize(base.net, spread(mode), env.device) if mode else base.net
+    net = parallelize(base.net, spread(*mode), env.device) if mode else base.net
     params = trained({{"": net}})
     opt = torch.optim.AdamW(params.values(), 1e-3)
     args = argparse.Namespace(batch=1, accum=accum, steps=5, offset_noise=0.1, timesteps="uniform",
@@ -185,7 +186,7 @@ alone = Env(0, 1, torch.device("cpu"), torch.float64)
 env = Env(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), torch.float64)
 for rank in (0, 4):
     one = run(None, alone, 4, rank)
-    for mode in ("ddp", "fsdp"):
+    for mode in (("ddp",), ("fsdp",), ("fsdp", 2))[:2 + (env.world == 4)]:  # the last: 2 copies of 2 shards
         for a, b, what in zip(run(mode, env, 4 // env.world, rank), one, ("gradients", "weights")):
             error = ((a - b).norm() / b.norm()).item()
             print(mode, env.world, what, error)
@@ -201,6 +202,122 @@ def test_in_float64_many_processes_equal_one(processes, tmp_path):
     script.write_text(DOUBLE.format(root=str(ROOT), tests=str(ROOT / "tests"), bound=1e-12))
     done = subprocess.run(command(processes, str(script)), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
+
+
+NODES = """
+import sys
+sys.path[:0] = [{root!r}]
+from pathlib import Path
+import argparse, common
+import torch, torch.distributed as dist
+from torch import nn
+from common import full, load_state, load_state_file
+from models import add_lora, parallelize
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 5), nn.GELU(), nn.Linear(5, 6)) for _ in range(3))
+        self.out = nn.Linear(6, 3)  # of 4 processes one has no row of it, of 2 the last has 1 of 3
+        self.register_buffer("scale", torch.tensor(3.0))
+
+    def units(self):
+        return list(self.blocks)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block(x)
+        return self.scale * self.out(x)
+
+class Learner:
+    def __init__(self, env, rank, parallel=None, group=None):
+        torch.manual_seed(0)
+        self.env, net = env, Net().double()
+        if parallel and env.rank:  # as load_base() does: the weights come from the first process
+            net = net.to("meta").to_empty(device="cpu")
+        if parallel:
+            common.send_weights([net])
+        if rank:
+            torch.manual_seed(1)
+            add_lora(net, rank, rank, ["0", "2"])
+            net.double()
+            for block in net.blocks:
+                nn.init.ones_(block[0].lora_B.weight)
+        args = argparse.Namespace(parallel=parallel, shard_group=group, offload=False)
+        self.net = parallelize(net, args, env.device) if parallel else net
+        self.params = common.trained({{"": self.net}})
+        self.opt = torch.optim.AdamW(self.params.values(), 1e-3)
+        self.ema = {{k: p.detach().clone() for k, p in self.params.items()}}
+        self.guard, self.scaler, self.norms = common.FiniteGuard(env), torch.amp.GradScaler("cpu", enabled=False), []
+
+    def train(self, first, last):
+        for step in range(first, last):
+            x = torch.randn(4, 6, dtype=torch.float64, generator=common.generator(step))
+            mine = slice(None) if self.env.world == 1 else slice(self.env.rank, self.env.rank + 1)
+            self.net(x[mine]).square().mean().backward()
+            self.norms.append(self.guard.step(self.opt, self.scaler, self.params.values(), 1e-2))
+            common.move_average(self.ema, self.params, 0.9)
+        return self
+
+    def save(self, out, step):
+        meta = dict(method="t2v", base="tiny", sample={{}})
+        common.save_checkpoint(argparse.Namespace(out=str(out), keep=1), self.env, step, 4 * step, self.params, meta,
+                               self.opt, self.ema)
+
+    def load(self, path):
+        args = argparse.Namespace(out=str(path.parent), keep=1)
+        assert load_state(args, self.env, load_state_file(path), self.params, self.opt, self.ema) == (3, 12)
+        return self.train(3, 5)
+
+    def result(self):
+        values = [*self.params.values(), *self.ema.values()]
+        values += [self.opt.state[p][n] for p in self.params.values() for n in ("exp_avg", "exp_avg_sq", "step")]
+        return torch.cat([full(t).double().flatten() for t in values])
+
+out = Path({out!r})
+env = common.setup("cpu", "fp32", 0, "fsdp")
+alone = common.Env(0, 1, env.device, env.dtype)
+for rank in (0, 2):
+    one = Learner(alone, rank).train(0, 3)
+    if env.main:
+        one.save(out / f"one-{{rank}}", 3)
+    one.train(3, 5)
+    for group in (None, 2):
+        folder = out / f"{{rank}}-{{group}}"
+        many = Learner(env, rank, "fsdp", group).train(0, 2)
+        many.save(folder, 2)
+        many.train(2, 3).save(folder, 3)
+        common.meet()
+        assert sorted(p.name for p in folder.iterdir()) == [
+            "ckpt-3.safetensors", "ckpt.safetensors", "state", "state-previous"]
+        sizes = [p.stat().st_size for p in sorted((folder / "state").iterdir())]
+        assert len(sizes) == (group or 4), sizes
+        many.train(3, 5)
+        assert (torch.stack(many.norms) / torch.stack(one.norms) - 1).abs().max() < {bound}
+        def near(other):
+            error = ((other.result() - one.result()).norm() / one.result().norm()).item()
+            assert error < {bound}, (rank, group, error)
+        near(many)
+        again = Learner(env, rank, "fsdp", group).load(folder / "state")
+        assert torch.equal(again.result(), many.result())
+        near(Learner(env, rank, "fsdp", 2 if group is None else None).load(folder / "state"))
+        near(Learner(env, rank, "fsdp", group).load(out / f"one-{{rank}}" / "state.pt"))
+        near(Learner(alone, rank).load(folder / "state"))
+        common.meet()
+        if env.main:  # the run goes on as one process: its state is the only one
+            one.save(folder, 5)
+            assert not (folder / "state").exists() and (folder / "state.pt").exists()
+dist.destroy_process_group()
+"""
+
+
+def test_shards_of_four_processes_on_two_nodes(tmp_path):
+    """Shards over all, and 2 copies of 2 shards: one process's run in float64, its norms of gradients, average and
+    moments. The state is written in parts, and read by the same, by another number of processes and by one."""
+    script = tmp_path / "nodes.py"
+    script.write_text(NODES.format(root=str(ROOT), out=str(tmp_path), bound=1e-12))
+    done = subprocess.run(command(4, str(script)), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
 
 
 BRANCH = """

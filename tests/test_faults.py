@@ -100,13 +100,18 @@ def test_loggers_get_scalars_and_videos(monkeypatch, tmp_path):
     proto = types.ModuleType("tensorboard.compat.proto.summary_pb2")
     proto.Summary = Value
     wandb = types.ModuleType("wandb")
-    wandb.init = lambda **kw: types.SimpleNamespace(log=lambda values, step: sent.append(("wandb", step, values)))
+    ids = []
+
+    def init(id, **more):
+        ids.append(id)
+        return types.SimpleNamespace(id=id or "abc123", log=lambda values, step: sent.append(("wandb", step, values)))
+    wandb.init = init
     wandb.Video = lambda frames, **kw: ("video", frames.shape)
     for name, module in (("torch.utils.tensorboard", board), ("wandb", wandb), ("tensorboard", types.ModuleType("t")),
                          ("tensorboard.compat", types.ModuleType("t")), ("tensorboard.compat.proto", types.ModuleType("t")),
                          ("tensorboard.compat.proto.summary_pb2", proto)):
         monkeypatch.setitem(sys.modules, name, module)
-    args = argparse.Namespace(out=str(tmp_path), batch=1, accum=1, steps=2, log_every=1, tensorboard=True, wandb=True)
+    args = argparse.Namespace(out=str(tmp_path), batch=1, accum=1, steps=2, log_every=1, tensorboard=True, wandb=True, resume=False)
     log = Log(args, common.Env(0, 1, torch.device("cpu"), torch.float32), {})
     log.step(0, loss=1.0)
     log.video(1, "held-out/0", np.zeros((3, 8, 8, 3), np.uint8), 8, "a cat")
@@ -114,6 +119,9 @@ def test_loggers_get_scalars_and_videos(monkeypatch, tmp_path):
     gif = next(s for kind, step, s in sent if kind == "gif").value[0].image
     assert gif.encoded_image_string.startswith(b"GIF8") and (gif.height, gif.width) == (8, 8)
     assert ("wandb", 1, {"held-out/0": ("video", (3, 3, 8, 8))}) in sent
+    args.resume = True  # goes on in the same run of W&B
+    Log(args, common.Env(0, 1, torch.device("cpu"), torch.float32), {}, start=1)
+    assert ids == [None, "abc123"]
 
 
 def test_steps_need_no_look_at_the_device():

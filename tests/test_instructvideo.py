@@ -10,6 +10,7 @@ import pytest
 import test_dist
 import test_transformers
 import torch
+from runs import read_state
 from safetensors.torch import load_file
 
 import bases
@@ -203,7 +204,7 @@ def test_accumulation_and_processes_change_nothing(tmp_path):
     one, rows = load_pickle(tmp_path / "one/state.pt"), read_lines(tmp_path / "one/rewards.jsonl")
     assert [r["sample"] for r in rows] == [0, 1, 2, 3]
     for name in ("parts", "two"):
-        state = load_pickle(tmp_path / name / "state.pt")
+        state = read_state(tmp_path / name)
         others = read_lines(tmp_path / name / "rewards.jsonl")
         assert state["seen"] == one["seen"] == 4
         assert test_dist.relative(state, one, "gradients") < 4e-6
