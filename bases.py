@@ -26,7 +26,7 @@ from dit import (
     PATCH, CogVideoX, CogVideoXConfig, STDiT3, STDiT3Config, Wan, WanConfig, cogvideox_state,
     stdit3_state, wan_diffusers_name, wan_state)
 from models import (
-    UNet3D, UNetConfig, add_lora, fits, merge_public_lora, read_peft_lora, unet_state,
+    UNet3D, UNetConfig, add_lora, fits, freeze_int8, merge_public_lora, read_peft_lora, unet_state,
     videocrafter_name, with_motion_blocks, with_new_conditions, zero_init)
 from text_encoders import (
     UMT5_XXL, WAN_CLIP, CLIPConfig, OpenCLIPText, OpenCLIPVision, T5Config, T5Text, clean_text,
@@ -731,6 +731,11 @@ class Base:
             if dtype is not None:
                 module.to(torch.bfloat16 if half else dtype)
 
+    def freeze_int8(self):
+        """Keep the linear weights of its network, or of both experts, in 8 bits."""
+        for net in filter(None, (self.net, self.low_net)):
+            freeze_int8(net)
+
     def train_net(self, args, dtype, also=()):
         """Train LoRA branches (--rank) or all weights (--rank 0) of the network from now on.
 
@@ -822,7 +827,7 @@ def token_of(name, word) -> int:
 
 
 def load_base(name, weights=None, device="cpu", dtype=torch.float32, scratch=False, start=False,
-              tracks=0, motion=False, image=False) -> Base:
+              tracks=0, motion=False, image=False, frozen=None) -> Base:
     """Build a base and load its public weights: all parts frozen, in eval mode and in `dtype`.
 
     weights: folder of the public files (original or diffusers layout); None: assets/ (tiny) or
@@ -830,7 +835,7 @@ def load_base(name, weights=None, device="cpu", dtype=torch.float32, scratch=Fal
     network, and tiny encoders, at their random start. start: image to video may start from
     ModelScope's files. tracks: number of tracking blocks to add. motion: with DEMO's motion
     blocks and motion encoder, copies of the base's own layers where it has none. image: with the
-    image tower in the text tower's file.
+    image tower in the text tower's file. frozen "int8": the network's linear weights in 8 bits.
     """
     row = base_row(name, tracks)
     files = dict(public_files(name, row, weights, start))  # its errors come before any work
@@ -854,6 +859,8 @@ def load_base(name, weights=None, device="cpu", dtype=torch.float32, scratch=Fal
                 make_schedule(**row.schedule), ids_of, parts.get("image"), parts.get("motion_text"))
     base.low_net = parts.get("low_net")
     base.freeze(dtype)  # before it moves: float32 on the GPU would be the run's peak
+    if frozen == "int8":
+        base.freeze_int8()
     base.to(device)
     for module in base.parts().values():
         module.eval()

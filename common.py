@@ -601,6 +601,8 @@ OPTIONS = {
         "--alpha": dict(type=POSITIVE, default=16.0, help="LoRA is scaled by alpha / rank"),
         "--lora-targets": dict(nargs="+", default=["to_q", "to_k", "to_v", "to_out.0"],
                                help="names of the linear layers that get LoRA branches"),
+        "--frozen": dict(choices=("int8",), help="int8: keep the network's frozen linear weights in "
+                                                 "8 bits (default: in --dtype)"),
     },
     "machine": {
         "--device": dict(help="cuda, cuda:1, mps or cpu (default: cuda if there is one)"),
@@ -674,6 +676,9 @@ class Parser(argparse.ArgumentParser):
         args = self.parse_args(argv)
         if "data_root" in known and args.data_root and not args.data:
             raise UserError("--data-root: where the paths in --data start; give --data, too")
+        if "frozen" in known and args.frozen and not args.rank:
+            raise UserError(f"--frozen {args.frozen}: with --rank 0 no weight is frozen; give a "
+                            "--rank of 1 or more")
         return args
 
 

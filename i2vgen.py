@@ -155,7 +155,8 @@ def main(argv=None):
 
     dtype = run.dtype if args.rank else torch.float32  # what trains is kept in fp32
     base = load_base(
-        args.base, args.weights, run.device, dtype, args.scratch, start=not args.rank)
+        args.base, args.weights, run.device, dtype, args.scratch, start=not args.rank,
+        frozen=args.frozen)
     texts = [sampling.negative, *(caption for _, caption in held_out)]
     if base.row.tiny:  # refuses words that the tiny world does not know
         base.tokenize([*texts, *(caption for _, _, caption in rows)])

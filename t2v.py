@@ -223,7 +223,8 @@ def load(args, run):
     What is trained is kept in fp32. A resumed run's weights come later.
     """
     dtype = run.dtype if args.rank else torch.float32
-    base = load_base(args.base, args.weights, run.device, dtype, args.scratch)
+    base = load_base(args.base, args.weights, run.device, dtype, args.scratch,
+                     frozen=args.frozen)
     if args.forget_motion:
         forget_motion(base.net)
     schedule = None

@@ -170,7 +170,8 @@ def load(args, run):
     or None."""
     dtype = run.dtype if args.rank else torch.float32
     flow = raft("large", args.flow_weights, run.device) if args.flow_weights else None
-    base = load_base(args.base, args.weights, run.device, dtype, image=True)
+    base = load_base(args.base, args.weights, run.device, dtype, image=True,
+                     frozen=args.frozen)
     base.train_net(args, run.dtype)
     return base, lucas_kanade if base.row.tiny else flow
 
