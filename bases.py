@@ -33,9 +33,9 @@ from dit import (
     PATCH, CogVideoX, CogVideoXConfig, STDiT3, STDiT3Config, Wan, WanConfig, cogvideox_state,
     stdit3_state, wan_diffusers_name, wan_state)
 from models import (
-    UNet3D, UNetConfig, add_lora, fits, merge_lora, merge_public_lora, plain_lora, read_peft_lora,
-    unet_diffusers_name, unet_state, videocrafter_name, with_motion_blocks, with_new_conditions,
-    zero_init)
+    UNet3D, UNetConfig, add_lora, fits, freeze_int8, merge_lora, merge_public_lora, plain_lora,
+    read_peft_lora, unet_diffusers_name, unet_state, videocrafter_name, with_motion_blocks,
+    with_new_conditions, zero_init)
 from text_encoders import (
     UMT5_XXL, WAN_CLIP, CLIPConfig, OpenCLIPText, OpenCLIPVision, T5Config, T5Text, clean_text,
     image_state, placeholder_id, t5_state, t5_tokenizer, text_state, tokenize)
@@ -758,6 +758,11 @@ class Base:
             if dtype is not None:
                 module.to(torch.bfloat16 if half else dtype)
 
+    def freeze_int8(self):
+        """Keep the linear weights of its network, or of both experts, in 8 bits."""
+        for net in filter(None, (self.net, self.low_net)):
+            freeze_int8(net)
+
     def train_net(self, args, dtype, also=()):
         """Train LoRA branches (--rank) or all weights (--rank 0) of the network from now on.
 
@@ -849,7 +854,7 @@ def token_of(name, word) -> int:
 
 
 def load_base(name, weights=None, device="cpu", dtype=torch.float32, scratch=False, start=False,
-              tracks=0, motion=False, image=False, links=()) -> Base:
+              tracks=0, motion=False, image=False, links=(), frozen=None) -> Base:
     """Build a base and load its public weights: all parts frozen, in eval mode and in `dtype`.
 
     weights: folder of the public files (original or diffusers layout); None: assets/ (tiny) or
@@ -858,6 +863,7 @@ def load_base(name, weights=None, device="cpu", dtype=torch.float32, scratch=Fal
     ModelScope's files. tracks: number of tracking blocks to add. motion: with DEMO's motion
     blocks and motion encoder, copies of the base's own layers where it has none. image: with the
     image tower in the text tower's file. links: what is put on the base, the first one first.
+    frozen "int8": the network's linear weights in 8 bits.
     """
     for meta in (link.meta for link in links if link.meta):
         start, motion = start or not meta["rank"], motion or meta["method"] == "demo"
@@ -890,6 +896,8 @@ def load_base(name, weights=None, device="cpu", dtype=torch.float32, scratch=Fal
     for link in links:
         put_link(base, link)
     base.freeze(dtype)  # before it moves: float32 on the GPU would be the run's peak
+    if frozen == "int8":
+        base.freeze_int8()
     base.to(device)
     send_weights(base.parts().values())
     for module in base.parts().values():

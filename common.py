@@ -655,6 +655,8 @@ OPTIONS = {
         "--alpha": dict(type=POSITIVE, default=16.0, help="LoRA is scaled by alpha / rank"),
         "--lora-targets": dict(nargs="+", help="names of the linear layers that get LoRA branches "
                                                "(default: the network's attentions)"),
+        "--frozen": dict(choices=("int8",), help="int8: keep the network's frozen linear weights "
+                                                 "in 8 bits (default: in --dtype)"),
     },
     "machine": {
         "--device": dict(help="cuda, cuda:1, mps or cpu (default: cuda if there is one)"),
@@ -732,6 +734,9 @@ class Parser(argparse.ArgumentParser):
         args = self.parse_args(argv)
         if "data_root" in known and args.data_root and not args.data:
             raise UserError("--data-root: where the paths in --data start; give --data, too")
+        if "frozen" in known and args.frozen and not args.rank:
+            raise UserError(f"--frozen {args.frozen}: with --rank 0 no weight is frozen; give a "
+                            "--rank of 1 or more")
         return args
 
 

@@ -663,8 +663,8 @@ class WanBlock(nn.Module):
         table = (self.modulation.float() + six).unsqueeze(3)  # b k 6 1 dim
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = table.unbind(2)
 
-        def tokens(h):  # in the type of the weights, as one sequence
-            return h.to(proj.weight.dtype).flatten(1, 2)
+        def tokens(h):  # in the type of the layers (weights may be int8), as one sequence
+            return h.to(proj.bias.dtype).flatten(1, 2)
 
         def modulated(x, shift, scale):
             return lean(lambda x: tokens(modulate(x, shift, scale)), x, x.shape[-1])

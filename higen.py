@@ -163,7 +163,7 @@ def main(argv=None):
 def load(args, run):
     """-> the base in training mode; what is trained is kept in fp32."""
     dtype = run.dtype if args.rank else torch.float32
-    base = start_base(run, dtype, image=True)
+    base = start_base(run, dtype, image=True, frozen=args.frozen)
     if base.row.tiny and not (run.resumed or args.rank or args.init):
         fit_resampler(base)
     base.train_net(args, run.dtype)

@@ -169,7 +169,7 @@ def main(argv=None):
     run = Run(args, "i2vgen")
 
     dtype = run.dtype if args.rank else torch.float32  # what trains is kept in fp32
-    base = start_base(run, dtype, args.scratch, start=not args.rank)
+    base = start_base(run, dtype, args.scratch, start=not args.rank, frozen=args.frozen)
     texts = [sampling.negative, *(caption for _, caption in held_out)]
     if base.row.tiny:  # refuses words that the tiny world does not know
         base.tokenize([*texts, *(caption for _, _, caption in rows)])

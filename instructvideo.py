@@ -212,7 +212,7 @@ def main(argv=None):
     run.say(changed_defaults(args))
 
     # a frozen base, LoRA branches on its attentions
-    base = start_base(run, run.dtype)
+    base = start_base(run, run.dtype, frozen=args.frozen)
     texts = [*(prompt + sampling.suffix for prompt in prompts), sampling.negative]
     base.tokenize(texts)  # refuses words that the tiny world does not know
     add_lora(base.net, args.rank, args.alpha, args.lora_targets)

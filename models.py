@@ -1147,9 +1147,76 @@ def merge_lora(net):
     for layer in list(net.modules()):
         if hasattr(layer, "lora_A"):
             delta = lora_delta(layer.lora_A.weight, layer.lora_B.weight, layer.weight)
-            layer.weight += (layer.lora_scale * delta).to(layer.weight.dtype)
+            if isinstance(layer, Int8Linear):
+                layer.store(layer.weight * layer.scale + layer.lora_scale * delta)
+            else:
+                layer.weight += (layer.lora_scale * delta).to(layer.weight.dtype)
             layer.lora_hook.remove()
             del layer.lora_A, layer.lora_B, layer.lora_scale, layer.lora_hook
+
+
+# ---- frozen weights in 8 bits (--frozen int8)
+
+def freeze_int8(net):
+    """Keep the weights of the linear layers in the network's blocks as 8-bit codes from now on.
+
+    They are frozen, and the layers keep their names, so LoRA branches may come before or after.
+    What lies outside the blocks, norms, biases and convolutions keep their type.
+    """
+    for layer in (m for block in net.units() for m in block.modules()):
+        if type(layer) is nn.Linear and not layer.weight.requires_grad:
+            layer.__class__ = Int8Linear
+            layer.store(layer.weight)
+
+
+class Int8Linear(nn.Linear):
+    """A Linear whose frozen weight is scale * codes: int8 codes (n,k), a float32 scale per row."""
+
+    @torch.no_grad()
+    def store(self, weight):
+        """Take the weight (n,k), rounded to the nearest codes of -127..127."""
+        weight = weight.float()
+        scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+        codes = (weight / scale).round_().to(torch.int8)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.register_buffer("scale", scale, persistent=False)
+
+    def forward(self, x):
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
+        out = Int8Product.apply(x, self.weight, self.scale)
+        return out if self.bias is None else out + self.bias.to(out.dtype)
+
+
+class Int8Product(torch.autograd.Function):
+    """x (..., k), codes (n,k), scale (n,1) -> x W^T (..., n) in the type of x, W = scale * codes.
+
+    W is never whole: only some of its rows exist at a time, in the backward pass some columns.
+    """
+
+    @staticmethod
+    def forward(ctx, x, codes, scale):
+        ctx.save_for_backward(codes, scale)
+        out = x.new_empty(*x.shape[:-1], len(codes))
+        for rows in spans(*codes.shape):
+            out[..., rows] = F.linear(x, (codes[rows] * scale[rows]).to(x.dtype))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        codes, scale = ctx.saved_tensors
+        n, k = codes.shape
+        out = grad.new_empty(*grad.shape[:-1], k)
+        for columns in spans(k, n):
+            out[..., columns] = grad @ (codes[:, columns] * scale).to(grad.dtype)
+        return out, None, None
+
+
+def spans(n, width):
+    """Slices of n rows, each of about four million numbers."""
+    step = max(1, 2 ** 22 // width)
+    return [slice(i, i + step) for i in range(0, n, step)]
 
 
 # ---- public LoRA files, read by weights.py, into a network
@@ -1343,6 +1410,8 @@ def start_from_lora(net, path, scale=1.0):
                             f"give --rank {rank}, or the base it was made for")
     for key in (k for k in state if "_lora." not in k):
         own, theirs = ours.get(key), state[key]
+        if own is not None and own.dtype == torch.int8:
+            continue  # --frozen int8: convolutions and norms tell one base from another
         if own is None or own.shape != theirs.shape or not torch.allclose(
                 own.float(), theirs.to(own).float(), rtol=1e-2, atol=1e-4):
             raise UserError(f"--lora {path}: was made for other base weights (first: {key}): give "

@@ -119,6 +119,7 @@ def get_args(argv=None):
     p.add_argument("--then-size", type=p.COUNT, nargs=2, metavar=("HEIGHT", "WIDTH"),
                    help="size of the enlarged clips in pixels (default: 720 1280)")
     p.options("machine", without=("--grad-ckpt", "--parallel", "--shard-group", "--offload"))
+    p.options("lora", only=["--frozen"])
     p.add_argument("--sequential", action="store_true",
                    help="run the two branches of guidance one after the other: less memory")
     p.add_argument("--decode-chunk", type=p.COUNT, default=16,
@@ -571,6 +572,8 @@ def build(args, env, runs, loras, texts, sampling):
         for net in experts(base, path):
             merge_public_lora(net, path, scale)
     base.freeze(env.dtype)
+    if args.frozen == "int8":
+        base.freeze_int8()
     # one after the other on the GPU: T5 and a 5B network together would not fit on 24 GB
     for encoder in filter(None, (base.text_encoder, base.motion_encoder)):
         encoder.to(env.device)

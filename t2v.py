@@ -221,7 +221,7 @@ def load(args, run):
     What is trained is kept in fp32. A resumed run's weights come later.
     """
     dtype = run.dtype if args.rank else torch.float32
-    base = start_base(run, dtype, args.scratch)
+    base = start_base(run, dtype, args.scratch, frozen=args.frozen)
     if args.forget_motion:
         forget_motion(base.net)
     schedule = None

@@ -159,7 +159,7 @@ def main(argv=None):
 def load(args, run):
     """-> the base in training mode; what is trained is kept in fp32."""
     dtype = run.dtype if args.rank else torch.float32
-    base = start_base(run, dtype, image=True)
+    base = start_base(run, dtype, image=True, frozen=args.frozen)
     if args.forget_motion:  # a resumed run's weights come later
         forget_motion(base.net)
     base.train_net(args, run.dtype)

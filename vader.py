@@ -215,7 +215,7 @@ def main(argv=None):
 
     run.say(changed_defaults(args))
     # a frozen base, LoRA branches on its attentions
-    base = start_base(run, run.dtype)
+    base = start_base(run, run.dtype, frozen=args.frozen)
     texts = [prompt + sampling.suffix for _, prompt in (*items, *held_out)]
     texts.append(sampling.negative)
     base.tokenize(texts)  # refuses words that the tiny world does not know

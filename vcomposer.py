@@ -170,7 +170,7 @@ def load(args, run):
     or None."""
     dtype = run.dtype if args.rank else torch.float32
     flow = raft("large", args.flow_weights, run.device) if args.flow_weights else None
-    base = start_base(run, dtype, image=True)
+    base = start_base(run, dtype, image=True, frozen=args.frozen)
     base.train_net(args, run.dtype)
     return base, lucas_kanade if base.row.tiny else flow
 

@@ -170,7 +170,7 @@ def main(argv=None):
     base = None  # scoring and pairing need no network of the base
     if "generate" in stages or "train" in stages:
         dtype = run.dtype if args.rank else torch.float32  # what trains is fp32
-        base = start_base(run, dtype)
+        base = start_base(run, dtype, frozen=args.frozen)
         base.freeze(run.dtype, but=[] if args.rank else ["net"])
         texts = [row[-1] for part in pairs if part for row in part.rows]
         texts = [text + sampling.suffix for text in sum(prompts.values(), texts)]

@@ -193,7 +193,7 @@ def main(argv=None):
         reward.check([*captions, *prompts])
 
     dtype = run.dtype if args.rank else torch.float32  # what trains is kept in fp32
-    base = start_base(run, dtype)
+    base = start_base(run, dtype, frozen=args.frozen)
     texts = [*captions, *(prompt + sampling.suffix for prompt in prompts), sampling.negative]
     base.tokenize(texts)  # refuses words that the tiny world does not know
     net, teacher, target, meta = student_teacher_target(args, run, base)

@@ -1,0 +1,105 @@
+"""Options that save memory or time and must not change results: --frozen int8, --optim adamw8bit, sample.py
+--offload, --compile."""
+import pytest
+import torch
+from torch import nn
+
+import models
+import sample
+import t2v
+from bases import load_base
+from common import read_lines
+from models import Int8Linear, add_lora, lora_strength, merge_lora
+from weights import load_checkpoint
+
+T2V = ["--base", "tiny", "--batch", "1", "--rank", "2", "--no-cache-latents", "--preview-every", "0", "--eval-n", "1",
+       "--sample-steps", "1", "--workers", "0", "--steps", "1"]
+
+
+def error(ours, theirs):
+    """Length of the difference of two lists of tensors, relative to the second."""
+    a, b = (torch.cat([t.float().flatten() for t in tensors]) for tensors in (ours, theirs))
+    return ((a - b).norm() / b.norm()).item()
+
+
+# ---- --frozen int8
+
+def clips(base, b=2):
+    """x, t, text and conditions for a base's network."""
+    shape = base.latent_shape(base.row.sample)
+    g = torch.Generator().manual_seed(1)
+    prompts = ["a red circle moving left on a gray background", "a blue square growing on a black background"][:b]
+    cond = {"fps": torch.full((b,), 8.0)} if base.row.unet.use_fps_condition else {}
+    return torch.randn(b, *shape, generator=g), torch.tensor([100, 700])[:b], base.encode_text(prompts), cond
+
+
+def loss_and_gradients(net, x, t, text, cond):
+    net.zero_grad()
+    loss = net(x, t, text, **cond).float().square().mean()
+    loss.backward()
+    return loss.detach().view(1), [p.grad for p in net.parameters() if p.requires_grad]
+
+
+def with_lora(name, frozen, recompute=False):
+    base = load_base(name, frozen=frozen)
+    targets = ["q", "k", "v", "o"] if name == "tiny-wan" else ["to_q", "to_k", "to_v", "to_out.0"]
+    add_lora(base.net, 4, 4.0, targets)
+    for key, p in base.net.named_parameters():
+        if ".lora_" in key:
+            nn.init.normal_(p, std=0.05, generator=torch.Generator().manual_seed(len(key)))
+    base.net.grad_ckpt = recompute
+    return base
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-wan"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_changes_losses_and_gradients_by_less_than_two_percent(name, dtype):
+    found = []
+    for frozen in (None, "int8"):
+        base = with_lora(name, frozen, recompute=frozen == "int8")
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            found.append(loss_and_gradients(base.net, *clips(base)))
+    (loss, grads), (rounded, rounded_grads) = found
+    assert error(rounded, loss) < 0.02 and error(rounded_grads, grads) < 0.02
+    layers = [m for m in base.net.modules() if isinstance(m, Int8Linear)]
+    assert layers and all(m.weight.dtype == torch.int8 for m in layers)
+    assert all(p.requires_grad == (".lora_" in key) for key, p in base.net.named_parameters())
+
+
+def test_int8_weights_are_never_whole_and_keep_nothing_for_the_backward_pass(monkeypatch):
+    """Row by row and column by column as at once; strength 0 leaves the base; merging adds the LoRA."""
+    base = with_lora("tiny-wan", "int8")
+    layer, x = base.net.blocks[0].ffn[0], torch.randn(2, 5, 128, requires_grad=True)
+    whole = nn.functional.linear(x, layer.weight * layer.scale, layer.bias)
+    (expected,) = torch.autograd.grad(whole.sin().sum(), x)
+    monkeypatch.setattr(models, "spans", lambda n, width: [slice(i, i + 30) for i in range(0, n, 30)])
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda y: (kept.append(y), y)[1], lambda y: y):
+        out = layer(x)
+    (grad,) = torch.autograd.grad(out.sin().sum(), x)
+    assert torch.allclose(out, whole, atol=1e-5) and torch.allclose(grad, expected, atol=1e-5)
+    assert not any(y.is_floating_point() and y.numel() >= layer.weight.numel() for y in kept)
+
+    plain = load_base("tiny-wan", frozen="int8")
+    given = clips(base)[:3]
+    with torch.no_grad():
+        with lora_strength(base.net, 0.0):
+            assert torch.equal(base.net(*given), plain.net(*given))
+        adapted = base.net(*given)
+        merge_lora(base.net)
+        assert base.net.state_dict().keys() == plain.net.state_dict().keys()
+        assert 4 * error([base.net(*given)], [adapted]) < error([plain.net(*given)], [adapted])
+
+
+def test_a_run_in_int8_is_a_run_as_any_other(tmp_path, message):
+    for name, more in (("plain", []), ("int8", ["--frozen", "int8"])):
+        t2v.main([*T2V, "--out", str(tmp_path / name), *more])
+    (plain, _), (ours, meta) = (load_checkpoint(tmp_path / d) for d in ("plain", "int8"))
+    assert ours.keys() == plain.keys() and meta["step"] == 1
+    a, b = (read_lines(tmp_path / d / "log.jsonl")[0]["loss"] for d in ("plain", "int8"))
+    assert a != b and abs(a - b) < 0.02 * a
+    sample.main(["--ckpt", str(tmp_path / "int8"), "--prompt", "a red circle moving left on a gray background",
+                 "--sample-steps", "1", "--out", str(tmp_path / "clips"), "--frozen", "int8"])
+    assert (tmp_path / "clips" / "0000.mp4").exists()
+    text = message(t2v.main, [*T2V, "--rank", "0", "--frozen", "int8", "--out", str(tmp_path / "no")])
+    assert "--frozen int8" in text and "--rank" in text and not (tmp_path / "no").exists()
