@@ -25,7 +25,7 @@ the path is decided before the subject, which was learned from still pictures, a
     python dreamvideo.py --base tiny --stage identity --learned out/token --out out/dog
     python dreamvideo.py --base tiny --stage motion --out out/motion
     python sample.py --ckpt out/dog --ckpt out/motion --subject-below 300 --prompt "a *"
-    python dreamvideo.py --weights W --stage token --data dog --word-init dog --out out/token
+    python dreamvideo.py --weights W --stage token --data dog --word-init dog --out w
     torchrun --nproc_per_node=4 dreamvideo.py --weights W --stage motion --data clips
     python dreamvideo.py ... --resume            # continue, bit for bit
     python sample.py --ckpt out/dog:500 --ckpt out/motion:1500 ...     # RUN:STEP

@@ -47,7 +47,6 @@ TINY = dict(  # without guidance clips take half the time, score higher and diff
     sample_steps=5, cfg=1.0, share_noise=True,
     beta_dpo=100.0, steps=40, batch=8, accum=1, lr=2e-3, lr_schedule="cosine", rank=16,
     eval_n=128, workers=0, save_every=40, log_every=10, grad_ckpt=False)
-
 PRESETS = {"tiny": TINY, "tiny-wan": TINY}
 
 
@@ -136,7 +135,7 @@ def dpo_loss(pred, ref, target, weight, beta, reduce="video"):
 
 
 def pair_loss(net, reference, base, sampling, args, pairs, captions, u, noise, weight):
-    """dpo_loss() of latents (p,2,c,f,h,w), winner first; captions: p texts, None: dropped.
+    """dpo_loss() of latents (p,2,c,f,h,w), winner first; captions: p texts, or None.
 
     Of a network that predicts v, e(x) = |v - v'|^2 = |eps - eps'|^2 / ab_t; of flow
     matching, |v - v'|^2 = |x0 - x0'|^2 / sigma^2.
@@ -241,7 +240,7 @@ def train(run, base, sampling, score_clip, pairs, held_out):
 # ---- encoding and evaluation
 
 def encode_pairs(run, base, sampling, pairs, name):
-    """A PairDataset -> items {"latents" (2,c,f,h,w), "text"}, encoded once, into --out."""
+    """A PairDataset -> items {"latents" (2,c,f,h,w), "text"}, encoded once, to --out."""
     def encode(batch):
         video = batch["video"].flatten(0, 1).to(run.device, run.dtype)  # 2b 3 f h w
         generators = [run.generator("posterior", int(i)) for i in batch["number"]]
