@@ -1398,7 +1398,9 @@ def own_folder(folder):
         runs = [p for p in tmp.absolute().parents if p.is_relative_to(lock.parent)]
         if not any((p / LOCK).exists() for p in runs[:-1]):  # not of a run in a folder below
             with contextlib.suppress(OSError):
-                shutil.rmtree(tmp) if tmp.is_dir() else tmp.unlink()
+                is_folder = tmp.is_dir() and not tmp.is_symlink()
+                remove = shutil.rmtree if is_folder else os.unlink
+                remove(tmp)
 
 
 LOCK, TEMPORARY = ".lock", ".nanovideo.tmp-"  # in a run's folder
@@ -1716,7 +1718,7 @@ class Shards:
         for file, name, count, crc in self.pieces:
             if first < start + count and start < last:
                 piece = file.get_tensor(name)
-                negative = name.startswith("exp_avg_sq/") and (piece < 0).any()
+                negative = name.startswith("exp_avg_sq/") and (piece.float() < 0).any()
                 if crc32({name: piece}, "") != crc or negative or not is_plain(piece):
                     raise UserError(f"{self.folder}: {name} is corrupt; move this folder away, "
                                     "then --resume goes on from the state before it")

@@ -3,6 +3,7 @@
 # GPUs of this machine by default; NPROC=2 picks another number of processes. Several machines: the same line on
 # each; they meet at HOST, the address of one of them (port 29400 unless given), in any order:
 #   NODES=2 HOST=10.0.0.1 ./torchrun.sh t2v.py --base modelscope --weights W --data clips.csv --rank 0 --parallel fsdp
+# Add --shard-group 8 to keep the shards of a network within each machine of 8 GPUs (docs/hardware.md).
 # RESTARTS=3 starts all again when a process dies (give --resume as well: it goes on from the last checkpoint).
 #
 #   ./torchrun.sh t2v.py   --base modelscope --weights W --data clips.csv --rank 16 --lr 1e-4
