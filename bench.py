@@ -31,6 +31,7 @@ from common import (  # first: for signals
 import argparse
 import contextlib
 import ctypes
+import functools
 import gc
 import itertools
 import json
@@ -60,8 +61,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from bases import (
-    AUTOENCODERS, BASES, NETWORKS, Base, Row, Sampling, base_row, build_parts, choose_sampling,
-    latent_shape)
+    AUTOENCODERS, BASES, NETWORKS, Base, Row, Sampling, base_row, choose_sampling,
+    latent_shape, text_tower)
 from diffusion import make_schedule, randn, sampler_updates
 from dit import (
     PATCH, TRACK_BRANCH, CogVideoXConfig, STDiT3Config, WanConfig, rope_positions,
@@ -620,17 +621,22 @@ def blank(module, mode):
     return module
 
 
+@functools.cache
+def text_bytes(name, dtype):
+    with torch.device("meta"):
+        return size_of(text_tower(base_row(name)).to(dtype))
+
+
 def blank_base(args, env, layers, mode):
-    """-> a Base as a method's main() has it once texts are encoded, bytes of its text tower."""
+    """-> a Base as a method's main() has it once texts are encoded and their tower is gone."""
     row = base_row(args.base)
     row = fewer_blocks(row, layers) if layers else row
     with torch.device("meta"):
-        parts = build_parts(row, image=bool(row.image))
-    base = Base(args.base, row, parts["net"], parts["vae"], parts["text"],
-                make_schedule(**row.schedule), lambda texts: torch.ones(len(texts), 300),
-                parts.get("image"))
+        net, vae = network(row), AUTOENCODERS[type(row.vae)](row.vae)
+        tower = OpenCLIPVision(row.image or row.text) if row.image else None
+    base = Base(args.base, row, net, vae, None, make_schedule(**row.schedule),
+                lambda texts: torch.ones(len(texts), 300), tower)
     base.freeze(env.dtype, but=[] if args.rank else ["net"])
-    text, base.text_encoder = size_of(base.text_encoder), None
     for part in base.parts().values():
         blank(part, mode)
     with mode:
@@ -640,7 +646,7 @@ def blank_base(args, env, layers, mode):
         for key, p in base.net.named_parameters():
             p.requires_grad_(not args.rank or ".lora_" in key)
     base.net.grad_ckpt = args.grad_ckpt
-    return base, text
+    return base
 
 
 def reward_for(spec, mode):
@@ -697,25 +703,22 @@ def loss_of(name, args, base, sampling, env, gpus, reward, mode):
         torch.zeros_like(pairs), torch.ones(n))[0], kept
 
 
-def count(name, args, gpus, layers=None, real=False):
+def count(name, args, gpus, layers=None, real=False, step_only=False):
     """-> bytes of a method's networks on one device, and of what else is alive in each phase.
 
     real: of the step alone, on this machine's tensors: counted, and measured by the profiler.
     """
     sampling, mode = choose_sampling(args.base, args, method=name), contextlib.nullcontext()
-    dtype = DTYPES[args.dtype or ("fp32" if real else "bf16")]
-    env = Env(0, 1, torch.device("cpu"), dtype)
-    norms = contextlib.nullcontext() if real or args.device == "cpu" else cuda_norms()
+    env = Env(0, 1, torch.device("cpu"), DTYPES[args.dtype or "bf16"])
+    norms = contextlib.nullcontext() if args.device == "cpu" else cuda_norms()
     if not real:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
     with Alive() as alive, norms:
-        base, text = blank_base(args, env, layers, mode)
-        (x, _, tokens), cond = inputs(Case(args, base.row, sampling), "cpu")
+        base = blank_base(args, env, layers, mode)
+        tokens = inputs(Case(args, base.row, sampling), "cpu")[0][2]
         for prompt in ("a" + sampling.suffix, sampling.negative):
             base.encoded |= {(prompt, motion): tokens[0] for motion in (False, True)}
-        reward, judge = None, 0
-        if name in ("vader", "grpo"):
-            reward, judge = reward_for(args.reward, mode)
+        reward, judge = (None, 0) if name in ("t2v", "videodpo") else reward_for(args.reward, mode)
         loss, kept = loss_of(name, args, base, sampling, env, gpus, reward, mode)
         trained = [p for p in base.net.parameters() if p.requires_grad]
         for p in trained:
@@ -727,33 +730,27 @@ def count(name, args, gpus, layers=None, real=False):
             value.backward()
         if real:
             return dict(counted=alive.most(step), measured=allocated(step))
-        found = dict(step=alive.most(step), **without_gradient(
-            name, args, base, sampling, env, reward, x, cond, alive, mode))
-    return found | dict(
-        net=size_of(base.net), block=max(map(size_of, base.net.units())), text=text,
-        rest=size_of(base.vae, base.image_encoder), reward=judge, kept=kept,
-        trained=4 * sum(p.numel() for p in trained))
+        found = dict(net=size_of(base.net), trained=4 * sum(p.numel() for p in trained), kept=kept,
+                     step=alive.most(step))
+        if step_only:
+            return found
+        found |= without_gradient(name, base, sampling, env, alive, mode)
+    return found | dict(block=max(map(size_of, base.net.units())), reward=judge,
+                        rest=size_of(base.vae, base.image_encoder),
+                        text=text_bytes(args.base, env.dtype))
 
 
 @torch.no_grad()
-def without_gradient(name, args, base, sampling, env, reward, x, cond, alive, mode):
-    """-> bytes of encoding a clip, sampling, decoding, and rewarding 8 clips, as evaluations do."""
-    n, found, size = args.batch, {}, (3, *sampling.size)
+def without_gradient(name, base, sampling, env, alive, mode):
+    """-> bytes of encoding clips (of pairs, two at a time) and of decoding one, which evaluations
+    do."""
+    found, size = {}, (2 if name == "videodpo" else 1, 3, *sampling.size)
     with mode:
-        x, clips = x.clone(), torch.zeros(8, *size)
-    own = ("fps", "height", "width", "motion_text")  # what the rollout adds itself
-    cond = {k: v for k, v in cond.items() if k not in own}
-    once = replace(sampling, sample_steps=1)
-    with env.autocast():
-        found["sample"] = alive.most(lambda: rollout(
-            base.net, base, ["a"] * n, x, once, [generator(i) for i in range(n)], cond))
-        found["decode"] = alive.most(lambda: decode(base, x, sampling.frames))
-    if name == "videodpo" or name == "t2v" and not args.cache_latents:
-        video = clips[:2 if name == "videodpo" else 1].to(env.dtype)
+        x, video = torch.zeros(1, *base.latent_shape(sampling)), torch.zeros(size, dtype=env.dtype)
+    if name in ("t2v", "videodpo"):
         found["encode"] = alive.most(lambda: base.vae.moments(video)) + video.nbytes
-    if reward:
-        found["judge"] = clips.nbytes + alive.most(
-            lambda: reward(clips.clamp(-1, 1) / 2 + 0.5, ["a"] * 8))
+    with env.autocast():
+        found["decode"] = alive.most(lambda: decode(base, x, sampling.frames))
     return found
 
 
@@ -767,13 +764,13 @@ def allocated(step):
 
 
 def whole_count(name, args, gpus):
-    """count(); for a transformer from 2 and 4 blocks, since all of it is linear in their number."""
+    """count(); for a transformer from 1 and 2 blocks: all is linear in their number."""
     row = base_row(args.base)
     layers = getattr(row.net, DEPTH[type(row.net)]) if type(row.net) in DEPTH else 0
-    if layers <= 4:
+    if layers <= 2:
         return count(name, args, gpus)
-    two, four = (count(name, args, gpus, n) for n in (2, 4))
-    return {k: two[k] + (four[k] - two[k]) * (layers - 2) // 2 for k in two}
+    one, two = count(name, args, gpus, 1), count(name, args, gpus, 2, step_only=True)
+    return one | {k: one[k] + (two[k] - one[k]) * (layers - 1) for k in two}
 
 
 def phases(args, gpus, found):
@@ -793,9 +790,7 @@ def phases(args, gpus, found):
         if phase in found:
             rows.append((phase, held, gradients, 2 * trained, found[phase]))
     rows.append(("optimizer", held, gradients, 2 * trained, trained))
-    for phase in ("sample", "decode", "judge"):
-        if phase in found:
-            rows.append((phase, held, 0, 2 * trained, found[phase]))
+    rows.append(("decode", held, 0, 2 * trained, found["decode"]))
     return rows
 
 
@@ -852,8 +847,6 @@ def fit_args(argv):
     p.add_argument("--method", choices=FIT_METHODS, help="method; its own options may follow")
     p.add_argument("--gpus", type=p.COUNT, default=1, help="processes, one per GPU")
     p.add_argument("--gb", type=p.POSITIVE, default=80, help="memory of a GPU in GiB")
-    p.add_argument("--measure", action="store_true",
-                   help="also make the step on this CPU, with zeros for weights, and measure it")
     p.add_argument("--table", action="store_true", help="print the table of docs/hardware.md")
     options, words = p.parse_known_args(argv)
     if not options.table and not options.method:
@@ -868,13 +861,6 @@ def fit(argv):
         return fit_table(words)
     name, gpus = options.method, options.gpus
     args = import_module(name).get_args(words)
-    if options.measure:
-        found = count(name, args, gpus, real=True)
-        fake = count(name, Namespace(**vars(args) | dict(
-            device="cpu", dtype=args.dtype or "fp32")), gpus)["step"]
-        print(f"step, GB: counted {fake / 1e9:.3f} on fake tensors, {found['counted'] / 1e9:.3f} "
-              f"on real ones; measured {found['measured'] / 1e9:.3f}")
-        return None
     rows = phases(args, gpus, whole_count(name, args, gpus))
     print("| phase | weights | gradients | optimizer | activations and others | all, GB |",
           "|---|---|---|---|---|---|", sep="\n")

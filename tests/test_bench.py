@@ -64,3 +64,55 @@ def test_what_cannot_be_trained_is_refused():
     env = common.setup("cpu")
     with pytest.raises(UserError, match="branch"):
         bench.train(bench.fitted(args, env), env)
+
+
+# ---- fit
+
+def fit_options(words):
+    return bench.import_module("t2v").get_args(words.split())
+
+
+WAN = "--base tiny-wan --rank 4 --lora-targets q k v --batch 1 --device cpu --dtype fp32"
+
+
+@pytest.mark.parametrize("more", ["", "--grad-ckpt"])
+def test_fit_counts_on_fake_tensors_what_real_ones_take(more):
+    args = fit_options(f"{WAN} {more}")
+    fake, real = bench.count("t2v", args, 1)["step"], bench.count("t2v", args, 1, real=True)
+    assert abs(fake - real["counted"]) < 0.02 * fake
+    assert abs(fake - real["measured"]) < 0.15 * real["measured"]
+
+
+def test_fit_extends_two_blocks_to_all():
+    args = fit_options(WAN)
+    short, whole = bench.whole_count("t2v", args, 1), bench.count("t2v", args, 1)
+    assert short["net"] == whole["net"] and short["trained"] == whole["trained"]
+    assert abs(short["step"] - whole["step"]) < 0.02 * whole["step"]
+
+
+def test_offloaded_activations_do_not_count():
+    there, away = (bench.count("t2v", fit_options(f"{WAN} {more}"), 1)["step"] for more in ("", "--offload"))
+    assert away < 0.7 * there
+
+
+def test_fit_says_what_to_change(capsys):
+    words = ["fit", "--method", "t2v", *WAN.replace("--batch 1", "--batch 2").split()]
+    assert bench.fit([*words, "--gb", "1"]) and not bench.fit([*words, "--gb", "0.01", "--gpus", "2"])
+    said = capsys.readouterr().out
+    assert "fits 1 GiB" in said and "does not fit 0.01 GiB" in said
+    assert "try, in this order: --grad-ckpt, --batch 1, --offload, --parallel fsdp" in said
+
+
+def test_fsdp_shares_weights_but_not_while_loading():
+    args = fit_options(f"{WAN} --cache-latents")
+    found = dict(net=800, block=10, text=100, rest=50, reward=0, kept=0, trained=80, step=300, sample=1, decode=2)
+    one = {phase: sizes for phase, *sizes in bench.phases(args, 1, found)}
+    args.parallel = "fsdp"
+    eight = {phase: sizes for phase, *sizes in bench.phases(args, 8, found)}
+    assert one["step"] == [850, 80, 160, 300] and eight["step"] == [170, 10, 20, 300]
+    assert eight["load"] == one["load"] == [950, 0, 0, 0]
+
+
+def test_a_method_is_asked_for():
+    with pytest.raises(UserError, match="--method"):
+        bench.fit(["fit"])
