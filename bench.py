@@ -10,6 +10,8 @@ downloads.
     python bench.py sample --sample-steps 50     # a clip from noise to pixels, its text encoded
     python bench.py decode --base cogvideox-5b
     python bench.py tracks --base das            # drawing a tracking video
+    python bench.py fit --method vader --base wan2.1-t2v-14b --gpus 8 --gb 80 --frames 33
+    python bench.py fit --table                  # which method fits which card
 
 Sizes are the base's own on a GPU. A CPU gets the largest clip, and as many blocks of a
 transformer, whose weights fit into half of the free memory and whose step takes about --budget
@@ -24,6 +26,13 @@ without weights and gradients (train: of a second step, which adds to the gradie
 time and peak, where the peak is the data sheet's or a large matmul's on this machine (CPU: both in
 CPU seconds, since other jobs may run beside it). "difference" compares the predictions (train: a
 gradient), relative to the largest number.
+
+fit estimates the memory of a method's training on each GPU; the method's own options follow. It
+makes the method's own training step on tensors without numbers (torch's FakeTensorMode) and counts
+the bytes that are alive. A transformer's step is made with one block and with two, and extended.
+Assumed: attention keeps no L x L matrix; norms are float32 under autocast, as on CUDA; gradients
+are there from the start; fsdp holds two whole blocks beside its shards. Not counted: CUDA's context
+and workspaces, fragments (for these 10 % of the card are left free), and encoding the prompts.
 """
 from common import (  # first: for signals
     DTYPES, Env, Parser, UserError, clip_gradients, device_name, generator, peak_memory,
@@ -820,13 +829,13 @@ TABLE = {
 
 
 def fit_table(only):
-    """Print what LoRA training holds: all methods on the bases of TABLE, or those named `only`."""
+    """Print what LoRA training holds: all methods on the bases of TABLE, or on those in `only`."""
     print("| base | method | clip | one GPU, GB | most in | 8 GPUs with fsdp, GB | smallest card | "
           "options |", "|---|---|---|---|---|---|---|---|", sep="\n")
-    for base, smaller in TABLE.items():
+    for base in only or TABLE:
         row = base_row(base)
-        for name in (m for m in FIT_METHODS if m in row.methods and base in (only or TABLE)):
-            for more in ("", smaller):
+        for name in (m for m in FIT_METHODS if m in row.methods):
+            for more in ("", TABLE.get(base, "")):
                 words = ["--rank", "16", "--lora-targets", *lora_targets(row), *more.split()]
                 words += ["--cache-latents"] if name == "t2v" else []
                 args = import_module(name).get_args(["--base", base, *words])
@@ -847,7 +856,8 @@ def fit_args(argv):
     p.add_argument("--method", choices=FIT_METHODS, help="method; its own options may follow")
     p.add_argument("--gpus", type=p.COUNT, default=1, help="processes, one per GPU")
     p.add_argument("--gb", type=p.POSITIVE, default=80, help="memory of a GPU in GiB")
-    p.add_argument("--table", action="store_true", help="print the table of docs/hardware.md")
+    p.add_argument("--table", action="store_true",
+                   help="print the table of docs/hardware.md; names of bases may follow")
     options, words = p.parse_known_args(argv)
     if not options.table and not options.method:
         p.error("--method: give one of " + ", ".join(FIT_METHODS))
