@@ -10,6 +10,8 @@ downloads.
     python bench.py sample --sample-steps 50     # a clip from noise to pixels, its text encoded
     python bench.py decode --base cogvideox-5b
     python bench.py tracks --base das            # drawing a tracking video
+    python bench.py fit --method vader --base wan2.1-t2v-14b --gpus 8 --gb 80 --frames 33
+    python bench.py fit --table                  # which method fits which card
 
 Sizes are the base's own on a GPU. A CPU gets the largest clip, and as many blocks of a
 transformer, whose weights fit into half of the free memory and whose step takes about --budget
@@ -24,12 +26,23 @@ without weights and gradients (train: of a second step, which adds to the gradie
 time and peak, where the peak is the data sheet's or a large matmul's on this machine (CPU: both in
 CPU seconds, since other jobs may run beside it). "difference" compares the predictions (train: a
 gradient), relative to the largest number.
+
+fit estimates the memory of a method's training on each GPU; the method's own options follow. It
+makes the method's own training step on tensors without numbers (torch's FakeTensorMode) and counts
+the bytes that are alive. A transformer's step is made with one block and with two, and extended.
+Assumed: attention keeps no L x L matrix; norms are float32 under autocast, as on CUDA; gradients
+are there from the start; fsdp holds two whole blocks beside its shards. Not counted: CUDA's context
+and workspaces, fragments (for these 10 % of the card are left free), and encoding the prompts.
 """
 from common import (  # first: for signals
-    Parser, UserError, clip_gradients, device_name, generator, peak_memory, run_command, setup,
-    versions, write_atomic)
+    DTYPES, Env, Parser, UserError, clip_gradients, device_name, generator, peak_memory,
+    run_command, setup, versions, write_atomic)
 import argparse
+import contextlib
 import ctypes
+import functools
+import gc
+import itertools
 import json
 import os
 import statistics
@@ -37,26 +50,37 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from argparse import Namespace
 from dataclasses import dataclass, replace
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import patch
 from zlib import crc32
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from bases import (
-    AUTOENCODERS, BASES, NETWORKS, Base, Row, Sampling, base_row, choose_sampling, latent_shape)
-from diffusion import make_schedule, randn
+    AUTOENCODERS, BASES, NETWORKS, Base, Row, Sampling, base_row, choose_sampling,
+    latent_shape, text_tower)
+from diffusion import make_schedule, randn, sampler_updates
 from dit import (
     PATCH, TRACK_BRANCH, CogVideoXConfig, STDiT3Config, WanConfig, rope_positions,
     wan_diffusers_name)
-from models import UNetConfig, add_lora, unet_diffusers_name
-from pipeline import decode, generate, rollout
-from text_encoders import CLIPConfig, OpenCLIPVision, T5Config
+from models import (
+    UNetConfig, add_lora, frozen_copy, seed_dropout, unet_diffusers_name, without_lora)
+from pipeline import conditions, decode, generate, rollout
+from rewards import WeightedSum, get_reward, text_reward
+from text_encoders import CLIPConfig, OpenCLIP, OpenCLIPVision, T5Config
 from tracks import draw_tracks, grid_colours, grid_points
 from vae import Tiles
 
@@ -375,9 +399,13 @@ def forward(case, env):
     return step, net, 1
 
 
-def lora(net, row):
+def lora_targets(row):
     names = {STDiT3Config: "qkv q_linear kv_linear", WanConfig: "q k v"}
-    add_lora(net, 16, 16.0, names.get(type(row.net), "to_q to_k to_v").split())
+    return names.get(type(row.net), "to_q to_k to_v").split()
+
+
+def lora(net, row):
+    add_lora(net, 16, 16.0, lora_targets(row))
 
 
 def train(case, env):
@@ -522,7 +550,346 @@ def figures_of(runs, flops, best, clock):
     return row | {"utilisation": flops / best / row[clock]}
 
 
+# ---- fit: the memory of a method's training, counted on tensors without numbers
+
+FIT_METHODS = ("t2v", "vader", "grpo", "videodpo")
+# rewards without files; a published one is counted as HPS's network, the largest CLIP among them
+OWN_REWARDS = ("tiny", "tiny-raw", "brightness", "redness", "size", "temporal")
+# CUDA's autocast computes these in float32, a CPU's does not
+FLOAT32_ON_CUDA = ("layer_norm", "group_norm", "rms_norm", "normalize", "interpolate")
+USABLE = 0.9  # share of a card's memory; the rest is CUDA's context, workspaces and fragments
+DEVICE_OF = torch.ops.prim.device.default  # an operation that makes no tensor
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of all tensors made since: `now` alive, and `top`, the most so far.
+
+    Views share a storage, which counts once. What an operation needs only inside is not seen.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.top = 0
+        self.seen, self.elsewhere = weakref.WeakSet(), False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out) if func is not DEVICE_OF else ():
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage not in self.seen:
+                self.seen.add(storage)
+                if not self.elsewhere:
+                    weakref.finalize(storage, self.freed, storage.nbytes()).atexit = False
+                    self.now += storage.nbytes()
+                    self.top = max(self.top, self.now)
+        return out
+
+    def freed(self, size):
+        self.now -= size
+
+    def most(self, fn):
+        """Bytes that are alive at most while fn() runs, beyond those before."""
+        gc.collect()
+        before = self.top = self.now
+        fn()
+        return self.top - before
+
+    def offload(self):
+        """Context of --offload: saved activations are copies that do not count."""
+        def pack(x):
+            self.elsewhere = True
+            copy = x.detach().clone()
+            self.elsewhere = False
+            return copy
+        return torch.autograd.graph.saved_tensors_hooks(pack, torch.clone)
+
+
+def cuda_norms():
+    """Context in which autocast on fake CPU tensors treats norms as CUDA's does."""
+    def in_float32(function):
+        def called(*args, **options):
+            if torch.is_autocast_enabled("cpu"):
+                args, options = tree_map_only(torch.Tensor, torch.Tensor.float, (args, options))
+            with torch.autocast("cpu", enabled=False):
+                return function(*args, **options)
+        return called
+    return patch.multiple(F, **{name: in_float32(getattr(F, name)) for name in FLOAT32_ON_CUDA})
+
+
+def size_of(*modules):
+    """Bytes of their parameters and buffers."""
+    return sum(x.nbytes for m in modules if m for x in (*m.parameters(), *m.buffers()))
+
+
+def blank(module, mode):
+    """A network on meta -> on the CPU, full of zeros, or fake tensors where mode makes these."""
+    with mode:
+        module.to_empty(device="cpu")
+        for x in (*module.parameters(), *module.buffers()):
+            x.data.zero_()
+    return module
+
+
+@functools.cache
+def text_bytes(name, dtype):
+    with torch.device("meta"):
+        return size_of(text_tower(base_row(name)).to(dtype))
+
+
+def blank_base(args, env, layers, mode):
+    """-> a Base as a method's main() has it once texts are encoded and their tower is gone."""
+    row = base_row(args.base)
+    row = fewer_blocks(row, layers) if layers else row
+    with torch.device("meta"):
+        net, vae = network(row), AUTOENCODERS[type(row.vae)](row.vae)
+        tower = OpenCLIPVision(row.image or row.text) if row.image else None
+    base = Base(args.base, row, net, vae, None, make_schedule(**row.schedule),
+                lambda texts: torch.ones(len(texts), 300), tower)
+    base.freeze(env.dtype, but=[] if args.rank else ["net"])
+    for part in base.parts().values():
+        blank(part, mode)
+    with mode:
+        if args.rank:
+            add_lora(base.net, args.rank, args.alpha, args.lora_targets)
+        base.net.requires_grad_(not args.rank)
+        for key, p in base.net.named_parameters():
+            p.requires_grad_(not args.rank or ".lora_" in key)
+    base.net.grad_ckpt = args.grad_ckpt
+    return base
+
+
+def reward_for(spec, mode):
+    """-> the reward, bytes of its networks."""
+    if spec in OWN_REWARDS:
+        return get_reward(spec, "cpu"), 0
+    with torch.device("meta"):
+        net = OpenCLIP(CLIPConfig()).requires_grad_(False)
+    width = CLIPConfig().embed_dim
+    judge = text_reward(blank(net, mode).visual, lambda prompts: torch.zeros(len(prompts), width))
+    return WeightedSum([(spec, 1.0, judge)]), size_of(net)
+
+
+def loss_of(name, args, base, sampling, env, gpus, reward, mode):
+    """-> fn() -> the loss (b,) of a micro-step of method `name`, bytes that it keeps beside."""
+    method, n = import_module(name), args.batch
+    picture = Image.new("RGB", (sampling.width, sampling.height)) if base.row.first_frame else None
+    net, prompts, images = base.net, ["a"] * n, [picture] * n
+    shape, cuts = base.latent_shape(sampling), [generator(i) for i in range(n)]
+
+    def zeros(*size):
+        with mode:
+            return torch.zeros(size)
+    if name == "t2v":
+        net.train()
+        seed_dropout(net, 0, range(n))
+        x0 = zeros(n, *shape)
+        return lambda: method.t2v_loss(net, base, sampling, x0, prompts, cuts, args), 0
+    if name == "vader":
+        length = method.check_lengths(args, sampling)
+        k = sampling.updates if args.backprop == "rand" else args.backprop
+        one = method.frames_to_reward(args.decode, length, torch.Generator())
+        chosen = [length - 1] if args.decode == "random" else one
+        last = replace(sampling, sample_steps=k)  # those before record nothing
+        return lambda: method.vader_loss(net, base, env, reward, prompts, images, cuts, last, k,
+                                         args.continuations, [chosen] * n), 0
+    if name == "grpo":
+        rollouts, noise = method.check_rollouts(args, sampling, gpus)
+        updates = sampler_updates(base.sampling_schedule(rollouts), rollouts.sample_steps,
+                                  rollouts.size, rollouts.spacing)
+        cond, null = conditions(base, env, sampling, images)
+        clips = dict(prompt=prompts, cond=cond, null_cond=null, advantage=zeros(n),
+                     states=zeros(n, len(updates) + 1, *shape), log_probs=zeros(n, len(updates)))
+        return lambda: method.grpo_loss(net, base, rollouts, clips, 0, (*updates[0], *noise),
+                                        args)[0], args.accum * clips["states"].nbytes
+    reference, kept = without_lora(net), 0
+    if not args.rank:
+        with mode:
+            reference = frozen_copy(net, env.dtype, "ddp", env.device)
+        kept = size_of(reference)
+    pairs = zeros(n, 2, *shape)
+    return lambda: method.pair_loss(
+        net, reference, base, sampling, args, pairs, prompts, torch.full((n, 2), 0.5),
+        torch.zeros_like(pairs), torch.ones(n))[0], kept
+
+
+def count(name, args, gpus, layers=None, real=False, step_only=False):
+    """-> bytes of a method's networks on one device, and of what else is alive in each phase.
+
+    real: of the step alone, on this machine's tensors: counted, and measured by the profiler.
+    """
+    sampling, mode = choose_sampling(args.base, args, method=name), contextlib.nullcontext()
+    env = Env(0, 1, torch.device("cpu"), DTYPES[args.dtype or "bf16"])
+    norms = contextlib.nullcontext() if args.device == "cpu" else cuda_norms()
+    if not real:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with Alive() as alive, norms:
+        base = blank_base(args, env, layers, mode)
+        tokens = inputs(Case(args, base.row, sampling), "cpu")[0][2]
+        for prompt in ("a" + sampling.suffix, sampling.negative):
+            base.encoded |= {(prompt, motion): tokens[0] for motion in (False, True)}
+        reward, judge = (None, 0) if name in ("t2v", "videodpo") else reward_for(args.reward, mode)
+        loss, kept = loss_of(name, args, base, sampling, env, gpus, reward, mode)
+        trained = [p for p in base.net.parameters() if p.requires_grad]
+        for p in trained:
+            p.grad = torch.zeros_like(p)
+
+        def step():
+            with env.autocast(), alive.offload() if args.offload else contextlib.nullcontext():
+                value = loss().mean()
+            value.backward()
+        if real:
+            return dict(counted=alive.most(step), measured=allocated(step))
+        found = dict(net=size_of(base.net), trained=4 * sum(p.numel() for p in trained), kept=kept,
+                     step=alive.most(step))
+        if step_only:
+            return found
+        found |= without_gradient(name, base, sampling, env, alive, mode)
+    return found | dict(block=max(map(size_of, base.net.units())), reward=judge,
+                        rest=size_of(base.vae, base.image_encoder),
+                        text=text_bytes(args.base, env.dtype))
+
+
+@torch.no_grad()
+def without_gradient(name, base, sampling, env, alive, mode):
+    """-> bytes of encoding clips (of pairs, two at a time) and of decoding one, which evaluations
+    do."""
+    found, size = {}, (2 if name == "videodpo" else 1, 3, *sampling.size)
+    with mode:
+        x, video = torch.zeros(1, *base.latent_shape(sampling)), torch.zeros(size, dtype=env.dtype)
+    if name in ("t2v", "videodpo"):
+        found["encode"] = alive.most(lambda: base.vae.moments(video)) + video.nbytes
+    with env.autocast():
+        found["decode"] = alive.most(lambda: decode(base, x, sampling.frames))
+    return found
+
+
+def allocated(step):
+    """-> peak of the bytes that the CPU's allocator gives out during step(), by the profiler."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        step()
+    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    return max(itertools.accumulate(sizes))
+
+
+def whole_count(name, args, gpus):
+    """count(); for a transformer from 1 and 2 blocks: all is linear in their number."""
+    row = base_row(args.base)
+    layers = getattr(row.net, DEPTH[type(row.net)]) if type(row.net) in DEPTH else 0
+    if layers <= 2:
+        return count(name, args, gpus)
+    one, two = count(name, args, gpus, 1), count(name, args, gpus, 2, step_only=True)
+    return one | {k: one[k] + (two[k] - one[k]) * (layers - 1) for k in two}
+
+
+def phases(args, gpus, found):
+    """count() -> [(phase, weights, gradients, optimizer, the rest)], bytes on each of the GPUs."""
+    fsdp, net, trained = args.parallel == "fsdp", found["net"], found["trained"]
+    start = net + found["text"] + found["rest"] + found["reward"]
+    gradients = trained * (1 if gpus == 1 else 2)  # DDP: and buckets
+    if fsdp:  # two blocks are gathered, and one's gradients
+        share = 0 if args.offload else 1 / gpus
+        net = share * net + found["block"] * (2 if args.rank else 3)
+        trained = gradients = share * trained
+    held = net + found["rest"] + found["reward"] + found["kept"]
+    if "cache_latents" in args and not args.cache_latents:
+        held += found["text"]  # t2v encodes the captions in each step
+    rows = [("load", start, 0, 0, 0)]
+    for phase in ("encode", "step"):
+        if phase in found:
+            rows.append((phase, held, gradients, 2 * trained, found[phase]))
+    rows.append(("optimizer", held, gradients, 2 * trained, trained))
+    rows.append(("decode", held, 0, 2 * trained, found["decode"]))
+    return rows
+
+
+def advice(args, gpus, phase):
+    """The options that make a phase smaller, most effective first, without those already given."""
+    smaller = ["smaller --height and --width", "fewer --frames"]
+    if phase == "load":
+        return ["a smaller --base (every GPU loads the whole network and its text tower first)"]
+    sharded = {"--parallel fsdp": gpus > 1 and args.parallel == "ddp", "--rank 16": not args.rank}
+    saved = {"--grad-ckpt": not args.grad_ckpt, "--batch 1": args.batch > 1,
+             "--offload": not args.offload}
+    dials = sharded if phase == "optimizer" else saved | sharded if phase == "step" else {}
+    return [dial for dial, helps in dials.items() if helps] + smaller * (phase != "optimizer")
+
+
+# bases of docs/hardware.md, with a smaller size to try
+TABLE = {
+    "wan2.1-t2v-14b": "--frames 17 --height 240 --width 416",
+    "wan2.1-t2v-1.3b": "--frames 17 --height 240 --width 416",
+    "wan2.2-ti2v-5b": "--frames 17 --height 352 --width 640",
+    "cogvideox-5b": "--frames 17 --height 240 --width 368",
+    "cogvideox-2b": "--frames 17 --height 240 --width 368",
+    "opensora": "--frames 17 --height 144 --width 256",
+    "modelscope": "--frames 8",
+    "videocrafter2": "--frames 8 --height 256 --width 256",
+    "i2vgen-xl": "--frames 8 --height 256 --width 448"}
+
+
+def fit_table(only):
+    """Print what LoRA training holds: all methods on the bases of TABLE, or on those in `only`."""
+    print("| base | method | clip | one GPU, GB | most in | 8 GPUs with fsdp, GB | smallest card | "
+          "options |", "|---|---|---|---|---|---|---|---|", sep="\n")
+    for base in only or TABLE:
+        row = base_row(base)
+        for name in (m for m in FIT_METHODS if m in row.methods):
+            for more in ("", TABLE.get(base, "")):
+                words = ["--rank", "16", "--lora-targets", *lora_targets(row), *more.split()]
+                words += ["--cache-latents"] if name == "t2v" else []
+                args = import_module(name).get_args(["--base", base, *words])
+                found = whole_count(name, args, 1)
+                size = choose_sampling(base, args, method=name).size
+                one, phase = max((sum(x), k) for k, *x in phases(args, 1, found))
+                args.parallel = "fsdp"
+                eight = max(sum(x) for _, *x in phases(args, 8, found))
+                cards = [gb for gb in (12, 24, 48, 80) if one <= USABLE * gb * 2 ** 30]
+                print(f"| {base} | {name} |", "{} x {}x{}".format(*size), f"| {one / 1e9:.1f} | "
+                      f"{phase} | {eight / 1e9:.1f} | {(cards or ['none'])[0]} | {more} |",
+                      flush=True)
+
+
+def fit_args(argv):
+    p = Parser(__doc__)
+    p.add_argument("question", choices=("fit",), help="how much memory a method's training needs")
+    p.add_argument("--method", choices=FIT_METHODS, help="method; its own options may follow")
+    p.add_argument("--gpus", type=p.COUNT, default=1, help="processes, one per GPU")
+    p.add_argument("--gb", type=p.POSITIVE, default=80, help="memory of a GPU in GiB")
+    p.add_argument("--table", action="store_true",
+                   help="print the table of docs/hardware.md; names of bases may follow")
+    options, words = p.parse_known_args(argv)
+    if not options.table and not options.method:
+        p.error("--method: give one of " + ", ".join(FIT_METHODS))
+    return options, words
+
+
+def fit(argv):
+    """Print what a method's training holds on each GPU, phase by phase, and whether it fits."""
+    options, words = fit_args(argv)
+    if options.table:
+        return fit_table(words)
+    name, gpus = options.method, options.gpus
+    args = import_module(name).get_args(words)
+    rows = phases(args, gpus, whole_count(name, args, gpus))
+    print("| phase | weights | gradients | optimizer | activations and others | all, GB |",
+          "|---|---|---|---|---|---|", sep="\n")
+    for phase, *sizes in rows:
+        print(f"| {phase} |", " | ".join(f"{x / 1e9:.2f}" for x in (*sizes, sum(sizes))), "|")
+    phase, *sizes = max(rows, key=lambda row: sum(row[1:]))
+    fits = sum(sizes) <= USABLE * options.gb * 2 ** 30
+    print(f"{'fits' if fits else 'does not fit'} {options.gb:g} GiB (an estimate; "
+          f"{100 * (1 - USABLE):.0f} % are left to CUDA); most memory: {phase}")
+    if not fits:
+        print("try, in this order:", ", ".join(advice(args, gpus, phase)))
+    return fits
+
+
 def main(argv=None):
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["fit"]:
+        fit(argv)
+        return
     args = get_args(argv)
     torch.set_num_threads(args.threads)
     env = setup(args.device, args.dtype)
@@ -530,7 +897,7 @@ def main(argv=None):
     if args.side:
         measure(case, env)
         return
-    sides, asked = ["ours"], list(argv or sys.argv[1:])
+    sides, asked = ["ours"], argv
     comparable = args.question in ("forward", "train") and args.trained == "all"
     if args.peer and comparable and peer_of(case.row) and find_spec("diffusers"):
         sides.append("peer")
