@@ -612,6 +612,8 @@ OPTIONS = {
                             help="recompute blocks in the backward pass: less memory, slower"),
         "--parallel": dict(choices=("ddp", "fsdp"), default="ddp",
                            help="several GPUs: a full copy on each (ddp) or shards (fsdp)"),
+        "--compile": dict(action="store_true",
+                          help="compile the network's blocks: faster steps after a slow start"),
         "--offload": dict(action="store_true",
                           help="keep saved activations (with fsdp weights, too) in CPU memory"),
     },

@@ -46,7 +46,7 @@ from data import (
     lucas_kanade, open_image, opensora_size, raft, read_map, read_video, video_info, video_maps,
     write_video)
 from dit import STDiT3Config, WanConfig
-from models import merge_public_lora
+from models import compile_blocks, merge_public_lora
 from pipeline import (
     encode_tracks, first_frame_kept, frame_picture, generate_from, invert_clip, load_run,
     read_image_rows)

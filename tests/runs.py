@@ -13,7 +13,7 @@ from common import read_lines
 
 def spread(mode):
     """The options that models.parallelize() reads."""
-    return Namespace(parallel=mode, offload=False)
+    return Namespace(parallel=mode, offload=False, compile=False)
 
 
 def files(folder, *kinds):
