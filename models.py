@@ -1420,7 +1420,7 @@ def compile_blocks(net, args, device):
     """
     if args.compile and compiler_works(device.type):
         config, blocks = torch._dynamo.config, net.units()
-        config.suppress_errors = True  # a block that cannot be compiled runs as it is, with a warning
+        config.suppress_errors = True  # a block that cannot be compiled runs as it is
         # a UNet's blocks have many shapes; the limit of 8 would leave most of them uncompiled
         config.recompile_limit = max(config.recompile_limit, 8 * len(blocks))
         config.accumulated_recompile_limit = max(1024, config.recompile_limit)
