@@ -77,7 +77,8 @@ from dit import (
     PATCH, TRACK_BRANCH, CogVideoXConfig, STDiT3Config, WanConfig, rope_positions,
     wan_diffusers_name)
 from models import (
-    UNetConfig, add_lora, frozen_copy, seed_dropout, unet_diffusers_name, without_lora)
+    UNetConfig, add_lora, compile_blocks, frozen_copy, seed_dropout, unet_diffusers_name,
+    without_lora)
 from pipeline import conditions, decode, generate, rollout
 from rewards import WeightedSum, get_reward, text_reward
 from text_encoders import CLIPConfig, OpenCLIP, OpenCLIPVision, T5Config
@@ -116,8 +117,6 @@ def get_args(argv=None):
                    help="train: clipping and AdamW belong to the step")
     p.add_argument("--grad-ckpt", action=argparse.BooleanOptionalAction, default=False,
                    help="train: recompute blocks in the backward pass")
-    p.add_argument("--compile", action="store_true",
-                   help="torch.compile our blocks, refusing graph breaks")
     p.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True,
                    help="time diffusers' network in turn with ours")
     p.add_argument("--rounds", type=p.COUNT, default=2, help="processes per side")
@@ -383,9 +382,7 @@ def denoiser(case, env):
     """-> the network of this process's side, and a function to call it."""
     if case.args.side == "peer":
         return peer_network(case, env)
-    net = built(lambda: network(case.row), env)
-    for block in net.units() if case.args.compile else ():
-        block.compile(fullgraph=True)
+    net = compile_blocks(built(lambda: network(case.row), env), case.args, env.device)
     return net, net
 
 

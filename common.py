@@ -638,6 +638,9 @@ OPTIONS = {
         "--batch": dict(type=COUNT, default=1, help="samples per process and micro-step"),
         "--accum": dict(type=COUNT, default=1, help="micro-steps per step (gradient accumulation)"),
         "--lr": dict(type=POSITIVE, help="learning rate"),
+        "--optim": dict(choices=("adamw", "adamw8bit"), default="adamw",
+                        help="optimizer; adamw8bit keeps its moments in 8 bits (needs torchao; "
+                             "--resume then rounds them once more)"),
         "--wd": dict(type=UNSIGNED, default=0.0, help="AdamW weight decay"),
         "--betas": dict(type=DECAY, nargs=2, default=(0.9, 0.999), help="AdamW betas"),
         "--lr-schedule": dict(choices=("constant", "cosine", "cosine-restarts"), default="constant",
@@ -670,8 +673,11 @@ OPTIONS = {
                               help="with fsdp: shard within groups of N processes, such as those "
                                    "of one machine, with a copy in each group (default: one "
                                    "group)"),
+        "--compile": dict(action="store_true",
+                          help="compile the network's blocks: faster steps after a slow start"),
         "--offload": dict(action="store_true",
-                          help="keep saved activations (with fsdp weights, too) in CPU memory"),
+                          help="keep saved activations (with fsdp weights, too) in CPU memory; "
+                               "sample.py: all but the block at work"),
     },
     "evaluation": {
         "--eval-prompts": dict(help="file of held-out prompts to evaluate on (with a first frame: "
@@ -780,7 +786,7 @@ class Run:
 
     def __init__(self, args, method, trains=True):
         """trains False: no training, so an earlier run in --out is no obstacle."""
-        check_loggers(args)
+        check_packages(args)
         check_shard_group(args.shard_group, args.parallel)
         self.args, self.method, self.out = args, method, Path(args.out)
         self.state = check_out(args, method) if trains else check_writable(args.out)
@@ -840,8 +846,11 @@ class Run:
             keep_lines(self.out / "eval.jsonl", kept)
 
     def adamw(self, params):
-        """The optimizer of these parameters or groups of them, by --lr, --betas and --wd."""
+        """The optimizer of these parameters or groups of them: --optim, --lr, --betas, --wd."""
         args = self.args
+        if args.optim == "adamw8bit":
+            from torchao.optim import AdamW8bit
+            return AdamW8bit(params, args.lr, tuple(args.betas), weight_decay=args.wd)
         return torch.optim.AdamW(params, args.lr, args.betas, weight_decay=args.wd)
 
     def own(self):
@@ -856,7 +865,11 @@ class Run:
             for step in range(self.start, self.args.steps):
                 self.step = step
                 for group in self.opt.param_groups:
-                    group["lr"] = lr_at(step, self.args) * group.get("lr_factor", 1.0)
+                    rate = lr_at(step, self.args) * group.get("lr_factor", 1.0)
+                    if isinstance(group["lr"], Tensor):  # torchao's, for compiled steps
+                        group["lr"].fill_(rate)
+                    else:
+                        group["lr"] = rate
                 if not self.together:
                     meet()
                 self.together = stop.training = True
@@ -1132,11 +1145,13 @@ def memory_advice(*options):
 
 # ---- log
 
-def check_loggers(args):
-    """Refuse --tensorboard or --wandb, before any work, where the package is missing."""
-    for flag, package in (("tensorboard", "tensorboard"), ("wandb", "wandb")):
-        if vars(args)[flag] and importlib.util.find_spec(package) is None:
-            raise UserError(f"--{flag}: the package is missing; pip install {package}")
+def check_packages(args):
+    """Refuse options, before any work, that need a package which is missing."""
+    for asked, option, package in (
+            (args.tensorboard, "--tensorboard", "tensorboard"), (args.wandb, "--wandb", "wandb"),
+            (args.optim == "adamw8bit", "--optim adamw8bit", "torchao")):
+        if asked and importlib.util.find_spec(package) is None:
+            raise UserError(f"{option}: the package is missing; pip install {package}")
 
 
 class Log:
@@ -1459,9 +1474,10 @@ def release_folders():
 
 def full(t: Tensor) -> Tensor:
     """A tensor, or the whole of an FSDP2-sharded one (then every process must call), detached on
-    the CPU."""
+    the CPU; torchao's 8-bit moments as floats."""
     t = t.detach()
-    return (t.full_tensor() if hasattr(t, "full_tensor") else t).cpu()
+    t = t.full_tensor() if hasattr(t, "full_tensor") else t
+    return (t.dequantize() if hasattr(t, "codes") else t).cpu()
 
 
 def trained(parts: dict) -> dict:
@@ -1880,8 +1896,7 @@ def load_state(args, env, state, params, opt, ema=None, scaler=None) -> tuple[in
     with torch.no_grad():
         for k, p in params.items():
             p.copy_(part_like(state["weights"][k], p))
-            opt.state[p] = {n: part_like(v, p) if v.shape else v
-                            for n, v in state["moments"][k].items()}
+            opt.state[p] = {n: moment_like(opt, n, v, p) for n, v in state["moments"][k].items()}
             if ema is not None:
                 ema[k].copy_(part_like(state["ema"][k], p))
     if scaler and state["scaler"]:
@@ -1889,6 +1904,18 @@ def load_state(args, env, state, params, opt, ema=None, scaler=None) -> tuple[in
     for k in ("weights", "moments", "ema"):
         del state[k]  # main() keeps the state: not these copies for the whole run
     return state["step"], state["seen"]
+
+
+def moment_like(opt, name, value, p):
+    """A saved moment of the optimizer, laid out as the parameter p; of 8-bit AdamW quantised."""
+    if not value.shape:  # the step
+        return value
+    value = part_like(value, p)
+    if not hasattr(opt, "_new_buffer"):
+        return value
+    buffer = opt._new_buffer(p, name == "exp_avg")  # torchao's: signed or not
+    buffer.copy_(value)
+    return buffer
 
 
 def part_like(value, p) -> Tensor:

@@ -197,7 +197,7 @@ class STDiT3(nn.Module):
         return []
 
     def units(self):
-        """The modules that FSDP shards one by one."""
+        """The modules that FSDP shards, and --compile compiles, one by one."""
         return [*self.spatial_blocks, *self.temporal_blocks]
 
     def null_text(self, b):
@@ -466,7 +466,7 @@ class CogVideoX(nn.Module):
         return []
 
     def units(self):
-        """The modules that FSDP shards one by one."""
+        """The modules that FSDP shards, and --compile compiles, one by one."""
         return [m for m in self.modules() if isinstance(m, CogVideoXBlock)]
 
     def rope(self, f, h, w, n):
@@ -727,7 +727,7 @@ class Wan(nn.Module):
         return [wan_diffusers_name]
 
     def units(self):
-        """The modules that FSDP shards one by one."""
+        """The modules that FSDP shards, and --compile compiles, one by one."""
         return list(self.blocks)
 
     def check(self, x, t, text, image):

@@ -44,7 +44,7 @@ import pipeline
 import tinyworld
 from bases import base_row, choose_sampling, read_words, start_base
 from diffusion import diffusion_loss, randn
-from models import Adapter, parallelize, seed_dropout
+from models import Adapter, compile_blocks, parallelize, seed_dropout
 from weights import LEARNED
 
 WORD = f"{LEARNED}*"  # key of the word's vectors in checkpoints, as in DreamVideo's files
@@ -173,8 +173,9 @@ def main(argv=None):
     word = prepare(args, base, run)
     base.net.grad_ckpt = args.grad_ckpt
     base.net.train()
-    net = base.net
-    if args.stage != "token":  # the text tower is done, too
+    if args.stage == "token":
+        net = compile_blocks(base.net, args, run.device)
+    else:  # the text tower is done, too
         net = parallelize(base.net, args, run.device)
         base.remember(texts, run.env)
     params = trained({"": net}) | word

@@ -15,7 +15,7 @@ import math
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common import UserError, is_finite, is_plain, meet, seed_of
+from common import UserError, is_finite, is_plain, meet, seed_of, warn
 from weights import (
     DIFFERENCES, bare_keys, below, load_strict, looks_like, lora_format, named_lora, open_weights,
     rename, turbo_lora)
@@ -410,6 +410,10 @@ class Dropout(nn.Dropout):
         """x (b k, ...) for any k: the rows of a sample lie together, as everywhere in the UNet."""
         if self.seeds is None or not self.training or not self.p:
             return super().forward(x)
+        return self.keyed(x)
+
+    @torch.compiler.disable  # compiled, each new seed would be a new graph
+    def keyed(self, x):
         assert len(x) % len(self.seeds) == 0, "seed_dropout() was called for another batch"
         keep = torch.empty(x.shape, dtype=torch.bool, device=x.device)
         for part, seed in zip(keep.chunk(len(self.seeds)), self.seeds):
@@ -771,7 +775,7 @@ class UNet3D(nn.Module):
         return [videocrafter_name] if self.cfg.motion_blocks else [videocrafter_name, diffusers]
 
     def units(self):
-        """The modules that FSDP shards one by one."""
+        """The modules that FSDP shards, and --compile compiles, one by one."""
         kinds = (ResBlock, SpatialTransformer, TemporalTransformer, Downsample, Upsample)
         return [m for m in self.modules() if isinstance(m, kinds)]
 
@@ -1125,7 +1129,8 @@ def frozen_copy(net, dtype, args, device):
     for module in frozen.modules() if dtype else ():
         if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             module.to(dtype)
-    return parallelize(frozen, args, device) if args.parallel == "fsdp" else frozen
+    wrap = parallelize if args.parallel == "fsdp" else compile_blocks  # DDP has nothing to average
+    return wrap(frozen, args, device)
 
 
 def without_lora(net):
@@ -1421,6 +1426,37 @@ def start_from_lora(net, path, scale=1.0):
         layer.lora_B.weight.data *= scale / layer.lora_scale
 
 
+# ---- compiled blocks (--compile)
+
+@cache
+def compiler_works(kind):
+    """Can torch.compile() make code for this kind of device, such as "cuda"? If not, say why."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=kind))
+    except Exception as e:  # no C++ compiler, no Triton, an old GPU: many types of error
+        reason = (str(e).strip() or repr(e)).splitlines()[0][:160]
+        warn(f"--compile: no compiler works here ({reason}); the run goes on without it")
+        return False
+    return True
+
+
+def compile_blocks(net, args, device):
+    """With --compile, compile a network's blocks one by one, in place. -> net
+
+    Blocks alike share their code, so a transformer compiles in the time of one block. It happens
+    in the first call of each kind: with and without gradients, and for each new size.
+    """
+    if args.compile and compiler_works(device.type):
+        config, blocks = torch._dynamo.config, net.units()
+        config.suppress_errors = True  # a block that cannot be compiled runs as it is
+        # a UNet's blocks have many shapes; the limit of 8 would leave most of them uncompiled
+        config.recompile_limit = max(config.recompile_limit, 8 * len(blocks))
+        config.accumulated_recompile_limit = max(1024, config.recompile_limit)
+        for block in blocks:
+            block.compile()
+    return net
+
+
 # ---- many GPUs
 
 def parallelize(net, args, device, reshard=True, unused=False, whole=False):
@@ -1431,8 +1467,11 @@ def parallelize(net, args, device, reshard=True, unused=False, whole=False):
     their gradients and the optimizer's state in CPU memory, with --shard-group a copy in each group
     of processes (hybrid sharding: weights are gathered within a group, gradients averaged over
     all). reshard False: ZeRO-2. unused: a step may leave out parts of the network. A single process
-    without FSDP gets its network back unchanged.
+    without FSDP gets its network back unchanged, but for --compile, which comes before FSDP, whose
+    hooks then run around the code.
     """
+    if not whole:
+        compile_blocks(net, args, device)
     if not torch.distributed.is_initialized():
         return net
     meet()  # a machine may have downloaded for an hour

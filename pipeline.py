@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
@@ -913,3 +914,101 @@ def read_image_rows(path, row, image=None, root=None):
     if not image and (row.first_frame or optional):
         return [(*pair, None) for pair in read_image_prompts(path, root)]
     return [(image, prompt, seed) for prompt, seed in read_seeded_prompts(path)]
+
+
+# ---- networks that wait in CPU memory (sample.py --offload)
+
+def offload(base, device):
+    """Keep a base's networks in CPU memory, after Base.remember().
+
+    Of a denoiser, the block at work and the next one are on `device`; the autoencoder and the
+    image tower are there while they work.
+    """
+    for net in filter(None, (base.net, base.low_net)):
+        Streamed(net, device)
+    lend(base.vae, device, "moments", "encode", "decode")
+    if base.image_encoder is not None:
+        lend(base.image_encoder, device, "forward", "tokens")
+
+
+def lend(module, device, *names):
+    """Let a module be on `device` only while one of its methods `names` runs, without gradients."""
+    def wrap(method):
+        def run(*args, **options):
+            home = next(module.parameters()).device  # `device`, if another of its methods calls
+            module.to(device)
+            try:
+                args = [x.to(device) if isinstance(x, Tensor) else x for x in args]
+                return method(*args, **options)
+            finally:
+                module.to(home)
+        return run
+    for name in names:
+        setattr(module, name, wrap(getattr(module, name)))
+
+
+class Streamed:
+    """Hooks that bring a network's blocks to `device` one after the other, for sampling.
+
+    While a block runs, the next one is copied, on a stream of its own. The order is that of the
+    call before. What lies outside the blocks stays on the device.
+    """
+
+    def __init__(self, net, device):
+        self.device = device
+        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.homes = {}    # {block on the device: its tensors in CPU memory}
+        self.follows = {}  # {block: the one after it}
+        self.last = None   # the block that ran last and the event of its end
+        blocks = net.units()
+        inside = {id(t) for block in blocks for t in tensors_of(block)}
+        for t in tensors_of(net):
+            if id(t) not in inside:
+                t.data = t.data.to(device)
+            elif self.side:
+                t.data = t.data.pin_memory()  # else copying would not run beside the block
+        for block in blocks:
+            block.register_forward_pre_hook(self.enter)
+            block.register_forward_hook(self.leave)
+        net.register_forward_hook(self.rest)
+
+    def fetch(self, block):
+        """Begin to copy a block to the device, unless it is there."""
+        if block not in self.homes:
+            self.homes[block] = [t.data for t in tensors_of(block)]
+            with torch.cuda.stream(self.side):
+                for t in tensors_of(block):
+                    t.data = t.data.to(self.device, non_blocking=True)
+
+    def drop(self, block):
+        """Free a block's copy on the device, which no kernel may still read."""
+        for t, home in zip(tensors_of(block), self.homes.pop(block)):
+            t.data = home
+
+    def enter(self, block, args):
+        self.fetch(block)
+        if self.side:
+            torch.cuda.current_stream().wait_stream(self.side)
+
+    def leave(self, block, args, out):
+        """The block's kernels are queued: wait for those of the block before, fetch the next."""
+        end = self.side and torch.cuda.current_stream().record_event()
+        before, self.last = self.last, (block, end)
+        if before:
+            self.follows[before[0]] = block
+            if before[1]:
+                before[1].synchronize()
+            self.drop(before[0])
+        if block in self.follows:
+            self.fetch(self.follows[block])
+
+    def rest(self, net, args, out):
+        if self.side:
+            torch.cuda.current_stream().synchronize()
+        for block in list(self.homes):
+            self.drop(block)
+        self.last = None
+
+
+def tensors_of(module):
+    return [*module.parameters(), *module.buffers()]

@@ -22,7 +22,8 @@ base, adapters, settings and, with --reward, scores). Two more folders may be wr
 
 A clip depends on its prompt, its number and --seed alone, not on --batch or the number of
 processes. Memory: prompts are encoded first, and the text towers are freed before the networks
-move to the GPU. Then --batch 1, --sequential and --decode-chunk 1 help most.
+move to the GPU. Then --batch 1, --sequential and --decode-chunk 1 help most. With --offload the
+network's weights wait on the CPU and come block by block; --frozen int8 halves them.
 """
 from common import (  # first: for signals
     Parser, UserError, check_writable, gather_rows, meet, own_folder, release_folders, run_command,
@@ -46,9 +47,9 @@ from data import (
     lucas_kanade, open_image, opensora_size, raft, read_map, read_video, video_info, video_maps,
     write_video)
 from dit import STDiT3Config, WanConfig
-from models import merge_public_lora
+from models import compile_blocks, merge_public_lora
 from pipeline import (
-    encode_tracks, first_frame_kept, frame_picture, generate_from, invert_clip,
+    encode_tracks, first_frame_kept, frame_picture, generate_from, invert_clip, offload,
     read_image_rows)
 from rewards import get_reward, print_scores, score_files
 from text_encoders import CLIPConfig
@@ -118,7 +119,7 @@ def get_args(argv=None):
                    help="folder with its public weights (default: download them)")
     p.add_argument("--then-size", type=p.COUNT, nargs=2, metavar=("HEIGHT", "WIDTH"),
                    help="size of the enlarged clips in pixels (default: 720 1280)")
-    p.options("machine", without=("--grad-ckpt", "--parallel", "--shard-group", "--offload"))
+    p.options("machine", without=("--grad-ckpt", "--parallel", "--shard-group"))
     p.options("lora", only=["--frozen"])
     p.add_argument("--sequential", action="store_true",
                    help="run the two branches of guidance one after the other: less memory")
@@ -130,6 +131,8 @@ def get_args(argv=None):
     args = p.parse_args(argv)
     if not args.base and not args.ckpt:
         raise UserError("give --base NAME or --ckpt FOLDER")
+    if args.offload and args.compile:
+        raise UserError("--compile: compiled blocks must stay in place; leave --offload out")
     if args.reward_weights and not args.reward:
         raise UserError("--reward-weights: of which reward? give --reward")
     if args.data_root and not args.prompts:
@@ -193,7 +196,8 @@ def main(argv=None):
                  "seed": args.seed, "video": args.out, "out": Path(args.out, args.then),
                  "save-fps": args.save_fps, **dict(zip(("height", "width"), args.then_size or ()))}
         words = [x for k, v in flags.items() if v is not None for x in (f"--{k}", str(v))]
-        play(get_args(["--base", args.then, *words] + ["--sequential"] * args.sequential))
+        play(get_args(["--base", args.then, *words] + ["--sequential"] * args.sequential
+                      + ["--offload"] * args.offload))
     release_folders()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -579,7 +583,12 @@ def build(args, env, runs, loras, texts, sampling):
         encoder.to(env.device)
     base.learned = {token: vectors.to(env.device) for token, vectors in base.learned.items()}
     base.remember([*texts, sampling.negative, *([""] if args.inverse_noise else [])], env)
-    base.to(env.device)
+    if args.offload:
+        offload(base, env.device)
+    else:
+        base.to(env.device)
+    for net in filter(None, (base.net, base.low_net)):
+        compile_blocks(net, args, env.device)
     return base
 
 
@@ -680,4 +689,4 @@ def report(args, row, base, sampling, clips, scores, tracks):
 
 if __name__ == "__main__":
     run_command(main, "--batch 1", "--sequential", "--decode-chunk 1", "--dtype bf16",
-                "fewer --frames", "a smaller --height and --width")
+                "--offload", "--frozen int8", "fewer --frames", "a smaller --height and --width")

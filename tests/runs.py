@@ -13,7 +13,7 @@ from common import STATES, load_state_file, read_lines
 
 def spread(mode, shard_group=None):
     """The options that models.parallelize() reads."""
-    return Namespace(parallel=mode, offload=False, shard_group=shard_group)
+    return Namespace(parallel=mode, offload=False, compile=False, shard_group=shard_group)
 
 
 def read_state(folder):

@@ -2,9 +2,11 @@
 --offload, --compile."""
 import pytest
 import torch
+from test_models import small_stdit3, stdit3_inputs
 from torch import nn
 
 import models
+import pipeline
 import sample
 import t2v
 from bases import load_base
@@ -103,3 +105,42 @@ def test_a_run_in_int8_is_a_run_as_any_other(tmp_path, message):
     assert (tmp_path / "clips" / "0000.mp4").exists()
     text = message(t2v.main, [*T2V, "--rank", "0", "--frozen", "int8", "--out", str(tmp_path / "no")])
     assert "--frozen int8" in text and "--rank" in text and not (tmp_path / "no").exists()
+
+
+# ---- sample.py --offload
+
+def test_blocks_come_one_by_one_and_the_next_is_there_in_time():
+    """On a CPU: what would be copied, and when. STDiT3's blocks do not run in the order of units()."""
+    net, (args, cond) = small_stdit3(), stdit3_inputs()
+    order = [block for pair in zip(net.spatial_blocks, net.temporal_blocks) for block in pair]
+    fetched, ready, most = [], [], []
+
+    class Watched(pipeline.Streamed):
+        def enter(self, block, given):
+            ready.append(block in self.homes)
+            super().enter(block, given)
+
+        def fetch(self, block):
+            if block not in self.homes:
+                super().fetch(block)
+                fetched.append(block)
+                for t in pipeline.tensors_of(block):
+                    t.data = t.data.clone()  # as on a GPU: another tensor
+            most.append(len(self.homes))
+    with torch.no_grad():
+        expected, homes = net(*args, **cond), [t.data_ptr() for t in pipeline.tensors_of(net)]
+        Watched(net, torch.device("cpu"))
+        for _ in range(3):
+            assert torch.equal(net(*args, **cond), expected)
+            assert [t.data_ptr() for t in pipeline.tensors_of(net)] == homes
+    assert fetched == 3 * order and max(most) == 2
+    assert ready == 4 * [False] + 2 * [False, True, True, True]
+
+
+def test_offload_changes_no_byte_of_a_clip(tmp_path, message):
+    args = ["--base", "tiny-wan", "--prompt", "a red circle moving left on a gray background", "--sample-steps", "2"]
+    for name, more in (("here", []), ("offload", ["--offload"])):
+        sample.main([*args, "--out", str(tmp_path / name), *more])
+    a, b = ((tmp_path / name / "0000.mp4").read_bytes() for name in ("here", "offload"))
+    assert a == b
+    assert "--compile" in message(sample.main, [*args, "--offload", "--compile", "--out", str(tmp_path / "no")])
