@@ -33,11 +33,10 @@ import torch
 import torch.nn.functional as F
 
 import omniscore
+import pipeline
 from bases import choose_sampling, start_base
 from diffusion import noised, randn
 from models import add_lora, frozen_copy, parallelize, without_lora
-from pipeline import (
-    cache_latents, generate_folder, plan_stages, record, sample_held_out, training_conditions)
 
 # The released configs/vc2_dpo (all weights of VideoCrafter2) and four clips per prompt
 PAPER = dict(
@@ -148,7 +147,7 @@ def pair_loss(net, reference, base, sampling, args, pairs, captions, u, noise, w
     texts = [sampling.negative if c is None else c + sampling.suffix for c in captions]
     text, null = base.encode_text(texts), base.encode_null(sampling.negative, len(texts))
     text = torch.stack([n if c is None else x for c, x, n in zip(captions, text, null)])
-    cond = training_conditions(base, sampling, texts + texts, t, args.train_fps)
+    cond = pipeline.training_conditions(base, sampling, texts + texts, t, args.train_fps)
     inputs = x_t, t, torch.cat([text, text])
     with torch.no_grad():  # first: blocks recomputed in the backward pass must find LoRA on
         ref = reference(*inputs, **cond).float()
@@ -159,7 +158,7 @@ def pair_loss(net, reference, base, sampling, args, pairs, captions, u, noise, w
 def main(argv=None):
     args = get_args(argv)
     sampling = choose_sampling(args.base, args, method="videodpo")
-    stages, prompts = plan_stages(args)
+    stages, prompts = pipeline.plan_stages(args)
     folders = [args.pairs, args.eval_pairs] if args.pairs else [[name] for name in prompts]
     ready = stages == ["train"]  # then faults of the files show before any work
     pairs = omniscore.read_pairs(folders, sampling.size, args.seed) if ready else ()
@@ -180,7 +179,7 @@ def main(argv=None):
     run.own()
     for folder, texts in prompts.items():
         if "generate" in stages:
-            generate_folder(base, run.env, folder, texts, args.samples, sampling,
+            pipeline.generate_folder(base, run.env, folder, texts, args.samples, sampling,
                             args.batch, args.seed, args.resume)
         if "score" in stages:
             omniscore.score_folder(run.env, folder, score_clip)
@@ -248,7 +247,7 @@ def encode_pairs(run, base, sampling, pairs, name):
         with torch.no_grad():  # a sample of the encoder's Gaussian
             latents = base.vae.encode(video, noise.flatten(0, 1).to(video))
         return {"latents": latents.unflatten(0, (-1, 2))}
-    return cache_latents(
+    return pipeline.cache_latents(
         run, pairs, encode, dict(size=sampling.size, rows=pairs.fingerprint), name)
 
 
@@ -281,7 +280,7 @@ def evaluate_policy(run, loss_of, base, sampling, held_out, prompts, score_clip,
     accuracy: share of the pairs with z > 0; wins: share of the prompts whose clip scores
     higher than before training. Every process must call it.
     """
-    row = sample_held_out(run, base, sampling, prompts, name)
+    row = pipeline.sample_held_out(run, base, sampling, prompts, name)
     if held_out and run.done:
         z = margins(run, loss_of, held_out)
         row |= dict(accuracy=(z > 0).float().mean().item(), margin=z.mean().item())
@@ -292,7 +291,7 @@ def evaluate_policy(run, loss_of, base, sampling, held_out, prompts, score_clip,
         was = omniscore.saved(run.out / "before")
         better = [a["total"] > b["total"] for a, b in zip(now, was)]
         row |= omniscore.means(now) | {"wins": sum(better) / len(better)}
-    record(run, name, row)
+    pipeline.record(run, name, row)
 
 
 if __name__ == "__main__":
