@@ -700,8 +700,9 @@ def loss_of(name, args, base, sampling, env, gpus, reward, mode):
                                         args)[0], args.accum * clips["states"].nbytes
     reference, kept = without_lora(net), 0
     if not args.rank:
-        with mode:
-            reference = frozen_copy(net, env.dtype, "ddp", env.device)
+        with torch.device("meta"):
+            like = network(base.row)
+        reference = blank(frozen_copy(like, env.dtype, "ddp", env.device), mode)
         kept = size_of(reference)
     pairs = zeros(n, 2, *shape)
     return lambda: method.pair_loss(
