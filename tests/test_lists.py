@@ -110,7 +110,7 @@ REFUSED = {
     "two captions, one clip": ({"a.MP4": "", "a.txt": "one", "a.TXT": "two"}, "share a name"),
     "a clip and its thumbnail": ({"a.mp4": "", "a.jpg": "", "a.txt": "one"}, "a.jpg and a.mp4 share a name"),
     "no caption": ({**CLIPS, "a.txt": "one"}, "b.mp4: no caption beside it; write b.txt"),
-    "an empty caption": ({"a.mp4": "", "a.txt": " \n"}, "a.txt: the file is empty"),
+    "an empty caption": ({"a.mp4": "", "a.txt": " \n"}, "a.mp4: no caption beside it; write a.txt"),
     "no label": ({**BELOW, "labels/a.txt": "one"}, "b.mp4: no caption"),
     "a folder of clips as a clip": ({"clips/a.mp4": "", "clips.txt": "a.mp4"}, "clips: no pictures in this folder"),
     "hidden files alone": ({"._a.mp4": "", "._a.txt": "one"}, "no clips in this folder"),
