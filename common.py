@@ -441,7 +441,7 @@ class SampleNumbers:
 
     def __init__(self, args, env, start, samples_read):
         together = args.batch * env.world
-        self.per_update = args.accum * together
+        self.per_update, self.samples_read = args.accum * together, samples_read
         end = samples_read + (args.steps - start) * args.accum * together
         self.batch = args.batch
         self.firsts = range(samples_read + env.rank * args.batch, end, together)

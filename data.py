@@ -191,6 +191,11 @@ def read_batches(data, numbers, seed=0, workers=0):
     data[i, number] is item i, its random part drawn for that number. Of Buckets an update reads
     one; numbers: then a run's SampleNumbers.
     """
+    sizes = len(data.parts) if isinstance(data, Buckets) else 1
+    if sizes > 1 and numbers.samples_read % numbers.per_update:
+        raise UserError("--resume: with clips of several sizes, --batch x --accum x processes must "
+                        "stay as it was")
+
     def picked(part):
         if isinstance(data, Buckets):
             lengths = [sum(often) for often in data.repeats]
