@@ -486,11 +486,13 @@ class SampleNumbers:
 
     All randomness of a sample (its place in the data, its noise) is derived from its number, so
     a run does not depend on how samples are split over processes and micro-steps.
-    samples_read: how many samples the run had read before update `start`.
+    samples_read: how many samples the run had read before update `start`. per_update: samples that
+    all processes read for one.
     """
 
     def __init__(self, args, env, start, samples_read):
         together = args.batch * env.world
+        self.per_update, self.samples_read = args.accum * together, samples_read
         end = samples_read + (args.steps - start) * args.accum * together
         self.batch = args.batch
         self.firsts = range(samples_read + env.rank * args.batch, end, together)
@@ -571,6 +573,17 @@ def backprop(text):
     return int(k)
 
 
+def bucket(text):
+    """An argparse type: "25x480x720" -> (frames, height, width)."""
+    try:
+        size = tuple(int(x) for x in text.lower().split("x"))
+    except ValueError:
+        size = ()
+    if len(size) != 3 or min(size) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not FRAMESxHEIGHTxWIDTH, such as 25x480x720")
+    return size
+
+
 # The options that mean the same in every method, by group: {group: {flag: argparse's keywords}}.
 YES_NO = argparse.BooleanOptionalAction
 OPTIONS = {
@@ -594,6 +607,13 @@ OPTIONS = {
                             "bases make their own)"),
         "--data-root": dict(help="folder that the paths in lists start from (default: the list's "
                                  "folder, then the working directory)"),
+        "--buckets": dict(type=bucket, nargs="+", default=[], metavar="FxHxW",
+                          help="clip sizes beside that of --frames, --height and --width, such as "
+                               "33x416x240 1x480x832: a clip is read at the one nearest in aspect "
+                               "of those it is long enough for, a picture at one of 1 frame"),
+        "--empty-captions": dict(action="store_true",
+                                 help="train clips without a caption on an empty one, instead of "
+                                      "refusing them"),
         "--read-fps": dict(type=POSITIVE, help="frame rate to read at (default: every frame)"),
         "--cache-latents": dict(action=YES_NO, default=False,
                                 help="encode every clip once, into --out, instead of in each step"),
@@ -743,6 +763,8 @@ class Parser(argparse.ArgumentParser):
         if "frozen" in known and args.frozen and not args.rank:
             raise UserError(f"--frozen {args.frozen}: with --rank 0 no weight is frozen; give a "
                             "--rank of 1 or more")
+        if "buckets" in known and args.buckets and not args.data:
+            raise UserError("--buckets: sizes for the clips of --data; give --data, too")
         return args
 
 

@@ -38,15 +38,14 @@ Differences from the original code (the others: docs/differences/das.md)
 from common import Parser, Run, run_command, trained  # first: for signals
 import torch
 
+import pipeline
 import tinyworld
 import tracks
 from bases import choose_sampling, start_base
+from data import Buckets, read_batches
 from diffusion import diffusion_loss, randn
 from dit import TRACK_BRANCH
 from models import parallelize
-from pipeline import (
-    cache_latents, draw_latents, encode_clips, encode_tracks, frame_picture, generate_split,
-    noised_first_frame, show)
 
 # The published script, train_DaS.sh: 8 GPUs, so 64 clips per step.
 PAPER = dict(
@@ -75,9 +74,6 @@ def get_args(argv=None):
                         "of --data, which are then not trained on)")
     p.add_argument("--eval-n", type=p.COUNT,
                    help="number of clips to evaluate on (tiny: of each motion)")
-    p.add_argument("--buckets", type=tracks.bucket, nargs="+", default=[], metavar="FxHxW",
-                   help="further clip sizes, such as 25x480x720: a clip is read at the longest "
-                        "that it fills")
     p.options("data", without=("--data", "--read-fps", "--drop-text"))
     p.add_argument("--drop-image", type=p.SHARE,
                    help="probability of dropping the image condition")
@@ -119,7 +115,8 @@ def das_loss(net, base, latents, picture, captions, generators, drop_image):
     if base.row.first_frame:
         # both first frames are dropped together, the tracks never
         keep = (uniform[:, 1] >= drop_image).float().to(x0.device)
-        cond["first_frame"] = noised_first_frame(base, picture, keep, x0.shape, generators)
+        cond["first_frame"] = pipeline.noised_first_frame(
+            base, picture, keep, x0.shape, generators)
         cond["first_track"] = latents["first_track"] * keep.view(-1, 1, 1, 1, 1)
     text = base.encode_text(captions)
     return branch_loss(net, base.schedule, x0, noise, t, text, cond)
@@ -130,14 +127,14 @@ def main(argv=None):
     if "make_tracks" in args:
         return tracks.make(args)
     sampling = choose_sampling(args.base, args, method="das")
-    parts, eval_clips = read_data(args, sampling)
+    clips, eval_clips = read_data(args, sampling)
     run = Run(args, "das")
 
     # a frozen base, a branch that starts from copies of its blocks. dtype=None: as in the
     # files, so that the weights that train reach fp32 without a detour through fp16
     base = start_base(run, dtype=None, tracks=args.tracking_blocks)
     if args.data:
-        captions = [row[-1] for part in parts for row in part.rows]
+        captions = [row[-1] for row in clips.rows]
         base.tokenize([*captions, sampling.negative])  # refuses unknown words on tiny
     base.freeze(run.dtype, but=["net"])
     train_branch(base.net, run.dtype)
@@ -149,12 +146,12 @@ def main(argv=None):
     meta = dict(tracking_blocks=args.tracking_blocks, sample=sampling.metadata())
     run.attach(opt, params, [net], base.parts(), meta, ema_decay=args.ema)
     if args.cache_latents:
-        parts = [cached(run, base, part, k) for k, part in enumerate(parts)]
-        texts = [text for part in parts for text in part.texts()]
-        texts += [clip["text"] for clip in eval_clips]
+        about = {} if args.data else vars(clips)
+        clips = pipeline.cache_latents(
+            run, clips, lambda batch: encode(base, run.env, batch), about)
+        texts = [*clips.texts(), *(clip["text"] for clip in eval_clips)]
         base.remember([*texts, sampling.negative], run.env)
-    together = args.batch * args.accum * run.env.world  # the samples of an update, of one size
-    batches = tracks.read_buckets(parts, run.numbers, together, args.seed, args.workers)
+    batches = read_batches(clips, run.numbers, args.seed, args.workers)
 
     if not run.resumed:
         evaluate(run, base, sampling, eval_clips, "before")
@@ -177,24 +174,22 @@ def main(argv=None):
 # ---- data and latents
 
 def read_data(args, sampling):
-    """-> (training data sets, one per clip size; the clips to evaluate on).
+    """-> (the training data set, Buckets of several sizes; the clips to evaluate on).
 
     The latter: {"video", "tracks": (3,f,h,w) in [-1,1], "text", "motion", "scene": the
     truth on tiny, else None}.
     """
-    sizes = [sampling.size]
-    for f, h, w in args.buckets:  # refuses sizes that do not fit the base
-        sizes.append(choose_sampling(args.base, args, frames=f, height=h, width=w).size)
+    sizes = pipeline.bucket_sizes(args, sampling.size)
     if not args.data and args.base in PRESETS:
-        part = tinyworld.TinyTracks(TINY_CLIPS, sampling.frames, args.seed)
-        return [part], tinyworld.held_out_tracks(args.eval_n, sampling.frames, args.seed)
-    root, others = args.data_root, None
-    parts = tracks.in_buckets(args.data, sizes, args.seed, root)
+        clips = tinyworld.TinyTracks(TINY_CLIPS, sampling.frames, args.seed)
+        return clips, tinyworld.held_out_tracks(args.eval_n, sampling.frames, args.seed)
+    rule, root, others = pipeline.captions_rule(args), args.data_root, None
+    parts = tracks.in_buckets(args.data, sizes, args.seed, root, rule)
     if args.eval_data:
-        others = tracks.in_buckets(args.eval_data, sizes, root=root)
+        others = tracks.in_buckets(args.eval_data, sizes, root=root, captions=rule)
     parts, held_out = tracks.hold_out(parts, sampling.size, args.eval_n, others)
     clips = [held_out[i, i] for i in range(min(args.eval_n, len(held_out)))]
-    return parts, [clip | {"motion": "clips", "scene": None} for clip in clips]
+    return Buckets(parts), [clip | {"motion": "clips", "scene": None} for clip in clips]
 
 
 def encode(base, env, batch):
@@ -208,7 +203,7 @@ def encode(base, env, batch):
         parts["first_track"] = batch["tracks"][:, :, :1]
     encoded = {"picture": batch["video"][:, :, 0]}
     for name, video in parts.items():
-        encoded |= {f"{name}.{k}": v for k, v in encode_clips(base, env, video).items()}
+        encoded |= {f"{name}.{k}": v for k, v in pipeline.encode_clips(base, env, video).items()}
     return encoded
 
 
@@ -217,15 +212,9 @@ def draw_batch(base, env, batch, generators):
     das_loss()."""
     encoded = batch if "picture" in batch else encode(base, env, batch)
     names = [k.removesuffix(".mean") for k in encoded if k.endswith(".mean")]
-    latents = {name: draw_latents(base, env, encoded, generators, f"{name}.") for name in names}
+    latents = {name: pipeline.draw_latents(base, env, encoded, generators, f"{name}.")
+               for name in names}
     return latents, encoded["picture"].float().to(env.device)
-
-
-def cached(run, base, part, k):
-    """Training data set number k with every clip and tracking video encoded once, below
-    --out."""
-    return cache_latents(
-        run, part, lambda batch: encode(base, run.env, batch), part.about(), str(k))
 
 
 # ---- evaluation
@@ -240,13 +229,13 @@ def evaluate(run, base, sampling, clips, name):
     """
     prompts, images = [clip["text"] for clip in clips], None
     if base.row.first_frame:
-        images = [frame_picture(clip["video"][:, 0]) for clip in clips]
+        images = [pipeline.frame_picture(clip["video"][:, 0]) for clip in clips]
     seeds = [f"eval-{i}" for i in range(len(clips))]
     with run.averaged(base.net):
         with run.forward():
-            encoded = [encode_tracks(base, run.env, clip["tracks"]) for clip in clips]
+            encoded = [pipeline.encode_tracks(base, run.env, clip["tracks"]) for clip in clips]
         maps = {k: torch.cat([latents[k] for latents in encoded]) for k in encoded[0]}
-        videos = generate_split(
+        videos = pipeline.generate_split(
             base, run.env, prompts, seeds, sampling, run.args.batch, images, maps=maps)
     if not run.main:
         return
@@ -256,8 +245,8 @@ def evaluate(run, base, sampling, clips, name):
     captions = [f"{prompts[i]} ({motions[i]})" for i in shown]
     row = tinyworld.judge_tracked(videos, clips) if clips[0]["scene"] else None
     side_by_side = [torch.cat(strip, dim=3) for strip in sheet]
-    show(run, name, side_by_side, captions, sampling.save_fps, row, sheet,
-         headers=["clip", "tracks", "result"])
+    pipeline.show(run, name, side_by_side, captions, sampling.save_fps, row, sheet,
+                  headers=["clip", "tracks", "result"])
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import struct
 import sys
 import unicodedata
 from argparse import ArgumentTypeError
-from collections import deque
+from collections import Counter, deque
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from functools import cache, partial
@@ -38,6 +38,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import signals
+from signals import MAIN
 from weights import hub_weights, load_strict
 
 # ---- which clips make which batch
@@ -59,6 +60,60 @@ class Mixed(torch.utils.data.Dataset):
         index, number = item
         part = self.parts[self.turns[(number - self.first) // self.size]]
         return part[index % len(part), number]
+
+
+class Buckets(torch.utils.data.Dataset):
+    """Data sets of one clip size each, side by side. Item (i, number) is the i-th of all their
+    items, each counted as often as its list repeats it, with the "size" of its clip.
+
+    like: the Buckets of which these parts hold the encoded clips.
+    """
+
+    def __init__(self, parts, like=None):
+        self.parts = parts
+        self.sizes = like.sizes if like else [(part.frames, *part.size) for part in parts]
+        self.repeats = like.repeats if like else [part.repeats for part in parts]
+        self.items = [(k, i) for k, often in enumerate(self.repeats)
+                      for i in np.repeat(np.arange(len(often)), often).tolist()]
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, item):
+        index, number = item
+        k, i = self.items[index]
+        return self.parts[k][i, number] | {"size": torch.tensor(self.sizes[k])}
+
+    @property
+    def rows(self):
+        """Those of all parts, see VideoDataset."""
+        return [row for part in self.parts for row in part.rows]
+
+    def texts(self):
+        """All captions, once the clips are encoded."""
+        return [text for part in self.parts for text in part.texts()]
+
+
+def bucket_indices(lengths, first, batch, group, seed=0):
+    """Samples number first .. first + batch - 1 of a run -> indices into the items of all buckets,
+    side by side; lengths: the items of each.
+
+    The `group` samples of one update come from one bucket, so they have one size however they are
+    split over processes. An epoch has as many groups of a bucket as hold all its clips, in shuffled
+    order; each bucket is read in epochs of its own (batch_indices).
+    """
+    groups = np.repeat(np.arange(len(lengths)), [-(-n // group) for n in lengths])
+    picked = []
+    for i in range(first, first + batch):
+        update, place = divmod(i, group)
+        epoch, k = divmod(update, len(groups))
+        order = np.random.default_rng((seed, epoch)).permutation(groups)
+        bucket = order[k]
+        before = epoch * (groups == bucket).sum() + (order[:k] == bucket).sum()
+        number = int(before) * group + place
+        within = batch_indices(lengths[bucket], number, 1, seed)[0]
+        picked.append(sum(lengths[:bucket]) + within)
+    return picked
 
 
 def start_reader(worker):
@@ -133,10 +188,20 @@ def read_batches(data, numbers, seed=0, workers=0):
     """Samples by their numbers in a run, ranges for each batch -> batches {"video" (b,3,f,h,w),
     "text" list}.
 
-    data[i, number] is item i, its random part drawn for that number.
+    data[i, number] is item i, its random part drawn for that number. Of Buckets an update reads
+    one; numbers: then a run's SampleNumbers.
     """
-    order = (list(zip(batch_indices(len(data), part[0], len(part), seed), part))
-             for part in numbers)
+    sizes = len(data.parts) if isinstance(data, Buckets) else 1
+    if sizes > 1 and numbers.samples_read % numbers.per_update:
+        raise UserError("--resume: with clips of several sizes, --batch x --accum x processes must "
+                        "stay as it was")
+
+    def picked(part):
+        if isinstance(data, Buckets):
+            lengths = [sum(often) for often in data.repeats]
+            return bucket_indices(lengths, part[0], len(part), numbers.per_update, seed)
+        return batch_indices(len(data), part[0], len(part), seed)
+    order = (list(zip(picked(part), part)) for part in numbers)
     return load(data, order, workers)
 
 
@@ -773,14 +838,8 @@ def read_video(path, frames=None, fps=None, start=0, size=None, stride=1):
     by their times; at most the file's own. Without it, every stride-th frame. A clip that is too
     short raises (VGen pads it with grey)."""
     with _opened(path, exact=not frames) as (times, own, shape, get):
-        count, usual = len(times), own
-        if fps and count > 1:
-            usual = 1 / np.median(np.diff(times))  # of a variable rate, not the mean
-            usual = usual if usual > 1.05 * own else own
-        times = np.array(times) if fps else np.arange(count) / own
-        rate = min(fps, usual) if fps else own / stride
-        # frames from each one to the end; a quarter of a frame may be a stamp that was rounded
-        left = np.ceil((count / own - times) * rate - 0.25 * min(1, rate / own)).astype(int)
+        count = len(times)
+        times, rate, left = _at_rate(times, own, fps, stride)
         starts = int((left >= (frames or 1)).sum())
         if isinstance(start, torch.Generator):
             start = int(torch.randint(max(starts, 1), (), generator=start))
@@ -800,6 +859,20 @@ def read_video(path, frames=None, fps=None, start=0, size=None, stride=1):
             frame = torch.from_numpy(frame.copy()).permute(2, 0, 1).float()
             clip[:, k] = _to_float(resize_crop(frame, size) if size else frame)
     return clip, float(rate)
+
+
+def _at_rate(times, own, fps, stride=1):
+    """Times and rate of _opened(), and how read_video() is asked to read -> times (f,), the rate it
+    reads at, and how many frames there are at that rate from each one to the end (f,)."""
+    count, usual = len(times), own
+    if fps and count > 1:
+        usual = 1 / np.median(np.diff(times))  # of a variable rate, not the mean
+        usual = usual if usual > 1.05 * own else own
+    times = np.array(times) if fps else np.arange(count) / own
+    rate = min(fps, usual) if fps else own / stride
+    # a quarter of a frame may be a stamp that was rounded
+    left = np.ceil((count / own - times) * rate - 0.25 * min(1, rate / own)).astype(int)
+    return times, rate, left
 
 
 def is_clip(path):
@@ -1247,10 +1320,12 @@ def list_clips(source, captions="needed", tracks=False, root=None):
 
     source: a clip; a .csv, .tsv, .jsonl or .json list, WebVid's csv, a .txt of video|||caption
     lines; or a folder with one of LISTS, with COLUMNS (matched line by line), with videos/ and
-    labels/, or with clips and same-named .txt. captions: "needed"; "found" (None where there is
-    none, and pictures are no clips); "ignored" (all are ""). tracks: rows are (row, clip, tracking
-    video, caption). root: see listed_path(). Two lists in a folder, texts that fit two clips, and
-    clips that are not there are refused; what a folder holds besides is left out with a warning.
+    labels/, or with clips and same-named .txt. captions: "needed"; "empty" ("" where there is
+    none, with a warning); "found" (None where there is none, and pictures are no clips); "ignored"
+    (all are ""). tracks: rows are (row, clip, tracking video, caption). root: see listed_path(). A
+    row stands there as often as its `repeats` says, except where captions are "found". Two lists in
+    a folder, texts that fit two clips, and clips that are not there are refused; what a folder
+    holds besides is left out with a warning.
     """
     source = Path(source)
     if not os.path.isdir(source):
@@ -1274,10 +1349,31 @@ def list_clips(source, captions="needed", tracks=False, root=None):
         if tracks:
             paths.append(listed_path(source, n, track, "tracking video", root))
         found.append((n, *paths, "" if captions == "ignored" else caption))
+    if captions != "found":
+        _count_bare(source, found, captions)
+        found = [(*row[:-1], row[-1] or "") for row in found]
     if source.name in LISTS or source.name in COLUMNS["video"]:
         used = [path for row in found for path in row[1:2 + tracks]]
         _say_left_out(source, used, [source.parent, *(path.parent for path in used)], VIDEOS)
     return source, found
+
+
+def _count_bare(source, rows, captions):
+    """Refuse rows without a caption, or warn of them, with their number; rows: of list_clips()."""
+    rows = dict.fromkeys(rows)  # a repeated row counts once
+    bare = [row for row in rows if row[-1] is None]
+    if not bare:
+        return
+    n, clip = bare[0][:2]
+    where = f"{clip}: no caption beside it; write {clip.stem}.txt, or metadata.csv for all"
+    if source.suffix.lower() in TABLES:
+        where = f"{source} row {n}: no `caption` (nor {', '.join(CAPTION_KEYS[1:])})"
+    elif source.suffix.lower() == ".txt":
+        where = f"{source} row {n}: wanted video|||caption"
+    count = f"{len(bare)} of {len(rows)} clips have no caption"
+    if captions == "needed":
+        raise UserError(f"{where} ({count}; --empty-captions trains them on an empty one)")
+    warn(f"{source}: {count} and are trained on an empty one, the first is {clip}")
 
 
 def _say_left_out(source, used, folders, kinds=None):
@@ -1356,21 +1452,32 @@ def _table_rows(source, captions, tracks):
             row = {"video": f"{row['page_dir']}/{row['videoid']}.mp4", "caption": row["name"]}
         clip = field_of(row, ("file", "path") if index else VIDEO_KEYS, where)
         track = field_of(row, TRACK_KEYS, where) if tracks else None
+        given = any(str(row.get(key) or "").strip() for key in CAPTION_KEYS)
         if index and captions == "found" and row.get("prompt") == "":
             text = ""  # a prompt, too
-        elif captions == "needed" or (captions == "found" and any(map(row.get, CAPTION_KEYS))):
+        elif captions != "ignored" and given:
             text = field_of(row, CAPTION_KEYS, where)
-        rows.append((n, clip, track, text))
+        often = 1 if captions == "found" else _repeats(row, where)
+        rows += [(n, clip, track, text)] * often
     return rows
+
+
+def _repeats(row, where):
+    """How often an epoch shows the clip of a row."""
+    value = row.get("repeats")
+    text = "" if value is None else str(value).strip()
+    if not re.fullmatch(r"([1-9][0-9]{0,3})?", text):
+        raise UserError(f"{where}: `repeats` is {text[:20]!r}; give a whole number from 1 to 9999")
+    return int(text or 1)
 
 
 def _text_rows(source, captions):
     """_folder_rows() of a .txt: video|||caption, or without captions a clip per line."""
-    if captions == "needed":
-        rows = _bar_rows(source, "video", "caption")
-        return [(n, clip, None, caption) for n, clip, caption in rows]
-    rows = [(n, line.partition("|||")) for n, line in numbered_lines(source)]
-    return [(n, clip.strip(), None, caption.strip() or None) for n, (clip, _, caption) in rows]
+    rows = [(n, *map(str.strip, line.partition("|||"))) for n, line in numbered_lines(source)]
+    for n, clip, _, caption in rows:
+        if captions in ("needed", "empty") and (not clip or "|||" in caption):
+            raise UserError(f"{source} row {n}: wanted video|||caption")
+    return [(n, clip, None, caption or None) for n, clip, _, caption in rows]
 
 
 def _single_clip(path, captions):
@@ -1380,15 +1487,15 @@ def _single_clip(path, captions):
     if captions == "found" and os.path.isfile(index):
         rows = _table_rows(index, captions, tracks=False)
         caption = next((row[3] for row in rows if row[1] == path.name), None)
-    elif captions == "needed" or (captions == "found" and os.path.isfile(text)):
-        caption = _caption_file(text, path)
+    elif captions != "ignored" and os.path.isfile(text):
+        caption = _caption_file(text)
     return [(1, path, None, caption)]
 
 
-def _caption_file(text, clip):
-    """The caption in a .txt file."""
-    if not os.path.lexists(text):
-        raise UserError(f"{clip}: no caption beside it; write {text.name}, or metadata.csv for all")
+def _caption_file(text):
+    """The caption in a .txt file; None if it is blank."""
+    if os.path.isfile(text) and os.path.getsize(text) < 100 and not text.read_bytes().strip():
+        return None
     return check_text(" ".join(read_text(text).split()), text)
 
 
@@ -1416,8 +1523,8 @@ def _clips_beside(folder, texts, captions):
             raise UserError(f"{folder}: {' and '.join(both)} share a name, so that clips and "
                             "captions cannot be matched; rename one")
         owner[stem], caption = clip, None
-        if captions == "needed" or (captions == "found" and found):
-            caption = _caption_file(found[0] if found else texts / f"{stem}.txt", clip)
+        if captions != "ignored" and found:
+            caption = _caption_file(found[0])
         rows.append((n, clip, None, caption))
     used = [*clips, *(p for stem in owner for p in files.get(stem, []))]
     _say_left_out(folder, used, [folder, texts])
@@ -1455,14 +1562,15 @@ class VideoDataset(torch.utils.data.Dataset):
     empty, too short, changing size) is named, counted, and replaced by the next row; past 1 % of
     the rows, and more than one, the run stops. Pictures count as clips when frames == 1. Item (i,
     number) is row i, its start drawn for `number` alone: a clip that comes again starts
-    elsewhere."""
+    elsewhere. repeats: how often an epoch of Buckets shows each row."""
 
     def __init__(self, source, frames, height, width, fps=None, seed=0, root=None, rows=None,
                  captions=True):
         # rows: already read, [(row, path, caption)]
         if rows is None:
             source, rows = list_clips(source, "needed" if captions else "ignored", root=root)
-        self.source, self.rows = source, rows
+        often = Counter(rows)  # a row stands there as often as its list repeats it
+        self.source, self.rows, self.repeats = source, list(often), list(often.values())
         self.frames, self.size, self.fps, self.seed = frames, (height, width), fps, seed
         known = {}
         twice = [n for n, *clip in self.rows if known.setdefault(tuple(clip), n) != n]
@@ -1472,7 +1580,7 @@ class VideoDataset(torch.utils.data.Dataset):
         for n, path, _ in self.rows:
             if path.suffix.lower() in IMAGES and frames != 1:
                 raise UserError(f"{self.source} row {n}: {path}: a picture is one frame; use "
-                                "--frames 1")
+                                "--frames 1, or a size for it such as --buckets 1x256x256")
         # in shared memory: the workers of a loader count their bad clips together
         self.bad = torch.zeros(len(self.rows), dtype=torch.bool)
         with suppress(RuntimeError):  # none is left: readers will say so
@@ -1515,6 +1623,53 @@ class VideoDataset(torch.utils.data.Dataset):
         command = f"python data.py --check {self.source} --frames {self.frames}"
         fps = f" --fps {self.fps:g}" if self.fps else ""
         return f"see {command} --height {h} --width {w}{fps}"
+
+
+def open_clips(source, sizes, fps=None, seed=0, root=None, captions="needed"):
+    """Clips of a list, see list_clips(), each read at one of `sizes` (frames, height, width) -> a
+    VideoDataset; Buckets of them if there are several sizes, or rows that repeat."""
+    source, rows = list_clips(source, captions, root=root)
+    parts = [VideoDataset(source, *size, fps, seed, rows=part)
+             for size, part in by_size(source, rows, sizes, fps).items()]
+    plain = len(sizes) == 1 and set(parts[0].repeats) == {1}
+    return parts[0] if plain else Buckets(parts)
+
+
+def by_size(source, rows, sizes, fps=None):
+    """Rows of list_clips() -> {size (frames, height, width): its rows}, sorted, of the sizes that
+    get any. Several sizes are told how many clips they get."""
+    if len(sizes) == 1:
+        return {sizes[0]: rows}
+    parts = {size: [] for size in sorted(sizes)}
+    often = tqdm(Counter(rows).items(), "sizes of clips", disable=not MAIN, delay=5)
+    for row, times in often:
+        parts[nearest_size(row[1], sizes, fps)] += [row] * times
+    if MAIN:
+        counts = [f"{len(set(part))} as {f}x{h}x{w}" for (f, h, w), part in parts.items()]
+        print(f"{source}: clips are read in sizes: {', '.join(counts)}", flush=True)
+    return {size: part for size, part in parts.items() if part}
+
+
+def nearest_size(path, sizes, fps=None):
+    """The one of `sizes` (frames, height, width) at which to read a clip at `fps`.
+
+    Of those whose frames the clip has, the nearest in aspect, then the longest, then the nearest in
+    height and width. One frame is for pictures, and for clips too short for the others. Clips that
+    are too short for all, or cannot be opened, get a shortest one: when read, they count as bad.
+    """
+    try:
+        if path.suffix.lower() in IMAGES:
+            count, (w, h) = 1, open_image(path).size
+        else:
+            with _opened(path) as (times, own, (h, w), _):
+                count = _at_rate(times, own, fps)[2][0]
+    except UserError:
+        return min(sizes)
+    least = min(sizes)[0]
+    fitting = ([size for size in sizes if 1 < size[0] <= count]
+               or [size for size in sizes if size[0] == least])
+    return min(fitting, key=lambda size: (
+        abs(math.log(size[1] * w / (size[2] * h))), -size[0], abs(size[1] - h) + abs(size[2] - w)))
 
 
 def _list_file(path, what):
@@ -1614,9 +1769,10 @@ class Few(torch.utils.data.Dataset):
         return self.items[item[0]]
 
 
-def check_dataset(source, frames, height, width, fps=None, root=None):
+def check_dataset(source, frames, height, width, fps=None, root=None, empty_captions=False):
     """Read every clip once, print the bad rows and a summary -> number of bad rows."""
-    dataset, bad = VideoDataset(source, frames, height, width, fps, 0, root), 0
+    source, rows = list_clips(source, "empty" if empty_captions else "needed", root=root)
+    dataset, bad = VideoDataset(source, frames, height, width, fps, rows=rows), 0
     for i, (n, _, _) in enumerate(dataset.rows):
         try:
             dataset.load(i, i)
@@ -1636,10 +1792,11 @@ def main(argv=None):
     p.add_argument("--height", type=p.COUNT, default=256, help="pixels")
     p.add_argument("--width", type=p.COUNT, default=256, help="pixels")
     p.add_argument("--fps", type=p.POSITIVE, help="wanted sampling rate (default: every frame)")
-    p.options("data", only=["--data-root"])
+    p.options("data", only=["--data-root", "--empty-captions"])
     args = p.parse_args(argv)
     size = args.frames, args.height, args.width
-    sys.exit(1 if check_dataset(args.check, *size, args.fps, args.data_root) else 0)
+    bad = check_dataset(args.check, *size, args.fps, args.data_root, args.empty_captions)
+    sys.exit(1 if bad else 0)
 
 
 if __name__ == "__main__":

@@ -236,7 +236,7 @@ def main(argv=None):
 def read_clips(args, sampling):
     """-> data set of clips, --data's rows (number, path, caption), evaluation prompts."""
     if args.data:
-        clips = pipeline.open_data(args, sampling.size)
+        clips = pipeline.open_data(args, pipeline.bucket_sizes(args, sampling.size, 2))
         rows, prompts = clips.rows, [clips.rows[0][2]]
     elif base_row(args.base).tiny:
         flawed = base_row(args.base).flawed

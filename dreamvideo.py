@@ -84,7 +84,8 @@ def get_args(argv=None):
                    help="probability of dropping the image condition")
     p.add_argument("--offset-noise", type=p.UNSIGNED,
                    help="strength of noise that all pixels of a frame share: it teaches brightness")
-    p.options("data pixels sampling optimisation machine evaluation run", without=("--fps",))
+    p.options("data pixels sampling optimisation machine evaluation run",
+              without=("--fps", "--buckets"))
     stage = p.parse_known_args(argv)[0].stage or PAPER["stage"]
     tiny = TINY | TINY_STAGES[stage]
     args = p.parse(argv, PAPER | STAGES[stage], {"tiny": tiny, "tiny-dreamvideo": tiny})
@@ -226,7 +227,7 @@ def read_data(args, sampling):
         raise UserError(f"--learned {args.learned}: no such file, nor a run's folder")
     previews = tinyworld.tiny_previews(args.stage != "motion")
     if args.stage == "motion" and args.data:
-        clips = pipeline.open_data(args, sampling.size)
+        clips = pipeline.open_data(args, [sampling.size])
         previews = [(pipeline.frame_picture(clips[0, 0]["video"][:, 0]), clips.rows[0][2])]
     elif args.stage == "motion":
         clips, path = tinyworld.tiny_motion(args.seed, 3, args.motion, frames)

@@ -161,7 +161,8 @@ def main(argv=None):
     sampling = choose_sampling(args.base, args, method="i2vgen")
     read_fps = args.read_fps or sampling.fps
     if args.data:
-        clips = pipeline.open_data(args, sampling.size, read_fps)
+        sizes = pipeline.bucket_sizes(args, sampling.size)
+        clips = pipeline.open_data(args, sizes, read_fps)
     else:
         clips = tinyworld.TinyWorld(TINY_CLIPS[args.scratch], sampling.frames, args.seed,
                                     args.motion, replay=args.replay)

@@ -165,6 +165,8 @@ def instructvideo_loss(net, base, env, reward, video, prompts, generators, chain
 
     video (b,3,f,h,w) in [-1,1], with its captions as prompts; generators: one per clip.
     """
+    f, h, w = video.shape[2:]
+    chain = replace(chain, frames=f, height=h, width=w)  # --buckets
     t, n = partial_chain(base.sampling_schedule(chain), chain, args.partial)
     x_t = noise_clips(base, env, video, generators, chain, t, args.offset_noise)
     chosen = [segment_frames(chain.frames, args.segments, g) for g in generators]

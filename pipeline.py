@@ -6,6 +6,7 @@ show() writes what an evaluation made.
 """
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,9 +21,9 @@ from common import (
     Env, UserError, draw_curve, finish, gather_rows, generator, meet, read_lines, read_text,
     seed_of, write_lines)
 from data import (
-    Mixed, VideoDataset, center_crop_wide, clip_image, clip_square, contact_sheet, encode_once,
-    image_tensor, lanczos_cover, open_image, prompt_grid, read_batches, read_image_prompts,
-    read_prompts, read_seeded_prompts, to_uint8, write_video)
+    Buckets, Mixed, center_crop_wide, clip_image, clip_square, contact_sheet, encode_once,
+    image_tensor, lanczos_cover, open_clips, open_image, prompt_grid, read_batches,
+    read_image_prompts, read_prompts, read_seeded_prompts, to_uint8, write_video)
 from diffusion import (
     FLOW_SAMPLERS, cogvideox_dpm, ddim, ddim_invert, dpmpp_2m, dynamic_guidance, guided, higen, lcm,
     mix_noise, offset_noise, randn, recorded, sampler_updates, sr600)
@@ -429,16 +430,36 @@ def read_items(args, sampling, continuations=0):
     return items, held_out[:args.eval_n]
 
 
-def open_data(args, size, fps=None) -> VideoDataset:
-    """--data as clips of `size` (frames, height, width), read at --read-fps or at `fps`."""
-    return VideoDataset(args.data, *size, fps or args.read_fps, args.seed, args.data_root)
+def bucket_sizes(args, size, least=1):
+    """`size` and those of --buckets, each (frames, height, width). Refuses sizes that do not fit
+    the base, and those of fewer than `least` frames, which the method cannot train on."""
+    for f, h, w in args.buckets:
+        if f < least:
+            raise UserError(f"--buckets {f}x{h}x{w}: needs {least} frames or more here")
+        try:
+            latent_shape(args.base, f, h, w)
+        except UserError as e:
+            raise UserError(f"--buckets {f}x{h}x{w}: {e}") from None
+    return list(dict.fromkeys([size, *args.buckets]))
+
+
+def open_data(args, sizes, fps=None):
+    """--data as clips of `sizes` (frames, height, width), read at --read-fps or at `fps`, see
+    data.open_clips()."""
+    return open_clips(args.data, sizes, fps or args.read_fps, args.seed, args.data_root,
+                      captions_rule(args))
+
+
+def captions_rule(args):
+    """What --empty-captions means to data.list_clips()."""
+    return "empty" if args.empty_captions else "needed"
 
 
 def read_captioned(args, sampling):
     """Options of instructvideo.py -> clips with captions, the captions, held-out items (None,
     prompt)."""
     if args.data:
-        data = open_data(args, sampling.size)
+        data = open_data(args, bucket_sizes(args, sampling.size, args.segments))
         captions = list(dict.fromkeys(caption for _, _, caption in data.rows))
         prompts = captions
     elif base_row(args.base).tiny:
@@ -609,8 +630,14 @@ def cache_latents(run, data, encode, about, name="."):
     """--cache-latents: encode every clip of `data` once, in half precision, into OUT/latents/NAME.
 
     encode(batch) -> {name: tensor (b, ...)}; about: plain values; files made with other values
-    are redone. -> a data set of what encode gave, with "text".
+    are redone. -> a data set of what encode gave, with "text". Buckets have a folder each.
     """
+    if isinstance(data, Buckets):
+        parts = []
+        for part, (f, h, w) in zip(data.parts, data.sizes):
+            own = about | dict(size=(f, h, w), rows=seed_of(part.rows))
+            parts.append(cache_latents(run, part, encode, own, f"{name}/{f}x{h}x{w}"))
+        return Buckets(parts, like=data)
     about = dict(base=run.args.base, weights=run.args.weights, seed=run.args.seed) | about
     def encode_half(batch):
         return {k: v.half() for k, v in encode(batch).items()}
@@ -628,8 +655,9 @@ class Clips:
         clips.open(run, base)                         # --cache-latents encodes everything now
         x0, captions, seen = clips.draw(generators)   # of each micro-step
 
-    Its options are the groups "data" and "images" of common.OPTIONS. On tiny bases clips come from
-    the tiny world unless there is --data.
+    drawn: the settings at the size of the clips that were drawn last. Its options are the groups
+    "data" and "images" of common.OPTIONS. On tiny bases clips come from the tiny world unless there
+    is --data.
     """
 
     def __init__(self, args, sampling, captions=True, mixture=(), **tiny):
@@ -639,9 +667,12 @@ class Clips:
         """
         self.args, self.sampling, self.mixture = args, sampling, mixture
         self.tiny = tiny | dict(flawed=base_row(args.base).flawed)
-        self.observe, self.cached = None, False
+        self.observe, self.cached, self.drawn = None, False, sampling
         if args.images and not (args.data and (args.image_share or mixture)):
             raise UserError("--images: goes with --data, for the steps of --image-share")
+        if args.buckets and (args.images or mixture):
+            raise UserError("--buckets: not with --images or --mixture; list pictures in --data "
+                            "and give them a size of 1 frame")
         causal = base_row(args.base).vae.latent_frames(2) == 1  # a latent is of several frames
         if args.image_share and causal and not (args.images or mixture):
             raise UserError(f"--image-share: {args.base} has no latents of single frames; give "
@@ -657,9 +688,10 @@ class Clips:
                 self.parts.append(TinyWorld(4096, frames, args.seed, **self.tiny))
                 continue
             pictures = args.images and frames == 1
-            self.parts.append(VideoDataset(
-                args.images if pictures else args.data, frames, *sampling.size[1:], fps, args.seed,
-                args.data_root, captions=captions or pictures))
+            sizes = bucket_sizes(args, (frames, *sampling.size[1:]))
+            self.parts.append(open_clips(
+                args.images if pictures else args.data, sizes, fps, args.seed, args.data_root,
+                captions_rule(args) if captions or pictures else "ignored"))
         if args.eval_prompts:
             prompts = read_prompts(args.eval_prompts)
         else:
@@ -675,9 +707,14 @@ class Clips:
     def examples(self, n):
         """A batch of n clips to evaluate on: the first of --data, or tiny ones that training never
         reads. Before open()."""
-        data = self.parts[0]
+        data, size = self.parts[0], self.sampling.size
         if not self.args.data:
             data = TinyWorld(n, self.sampling.frames, self.args.seed + 1, **self.tiny)
+        if isinstance(data, Buckets):
+            if size not in data.sizes:
+                raise UserError(f"--buckets: no clip is read at {size[0]}x{size[1]}x{size[2]}, to "
+                                "evaluate on; give other --frames, --height and --width")
+            data = data.parts[data.sizes.index(size)]
         return default_collate([data[i, i] for i in range(min(n, len(data)))])
 
     def open(self, run, base, observe=None, texts=()):
@@ -733,6 +770,9 @@ class Clips:
         --drop-text.
         """
         batch = next(self.batches)
+        if self.args.buckets:
+            f, h, w = batch["size"][0].tolist()
+            self.drawn = replace(self.sampling, frames=f, height=h, width=w)
         seen = batch if self.cached else self.encode(batch)
         x0 = draw_latents(self.base, self.run.env, seen, generators)
         if self.is_image_step(self.run.step) and x0.shape[2] > 1:  # a random frame of each clip

@@ -179,7 +179,7 @@ def main(argv=None):
             seed_dropout(net, args.seed, numbers)
             x0, captions, _ = clips.draw(generators)
             with run.forward():
-                loss = t2v_loss(net, base, sampling, x0, captions, generators, args)
+                loss = t2v_loss(net, base, clips.drawn, x0, captions, generators, args)
             run.backward(loss)
         run.update()
         if run.preview_due:

@@ -419,10 +419,6 @@ class TinyTracks(torch.utils.data.Dataset):
     def __getitem__(self, item):
         return tiny_track_clip((self.seed, TRAINING, item[0]), self.motion, self.frames)[0]
 
-    def about(self):
-        """Plain values that tell whether encoded clips are those of this data set."""
-        return vars(self)
-
 
 def held_out_tracks(n, frames, seed=0):
     """n clips of each of TINY_TRACKS -> [{"video", "tracks", "text", "motion", "scene"}]."""

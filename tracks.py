@@ -18,7 +18,6 @@ Here x points right, y down, z away from the camera. Matrices are world-to-camer
 X_world, so "trans 1 0 0" moves what is seen to the right: the camera goes left. Points are (x, y,
 depth), x and y in pixels; a depth of 0 means no point.
 """
-import argparse
 import copy
 import importlib.util
 import os
@@ -34,11 +33,11 @@ from torch import nn
 from tqdm import tqdm
 
 from common import (
-    Parser, UserError, batch_indices, check_writable, gather_rows, meet, own_folder, read_text,
-    release_folders, seed_of, setup, warn, write_atomic)
+    Parser, UserError, check_writable, gather_rows, meet, own_folder, read_text, release_folders,
+    setup, warn, write_atomic)
 from data import (
-    IMAGES, TABLES, VIDEOS, VideoDataset, center_crop_wide, contact_sheet, cover_and_crop,
-    list_clips, list_folder, load, open_image, raft, read_array, read_image, read_video, reason_of,
+    IMAGES, TABLES, VIDEOS, VideoDataset, by_size, center_crop_wide, contact_sheet, cover_and_crop,
+    list_clips, list_folder, open_image, raft, read_array, read_image, read_video, reason_of,
     video_info, write_video)
 from weights import load_weights, rename
 
@@ -676,7 +675,7 @@ class TrackDataset(VideoDataset):
     def __init__(self, source, rows, frames, height, width, seed=0):
         clips = [(n, video, text) for n, video, _, text in rows]
         super().__init__(source, frames, height, width, seed=seed, rows=clips)
-        self.tracks = [track for _, _, track, _ in rows]
+        self.tracks = [track for _, _, track, _ in dict.fromkeys(rows)]  # without repeated rows
 
     def load(self, row, number):
         _, path, text = self.rows[row]
@@ -693,41 +692,25 @@ class TrackDataset(VideoDataset):
     def advice(self):
         return "the lines before name them and say why"
 
-    def about(self):
-        """Plain values that tell whether encoded clips are those of this data set."""
-        return dict(frames=self.frames, size=self.size, rows=seed_of(self.rows))
-
     def split(self, k):
         """-> two data sets: its first k clips, and the others."""
         parts = copy.copy(self), copy.copy(self)
         for part, chosen in zip(parts, (slice(None, k), slice(k, None))):
             part.rows, part.tracks = self.rows[chosen], self.tracks[chosen]
+            part.repeats = self.repeats[chosen]
             part.bad = self.bad[chosen]  # a view: still in shared memory
         return parts
 
 
-def in_buckets(source, buckets, seed=0, root=None):
-    """A list of clips -> a TrackDataset for each of `buckets` (frames, height, width) that gets
-    any.
-
-    A clip goes to the longest bucket that it fills (a too short one to the shortest: it counts as
-    bad when it is read), and of these to the one nearest in size.
-    """
+def in_buckets(source, sizes, seed=0, root=None, captions="needed"):
+    """A list of clips -> a TrackDataset for each of `sizes` (frames, height, width) that gets any,
+    see data.by_size()."""
     if not source:
         raise UserError("--data: give a folder with prompt.txt, videos.txt, trackings.txt, a csv "
                         "or a jsonl")
-    source, rows = list_clips(source, tracks=True, root=root)
-    parts = {bucket: [] for bucket in sorted(buckets)}
-    for row in rows:
-        try:
-            count, _, (h, w) = video_info(row[1])
-        except UserError as e:
-            raise UserError(f"{source} row {row[0]}: {reason_of(e)}") from None
-        frames = max((f for f, _, _ in parts if f <= count), default=min(parts)[0])
-        bucket = min((b for b in parts if b[0] == frames),
-                     key=lambda b: abs(b[1] - h) + abs(b[2] - w))
-        parts[bucket].append(row)
-    return [TrackDataset(source, rows, *bucket, seed) for bucket, rows in parts.items() if rows]
+    source, rows = list_clips(source, captions, tracks=True, root=root)
+    parts = by_size(source, rows, sizes)
+    return [TrackDataset(source, part, *size, seed) for size, part in parts.items()]
 
 
 def hold_out(parts, size, n, others=None):
@@ -750,57 +733,6 @@ def hold_out(parts, size, n, others=None):
     warn(f"--eval-n {n}: too few clips to hold any out ({len(parts[k])} of {size[0]} frames): the "
          "evaluation is on training clips; --eval-data gives others")
     return parts, parts[k]
-
-
-def bucket_indices(lengths, first, batch, group, seed=0):
-    """Samples number first .. first + batch - 1 of a run -> [(bucket, item)].
-
-    The `group` samples of one update come from one bucket, so they have one size however they are
-    split over processes. An epoch has as many groups of a bucket as hold all its clips, in shuffled
-    order; each bucket is read in epochs of its own (batch_indices).
-    """
-    groups = np.repeat(np.arange(len(lengths)), [-(-n // group) for n in lengths])
-    picked = []
-    for i in range(first, first + batch):
-        update, place = divmod(i, group)
-        epoch, k = divmod(update, len(groups))
-        order = np.random.default_rng((seed, epoch)).permutation(groups)
-        bucket = order[k]
-        before = epoch * (groups == bucket).sum() + (order[:k] == bucket).sum()
-        number = int(before) * group + place
-        picked.append((int(bucket), batch_indices(lengths[bucket], number, 1, seed)[0]))
-    return picked
-
-
-class Buckets(torch.utils.data.Dataset):
-    """Data sets side by side: item ((k, i), number) is parts[k][i, number]."""
-
-    def __init__(self, parts):
-        self.parts = parts
-
-    def __getitem__(self, item):
-        (k, i), number = item
-        return self.parts[k][i, number]
-
-
-def read_buckets(parts, numbers, group, seed=0, workers=0):
-    """Batches of samples by their numbers in a run, as data.read_batches. group: samples of an
-    update."""
-    lengths = [len(part) for part in parts]
-    order = (list(zip(bucket_indices(lengths, part[0], len(part), group, seed), part))
-             for part in numbers)
-    return load(Buckets(parts), order, workers)
-
-
-def bucket(text):
-    """An argparse type: "25x480x720" -> (frames, height, width)."""
-    try:
-        size = tuple(int(x) for x in text.lower().split("x"))
-    except ValueError:
-        size = ()
-    if len(size) != 3 or min(size) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not FRAMESxHEIGHTxWIDTH, such as 25x480x720")
-    return size
 
 
 # ---- making tracks: the options of  python das.py --make-tracks SOURCE
@@ -1121,6 +1053,7 @@ def make_dataset(args, env, tracker, estimate):
     """
     out = Path(args.out)
     source, rows = list_clips(args.make_tracks, root=args.data_root)
+    rows = list(dict.fromkeys(rows))  # what a list repeats is tracked once
     mine, kept = rows[env.rank::env.world], []
     for n, path, text in tqdm(mine, "tracking clips", disable=not env.main, mininterval=5):
         names = f"videos/{n:05d}.mp4", f"tracking/{n:05d}_tracking.mp4"

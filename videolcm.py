@@ -240,7 +240,7 @@ def main(argv=None):
 def read_clips(args, sampling):
     """-> the data set of clips, its rows (tiny: none), the prompts of the previews."""
     if args.data:
-        clips = pipeline.open_data(args, sampling.size)
+        clips = pipeline.open_data(args, pipeline.bucket_sizes(args, sampling.size))
         rows, prompts = clips.rows, [clips.rows[0][2]]
     else:
         clips = tinyworld.TinyWorld(

@@ -261,8 +261,8 @@ def test_evaluation_is_on_clips_that_are_not_trained_on(small, tmp_path):
 
     def texts(*more):
         args = das.get_args([*words, *more])
-        parts, clips = das.read_data(args, bases.choose_sampling("das", args, method="das"))
-        return [[row[-1] for row in part.rows] for part in parts], [clip["text"] for clip in clips]
+        training, clips = das.read_data(args, bases.choose_sampling("das", args, method="das"))
+        return [[row[-1] for row in part.rows] for part in training.parts], [clip["text"] for clip in clips]
     assert texts() == ([["c", "d"], ["a"]], ["b"])
     assert texts("--eval-data", str(tmp_path / "data"), "--eval-n", "3") == ([["c", "d"], ["a", "b"]], ["a", "b"])
     assert texts("--eval-n", "2") == ([["c", "d"], ["a", "b"]], ["a", "b"])  # too few: with a warning
@@ -308,7 +308,7 @@ def test_errors_are_one_line(message, tmp_path, small):
     tiny = ["--base", "tiny-cogvideox", *out]
     assert "6 blocks to copy" in message(das.main, [*tiny, "--tracking-blocks", "7"])
     assert "'9x32' is not FRAMES" in message(das.main, [*tiny, "--buckets", "9x32"])
-    assert "nearest" in message(das.main, [*tiny, "--buckets", "8x32x32"])
+    assert "nearest" in message(das.main, [*tiny, "--buckets", "8x32x32", "--data", str(tmp_path)])
     assert "no such folder" in message(das.main, ["--base", "das", "--data", "none", *out])
     assert "--drop-image" in message(das.main, [*tiny, "--drop-image", "2"])
     (tmp_path / "prompt.txt").write_text("a\n")

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from fractions import Fraction
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 import data
-from common import UserError
+from common import SampleNumbers, UserError
 from data import (
     VideoDataset,
     center_crop_wide,
@@ -513,6 +514,71 @@ def test_bad_clips_are_named_skipped_counted_and_limited(clips, capfd):
     assert int(c.bad.sum()) == 2                                         # and the count
     put(clips / "one.txt", "c1.mp4|||x\n")
     fails(["1 of 1"], lambda: VideoDataset(clips / "one.txt", 4, 16, 24)[0, 0])
+
+
+# ---- clips of several sizes
+
+@pytest.fixture
+def mixed(tmp_path):
+    """A list of wide clips of 20 and of 6 frames, a tall one and two pictures, of which one counts three times."""
+    for name, frames, h, w in (("w0", 20, 32, 48), ("w1", 20, 32, 48), ("short", 6, 32, 48), ("tall", 20, 48, 32)):
+        write_video(tmp_path / f"{name}.mp4", ramp(frames, h, w), fps=8)
+    for name in ("p", "q"):
+        Image.new("RGB", (48, 32), "white").save(tmp_path / f"{name}.png")
+    put(tmp_path / "bad.mp4", "corrupt")
+    names = ["w0.mp4", "w1.mp4", "short.mp4", "tall.mp4", "p.png", "q.png", "bad.mp4"]
+    return put(tmp_path / "list.csv", "video,caption,repeats\n" + "".join(
+        f"{name},{name.split('.')[0]},{3 if name == 'q.png' else 1}\n" for name in names))
+
+
+SIZES = [(8, 16, 24), (8, 24, 16), (16, 16, 24), (1, 32, 48)]
+
+
+def test_clips_go_to_the_size_nearest_in_aspect(mixed, capsys):
+    def named(sizes, fps=None):
+        opened = data.open_clips(mixed, sizes, fps)
+        return {size: [row[2] for row in part.rows] for size, part in zip(opened.sizes, opened.parts)}
+    pictures = ["short", "p", "q", "bad"]  # one is too short for the others, one cannot be opened
+    assert named(SIZES) == {(1, 32, 48): pictures, (8, 24, 16): ["tall"], (16, 16, 24): ["w0", "w1"]}
+    said = capsys.readouterr().out
+    assert "4 as 1x32x48, 0 as 8x16x24, 1 as 8x24x16, 2 as 16x16x24" in said and said.count("\n") == 1
+    assert named(SIZES, fps=4) == {(1, 32, 48): pictures, (8, 16, 24): ["w0", "w1"], (8, 24, 16): ["tall"]}
+    fails(["row 6", "--buckets 1x"], data.open_clips, mixed, SIZES[:2])  # none for pictures
+    assert data.open_clips(mixed, SIZES[:1] * 2 + SIZES[3:])[4, 0]["size"].tolist() == [1, 32, 48]
+
+
+def test_repeated_rows_count_so_often_in_an_epoch(mixed):
+    (mixed.parent / "bad.mp4").unlink()
+    put(mixed, mixed.read_text().replace("bad.mp4,bad,1\n", ""))
+    opened = data.open_clips(mixed, [(1, 16, 24)])
+    assert len(opened.rows) == 6 and len(opened) == 8
+    assert len(opened.parts[0].bad) == 6  # a bad clip is found once
+    numbers = numbers_of(batch=8)
+    batch, = data.read_batches(opened, numbers)
+    assert sorted(batch["text"]) == sorted(["w0", "w1", "short", "tall", "p", "q", "q", "q"])
+
+
+def numbers_of(batch, accum=1, rank=0, world=1, steps=1, start=0, read=0):
+    args = SimpleNamespace(batch=batch, accum=accum, steps=steps)
+    return SampleNumbers(args, SimpleNamespace(rank=rank, world=world), start, read)
+
+
+def test_an_update_reads_one_size_however_it_is_split(mixed):
+    opened, steps = data.open_clips(mixed, SIZES), 12
+
+    def read(**how):
+        return [list(zip(batch["text"], batch["size"].tolist(), batch["video"].mean((1, 2, 3, 4)).tolist()))
+                for batch in data.read_batches(opened, numbers_of(steps=steps, **how), seed=5)]
+    whole = read(batch=4)
+    assert all(len({tuple(size) for _, size, _ in update}) == 1 for update in whole)
+    assert {tuple(size) for update in whole for _, size, _ in update} == {(1, 32, 48), (8, 24, 16), (16, 16, 24)}
+    micro = read(batch=1, accum=4)
+    assert [sum(micro[i:i + 4], []) for i in range(0, len(micro), 4)] == whole
+    one, two = (read(batch=1, accum=2, rank=rank, world=2) for rank in (0, 1))
+    turns = [row for pair in zip(one, two) for batch in pair for row in batch]
+    assert turns == sum(whole, [])                                       # two processes
+    assert read(batch=4, start=5, read=20) == whole[5:]                  # resumed
+    fails(["--resume", "--batch"], data.read_batches, opened, numbers_of(batch=3, read=20))
 
 
 def test_check(clips, capsys):

@@ -110,7 +110,7 @@ REFUSED = {
     "two captions, one clip": ({"a.MP4": "", "a.txt": "one", "a.TXT": "two"}, "share a name"),
     "a clip and its thumbnail": ({"a.mp4": "", "a.jpg": "", "a.txt": "one"}, "a.jpg and a.mp4 share a name"),
     "no caption": ({**CLIPS, "a.txt": "one"}, "b.mp4: no caption beside it; write b.txt"),
-    "an empty caption": ({"a.mp4": "", "a.txt": " \n"}, "a.txt: the file is empty"),
+    "an empty caption": ({"a.mp4": "", "a.txt": " \n"}, "a.mp4: no caption beside it; write a.txt"),
     "no label": ({**BELOW, "labels/a.txt": "one"}, "b.mp4: no caption"),
     "a folder of clips as a clip": ({"clips/a.mp4": "", "clips.txt": "a.mp4"}, "clips: no pictures in this folder"),
     "hidden files alone": ({"._a.mp4": "", "._a.txt": "one"}, "no clips in this folder"),
@@ -130,6 +130,43 @@ REFUSED = {
 def test_refused(case, tmp_path, message):
     files, words = REFUSED[case]
     assert words in message(list_clips, fill(tmp_path, **files))
+
+
+BARE = {"list.csv": "video,caption\na.mp4,one\nb.mp4,\nb.mp4, \n", "list.txt": "a.mp4|||one\nb.mp4\nb.mp4|||",
+        "list.jsonl": '{"video": "a.mp4", "caption": "one"}\n{"video": "b.mp4"}\n{"video": "b.mp4", "text": null}'}
+
+
+@pytest.mark.parametrize("name", [*BARE, "clips"])
+def test_missing_captions_are_counted(name, tmp_path, message, capsys):
+    fill(tmp_path, **CLIPS)
+    if name == "clips":
+        fill(tmp_path / name, **CLIPS, **{"a.txt": "one", "b.txt": "", "c.mp4": ""})
+    else:
+        fill(tmp_path, **{name: BARE[name]})
+    text = message(list_clips, tmp_path / name)
+    assert "2 of 3 clips have no caption; --empty-captions" in text
+    assert not capsys.readouterr().err
+    assert [caption for _, caption in rows(tmp_path / name, "empty")] == ["one", "", ""]
+    warning = capsys.readouterr().err
+    assert warning.count("\n") == 1 and "2 of 3 clips have no caption" in warning
+
+
+def test_columns_without_captions(tmp_path, capsys):
+    assert [caption for _, caption in rows(fill(tmp_path, **PAIRED), "empty")] == ["", ""]
+    assert "2 of 2 clips have no caption" in capsys.readouterr().err
+
+
+def test_repeats(tmp_path, message):
+    fill(tmp_path, **CLIPS, **{"list.csv": "video,caption,repeats\na.mp4,one,3\nb.mp4,two,\n"})
+    assert rows(tmp_path / "list.csv") == [A_B[0]] * 3 + [A_B[1]]
+    assert rows(tmp_path / "list.csv", "found") == A_B  # to score or enlarge them once is enough
+    fill(tmp_path, **{"list.jsonl": '{"video": "b.mp4", "caption": "two", "repeats": 2}'})
+    assert rows(tmp_path / "list.jsonl") == [A_B[1]] * 2
+    for bad in ("0", "-1", "1.5", "x", "10000"):
+        fill(tmp_path, **{"list.csv": f"video,caption,repeats\na.mp4,one,1\nb.mp4,two,{bad}\n"})
+        assert f"list.csv row 3: `repeats` is '{bad}'" in message(list_clips, tmp_path / "list.csv")
+    fill(tmp_path, **{"list.jsonl": '{"video": "b.mp4", "caption": "two", "repeats": true}'})
+    assert "list.jsonl row 1: `repeats` is 'True'" in message(list_clips, tmp_path / "list.jsonl")
 
 
 def test_odd_things_in_a_folder(tmp_path, message):

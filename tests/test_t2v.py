@@ -10,15 +10,21 @@ from PIL import Image
 
 import bases
 import data
+import demo
 import diffusion
 import higen
+import i2vgen
+import instructvideo
 import models
 import pipeline
 import sample
 import t2v
+import test_dist
+import test_transformers
 import tft2v
 import tinyworld
 import vcomposer
+import videolcm
 from bases import load_base
 from common import Env, SampleNumbers, generator, read_lines
 from models import Dropout, forget_motion, seed_dropout
@@ -396,6 +402,120 @@ def test_images_have_captions_of_their_own(tmp_path, message):
     assert [part.frames for part in clips.parts] == [8, 1] and clips.prompts == ["a red circle"]
     assert [row[2] for row in clips.parts[0].rows] == ["", ""]
     assert clips.examples(5)["video"].shape == (2, 3, 8, 32, 32)
+
+
+# ---- clips of several sizes
+
+@pytest.fixture
+def mixed(tmp_path):
+    """Options that read clips of two shapes at two sizes, and a picture at a third; a clip counts twice."""
+    rows = ["video,caption,repeats"]
+    for name, f, h, w in (("wide", 8, 32, 48), ("wider", 9, 32, 48), ("square", 8, 32, 32)):
+        data.write_video(tmp_path / f"{name}.mp4", torch.rand(3, f, h, w) * 2 - 1)
+        rows.append(f"{name}.mp4,a red circle moving left,{'2' * (name == 'wide')}")
+    (tmp_path / "moving.csv").write_text("\n".join(rows))
+    Image.effect_noise((40, 40), 50).convert("RGB").save(tmp_path / "p.png")
+    (tmp_path / "all.csv").write_text("\n".join([*rows, "p.png,a blue square moving up,"]))
+
+    def options(pictures=True):
+        sizes = ["8x16x24", "1x32x32"] if pictures else ["8x16x24"]
+        return ["--data", tmp_path / ("all.csv" if pictures else "moving.csv"), "--buckets", *sizes, "--workers", 0]
+    return options
+
+
+SEEN = {(8, 4, 6), (8, 8, 8), (1, 8, 8)}  # latents of a base that halves thrice, in time never
+
+
+def shapes_of(monkeypatch):
+    """-> the sizes (f, h, w) of what the network saw, a set that grows."""
+    seen, forward = set(), models.UNet3D.forward
+
+    def spy(self, x, *args, **cond):
+        seen.add(tuple(x.shape[2:]))
+        return forward(self, x, *args, **cond)
+    monkeypatch.setattr(models.UNet3D, "forward", spy)
+    return seen
+
+
+def test_buckets_are_cached_apart_and_resumed_exactly(mixed, tmp_path, monkeypatch):
+    args = ["--base", "tiny", *mixed(), "--cache-latents", "--image-share", 0, "--lr-schedule", "constant"]
+    seen = shapes_of(monkeypatch)
+    train(t2v, tmp_path / "whole", *args, "--steps", 5)
+    assert seen == SEEN
+    folders = sorted(p.name for p in (tmp_path / "whole" / "latents").iterdir())
+    assert folders == ["1x32x32", "8x16x24", "8x32x32"]
+    train(t2v, tmp_path / "parts", *args, "--steps", 2)
+    train(t2v, tmp_path / "parts", *args, "--steps", 5, "--resume")
+    (state, _, log), other = product(tmp_path / "whole"), product(tmp_path / "parts")
+    assert log == other[2]
+    assert all(torch.equal(v, other[0]["weights"][k]) for k, v in state["weights"].items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method, base, pictures, more", [
+    (tft2v, "tiny", True, ["--image-share", 0.2]), (higen, "tiny-higen", True, []),
+    (vcomposer, "tiny-vcomposer", True, ["--cache-latents"]), (i2vgen, "tiny-i2v", True, ["--cache-latents"]),
+    (videolcm, "tiny", True, ["--cache-latents"]), (demo, "tiny", False, ["--read-fps", 8, "--cache-latents"]),
+    (instructvideo, "tiny", False, ["--reward", "brightness", "--sample-steps", 4])],
+    ids=lambda value: getattr(value, "__name__", ""))
+def test_every_method_reads_buckets(method, base, pictures, more, mixed, tmp_path, monkeypatch):
+    monkeypatch.setattr(higen, "fit_resampler", lambda base: None)
+    seen = shapes_of(monkeypatch)
+    method.main([str(x) for x in (
+        "--base", base, *mixed(pictures), "--steps", 6, "--batch", 1, "--eval-n", 1, "--sample-steps", 1,
+        *more, "--out", tmp_path / "run")])
+    assert seen >= SEEN - ({(1, 8, 8)} if not pictures else set())
+
+
+@pytest.mark.slow
+def test_buckets_of_two_processes_are_those_of_one(mixed, tmp_path):
+    args = [str(x) for x in (*test_dist.T2V, *mixed(), "--image-share", 0, "--steps", 6)]
+    one = test_dist.launch(1, tmp_path / "one", *args, "--accum", "2")
+    two = test_dist.launch(2, tmp_path / "two", *args)
+    assert test_dist.relative(two, one, "weights") < 1e-6
+
+
+def test_a_base_that_is_told_the_size_is_told_the_buckets(tmp_path, monkeypatch):
+    test_transformers.small(monkeypatch, "opensora")
+    test_transformers.publish(tmp_path / "weights", "opensora")
+    for name, h, w in (("own", 16, 20), ("tall", 32, 16)):
+        data.write_video(tmp_path / "clips" / f"{name}.mp4", torch.rand(3, 6, h, w) * 2 - 1)
+        (tmp_path / "clips" / f"{name}.txt").write_text("a red ball")
+    told, conditions = set(), pipeline.clip_size
+
+    def spy(sampling, n, device):
+        told.add(sampling.size)
+        return conditions(sampling, n, device)
+    monkeypatch.setattr(pipeline, "clip_size", spy)
+    train(t2v, tmp_path / "run", "--base", "opensora", "--weights", tmp_path / "weights", "--rank", 2, "--steps", 4,
+          "--data", tmp_path / "clips", "--buckets", "6x32x16", "--workers", 0)
+    assert told == {(6, 16, 20), (6, 32, 16)}
+
+
+@pytest.mark.parametrize("method, line, words", [
+    (t2v, "--base tiny --buckets 1x32x32", "--buckets: sizes for the clips of --data"),
+    (t2v, "--base tiny --buckets 8x30x32 --data none", "--buckets 8x30x32: --height 30"),
+    (t2v, "--base cogvideox-2b --buckets 8x480x720 --data none", "--buckets 8x480x720: --frames 8"),
+    (i2vgen, "--base cogvideox-5b-i2v --buckets 49x720x480 --data none", "has learned positions for 480x720"),
+    (t2v, "--base tiny --image-share 1 --buckets 1x32x32 --data none --images none", "--buckets: not with --images"),
+    (t2v, "--buckets 1x256x256 --data none --mixture", "--buckets: not with --images or --mixture"),
+    (demo, "--base tiny --buckets 1x32x32 --data none", "--buckets 1x32x32: needs 2 frames or more"),
+])
+def test_buckets_that_do_not_fit(method, line, words, message, tmp_path):
+    assert words in message(method.main, [*line.split(), "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+def test_empty_captions(tmp_path, message, capsys):
+    for name in ("a", "b"):
+        data.write_video(tmp_path / f"{name}.mp4", torch.rand(3, 8, 32, 32) * 2 - 1)
+    (tmp_path / "list.csv").write_text("video,caption\na.mp4,a red circle\nb.mp4,\n")
+    args = ["--base", "tiny", "--data", str(tmp_path / "list.csv")]
+    sampling = bases.choose_sampling("tiny", t2v.get_args(args))
+    assert "1 of 2 clips have no caption; --empty-captions" in message(pipeline.Clips, t2v.get_args(args), sampling)
+    clips = pipeline.Clips(t2v.get_args([*args, "--empty-captions"]), sampling)
+    assert [row[2] for row in clips.parts[0].rows] == ["a red circle", ""]
+    assert "1 of 2 clips have no caption and are trained on an empty one" in capsys.readouterr().err
 
 
 # ---- real clips, small networks

@@ -361,9 +361,11 @@ def test_held_out_clips_are_not_trained_on(listed, tmp_path, message, capsys):
 def test_batches_of_buckets():
     lengths, group = [10, 3, 1], 4
     epoch = 3 + 1 + 1
-    whole = tracks.bucket_indices(lengths, 0, 20 * epoch * group, group)
-    parts = [x for i in range(0, len(whole), 2) for x in tracks.bucket_indices(lengths, i, 2, group)]
+    whole = data.bucket_indices(lengths, 0, 20 * epoch * group, group)
+    parts = [x for i in range(0, len(whole), 2) for x in data.bucket_indices(lengths, i, 2, group)]
     assert parts == whole                                                      # however it is split
+    places = [(k, i) for k, n in enumerate(lengths) for i in range(n)]
+    whole = [places[i] for i in whole]
     groups = [whole[i:i + group] for i in range(0, len(whole), group)]
     assert all(len({bucket for bucket, _ in g}) == 1 for g in groups)          # one size an update
     order = [g[0][0] for g in groups]
@@ -372,7 +374,7 @@ def test_batches_of_buckets():
     for bucket, n in enumerate(lengths):
         items = [i for b, i in whole if b == bucket]
         assert all(sorted(items[i:i + n]) == list(range(n)) for i in range(0, len(items) - n, n))
-    single = [i for _, i in tracks.bucket_indices([7], 3, 20, 4, seed=5)]
+    single = data.bucket_indices([7], 3, 20, 4, seed=5)
     assert single == data.batch_indices(7, 3, 20, 5)                         # one bucket: as everywhere
 
 
