@@ -389,12 +389,12 @@ def test_a_flow_network_is_trained(tmp_path):
     row = replace(bases.base_row("opensora"), net=net.cfg)
     text = torch.randn(1, 6, 8)
     base = argparse.Namespace(
-        row=row, schedule=make_schedule(**row.schedule), net=net,
+        row=row, schedule=make_schedule(**row.schedule), net=net, sampling_schedule=lambda sampling: base.schedule,
         tokenize=lambda texts: torch.ones(len(texts), 6, dtype=torch.long),
         encode_text=lambda texts: text.expand(len(texts), -1, -1),
         encode_null=lambda null, n: net.null_text(n))
     sampling, args = settings("opensora", 100.0, height=32, width=48)
-    frozen = frozen_copy(net, torch.float32, "ddp", torch.device("cpu"))
+    frozen = frozen_copy(net, torch.float32, argparse.Namespace(parallel="ddp"), torch.device("cpu"))
     pairs, noise = torch.randn(2, 2, 4, 3, 4, 6), torch.randn(2, 2, 4, 3, 4, 6)
     loss, z = videodpo.pair_loss(net, frozen, base, sampling, args, pairs, ["a fox", None],
                                  torch.rand(2, 2), noise, torch.ones(2))
@@ -455,7 +455,7 @@ def test_a_reference_of_other_numerics_is_noticed(released, tmp_path, capfd, mon
 def test_a_copy_computes_what_the_network_does_under_autocast():
     """Only the layers that autocast casts anyway are in bf16."""
     net = load_base("tiny").net
-    frozen = frozen_copy(net, torch.bfloat16, "ddp", torch.device("cpu"))
+    frozen = frozen_copy(net, torch.bfloat16, argparse.Namespace(parallel="ddp"), torch.device("cpu"))
     types = {type(m).__name__: m.weight.dtype for m in frozen.modules() if getattr(m, "weight", None) is not None}
     assert types["Linear"] == types["Conv2d"] == torch.bfloat16
     assert types["GroupNorm"] == types["LayerNorm"] == torch.float32
