@@ -285,6 +285,7 @@ WAN_SAMPLE = Sampling(
     shift=5.0, negative=WAN_NEGATIVE)
 WAN_I2V = replace(WAN_SAMPLE, sample_steps=40, shift=3.0, negative=WAN_I2V_NEGATIVE)
 HD = dict(height=720, width=1280)
+# methods for any network that makes video from text, and what UNets have besides
 ANY_TEXT = ("t2v", "videolcm", "vader", "grpo", "instructvideo", "videodpo")
 TEXT_TO_VIDEO = (*ANY_TEXT, "demo")
 # The tiny world. Noise hides so redundant a signal less well, hence the schedule's shift. With

@@ -260,7 +260,7 @@ def test_one_step_of_a_public_base(name, public, clips, monkeypatch, tmp_path):
 
 def test_every_text_to_video_base_is_there():
     """Left out: distilled ones, HiGen's two passes, DreamVideo's and VideoComposer's conditions."""
-    assert {"tiny", "tiny-wan", "modelscope", "modelscope-v1.4", "modelscope-v1.5", "videocrafter2", "tft2v",
+    assert {"tiny", "tiny-clean", "tiny-wan", "modelscope", "modelscope-v1.4", "modelscope-v1.5", "videocrafter2", "tft2v",
             "tft2v-32", "demo", "cogvideox-2b", "cogvideox-5b", "opensora", "wan2.1-t2v-1.3b", "wan2.1-t2v-14b",
             "wan2.2-ti2v-5b"} == {name for name, row in bases.BASES.items() if "instructvideo" in row.methods}
 
