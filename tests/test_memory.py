@@ -218,9 +218,8 @@ def small_networks():
 
 @pytest.mark.parametrize("name, int8", [
     ("unet", False), ("stdit3", False), ("cogvideox", False), ("wan", False), ("wan", True)])
-def test_blocks_compile_without_graph_breaks(name, int8, monkeypatch):
+def test_blocks_compile_without_graph_breaks(name, int8):
     """Captured whole, with and without gradients, and run as they are: the numbers of the plain network."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 100)
     net, args, cond = small_networks()[name]
     if int8:
         freeze_int8(net)
@@ -234,9 +233,10 @@ def test_blocks_compile_without_graph_breaks(name, int8, monkeypatch):
     expected, counter = run(), CompileCounter()
     for block in net.units():
         block.compile(backend=counter, fullgraph=True)
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(run(), expected))
-    graphs = counter.frame_count
-    run()
+    with torch._dynamo.config.patch(recompile_limit=100):
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(run(), expected))
+        graphs = counter.frame_count
+        run()
     assert graphs == counter.frame_count > 1  # nothing is compiled twice
 
 
