@@ -785,6 +785,14 @@ def lr_at(step, args):
     return args.lr * (1 + math.cos(math.pi * done)) / 2
 
 
+def set_rate(group, rate):
+    """Set the learning rate of one of an optimizer's groups."""
+    if isinstance(group["lr"], Tensor):  # torchao's AdamW8bit, whose steps are compiled
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
+
+
 # ---- a training run
 
 class Run:
@@ -887,11 +895,7 @@ class Run:
             for step in range(self.start, self.args.steps):
                 self.step = step
                 for group in self.opt.param_groups:
-                    rate = lr_at(step, self.args) * group.get("lr_factor", 1.0)
-                    if isinstance(group["lr"], Tensor):  # torchao's, for compiled steps
-                        group["lr"].fill_(rate)
-                    else:
-                        group["lr"] = rate
+                    set_rate(group, lr_at(step, self.args) * group.get("lr_factor", 1.0))
                 if not self.together:
                     meet()
                 self.together = stop.training = True

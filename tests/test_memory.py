@@ -1,17 +1,24 @@
 """Options that save memory or time and must not change results: --frozen int8, --optim adamw8bit, sample.py
 --offload, --compile."""
+import argparse
+import dataclasses
+import importlib.util
+
 import pytest
 import torch
-from test_models import small_stdit3, stdit3_inputs
+from test_models import SMALL, inputs, small_stdit3, stdit3_inputs
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
+import common
 import models
 import pipeline
 import sample
 import t2v
 from bases import load_base
-from common import read_lines
-from models import Int8Linear, add_lora, lora_strength, merge_lora
+from common import Env, Run, read_lines
+from dit import CogVideoX, CogVideoXConfig, Wan, WanConfig
+from models import Int8Linear, UNet3D, add_lora, freeze_int8, lora_strength, merge_lora
 from weights import load_checkpoint
 
 T2V = ["--base", "tiny", "--batch", "1", "--rank", "2", "--no-cache-latents", "--preview-every", "0", "--eval-n", "1",
@@ -144,3 +151,104 @@ def test_offload_changes_no_byte_of_a_clip(tmp_path, message):
     a, b = ((tmp_path / name / "0000.mp4").read_bytes() for name in ("here", "offload"))
     assert a == b
     assert "--compile" in message(sample.main, [*args, "--offload", "--compile", "--out", str(tmp_path / "no")])
+
+
+# ---- --optim adamw8bit
+
+def test_adamw8bit_trains_and_resumes(tmp_path, monkeypatch):
+    """Needs torchao. Its moments are in 8 bits; those that are saved are floats, rounded again on loading."""
+    pytest.importorskip("torchao.optim")
+    monkeypatch.setattr(torch, "compile", lambda fn, **options: fn)  # of single steps
+    args = argparse.Namespace(optim="adamw8bit", lr=1e-3, betas=[0.9, 0.99], wd=0.0, keep=1, out=str(tmp_path))
+    env, grads = Env(0, 1, torch.device("cpu"), torch.float32), torch.randn(4, 64, 64)
+
+    def start():
+        params = {"large": nn.Parameter(torch.ones(64, 64)), "small": nn.Parameter(torch.ones(64))}
+        return params, Run.adamw(argparse.Namespace(args=args), params.values())
+
+    def step(params, opt, number):
+        common.set_rate(opt.param_groups[0], 1e-2)
+        for p in params.values():
+            p.grad = grads[number, :len(p)].view(p.shape) if p.ndim > 1 else grads[number, 0]
+        opt.step()
+    params, opt = start()
+    for number in range(3):
+        step(params, opt, number)
+    assert hasattr(opt.state[params["large"]]["exp_avg_sq"], "codes")
+    moments = {k: {n: common.full(v) for n, v in opt.state[p].items()} for k, p in params.items()}
+    assert all(type(v) is torch.Tensor and v.dtype == torch.float32 for m in moments.values() for v in m.values())
+    weights = {k: p.detach().clone() for k, p in params.items()}
+    state = dict(step=3, seen=3, weights=dict(weights), moments=moments, ema=None, scaler=None)
+    resumed, fresh = start()
+    assert common.load_state(args, env, state, resumed, fresh) == (3, 3)
+    assert hasattr(fresh.state[resumed["large"]]["exp_avg_sq"], "codes")
+    for pair in ((params, opt), (resumed, fresh)):
+        step(*pair, 3)
+    moved = [[p.detach() - weights[k] for k, p in own.items()] for own in (resumed, params)]
+    assert error(*moved) < 0.1 and max(x.abs().max() for x in moved[1]) > 1e-3
+
+
+def test_adamw8bit_without_its_package_is_one_line(tmp_path, message, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    text = message(t2v.main, [*T2V, "--optim", "adamw8bit", "--out", str(tmp_path / "no")])
+    assert "--optim adamw8bit" in text and "pip install torchao" in text and not (tmp_path / "no").exists()
+
+
+# ---- --compile
+
+def small_networks():
+    """{name: (network, arguments, conditions)} of the four kinds, with LoRA branches that do something."""
+    cog = CogVideoX(CogVideoXConfig(
+        in_channels=4, out_channels=4, num_layers=2, heads=2, head_dim=16, time_dim=32, text_dim=24, text_length=5,
+        size=(3, 8, 8)))
+    wan = Wan(WanConfig(in_channels=4, out_channels=4, dim=32, ffn_dim=64, heads=2, num_layers=2, freq_dim=32,
+                        text_dim=24, text_length=16))
+    unet = UNet3D(dataclasses.replace(SMALL, dim_mult=(1,), attn_scales=(1.0,), dropout=0.1))
+    found = {"unet": (unet, inputs(), {}), "stdit3": (small_stdit3(), *stdit3_inputs()),
+             "cogvideox": (cog, inputs(), {}), "wan": (wan, inputs(), {})}
+    targets = {"unet": ["to_q", "net.2"], "stdit3": ["qkv"], "cogvideox": ["to_q", "net.2"], "wan": ["q", "ffn.2"]}
+    for name, (net, _, _) in found.items():
+        net.grad_ckpt = True
+        add_lora(net.eval(), 2, 2.0, targets[name])
+        for key, p in net.named_parameters():
+            if ".lora_B" in key:
+                nn.init.normal_(p, std=0.1)
+    return found
+
+
+@pytest.mark.parametrize("name, int8", [
+    ("unet", False), ("stdit3", False), ("cogvideox", False), ("wan", False), ("wan", True)])
+def test_blocks_compile_without_graph_breaks(name, int8):
+    """Captured whole, with and without gradients, and run as they are: the numbers of the plain network."""
+    net, args, cond = small_networks()[name]
+    if int8:
+        freeze_int8(net)
+
+    def run():
+        net.zero_grad()
+        out = net(*args, **cond)
+        out.square().mean().backward()
+        with torch.no_grad():
+            return [out.detach(), net(*args, **cond), *(p.grad for p in net.parameters() if p.requires_grad)]
+    expected, counter = run(), CompileCounter()
+    for block in net.units():
+        block.compile(backend=counter, fullgraph=True)
+    with torch._dynamo.config.patch(recompile_limit=100):
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(run(), expected))
+        graphs = counter.frame_count
+        run()
+    assert graphs == counter.frame_count > 1  # nothing is compiled twice
+
+
+def test_without_a_compiler_one_line_is_said(monkeypatch, capsys):
+    def broken(*args, **options):
+        raise RuntimeError("no compiler\nmore")
+    monkeypatch.setattr(torch, "compile", broken)
+    monkeypatch.setattr(nn.Module, "compile", broken)
+    models.compiler_works.cache_clear()
+    net, device = small_stdit3(), torch.device("cpu")
+    for _ in range(2):
+        assert models.parallelize(net, argparse.Namespace(compile=True, parallel="ddp"), device) is net
+    err = capsys.readouterr().err
+    models.compiler_works.cache_clear()
+    assert err.count("\n") == 1 and "--compile" in err and "no compiler" in err
