@@ -59,8 +59,8 @@ STAGES = {
     "motion": dict(steps=1000, batch=1, lr=1e-5, save_every=100, drop_text=0.5, drop_image=0.5)}
 # tiny never saw single frames, so pictures stand still or move for 8; its word is two vectors
 TINY = dict(
-    vectors=2, word_init="white circle", masked_loss=False, picture_frames=8, offset_noise=0.0,
-    batch=4, betas=(0.9, 0.99), lr_schedule="cosine", cache_latents=True, workers=0,
+    vectors=2, word_init="white circle", masked_loss=False, picture_frames=8,
+    offset_noise=0.0, batch=4, betas=(0.9, 0.99), lr_schedule="cosine", cache_latents=True, workers=0,
     grad_ckpt=False, log_every=50)
 TINY_STAGES = {
     "token": dict(steps=200, lr=2e-2), "identity": dict(steps=700, lr=4e-3),
