@@ -60,8 +60,8 @@ STAGES = {
 # tiny never saw single frames, so pictures stand still or move for 8; its word is two vectors
 TINY = dict(
     vectors=2, word_init="white circle", masked_loss=False, picture_frames=8,
-    offset_noise=0.0, batch=4, betas=(0.9, 0.99), lr_schedule="cosine", cache_latents=True, workers=0,
-    grad_ckpt=False, log_every=50)
+    offset_noise=0.0, batch=4, betas=(0.9, 0.99), lr_schedule="cosine", cache_latents=True,
+    workers=0, grad_ckpt=False, log_every=50)
 TINY_STAGES = {
     "token": dict(steps=200, lr=2e-2), "identity": dict(steps=700, lr=4e-3),
     "motion": dict(steps=500, lr=3e-3, drop_text=0.0, drop_image=1.0, motion="circling")}
