@@ -8,7 +8,7 @@
     identity  adapters S             all else     3-6 pictures    yes      none
     motion    adapters M             all else     1 clip or more  none     a random frame
 
-S: one per spatial transformer, beside its attention to the text: x + attn(x, text) becomes
+S: one per spatial transformer beside its attention to the text: x + attn(x, text) becomes
 S(x) + attn(x, text). M: likewise three per temporal transformer, beside both attentions
 over frames and the feed-forward layer. Only M reads an image, the CLIP embedding of a
 frame, for how things look; s = 1 in training. New adapters are the identity, A(x) = x.
