@@ -1024,17 +1024,18 @@ def init_file(text):
 def read_link(name, file, scale=1.0) -> Link:
     """A file that --init names, or a run's copy of it, if it fits the network of base `name`."""
     meta = run_meta(file)
+    lora = not meta and lora_format(open_weights(file)[0])
+    if scale != 1 and not lora:
+        raise UserError(f"{file}: only a public LoRA has a scale; leave out :{scale:g}")
     if meta:
         check_same_base(name, file, meta)
         return Link(file, *load_checkpoint(file), kept=file)
     with torch.device("meta"):
         row = base_row(name)
         net = NETWORKS[type(row.net)](row.net)  # for its names and shapes
-    if lora_format(open_weights(file)[0]):
+    if lora:
         tensors = plain_lora(net, file, scale)
         return Link(file, tensors, kept=tensors)
-    if scale != 1:
-        raise UserError(f"{file}: whole weights have no scale; leave out :{scale:g}")
     tensors = CONVERT[type(net)](below(load_weights(file), *PARTS["net"]), net, file)
     load_strict(net, tensors, file)
     return Link(file, tensors, kept=tensors if file.suffix == ".json" else file)  # of shards

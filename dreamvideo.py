@@ -8,7 +8,7 @@
     identity  adapters S             all else     3-6 pictures    yes      none
     motion    adapters M             all else     1 clip or more  none     a random frame
 
-S: one per spatial transformer, beside its attention to the text: x + attn(x, text) becomes
+S: one per spatial transformer beside its attention to the text: x + attn(x, text) becomes
 S(x) + attn(x, text). M: likewise three per temporal transformer, beside both attentions
 over frames and the feed-forward layer. Only M reads an image, the CLIP embedding of a
 frame, for how things look; s = 1 in training. New adapters are the identity, A(x) = x.
@@ -59,9 +59,9 @@ STAGES = {
     "motion": dict(steps=1000, batch=1, lr=1e-5, save_every=100, drop_text=0.5, drop_image=0.5)}
 # tiny never saw single frames, so pictures stand still or move for 8; its word is two vectors
 TINY = dict(
-    vectors=2, word_init="white circle", masked_loss=False, picture_frames=8, offset_noise=0.0,
-    batch=4, betas=(0.9, 0.99), lr_schedule="cosine", cache_latents=True, workers=0,
-    grad_ckpt=False, log_every=50)
+    vectors=2, word_init="white circle", masked_loss=False, picture_frames=8,
+    offset_noise=0.0, batch=4, betas=(0.9, 0.99), lr_schedule="cosine", cache_latents=True,
+    workers=0, grad_ckpt=False, log_every=50)
 TINY_STAGES = {
     "token": dict(steps=200, lr=2e-2), "identity": dict(steps=700, lr=4e-3),
     "motion": dict(steps=500, lr=3e-3, drop_text=0.0, drop_image=1.0, motion="circling")}

@@ -170,7 +170,8 @@ def test_merged_weights_are_a_start_and_a_base(public, monkeypatch, tmp_path, me
     link = bases.read_link("videocrafter2", file)
     base = bases.load_base("videocrafter2", folder, links=[link])
     assert same(base.net.state_dict(), want, 0) and link.kept == file
-    assert "no scale" in message(bases.read_link, "videocrafter2", file, 2.0)
+    for path in (file, tmp_path / "run" / "ckpt.safetensors"):
+        assert "has a scale; leave out :2" in message(bases.read_link, "videocrafter2", path, 2.0)
     assert "these are not its weights" in message(bases.read_link, "modelscope", file)
     write_run(tmp_path / "whole")
     write_run(tmp_path / "on-it", 2, init=[tmp_path / "whole"])
