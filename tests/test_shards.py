@@ -5,15 +5,19 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from runs import read_state
 from safetensors.torch import save_file
 from test_weights import put
 from test_weights import state as plain_state
 
+import bases
 import common
 import vader
+import weights
 from common import Env, UserError, load_state_file, open_shards, save_shards, save_state
 
 
@@ -194,7 +198,6 @@ def test_one_process_of_a_machine_downloads(tmp_path):
                     if not (tmp_path / "file").exists():
                         with open(tmp_path / "made", "a") as f:
                             f.write("x")
-                        torch.manual_seed(0)
                         (tmp_path / "file").write_text("whole")
             finally:
                 os._exit(0)
@@ -202,3 +205,33 @@ def test_one_process_of_a_machine_downloads(tmp_path):
     for pid in pids:
         os.waitpid(pid, 0)
     assert (tmp_path / "made").read_text() == "x"
+
+
+def test_the_hub_is_asked_once(monkeypatch, tmp_path):
+    asked = []
+
+    def download(repo, file, local_files_only=False):
+        if local_files_only and not (tmp_path / file).exists():
+            raise LocalEntryNotFoundError("not in the cache")
+        if not local_files_only:
+            asked.append(file)
+            (tmp_path / file).write_text("x")
+        return str(tmp_path / file)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    for _ in range(2):
+        assert weights.fetch("hf:them/base:net.safetensors", "tiny") == tmp_path / "net.safetensors"
+    assert asked == ["net.safetensors"]
+
+
+def test_with_fsdp_only_the_first_process_reads_weights(monkeypatch):
+    """The others build the same networks, in the same types, and wait for the numbers."""
+    read, sent = bases.load_base("tiny", dtype=torch.float64), []
+    monkeypatch.setattr(common, "_receives", [True])
+    monkeypatch.setattr(bases, "load_parts", None)
+    monkeypatch.setattr(bases, "send_weights", sent.extend)
+    base = bases.load_base("tiny", dtype=torch.float64)
+    assert sent == list(base.parts().values())
+    for mine, theirs in zip(sent, read.parts().values()):
+        ours, others = mine.state_dict(), theirs.state_dict()
+        assert {k: (v.shape, v.dtype, v.device) for k, v in ours.items()} == {
+            k: (v.shape, v.dtype, v.device) for k, v in others.items()}
