@@ -1367,7 +1367,7 @@ def _count_bare(source, rows, captions):
     n, clip = bare[0][:2]
     where = f"{clip}: no caption beside it; write {clip.stem}.txt, or metadata.csv for all"
     if source.suffix.lower() in TABLES:
-        where = f"{source} row {n}: no `caption` (nor {', '.join(CAPTION_KEYS[1:])})"
+        where = f"{source} row {n}: `caption` is empty or missing"
     elif source.suffix.lower() == ".txt":
         where = f"{source} row {n}: wanted video|||caption"
     count = f"{len(bare)} of {len(rows)} clips have no caption"
@@ -1474,8 +1474,9 @@ def _repeats(row, where):
 def _text_rows(source, captions):
     """_folder_rows() of a .txt: video|||caption, or without captions a clip per line."""
     rows = [(n, *map(str.strip, line.partition("|||"))) for n, line in numbered_lines(source)]
+    prompts = captions == "needed" and not any(row[3] for row in rows)  # hardly a list of clips
     for n, clip, _, caption in rows:
-        if captions in ("needed", "empty") and (not clip or "|||" in caption):
+        if prompts or (captions in ("needed", "empty") and (not clip or "|||" in caption)):
             raise UserError(f"{source} row {n}: wanted video|||caption")
     return [(n, clip, None, caption or None) for n, clip, _, caption in rows]
 
