@@ -243,7 +243,7 @@ class Learner:
             net.double()
             for block in net.blocks:
                 nn.init.ones_(block[0].lora_B.weight)
-        args = argparse.Namespace(parallel=parallel, shard_group=group, offload=False)
+        args = argparse.Namespace(parallel=parallel, shard_group=group, offload=False, compile=False)
         self.net = parallelize(net, args, env.device) if parallel else net
         self.params = common.trained({{"": self.net}})
         self.opt = torch.optim.AdamW(self.params.values(), 1e-3)

@@ -17,7 +17,7 @@ PAGES = {file: file.read_text() for file in (ROOT / "README.md", ROOT / "RESULTS
 ALLOWED = {
     "torch", "einops", "safetensors", "open_clip", "transformers", "tqdm", "imageio", "numpy", "PIL",
     "matplotlib", "tensorboard", "huggingface_hub", "sentencepiece", "ftfy",
-    "tokenizers", "torchvision", "modelscope", "wandb", "pyiqa", "av"}
+    "tokenizers", "torchvision", "modelscope", "wandb", "pyiqa", "av", "torchao"}
 
 
 def commands():
@@ -36,7 +36,11 @@ def test_command_parses(command):
     script = next(i for i, w in enumerate(words) if w.endswith(".py"))
     assert (ROOT / words[script]).exists()
     module = importlib.import_module(words[script].removesuffix(".py"))
-    if hasattr(module, "get_args"):
+    if words[script + 1:][:1] == ["fit"]:
+        options, own = module.fit_args(words[script + 1:])
+        if options.method:
+            importlib.import_module(options.method).get_args(own)
+    elif hasattr(module, "get_args"):
         module.get_args(words[script + 1:])
 
 

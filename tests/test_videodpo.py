@@ -390,7 +390,7 @@ def test_a_flow_network_is_trained(tmp_path):
     row = replace(bases.base_row("opensora"), net=net.cfg)
     text = torch.randn(1, 6, 8)
     base = argparse.Namespace(
-        row=row, schedule=make_schedule(**row.schedule), net=net,
+        row=row, schedule=make_schedule(**row.schedule), net=net, sampling_schedule=lambda sampling: base.schedule,
         tokenize=lambda texts: torch.ones(len(texts), 6, dtype=torch.long),
         encode_text=lambda texts: text.expand(len(texts), -1, -1),
         encode_null=lambda null, n: net.null_text(n))
