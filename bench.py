@@ -646,6 +646,8 @@ def blank_base(args, env, layers, mode):
     for part in base.parts().values():
         blank(part, mode)
     with mode:
+        if args.frozen == "int8":
+            base.freeze_int8()
         if args.rank:
             add_lora(base.net, args.rank, args.alpha, args.lora_targets)
         base.net.requires_grad_(not args.rank)
@@ -702,7 +704,8 @@ def loss_of(name, args, base, sampling, env, gpus, reward, mode):
     if not args.rank:
         with torch.device("meta"):
             like = network(base.row)
-        reference = blank(frozen_copy(like, env.dtype, "ddp", env.device), mode)
+        alone = Namespace(parallel="ddp", compile=False)
+        reference = blank(frozen_copy(like, env.dtype, alone, env.device), mode)
         kept = size_of(reference)
     pairs = zeros(n, 2, *shape)
     return lambda: method.pair_loss(
@@ -789,15 +792,16 @@ def phases(args, gpus, found):
         share = 0 if args.offload else 1 / gpus
         net = share * net + found["block"] * (2 if args.rank else 3)
         trained = gradients = share * trained
+    moments = trained / 2 if args.optim == "adamw8bit" else 2 * trained  # a byte each, or four
     held = net + found["rest"] + found["reward"] + found["kept"]
     if "cache_latents" in args and not args.cache_latents:
         held += found["text"]  # t2v encodes the captions in each step
     rows = [("load", start, 0, 0, 0)]
     for phase in ("encode", "step"):
         if phase in found:
-            rows.append((phase, held, gradients, 2 * trained, found[phase]))
-    rows.append(("optimizer", held, gradients, 2 * trained, trained))
-    rows.append(("decode", held, 0, 2 * trained, found["decode"]))
+            rows.append((phase, held, gradients, moments, found[phase]))
+    rows.append(("optimizer", held, gradients, moments, trained))
+    rows.append(("decode", held, 0, moments, found["decode"]))
     return rows
 
 
@@ -808,7 +812,7 @@ def advice(args, gpus, phase):
         return ["a smaller --base (every GPU loads the whole network and its text tower first)"]
     sharded = {"--parallel fsdp": gpus > 1 and args.parallel == "ddp", "--rank 16": not args.rank}
     saved = {"--grad-ckpt": not args.grad_ckpt, "--batch 1": args.batch > 1,
-             "--offload": not args.offload}
+             "--offload": not args.offload, "--frozen int8": args.rank and not args.frozen}
     dials = sharded if phase == "optimizer" else saved | sharded if phase == "step" else {}
     return [dial for dial, helps in dials.items() if helps] + smaller * (phase != "optimizer")
 
