@@ -126,7 +126,7 @@ def test_fit_says_what_to_change(capsys):
     assert bench.fit([*words, "--gb", "1"]) and not bench.fit([*words, "--gb", "0.01", "--gpus", "2"])
     said = capsys.readouterr().out
     assert "fits 1 GiB" in said and "does not fit 0.01 GiB" in said
-    assert "try, in this order: --grad-ckpt, --batch 1, --offload, --parallel fsdp" in said
+    assert "try, in this order: --grad-ckpt, --batch 1, --offload, --frozen int8, --parallel fsdp" in said
 
 
 def test_fsdp_shares_weights_but_not_while_loading():
