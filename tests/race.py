@@ -112,7 +112,7 @@ def look(base):
                       scorer=pipeline.statistics(reward, clips, prompts, "cpu")["reward"])
 
 
-def follow(name, out, start, last):
+def follow(name, out, start, clips, last):
     """-> one run's rows, from the base to the last checkpoint: steps, queries, CPU minutes, and look(). last: of
     its checkpoints only the last."""
     found = json.loads((out / "times.json").read_text())
@@ -120,6 +120,9 @@ def follow(name, out, start, last):
     first = len(data.read_clips(out / "train")) if name == "VideoDPO" else 1504 if name in ASKED_FIRST else 0
     per_step = 0 if name in ASKED_FIRST else args["batch"] * args["accum"]
     rows = [dict(step=0, queries=0, minutes=0.0, **start)]
+    if name in ASKED_FIRST:  # the clips are made, and nothing is trained yet
+        made = json.loads((clips / "made.json").read_text())
+        rows.append(dict(step=0, queries=first, minutes=made / 60, **start))
     for step, seconds in found["times"][-1 if last else 0:]:
         path = out / f"ckpt-{step}.safetensors"
         base = pipeline.load_run(path, *load_checkpoint(path), None)
@@ -133,7 +136,7 @@ def run(name, seed, rate, out, start, clips, last):
     if not file.exists():
         words = [sys.executable, __file__, "--child", name, str(seed), str(rate), str(out), str(clips)]
         subprocess.run(words, check=True, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        file.write_text(json.dumps(follow(name, out, start, last)))
+        file.write_text(json.dumps(follow(name, out, start, clips, last)))
     found = json.loads(file.read_text())
     last = found["rows"][-1]
     print(f"{name}, seed {seed}, rate {rate:g}: scorer {last['scorer']:.3f}, flawed {last['flawed']:.3f}, captions "
@@ -178,14 +181,14 @@ def draw(found, what, label, file):
             for seed, one in enumerate(runs):
                 rows = one["rows"]
                 axis.plot([r[what] for r in rows], [r[column] for r in rows], color=METHODS[name][-1],
-                          lw=1.5, alpha=0.8, label=None if seed else name)
+                          lw=1.5, alpha=0.8, marker="o", markevery=[-1], label=None if seed else name)
         axis.set(xlabel=label, title=title, ylim=(0, 1))
         axis.grid(alpha=0.3)
         if what == "queries":
             axis.set_xscale("symlog", linthresh=100)
             axis.set_xlim(0, 2000)
             axis.set_xticks([0, 50, 100, 200, 500, 1000, 2000], ["0", "50", "100", "200", "500", "1000", "2000"])
-    panels[0].legend(loc="upper left", fontsize=9)
+    panels[1].legend(fontsize=9)
     figure.tight_layout()
     figure.savefig(file, dpi=110)
 
