@@ -60,7 +60,7 @@ TINY = dict(  # the gradients of later updates are all noise, see docs/differenc
     reward="tiny", sample_steps=5, cfg=1.0, group=8, steps_trained=("first", 2), updates=1,
     steps=20, batch=16, accum=4, lr=3e-3, rank=8, alpha=8.0, eval_n=64, grad_ckpt=False)
 PRESETS = {"opensora": OPENSORA, "wan2.1-t2v-1.3b": WAN, "tiny": TINY, "tiny-clean": TINY,
-           "tiny-wan": TINY} | (
+           "tiny-wan": TINY | dict(noise="cps", steps_trained=("first", 3))} | (
     dict.fromkeys(("tiny-i2v", "tiny-cogvideox"), TINY | dict(reward="temporal", eval_n=32)))
 LEVELS = {"ddim": 1.0, "cps": 0.8, "flow": 0.7, "dance": 0.3}  # published, of --eta
 
