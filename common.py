@@ -763,6 +763,9 @@ class Parser(argparse.ArgumentParser):
         if "frozen" in known and args.frozen and not args.rank:
             raise UserError(f"--frozen {args.frozen}: with --rank 0 no weight is frozen; give a "
                             "--rank of 1 or more")
+        if "optim" in known and (args.optim, args.parallel) == ("adamw8bit", "fsdp"):
+            raise UserError("--optim adamw8bit: its moments cannot be saved in shards; give "
+                            "--optim adamw or --parallel ddp")
         if "buckets" in known and args.buckets and not args.data:
             raise UserError("--buckets: sizes for the clips of --data; give --data, too")
         return args

@@ -196,6 +196,7 @@ BAD = [
     ("t2v", "--base tiny --data nocolumn.csv", "no `video`"),
     ("t2v", "--base tiny --data emptycaption.csv", "row 2: `caption` is empty"),
     ("t2v", "--base tiny --data good.txt", "wanted video|||caption"),
+    ("t2v", "--base tiny --optim adamw8bit --parallel fsdp", "--optim adamw8bit: its moments cannot be saved in shards"),
     ("t2v", "--base tiny --data picture.png", "wanted a folder, .csv"),
     ("t2v", "--base tiny --data pictures", "--frames 1"),
     ("t2v", "--base tiny --data broken --steps 1 --out broken-run", "2 of 2 clips are bad"),
